@@ -1,0 +1,2106 @@
+#!/usr/bin/env python3
+# mailcloak: who may receive and who may send, asked by Postfix, answered from Keycloak and SQLite. MIT licence, see LICENSE.
+"""Tell Postfix whether a recipient exists, whether a sender may use an address, and where an alias leads.
+
+Postfix asks over two Unix sockets:
+
+  policy      smtpd access policy delegation (SMTPD_POLICY_README). At RCPT: is there such a recipient, and may this client use this
+              sender? At MAIL: the sender alone. Answers DUNNO, 550, 553 or 451.
+  socketmap   virtual_alias_maps (socketmap_table(5)), map name "alias": the mailbox that an alias leads to.
+
+Read at start:  the configuration, /etc/mailcloak/config.yaml unless another is named; config.yaml.sample explains each key.
+Asked:          Keycloak, by its admin REST interface, for users: their username, primary e-mail, and whether they are enabled;
+                one SQLite file, written by mailcloakctl, for aliases and for apps (logins that may only send).
+Signals:        SIGTERM and SIGINT answer what was read and end; SIGHUP reads the configuration again.
+Exit codes:     0 ended by a signal, or the configuration is good; 64 usage; 78 configuration; 1 anything else.
+
+Security: started as root, the daemon binds its sockets and becomes daemon.user. It never answers OK or any other permission, only
+DUNNO ("no objection"). When it cannot know, it says 451 ("try later"), since a wrong 550 loses a message for good. It sees envelopes,
+never message headers. No secret, token or password is logged.
+
+Implements SMTPD_POLICY_README, access(5), socketmap_table(5), the extension rules of Postfix's recipient_delimiter, RFC 3463 status
+codes, the OAuth 2.0 client credentials grant (RFC 6749, section 4.4) and the user search of Keycloak's admin REST interface.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import dataclasses
+import difflib
+import errno
+import functools
+import grp
+import http.client
+import io
+import json
+import logging
+import math
+import os
+import pwd
+import queue
+import re
+import signal
+import socket
+import socketserver
+import sqlite3
+import ssl
+import stat
+import struct
+import sys
+import threading
+import time
+import urllib.parse
+from collections import OrderedDict
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import (
+    Any,
+    Callable,
+    Dict,
+    FrozenSet,
+    Generic,
+    Iterator,
+    List,
+    Mapping,
+    NamedTuple,
+    Optional,
+    Sequence,
+    Set,
+    Tuple,
+    Type,
+    TypeVar,
+)
+
+import idna  # a dependency of requests itself, so it is there wherever requests is
+import requests
+import requests.adapters
+import urllib3
+import yaml
+
+__version__ = "0.1.0"
+
+# ---------------------------------------------------------------------------------------------------------------------------------
+# 1. Constants and errors
+# Limits of the protocols, each with its unit and source, and the tree of exceptions. "Not found" is never an exception.
+# ---------------------------------------------------------------------------------------------------------------------------------
+
+DEFAULT_CONFIG_PATH = "/etc/mailcloak/config.yaml"
+DEFAULT_DATABASE_PATH = "/var/lib/mailcloak/state.db"
+
+MAX_POLICY_REQUEST_BYTES = 16 * 1024  # a full request of Postfix 3.7 is about 700 bytes; its longest attributes are addresses
+MAX_SOCKETMAP_QUERY_BYTES = 10_000  # Postfix itself never sends a key longer than an SMTP line
+MAX_ADDRESS_CHARS = 254  # RFC 5321, section 4.5.3.1.3: a path of 256 octets with its angle brackets
+MAX_SOCKET_PATH_BYTES = 107  # unix(7): sun_path holds 108 bytes, a terminating NUL included
+LISTEN_BACKLOG = 1024  # a full backlog fails Postfix's non-blocking connect at once; the kernel caps it at net.core.somaxconn
+RECEIVE_BYTES = 16 * 1024  # one recv; takes any whole request
+SEND_TIMEOUT_SECONDS = 10  # a client that does not read its answers is dropped after this
+
+MAX_DIRECTORY_BODY_BYTES = 1024 * 1024  # of one HTTP answer; ten brief user records are about 4 kB
+MAX_DIRECTORY_MATCHES = 10  # asked for in one search; more users than that with one address is no answer
+MAX_DIRECTORY_REQUESTS = 8  # at Keycloak at a time
+MAX_DIRECTORY_WAITING = 2000  # lookups waiting their turn; above it a question fails at once instead of queueing
+TOKEN_LIFE_USED = 0.8  # of a token's life; the rest is margin for clocks and requests under way
+
+DATABASE_BUSY_SECONDS = 2.0  # how long a question waits for a writer's lock
+SHUTDOWN_LOOKUP_SECONDS = 3.0  # after SIGTERM, lookups still pending at Keycloak are given up and get the failure mode
+SHUTDOWN_TOTAL_SECONDS = 4.5  # and all that is left is cut off
+
+EXIT_OK, EXIT_FAILED, EXIT_USAGE, EXIT_CONFIG = 0, 1, 64, 78  # the last two from sysexits.h
+
+log = logging.getLogger("mailcloak")
+
+
+class MailcloakError(Exception):
+    """Anything mailcloak itself reports; its text is fit for an administrator."""
+
+
+class ConfigError(MailcloakError):
+    """The configuration cannot be used. problems holds one line for each thing wrong."""
+
+    def __init__(self, problems: Sequence[str]) -> None:
+        super().__init__("\n".join(problems))
+        self.problems = list(problems)
+
+
+class ProtocolError(MailcloakError):
+    """The peer's bytes make no sense; its connection is closed."""
+
+
+class DirectoryUnavailable(MailcloakError):
+    """Keycloak gave no usable answer, which is not the same as "no such user"."""
+
+
+class DatabaseUnavailable(MailcloakError):
+    """SQLite gave no usable answer."""
+
+
+class StartError(MailcloakError):
+    """A socket, a user or the database file does not allow the daemon to start."""
+
+
+# ---------------------------------------------------------------------------------------------------------------------------------
+# 2. Config
+# The YAML file as frozen dataclasses. Each field carries the reader that checks its value, so a key is described in one place, and
+# every problem of a file is found in one pass. Later sections never see a raw dict. Only the main thread enters here.
+# ---------------------------------------------------------------------------------------------------------------------------------
+
+_REQUIRED: Any = object()
+_Reader = Callable[
+    [Any], Any
+]  # a YAML value to the field's value; raises ValueError("expected ...") or ValueError("expected ...", hint)
+_DOMAIN = re.compile(r"[a-z0-9_]([a-z0-9_-]*[a-z0-9_])?(\.[a-z0-9_]([a-z0-9_-]*[a-z0-9_])?)*")
+
+
+def domain_to_ascii(domain: str) -> str:
+    """A domain lower-cased and in A-label form, as it travels in DNS; "" if it is not convertible.
+
+    Source: RFC 5891; UTS 46 without transitional mapping, as Postfix does it unless enable_idna2003_compatibility is set.
+    """
+    if domain.isascii():
+        return domain.lower()
+    if len(domain) > MAX_ADDRESS_CHARS:  # old versions of idna take time quadratic in the length
+        return ""
+    try:
+        return idna.encode(domain, uts46=True).decode("ascii").lower()
+    except (UnicodeError, ValueError, IndexError):
+        return ""
+
+
+def _text(value: Any) -> str:
+    if not isinstance(value, str) or not value:
+        raise ValueError("expected text")
+    if not value.isprintable():
+        raise ValueError("expected text without control characters")
+    return value
+
+
+def _optional_text(value: Any) -> str:
+    return "" if value == "" else _text(value)
+
+
+def _absolute_path(value: Any) -> str:
+    if not os.path.isabs(_text(value)):
+        raise ValueError("expected an absolute path")
+    return str(value)
+
+
+def _optional_path(value: Any) -> str:
+    return "" if value == "" else _absolute_path(value)
+
+
+def _socket_path(value: Any) -> str:
+    path = _absolute_path(value)
+    if len(os.fsencode(path)) > MAX_SOCKET_PATH_BYTES:
+        raise ValueError(
+            f"expected a path of at most {MAX_SOCKET_PATH_BYTES} bytes, the limit of a Unix socket ({len(os.fsencode(path))} bytes)"
+        )
+    return path
+
+
+def _url(value: Any) -> str:
+    parts = urllib.parse.urlsplit(_text(value))
+    if parts.username or parts.password:
+        raise ValueError("expected a URL without user and password; put the secret into keycloak.client_secret")
+    with contextlib.suppress(ValueError):  # .port raises when it is not a number
+        if parts.scheme in ("http", "https") and parts.hostname and parts.port != 0 and not parts.query and not parts.fragment:
+            return str(value).rstrip("/")
+    raise ValueError("expected a URL such as https://sso.example.org")
+
+
+def _number(minimum: float, maximum: float = math.inf, *, whole: bool = False, wanted: str) -> _Reader:
+    def read(value: Any) -> Any:
+        if isinstance(value, bool) or not isinstance(value, (int,) if whole else (int, float)) or not minimum <= value <= maximum:
+            raise ValueError(f"expected {wanted}")
+        return value
+
+    return read
+
+
+_seconds = functools.partial(_number, maximum=10 * 365 * 86400)
+_positive_seconds = _seconds(0.001, wanted="a positive number")
+_any_seconds = _seconds(0, wanted="a number, 0 or more")
+
+
+def _choice(*choices: str) -> _Reader:
+    def read(value: Any) -> str:
+        if value in choices:
+            return str(value)
+        raise ValueError(f"expected one of {', '.join(choices)}", _near_miss(value, choices))
+
+    return read
+
+
+def _boolean(value: Any) -> bool:
+    if not isinstance(value, bool):
+        raise ValueError("expected true or false")
+    return value
+
+
+def _domain(value: Any) -> str:
+    domain = domain_to_ascii(value.rstrip(".")) if isinstance(value, str) else ""
+    if not _DOMAIN.fullmatch(domain):
+        raise ValueError("expected a domain such as example.org")
+    return domain
+
+
+def _optional_domain(value: Any) -> str:
+    return "" if value == "" else _domain(value)
+
+
+def _domains(value: Any) -> FrozenSet[str]:
+    values = value if isinstance(value, list) else [value]
+    if not values:
+        raise ValueError("expected a domain such as example.org, or a list of them")
+    return frozenset(_domain(each) for each in values)
+
+
+def _delimiters(value: Any) -> str:
+    if not isinstance(value, str) or any(not 33 <= ord(c) <= 126 or c.isalnum() or c in '@"\\<>' for c in value):
+        raise ValueError("expected the delimiter characters themselves, such as + or +-, as in Postfix's recipient_delimiter")
+    return value
+
+
+def _octal_mode(value: Any) -> int:
+    if not isinstance(value, str) or not re.fullmatch(r"0?[0-7]{3}", value):
+        raise ValueError('expected an octal mode as text, in quotes, such as "0660"')
+    return int(value, 8)
+
+
+def _account(find: Callable[[str], Any], names: Callable[[], List[str]], kind: str) -> _Reader:
+    def read(value: Any) -> str:
+        name = _optional_text(value)
+        if name:
+            try:
+                find(name)
+            except KeyError:
+                raise ValueError(f"expected an existing {kind}", _near_miss(name, names())) from None
+        return name
+
+    return read
+
+
+_user = _account(pwd.getpwnam, lambda: [entry.pw_name for entry in pwd.getpwall()], "user")
+_group = _account(grp.getgrnam, lambda: [entry.gr_name for entry in grp.getgrall()], "group")
+
+
+def _daemon_user(value: Any) -> str:
+    return str(_user(value)) if os.geteuid() == 0 else _optional_text(value)  # nobody else can become that user anyway
+
+
+def _static_users(value: Any) -> Mapping[str, str]:
+    if not isinstance(value, dict) or not value:
+        raise ValueError("expected pairs of username: address")
+    users: Dict[str, str] = {}
+    for username, address in value.items():
+        if not isinstance(username, str) or not username or not username.isprintable():
+            raise ValueError(f"expected usernames as text, got {username!r}; put it in quotes")
+        if username.lower() in users:
+            raise ValueError(f"expected each username once, got {username.lower()!r} twice")
+        try:
+            users[username.lower()] = parse_plain_address(address if isinstance(address, str) else "").text
+        except ValueError as exc:
+            raise ValueError(f"{username}: expected an e-mail address: {exc}") from None
+    return MappingProxyType(users)
+
+
+def _key(read: _Reader, default: Any = _REQUIRED, *, secret: bool = False) -> Any:
+    """A dataclass field with its reader; a secret is never shown, neither in a problem nor in repr()."""
+    options: Dict[str, Any] = {"metadata": {"read": read, "secret": secret}, "repr": not secret}
+    return dataclasses.field(**options) if default is _REQUIRED else dataclasses.field(default=default, **options)
+
+
+@dataclass(frozen=True)
+class KeycloakConfig:
+    base_url: str = _key(_url)
+    realm: str = _key(_text)
+    client_id: str = _key(_text)
+    client_secret: str = _key(_text, "", secret=True)
+    client_secret_file: str = _key(_absolute_path, "")
+    ca_file: str = _key(_optional_path, "")
+    timeout_seconds: float = _key(_number(0.1, 60, wanted="a number from 0.1 to 60"), 5)
+    require_verified_email: bool = _key(_boolean, False)
+
+
+@dataclass(frozen=True)
+class PolicyConfig:
+    domain: FrozenSet[str] = _key(_domains)
+    mailbox_domain: str = _key(_optional_domain, "")
+    cache_ttl_seconds: float = _key(_positive_seconds, 120)
+    negative_cache_ttl_seconds: float = _key(_any_seconds, 10)
+    cache_max_entries: int = _key(_number(1, whole=True, wanted="a whole number, 1 or more"), 100_000)
+    stale_if_error_seconds: float = _key(_any_seconds, 86400)
+    keycloak_failure_mode: str = _key(_choice("tempfail", "dunno-recipients", "dunno"), "tempfail")
+    recipient_delimiter: str = _key(_delimiters, "")
+    unauthenticated_local_sender: str = _key(_choice("reject", "warn", "dunno"), "reject")
+    foreign_sender: str = _key(_choice("reject", "dunno"), "reject")
+
+
+@dataclass(frozen=True)
+class SqliteConfig:
+    path: str = _key(_absolute_path, DEFAULT_DATABASE_PATH)
+
+
+@dataclass(frozen=True)
+class SocketsConfig:
+    policy_socket: str = _key(_socket_path)
+    socketmap_socket: str = _key(_socket_path)
+    socket_owner_user: str = _key(_user, "postfix")
+    socket_owner_group: str = _key(_group, "postfix")
+    socket_mode: int = _key(_octal_mode, "0660")
+
+
+@dataclass(frozen=True)
+class DaemonConfig:
+    user: str = _key(_daemon_user, "mailcloak")
+
+
+_BLOCKS: Mapping[str, Type[Any]] = MappingProxyType(
+    {"keycloak": KeycloakConfig, "policy": PolicyConfig, "sqlite": SqliteConfig, "sockets": SocketsConfig, "daemon": DaemonConfig}
+)
+
+
+@dataclass(frozen=True)
+class Config:
+    """One configuration file, checked. Exactly one of keycloak and static_users is there; warnings are for the log."""
+
+    path: str
+    keycloak: Optional[KeycloakConfig]
+    static_users: Optional[Mapping[str, str]]
+    policy: PolicyConfig
+    sqlite: SqliteConfig
+    sockets: SocketsConfig
+    daemon: DaemonConfig
+    warnings: Tuple[str, ...] = ()
+
+
+class _StrictLoader(yaml.SafeLoader):
+    """YAML that refuses a key given twice, since the loser would silently have no effect."""
+
+
+def _construct_mapping(loader: _StrictLoader, node: yaml.MappingNode) -> Dict[Any, Any]:
+    mapping = loader.construct_mapping(node, deep=True)
+    if len(mapping) != len(node.value):
+        keys = [key.value for key, _ in node.value]
+        twice = sorted({key for key in keys if keys.count(key) > 1})
+        raise yaml.constructor.ConstructorError(None, None, f"key given twice: {', '.join(map(str, twice))}", node.start_mark)
+    return mapping
+
+
+_StrictLoader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _construct_mapping)
+
+
+def _near_miss(value: Any, choices: Sequence[str]) -> str:
+    close = difflib.get_close_matches(str(value), choices, n=1)
+    return f"; did you mean {close[0]!r}?" if close else ""
+
+
+def _shown(value: Any) -> str:
+    """A value of the file, short enough for a message."""
+    text = "nothing" if value is None else repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+def read_yaml(path: str) -> Dict[str, Any]:
+    """The file as a mapping of blocks, unchecked; raises ConfigError with the file's line where YAML itself fails."""
+    try:
+        with open(path, encoding="utf-8") as file:
+            raw = yaml.load(file, Loader=_StrictLoader)  # noqa: S506  a SafeLoader by descent, builds plain values only
+    except OSError as exc:
+        raise ConfigError([f"config: {path}: cannot be read: {exc.strerror}"]) from exc
+    except yaml.MarkedYAMLError as exc:  # not str(exc), which quotes the line and so might show a secret
+        line = exc.problem_mark.line + 1 if exc.problem_mark else 1
+        raise ConfigError([f"config: {path}: line {line}: {exc.problem or 'not YAML'}"]) from exc
+    except (yaml.YAMLError, UnicodeDecodeError, RecursionError, ValueError) as exc:
+        raise ConfigError([f"config: {path}: not YAML in UTF-8: {type(exc).__name__}"]) from exc
+    if not isinstance(raw, dict):
+        raise ConfigError([f"config: {path}: expected blocks such as policy: and sockets:, got {_shown(raw)}"])
+    return raw
+
+
+def read_block(cls: Type[Any], name: str, raw: Any, problems: List[str]) -> Any:
+    """One block of the file as its dataclass, or None with its problems appended."""
+    if not isinstance(raw, dict):
+        problems.append(f"config: {name}: expected a block of keys, got {_shown(raw)}")
+        return None
+    before = len(problems)
+    fields = {field.name: field for field in dataclasses.fields(cls)}
+    for key in raw:
+        if key not in fields:
+            problems.append(f"config: {name}.{key}: unknown key{_near_miss(key, list(fields))}")
+    values = {}
+    for key, field in fields.items():
+        if key not in raw and field.default is dataclasses.MISSING:
+            problems.append(f"config: {name}.{key}: missing, this key is required")
+            continue
+        value = raw.get(key, field.default)
+        shown = "a value that is not shown" if field.metadata["secret"] else _shown(value)
+        try:
+            if isinstance(value, str) and re.fullmatch(r"\s*<[^<>]*>\s*", value):
+                raise ValueError("expected your own value in place of the placeholder")
+            values[key] = field.metadata["read"](value) if key in raw or value else value
+        except ValueError as exc:
+            expected, *hint = exc.args
+            problems.append(f"config: {name}.{key}: {expected}, got {shown}{''.join(hint)}")
+    return cls(**values) if len(problems) == before else None
+
+
+def _read_secret(keycloak: KeycloakConfig, problems: List[str]) -> KeycloakConfig:
+    """The keycloak block with its client_secret in place, from the key itself or from the file that client_secret_file names."""
+    if bool(keycloak.client_secret) == bool(keycloak.client_secret_file):
+        problems.append("config: keycloak.client_secret: expected exactly one of client_secret and client_secret_file")
+        return keycloak
+    if keycloak.client_secret:
+        return keycloak
+    try:
+        with open(keycloak.client_secret_file, encoding="utf-8") as file:
+            secret = file.readline(4096).strip()
+    except (OSError, UnicodeDecodeError) as exc:
+        reason = exc.strerror if isinstance(exc, OSError) else "not UTF-8"
+        problems.append(f"config: keycloak.client_secret_file: {keycloak.client_secret_file}: cannot be read: {reason}")
+        return keycloak
+    if not secret or not secret.isprintable():
+        problems.append(
+            f"config: keycloak.client_secret_file: {keycloak.client_secret_file}: expected the secret in the first line"
+        )
+    return dataclasses.replace(keycloak, client_secret=secret)
+
+
+def _config_warnings(path: str, config: Config) -> Iterator[str]:
+    keycloak = config.keycloak
+    if keycloak:
+        secret_file = keycloak.client_secret_file or path
+        with contextlib.suppress(OSError):
+            if os.stat(secret_file).st_mode & stat.S_IROTH:
+                yield f"config: {secret_file}: holds the client secret and every user of this host can read it, chmod o-r"
+        if keycloak.base_url.startswith("http:"):
+            yield "config: keycloak.base_url: http sends the client secret unencrypted, use https beyond this host"
+    for username, address in (config.static_users or {}).items():
+        if normalise_address(address).domain not in config.policy.domain:
+            yield f"config: static_users.{username}: <{address}> is not in policy.domain and owns nothing"
+    if config.sockets.socket_mode & 0o006:
+        yield "config: sockets.socket_mode: every user of this host may connect, 0660 is usual"
+
+
+def load_config(path: str) -> Config:
+    """The file, checked as a whole; raises ConfigError with every problem of the file."""
+    raw = read_yaml(path)
+    problems: List[str] = []
+    known = [*_BLOCKS, "static_users"]
+    problems.extend(f"config: {key}: unknown key{_near_miss(key, known)}" for key in raw if key not in known)
+    blocks = {
+        name: read_block(cls, name, raw.get(name, {}), problems)
+        for name, cls in _BLOCKS.items()
+        if name in raw or name != "keycloak"
+    }
+    static_users = None
+    if "static_users" in raw:
+        try:
+            static_users = _static_users(raw["static_users"])
+        except ValueError as exc:
+            problems.append(f"config: static_users: {exc}")
+    if ("keycloak" in raw) == ("static_users" in raw):
+        problems.append("config: keycloak: expected exactly one of the blocks keycloak and static_users")
+    keycloak = blocks.pop("keycloak", None)
+    if keycloak:
+        keycloak = _read_secret(keycloak, problems)
+    policy, sockets = blocks["policy"], blocks["sockets"]
+    if policy and policy.mailbox_domain in policy.domain:
+        problems.append(
+            f"config: policy.mailbox_domain: expected a domain that is not in policy.domain, got {policy.mailbox_domain!r}"
+        )
+    if sockets and sockets.policy_socket == sockets.socketmap_socket:
+        problems.append("config: sockets.socketmap_socket: expected another path than policy_socket")
+    if problems:
+        raise ConfigError(problems)
+    config = Config(path=path, keycloak=keycloak, static_users=static_users, **blocks)
+    return dataclasses.replace(config, warnings=tuple(_config_warnings(path, config)))
+
+
+# ---------------------------------------------------------------------------------------------------------------------------------
+# 3. Addresses
+# One form for an address from whichever side it comes: the form that Postfix will act on. Pure.
+# ---------------------------------------------------------------------------------------------------------------------------------
+
+_UNQUOTED_LOCAL_PART = re.compile(r"[^\s\x00-\x1f\x7f\"(),:;<>@\[\\\]]+")  # RFC 5322 atext and dots, with RFC 6531's letters
+_NEVER_SPLIT = frozenset({"postmaster", "mailer-daemon", "double-bounce"})
+
+
+class Address(NamedTuple):
+    """An address as Postfix will act on it, lower-cased, the domain in A-label form. ("", "") is the null sender."""
+
+    local_part: str
+    domain: str  # "" when there is none: Postfix will append $myorigin
+
+    @property
+    def text(self) -> str:
+        return f"{self.local_part}@{self.domain}" if self.domain else self.local_part
+
+    @property
+    def is_plain(self) -> bool:
+        """Can this be somebody's address at all? What cannot is never asked of SQLite or Keycloak."""
+        text = self.text
+        return bool(self.local_part and self.domain) and len(text) <= MAX_ADDRESS_CHARS and text.isprintable() and " " not in text
+
+
+def normalise_address(raw: str) -> Address:
+    """The form in which Postfix will deliver to, or send from, the address: whatever a client writes, it cannot slip past.
+
+    raw is an address of an SMTP envelope, without angle brackets; "" is the null sender. Raises nothing.
+    Source: Postfix trivial-rewrite(8): source routes, resolve_dequoted_address, swap_bangpath, allow_percent_hack, trailing dot.
+    """
+    text = raw.lower()
+    if text.startswith("@") and ":" in text[:-1]:
+        text = text.partition(":")[2]
+    if "@" not in text:
+        if "!" in text:
+            site, _, user = text.partition("!")
+            text = f"{user}@{site}"
+        elif "%" in text:
+            user, _, site = text.rpartition("%")
+            text = f"{user}@{site}"
+    local_part, at_sign, domain = text.rpartition("@")
+    if not at_sign:
+        return Address(text, "")
+    if domain.endswith(".") and len(domain) > 1 and not domain.endswith(".."):
+        domain = domain[:-1]
+    if not domain:
+        return Address(local_part or at_sign, "")
+    return Address(local_part, domain_to_ascii(domain) or domain)
+
+
+def parse_plain_address(text: str) -> Address:
+    """An address as a person types it into a command or a config; raises ValueError saying what is wrong with it."""
+    if not text.isprintable() or re.search(r"\s", text):
+        raise ValueError("it holds a space or a control character")
+    if len(text) > MAX_ADDRESS_CHARS:
+        raise ValueError(f"it is longer than {MAX_ADDRESS_CHARS} characters")
+    if text.count("@") != 1:
+        raise ValueError("it has no @" if "@" not in text else "it has more than one @")
+    local_part, domain = text.lower().split("@")
+    if not local_part:
+        raise ValueError("there is nothing before the @, and a catch-all for a whole domain is not supported")
+    if not _UNQUOTED_LOCAL_PART.fullmatch(local_part):
+        raise ValueError("before the @ is a character that would need quotes")
+    try:
+        return Address(local_part, _domain(domain))
+    except ValueError:
+        raise ValueError(f"{domain!r} is not a domain") from None
+
+
+def split_extension(local_part: str, delimiters: str) -> Tuple[str, str]:
+    """(base, extension): the extension begins with its delimiter, and is "" where there is none to cut off.
+
+    Source: Postfix split_addr.c, and postconf(5) recipient_delimiter, owner_request_special.
+    """
+    if local_part in _NEVER_SPLIT:
+        return local_part, ""
+    if "-" in delimiters and (local_part.startswith("owner-") or local_part.endswith("-request")):
+        return local_part, ""
+    cut = next((index for index, character in enumerate(local_part) if character in delimiters), 0)
+    return (local_part[:cut], local_part[cut:]) if cut else (local_part, "")
+
+
+def address_spellings(address: Address, delimiters: str) -> List[Tuple[Address, str]]:
+    """(address, extension) to look up, in this order: the address itself, then without its extension if it has one."""
+    base, extension = split_extension(address.local_part, delimiters)
+    return [(address, "")] + ([(Address(base, address.domain), extension)] if extension else [])
+
+
+def quote_local_part(local_part: str) -> str:
+    """The local part as it must stand in an address of a lookup table's answer (RFC 5322, section 3.2.4)."""
+    if _UNQUOTED_LOCAL_PART.fullmatch(local_part):
+        return local_part
+    return '"' + re.sub(r'(["\\])', r"\\\1", local_part) + '"'
+
+
+def format_mailbox(username: str, extension: str, domain: str) -> str:
+    """Where the mail of username goes: username+extension@domain; a username that is an address already stays as it is."""
+    return username if "@" in username else f"{quote_local_part(username + extension)}@{domain}"
+
+
+# ---------------------------------------------------------------------------------------------------------------------------------
+# 4. Cache
+# Answers of the directory for a limited time. Bounded; negative answers have a tenth of the room and are pushed out first, so that
+# a dictionary attack cannot make the daemon forget the users it knows. All handler threads enter here.
+# ---------------------------------------------------------------------------------------------------------------------------------
+
+_Value = TypeVar("_Value")
+
+
+class Cache(Generic[_Value]):
+    """A least-recently-used store with a time to live, in seconds of the clock passed in."""
+
+    def __init__(self, max_entries: int, clock: Callable[[], float] = time.monotonic) -> None:
+        self._max_entries = max_entries
+        self._max_negative = max(1, max_entries // 10)
+        self._clock = clock
+        self._lock = threading.Lock()  # guards the two dicts
+        self._positive: OrderedDict[Any, Tuple[float, _Value]] = OrderedDict()  # key: (fresh until, value), oldest use first
+        self._negative: OrderedDict[Any, Tuple[float, _Value]] = OrderedDict()
+
+    def get(self, key: Any) -> Optional[_Value]:
+        """The fresh value, or None when there is none."""
+        now = self._clock()
+        with self._lock:
+            for store in (self._positive, self._negative):
+                entry = store.get(key)
+                if entry is None:
+                    continue
+                if now < entry[0]:
+                    store.move_to_end(key)
+                    return entry[1]
+                del store[key]
+        return None
+
+    def put(self, key: Any, value: _Value, ttl_seconds: float, *, positive: bool) -> None:
+        """Remember value from now on; it replaces what was known of key, positive or negative."""
+        fresh_until = self._clock() + ttl_seconds
+        with self._lock:
+            self._positive.pop(key, None)
+            self._negative.pop(key, None)
+            if not positive and len(self._positive) >= self._max_entries:
+                return  # full of users we know: they stay
+            (self._positive if positive else self._negative)[key] = (fresh_until, value)
+            while len(self._negative) > self._max_negative or (self._negative and len(self) > self._max_entries):
+                self._negative.popitem(last=False)
+            while len(self) > self._max_entries:
+                self._positive.popitem(last=False)
+
+    def __len__(self) -> int:
+        return len(self._positive) + len(self._negative)
+
+
+# ---------------------------------------------------------------------------------------------------------------------------------
+# 5. Database
+# Every SQL statement of the daemon. One connection a thread, since sqlite3 connections must not be shared. Nothing read here is
+# ever kept beyond the answer it was read for, so a change by mailcloakctl counts from the next request on.
+# ---------------------------------------------------------------------------------------------------------------------------------
+
+SCHEMA_VERSION = 1
+
+SCHEMA = """\
+-- The state of mailcloak: aliases and apps. Written by mailcloakctl, read by mailcloak and by Dovecot.
+-- The version of this schema is PRAGMA user_version. Addresses and names are stored in lower case, domains in A-label form.
+
+-- An address that leads to a user's mailbox. The address counts only if its domain is one of policy.domain.
+CREATE TABLE IF NOT EXISTS aliases (
+    alias_email TEXT PRIMARY KEY,                                  -- local-part@domain, without an extension
+    username    TEXT NOT NULL,                                     -- the Keycloak user who receives and may send as it
+    enabled     INTEGER NOT NULL DEFAULT 1 CHECK (enabled IN (0, 1)), -- 0: the address exists for nobody
+    updated_at  INTEGER NOT NULL DEFAULT (strftime('%s', 'now'))   -- seconds since 1970, UTC
+);
+CREATE INDEX IF NOT EXISTS aliases_username ON aliases (username); -- all aliases of one user
+
+-- A login that may send but never receives: a printer, a shop, a monitoring system. Dovecot checks its password.
+CREATE TABLE IF NOT EXISTS apps (
+    app_id      TEXT PRIMARY KEY,                                  -- the SASL username
+    secret_hash TEXT NOT NULL,                                     -- {SCHEME}hash as in Dovecot, never the password itself
+    enabled     INTEGER NOT NULL DEFAULT 1 CHECK (enabled IN (0, 1)), -- 0: may neither log in nor send
+    created_at  INTEGER NOT NULL DEFAULT (strftime('%s', 'now'))   -- seconds since 1970, UTC
+);
+
+-- The sender addresses that an app may use.
+CREATE TABLE IF NOT EXISTS app_from (
+    app_id    TEXT NOT NULL,
+    from_addr TEXT NOT NULL,                                       -- the exact sender; the empty string is the null sender <>
+    enabled   INTEGER NOT NULL DEFAULT 1 CHECK (enabled IN (0, 1)), -- 0: as if the row were not there
+    PRIMARY KEY (app_id, from_addr),                               -- an address is allowed once
+    FOREIGN KEY (app_id) REFERENCES apps (app_id) ON DELETE CASCADE -- an app takes its addresses with it
+);
+"""
+
+
+class Alias(NamedTuple):
+    username: str
+    enabled: bool
+
+
+class App(NamedTuple):
+    enabled: bool
+    may_send: bool  # is the sender asked about in its list?
+
+
+def connect_database(path: str, busy_seconds: float) -> sqlite3.Connection:
+    """A connection to an existing file, in autocommit mode; raises sqlite3.Error.
+
+    Opened for writing even to read: only then can SQLite roll back the journal that a killed writer left behind. SQLite falls back
+    to reading by itself where the file may not be written. The connection may be closed, though not used, by another thread.
+    """
+    uri = f"file:{urllib.parse.quote(path)}?mode=rw"
+    connection = sqlite3.connect(uri, uri=True, timeout=busy_seconds, isolation_level=None, check_same_thread=False)
+    connection.execute("PRAGMA foreign_keys = ON")
+    return connection
+
+
+def _create_database_file(path: str) -> bool:
+    """Make an empty file that belongs to the owner and group of its directory; False if there is one already."""
+    try:
+        descriptor = os.open(path, os.O_CREAT | os.O_EXCL | os.O_RDWR | os.O_CLOEXEC, 0o640)
+    except FileExistsError:
+        return False
+    except FileNotFoundError as exc:
+        raise StartError(
+            f"sqlite.path: directory {os.path.dirname(path)!r} does not exist, create it for the user that runs mailcloak"
+        ) from exc
+    except OSError as exc:
+        raise StartError(
+            f"sqlite.path: {path!r} cannot be created: {exc.strerror}, as user {pwd.getpwuid(os.geteuid()).pw_name!r}"
+        ) from exc
+    try:
+        os.fchmod(descriptor, 0o640)
+        directory = os.stat(os.path.dirname(path))
+        if os.geteuid() == 0:
+            os.fchown(descriptor, directory.st_uid, directory.st_gid)
+    finally:
+        os.close(descriptor)
+    return True
+
+
+def prepare_database(path: str) -> bool:
+    """Create the file and its schema where missing; True if the file is new.
+
+    Raises StartError where it cannot be made or belongs to a newer mailcloak; DatabaseUnavailable where it is there and cannot be read.
+    """
+    created = _create_database_file(path)
+    try:
+        with contextlib.closing(connect_database(path, 30)) as connection:
+            version = connection.execute("PRAGMA user_version").fetchone()[0]
+            if version > SCHEMA_VERSION:
+                raise StartError(
+                    f"sqlite.path: {path!r} has schema version {version}, this mailcloak knows {SCHEMA_VERSION}: install a newer one"
+                )
+            if version < SCHEMA_VERSION:
+                connection.executescript(f"BEGIN IMMEDIATE; {SCHEMA} PRAGMA user_version = {SCHEMA_VERSION}; COMMIT;")
+    except sqlite3.Error as exc:
+        raise DatabaseUnavailable(f"database: {path!r}: {exc}") from exc
+    return created
+
+
+class Database:
+    """The daemon's view of the file. Every method raises DatabaseUnavailable when SQLite gives no usable answer."""
+
+    def __init__(self, path: str, busy_seconds: float = DATABASE_BUSY_SECONDS) -> None:
+        self._path = path
+        self._busy_seconds = busy_seconds
+        self._local = threading.local()  # .connection and .identity, of this thread alone
+
+    def find_alias(self, address: str) -> Optional[Alias]:
+        """The alias row of this exact, normalised address."""
+        rows = self._rows("SELECT CAST(username AS TEXT), enabled FROM aliases WHERE alias_email = ?", (address,))
+        return Alias(rows[0][0].lower(), rows[0][1] == 1) if rows else None
+
+    def find_app(self, app_id: str, sender: str) -> Optional[App]:
+        """The app, and whether the normalised sender ("" is <>) is in its list; None if no app has that id."""
+        rows = self._rows(
+            "SELECT enabled, EXISTS (SELECT 1 FROM app_from WHERE app_id = apps.app_id AND from_addr = ? AND enabled = 1)"
+            " FROM apps WHERE app_id = ?",
+            (sender, app_id),
+        )
+        return App(rows[0][0] == 1, rows[0][1] == 1) if rows else None
+
+    def check(self) -> None:
+        """Raise DatabaseUnavailable if a question could not be answered now."""
+        self._rows("SELECT 1 FROM aliases, apps, app_from LIMIT 1", ())
+
+    def close(self) -> None:
+        """Close this thread's connection, if it has one."""
+        connection = getattr(self._local, "connection", None)
+        self._local.connection = None
+        if connection is not None:
+            connection.close()
+
+    def _rows(self, statement: str, parameters: Tuple[str, ...]) -> List[Any]:
+        try:
+            return self._connection().execute(statement, parameters).fetchall()
+        except (sqlite3.Error, OSError, UnicodeError) as exc:
+            self.close()  # a fresh connection next time: the file may have been replaced or mended meanwhile
+            raise DatabaseUnavailable(f"database: {self._path!r}: {exc}") from exc
+
+    def _connection(self) -> sqlite3.Connection:
+        """This thread's connection, to the file that has the name now: a file put in its place by rename is noticed."""
+        status = os.stat(self._path)
+        identity = (status.st_dev, status.st_ino)
+        if getattr(self._local, "connection", None) is None or self._local.identity != identity:
+            self.close()
+            self._local.connection = connect_database(self._path, self._busy_seconds)
+            self._local.identity = identity
+            self._local.connection.execute("PRAGMA query_only = ON")
+        connection: sqlite3.Connection = self._local.connection
+        return connection
+
+
+# ---------------------------------------------------------------------------------------------------------------------------------
+# 6. Directory
+# Who the users are: Keycloak, or static_users of the config. Lookups at Keycloak run in a few worker threads; a handler thread
+# waits for its answer until its deadline and not longer, whatever DNS, TLS or a dripping body may do to the worker.
+# ---------------------------------------------------------------------------------------------------------------------------------
+
+
+class User(NamedTuple):
+    username: str  # lower-cased
+    email: str  # primary e-mail, normalised; "" if there is none that counts
+    enabled: bool
+
+
+class Login(NamedTuple):
+    """Whom a sasl_username names. username is "" unless state is "enabled"."""
+
+    username: str
+    state: str  # "enabled", "disabled", "missing", or "ambiguous": one user's name and another's e-mail
+
+
+Users = Tuple[User, ...]
+Deadline = float  # of time.monotonic()
+
+
+class StaticDirectory:
+    """static_users of the config: the embedded directory for trials, tests and small hosts."""
+
+    def __init__(self, users: Mapping[str, str]) -> None:
+        self._users = [User(username, address, True) for username, address in users.items()]
+
+    def find_users(self, attribute: str, value: str, deadline: Deadline) -> Users:
+        """All users whose "email" or "username" is value."""
+        return tuple(user for user in self._users if getattr(user, attribute) == value)
+
+    def give_up(self) -> None:
+        """Nothing is ever pending here."""
+
+    def close(self) -> None:
+        """Nothing to end here."""
+
+
+class _DeadlineReader(io.RawIOBase):
+    """A socket's bytes for as long as the thread's deadline allows: a timeout alone would start anew with each byte that drips in."""
+
+    def __init__(self, raw: io.RawIOBase, sock: socket.socket, deadline: Callable[[], float]) -> None:
+        self._raw, self._sock, self._deadline = raw, sock, deadline
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> Optional[int]:
+        self._sock.settimeout(max(0.001, self._deadline() - time.monotonic()))
+        return self._raw.readinto(buffer)
+
+    def close(self) -> None:
+        self._raw.close()
+        super().close()
+
+
+_thread = threading.local()  # .deadline: until when the request of this worker thread may take
+
+
+class _DeadlineResponse(http.client.HTTPResponse):
+    def __init__(self, sock: socket.socket, *args: Any, **kwargs: Any) -> None:
+        super().__init__(sock, *args, **kwargs)
+        self.fp = io.BufferedReader(_DeadlineReader(self.fp.detach(), sock, lambda: float(_thread.deadline)))
+
+
+class _HTTPConnection(urllib3.connection.HTTPConnection):
+    response_class = _DeadlineResponse
+
+
+class _HTTPSConnection(urllib3.connection.HTTPSConnection):
+    response_class = _DeadlineResponse
+
+
+class _HTTPPool(urllib3.HTTPConnectionPool):
+    ConnectionCls = _HTTPConnection
+
+
+class _HTTPSPool(urllib3.HTTPSConnectionPool):
+    ConnectionCls = _HTTPSConnection
+
+
+class _DeadlineAdapter(requests.adapters.HTTPAdapter):
+    def init_poolmanager(self, *args: Any, **kwargs: Any) -> None:
+        super().init_poolmanager(*args, **kwargs)
+        self.poolmanager.pool_classes_by_scheme = {"http": _HTTPPool, "https": _HTTPSPool}
+
+
+def _system_ca() -> Any:
+    """The host's own CA bundle or folder rather than the one that pip may have brought with requests."""
+    paths = ssl.get_default_verify_paths()
+    return paths.cafile or paths.capath or True
+
+
+def _new_session(ca_file: str) -> requests.Session:
+    """An HTTP session for one thread, deaf to proxies and .netrc of the environment: requests does not promise thread safety."""
+    session = requests.Session()
+    session.trust_env = False
+    session.verify = ca_file or _system_ca()
+    session.headers.update({"User-Agent": f"mailcloak/{__version__}", "Accept": "application/json", "Accept-Encoding": "identity"})
+    for scheme in ("http://", "https://"):
+        session.mount(scheme, _DeadlineAdapter(pool_connections=1, pool_maxsize=1))
+    return session
+
+
+def _describe_failure(exc: BaseException) -> str:
+    """Why an HTTP request failed, from the innermost cause; never a URL, a header or a body."""
+    chain: List[BaseException] = []
+    current: Optional[BaseException] = exc
+    while current is not None and current not in chain:
+        chain.append(current)
+        nested = [each for each in (*current.args, getattr(current, "reason", None)) if isinstance(each, BaseException)]
+        current = nested[0] if nested else current.__cause__ or current.__context__
+    for each in reversed(chain):
+        if isinstance(each, ssl.SSLCertVerificationError):
+            return f"certificate refused ({each.verify_message}), check keycloak.ca_file"
+        if isinstance(each, (socket.timeout, requests.Timeout)):
+            return "timed out"
+        if isinstance(each, OSError) and each.strerror:
+            return str(each.strerror).lower()
+    return f"connection failed ({type(chain[-1]).__name__})"
+
+
+class _Lookup:
+    """One question under way at Keycloak; those who ask the same meanwhile wait for it too."""
+
+    __slots__ = ("attribute", "deadline", "done", "error", "users", "value")
+
+    def __init__(self, attribute: str, value: str, deadline: Deadline) -> None:
+        self.attribute, self.value, self.deadline = attribute, value, deadline
+        self.done = threading.Event()
+        self.users: Users = ()
+        self.error: Optional[DirectoryUnavailable] = None
+
+
+class KeycloakDirectory:
+    """Users by e-mail or username from Keycloak's admin REST interface, one access token for all."""
+
+    def __init__(self, config: KeycloakConfig) -> None:
+        self._config = config
+        realm = urllib.parse.quote(config.realm, safe="")
+        self._token_url = f"{config.base_url}/realms/{realm}/protocol/openid-connect/token"
+        self._users_url = f"{config.base_url}/admin/realms/{realm}/users"
+        self._queue: queue.SimpleQueue[Optional[_Lookup]] = queue.SimpleQueue()
+        self._lock = threading.Lock()  # guards _pending and _outage
+        self._pending: Dict[Tuple[str, str], _Lookup] = {}
+        self._outage: Optional[Tuple[float, int]] = None  # (since, lookups that failed), while Keycloak is away
+        self._token_turn = threading.Condition()  # guards the four below
+        self._token = ""
+        self._token_good_until = 0.0
+        self._token_being_fetched = False
+        for number in range(MAX_DIRECTORY_REQUESTS):
+            threading.Thread(target=self._work, name=f"keycloak-{number}", daemon=True).start()
+
+    def find_users(self, attribute: str, value: str, deadline: Deadline) -> Users:
+        """All users whose "email" or "username" is value, which is normalised and not empty; disabled ones too.
+
+        Raises DirectoryUnavailable, at the deadline at the latest.
+        Source: Keycloak admin REST interface, GET /admin/realms/{realm}/users with exact and briefRepresentation.
+        """
+        key = (attribute, value)
+        with self._lock:
+            lookup = self._pending.get(key)
+            if lookup is None:
+                if len(self._pending) >= MAX_DIRECTORY_WAITING:
+                    raise DirectoryUnavailable(self._message("too many lookups are waiting"))
+                lookup = self._pending[key] = _Lookup(attribute, value, deadline)
+                self._queue.put(lookup)
+        if not lookup.done.wait(max(0.0, deadline - time.monotonic())):
+            error = DirectoryUnavailable(self._message(f"no answer within {self._config.timeout_seconds:g} s"))
+            self._note_failure(error)
+            raise error
+        if lookup.error is not None:
+            raise DirectoryUnavailable(str(lookup.error)) from lookup.error
+        return lookup.users
+
+    def give_up(self) -> None:
+        """Fail every pending lookup now: at shutdown nobody waits longer."""
+        with self._lock:
+            pending, self._pending = list(self._pending.values()), {}
+        for lookup in pending:
+            lookup.error = lookup.error or DirectoryUnavailable(self._message("shutting down"))
+            lookup.done.set()
+
+    def close(self) -> None:
+        """End the worker threads after what is queued."""
+        for _ in range(MAX_DIRECTORY_REQUESTS):
+            self._queue.put(None)
+
+    # ---- worker threads
+
+    def _work(self) -> None:
+        with _new_session(self._config.ca_file) as session:
+            while True:
+                lookup = self._queue.get()
+                if lookup is None:
+                    return
+                self._serve(session, lookup)
+
+    def _serve(self, session: requests.Session, lookup: _Lookup) -> None:
+        try:
+            lookup.users = self._search(session, lookup)
+        except DirectoryUnavailable as exc:
+            lookup.error = exc
+        except Exception as exc:  # a bug or bytes nobody thought of: an outage for this question, never the end of the worker
+            log.error("directory: internal error %s", _describe_exception(exc))
+            lookup.error = DirectoryUnavailable(self._message("internal error"))
+        with self._lock:
+            if self._pending.get((lookup.attribute, lookup.value)) is lookup:
+                del self._pending[(lookup.attribute, lookup.value)]
+        if lookup.error is not None:
+            self._note_failure(lookup.error)
+        else:
+            self._note_success()
+        lookup.done.set()
+
+    def _search(self, session: requests.Session, lookup: _Lookup) -> Users:
+        spellings = [lookup.value]
+        if lookup.attribute == "email" and "xn--" in lookup.value:
+            spellings.append(_to_unicode_domain(lookup.value))  # Keycloak stores an internationalised domain as it was typed
+        found: Dict[str, User] = {}
+        for spelling in dict.fromkeys(spellings):
+            records = self._get_users({lookup.attribute: spelling}, session, lookup.deadline)
+            matches = [record for record in records if self._matches(record, lookup)]
+            if len(records) >= MAX_DIRECTORY_MATCHES and not matches:
+                raise DirectoryUnavailable(self._message(f"{len(records)} users for one {lookup.attribute} and no exact match"))
+            found.update(
+                (user.username, user) for user in map(self._to_user, matches) if user.email or lookup.attribute == "username"
+            )
+        return tuple(found.values())
+
+    def _matches(self, record: Mapping[str, Any], lookup: _Lookup) -> bool:
+        """Is this really the user asked for? Older servers ignore exact=true and send everybody whose name contains the value."""
+        if lookup.attribute == "username":
+            return self._string(record, "username").lower() == lookup.value
+        return normalise_address(self._string(record, "email")).text == lookup.value
+
+    def _to_user(self, record: Mapping[str, Any]) -> User:
+        username, email = self._string(record, "username").lower(), self._string(record, "email")
+        enabled, verified = record.get("enabled"), record.get("emailVerified", False)
+        if not username or not isinstance(enabled, bool) or not isinstance(verified, bool):
+            raise DirectoryUnavailable(self._message("a user record without username or enabled"))
+        is_service_account = bool(record.get("serviceAccountClientId")) or username.startswith("service-account-")
+        if is_service_account or (self._config.require_verified_email and not verified):
+            email = ""
+        return User(username, normalise_address(email).text, enabled)
+
+    def _string(self, record: Mapping[str, Any], name: str) -> str:
+        value = record.get(name)
+        if value is not None and not isinstance(value, str):
+            raise DirectoryUnavailable(self._message(f"a user record whose {name} is not text"))
+        return value or ""
+
+    def _get_users(self, query: Mapping[str, str], session: requests.Session, deadline: Deadline) -> List[Dict[str, Any]]:
+        """The list of user records for a query; one renewal of the token if Keycloak says 401."""
+        parameters = {**query, "exact": "true", "briefRepresentation": "true", "max": str(MAX_DIRECTORY_MATCHES)}
+        token = self._access_token(session, deadline, rejected="")
+        for attempt in (1, 2):
+            headers = {"Authorization": f"Bearer {token}"}
+            status, body = self._exchange(session, deadline, "GET", self._users_url, params=parameters, headers=headers)
+            if status != 401 or attempt == 2:
+                break
+            token = self._access_token(session, deadline, rejected=token)
+        if status == 403:
+            raise DirectoryUnavailable(
+                self._message(
+                    f"search refused (HTTP 403), give the service account of client {self._config.client_id!r} the realm-management role view-users"
+                )
+            )
+        if status != 200:
+            raise DirectoryUnavailable(self._message(f"search failed (HTTP {status})"))
+        records = self._json(body)
+        if not isinstance(records, list) or not all(isinstance(record, dict) for record in records):
+            raise DirectoryUnavailable(self._message("the answer to a search is not a list of users"))
+        return records
+
+    def _access_token(self, session: requests.Session, deadline: Deadline, rejected: str) -> str:
+        """A token that is not the rejected one. One thread fetches, the others wait for it."""
+        with self._token_turn:
+            while self._token_being_fetched:
+                if not self._token_turn.wait(max(0.0, deadline - time.monotonic())):
+                    raise DirectoryUnavailable(self._message("timed out waiting for a token"))
+            if self._token not in ("", rejected) and time.monotonic() < self._token_good_until:
+                return self._token
+            self._token_being_fetched = True
+        token, life_seconds = "", 0.0
+        try:
+            asked_at = time.monotonic()
+            token, life_seconds = self._fetch_token(session, deadline)
+        finally:
+            with self._token_turn:
+                self._token_being_fetched = False
+                self._token, self._token_good_until = token, asked_at + life_seconds * TOKEN_LIFE_USED
+                self._token_turn.notify_all()
+        return token
+
+    def _fetch_token(self, session: requests.Session, deadline: Deadline) -> Tuple[str, float]:
+        """(access_token, its life in seconds) by the client credentials grant (RFC 6749, section 4.4)."""
+        form = {
+            "grant_type": "client_credentials",
+            "client_id": self._config.client_id,
+            "client_secret": self._config.client_secret,
+        }
+        status, body = self._exchange(session, deadline, "POST", self._token_url, data=form)
+        if status == 404:
+            raise DirectoryUnavailable(self._message("no such realm (HTTP 404), check keycloak.realm and keycloak.base_url"))
+        if status in (400, 401):
+            reason = ""
+            with contextlib.suppress(DirectoryUnavailable, AttributeError, TypeError):
+                reason = " " + "".join(re.findall(r"^[a-z_]{1,40}$", self._json(body).get("error")))
+            raise DirectoryUnavailable(
+                self._message(
+                    f"token refused (HTTP {status}{reason.rstrip()}), check keycloak.client_id and keycloak.client_secret"
+                )
+            )
+        if status != 200:
+            raise DirectoryUnavailable(self._message(f"no token (HTTP {status})"))
+        answer = self._json(body)
+        token = answer.get("access_token") if isinstance(answer, dict) else None
+        life = answer.get("expires_in") if isinstance(answer, dict) else None
+        if (
+            not isinstance(token, str)
+            or not re.fullmatch(r"[!-~]+", token)
+            or not isinstance(life, (int, float))
+            or not 0 < life < math.inf
+        ):
+            raise DirectoryUnavailable(self._message("the answer to the token request holds no token"))
+        return token, float(life)
+
+    def _exchange(self, session: requests.Session, deadline: Deadline, method: str, url: str, **options: Any) -> Tuple[int, bytes]:
+        """(status, body) of one request, finished by the deadline."""
+        try:
+            try:
+                return self._exchange_once(session, deadline, method, url, options)
+            except requests.ConnectionError:  # most likely a kept connection that the server has closed meanwhile
+                return self._exchange_once(session, deadline, method, url, options)
+        except (requests.RequestException, urllib3.exceptions.HTTPError, http.client.HTTPException, OSError, ValueError) as exc:
+            raise DirectoryUnavailable(self._message(_describe_failure(exc))) from exc
+
+    def _exchange_once(
+        self, session: requests.Session, deadline: Deadline, method: str, url: str, options: Mapping[str, Any]
+    ) -> Tuple[int, bytes]:
+        remaining = deadline - time.monotonic()
+        if remaining <= 0:
+            raise DirectoryUnavailable(self._message("timed out"))
+        _thread.deadline = deadline
+        with session.request(method, url, timeout=remaining, allow_redirects=False, stream=True, **options) as response:
+            return response.status_code, self._read_body(response)
+
+    def _read_body(self, response: requests.Response) -> bytes:
+        body = bytearray()
+        for chunk in response.iter_content(64 * 1024):
+            body += chunk
+            if len(body) > MAX_DIRECTORY_BODY_BYTES:
+                raise DirectoryUnavailable(self._message(f"an answer of more than {MAX_DIRECTORY_BODY_BYTES} bytes"))
+        return bytes(body)
+
+    def _json(self, body: bytes) -> Any:
+        try:
+            return json.loads(body)
+        except (ValueError, RecursionError) as exc:
+            raise DirectoryUnavailable(self._message("the answer is not JSON")) from exc
+
+    def _message(self, what: str) -> str:
+        return f"directory: realm {self._config.realm!r}: {what}"
+
+    # ---- one line when an outage begins, one when it ends
+
+    def _note_failure(self, error: DirectoryUnavailable) -> None:
+        with self._lock:
+            since, failures = self._outage or (time.monotonic(), 0)
+            self._outage = (since, failures + 1)
+        if failures == 0:
+            log.warning("%s", error)
+
+    def _note_success(self) -> None:
+        if self._outage is None:  # read without the lock: the common case, and a late line is no harm
+            return
+        with self._lock:
+            outage, self._outage = self._outage, None
+        if outage:
+            log.warning(
+                "%s", self._message(f"answers again, after {time.monotonic() - outage[0]:.0f} s and {outage[1]} failed lookups")
+            )
+
+
+def _to_unicode_domain(address: str) -> str:
+    local_part, _, domain = address.rpartition("@")
+    try:
+        return f"{local_part}@{idna.decode(domain)}"
+    except (UnicodeError, ValueError, IndexError):
+        return address
+
+
+def _describe_exception(exc: BaseException) -> str:
+    """Type, text and place of an unexpected exception on one line."""
+    frame = exc.__traceback__
+    while frame is not None and frame.tb_next is not None:
+        frame = frame.tb_next
+    place = f"{os.path.basename(frame.tb_frame.f_code.co_filename)}:{frame.tb_lineno}" if frame else "?"
+    return f"error={type(exc).__name__} text={escape_for_log(str(exc))} at={place}"
+
+
+class CachedDirectory:
+    """The directory behind the cache, as the decisions want it: who has this address, and whom does this login name."""
+
+    def __init__(self, directory: Any, policy: PolicyConfig, clock: Callable[[], float] = time.monotonic) -> None:
+        self._directory = directory
+        self._ttl_seconds = policy.cache_ttl_seconds
+        self._negative_ttl_seconds = policy.negative_cache_ttl_seconds
+        self._cache: Cache[Any] = Cache(policy.cache_max_entries, clock)
+
+    def find_holders(self, address: str, deadline: Deadline) -> Users:
+        """The users whose primary e-mail this is, disabled ones too. Raises DirectoryUnavailable."""
+        holders: Optional[Users] = self._cache.get(("holders", address))
+        if holders is None:
+            holders = self._directory.find_users("email", address, deadline)
+            self._put(("holders", address), holders, any(user.enabled for user in holders))
+        return holders
+
+    def find_login(self, sasl_username: str, deadline: Deadline) -> Login:
+        """Whom sasl_username, lower-cased, names: a username or, where there is no such username, a primary e-mail."""
+        login: Optional[Login] = self._cache.get(("login", sasl_username))
+        if login is None:
+            named = self._directory.find_users("username", sasl_username, deadline)
+            address = normalise_address(sasl_username)
+            holders = self._directory.find_users("email", address.text, deadline) if address.is_plain else ()
+            login = resolve_login(named, holders)
+            self._put(("login", sasl_username), login, login.state == "enabled")
+        return login
+
+    def give_up(self) -> None:
+        self._directory.give_up()
+
+    def close(self) -> None:
+        self._directory.close()
+
+    def _put(self, key: Tuple[str, str], value: Any, positive: bool) -> None:
+        self._cache.put(key, value, self._ttl_seconds if positive else self._negative_ttl_seconds, positive=positive)
+
+
+def resolve_login(named: Users, holders: Users) -> Login:
+    """The login of users found by username (named) and by primary e-mail (holders). A user without an e-mail does not exist."""
+    usernames = {user.username for user in named + holders}
+    if len(usernames) > 1:
+        return Login("", "ambiguous")
+    users = [user for user in named + holders if user.email]
+    if not users:
+        return Login("", "missing")
+    return Login(users[0].username, "enabled") if all(user.enabled for user in users) else Login("", "disabled")
+
+
+# ---------------------------------------------------------------------------------------------------------------------------------
+# 7. Decisions
+# From a request and the facts to an answer: the decision tables, row by row. Pure: no socket, log line or clock. Facts are asked for
+# only when a row needs them, so that an alias is answered while Keycloak is away; a test hands in facts made of plain values.
+# ---------------------------------------------------------------------------------------------------------------------------------
+
+
+class PolicyRequest(NamedTuple):
+    """The attributes of a policy request that decide or are logged, as the client sent them. Source: SMTPD_POLICY_README."""
+
+    protocol_state: str = ""
+    policy_context: str = ""
+    recipient: str = ""
+    sender: str = ""
+    sasl_username: str = ""
+    sasl_method: str = ""
+    client_address: str = ""
+    queue_id: str = ""
+
+
+class Action(NamedTuple):
+    """An answer to Postfix, and why, for the log. level is the level at which it is logged."""
+
+    text: str
+    reason: str
+    level: int = logging.INFO
+
+
+class Owner(NamedTuple):
+    """Whose an address is. username is "" for nobody, and also where two users share a primary e-mail."""
+
+    username: str
+    source: str  # "alias", "primary", "nobody", or why it is not known: "directory-unavailable", "database-unavailable"
+    extension: str = ""  # what was cut off the address to find the owner, with its delimiter
+
+
+class Facts:
+    """What a decision may ask. The daemon's are looked up (section 9); a test's are values."""
+
+    def find_alias(self, address: Address) -> Optional[Alias]:
+        """Raises DatabaseUnavailable."""
+        raise NotImplementedError
+
+    def find_app(self, app_id: str, sender: Address) -> Optional[App]:
+        """Raises DatabaseUnavailable."""
+        raise NotImplementedError
+
+    def find_holders(self, address: Address) -> Users:
+        """Raises DirectoryUnavailable."""
+        raise NotImplementedError
+
+    def find_login(self, sasl_username: str) -> Login:
+        """Raises DirectoryUnavailable."""
+        raise NotImplementedError
+
+
+NO_SUCH_USER = "550 5.1.1 No such user"
+LOCAL_SENDER_UNAUTHENTICATED = "553 5.7.1 Sending from local domains requires authentication"
+SENDER_NOT_OWNED = "553 5.7.1 Sender not owned by authenticated user"
+DIRECTORY_FAILED = "451 4.3.0 Temporary authentication/lookup failure"
+INTERNAL_ERROR = "451 4.3.0 Temporary internal error"
+TOKEN_METHODS = frozenset({"xoauth2", "oauthbearer"})  # only these prove a Keycloak user; any other method is an app's
+
+
+def accept(reason: str) -> Action:
+    """No objection. Never OK, which would end Postfix's restriction list and skip the checks after this one (access(5))."""
+    return Action("DUNNO", reason, logging.DEBUG)
+
+
+def is_local(address: Address, policy: PolicyConfig) -> bool:
+    """In our domains, or without a domain, to which Postfix will append one of ours."""
+    return address.domain in policy.domain or bool(address.local_part and not address.domain)
+
+
+def find_owner(address: Address, policy: PolicyConfig, facts: Facts) -> Owner:
+    """Whose address this is: enabled alias, primary e-mail, disabled alias (nobody), then the same without the extension.
+
+    Without SQLite a primary e-mail still counts; without Keycloak only an exact, enabled alias does, since the address might be
+    somebody's primary e-mail. Raises nothing.
+    """
+    if address.domain not in policy.domain or not address.is_plain:
+        return Owner("", "nobody")
+    database_failed = False
+    for spelling, extension in address_spellings(address, policy.recipient_delimiter):
+        alias = None
+        try:
+            alias = facts.find_alias(spelling)
+        except DatabaseUnavailable:
+            database_failed = True
+        if alias and alias.enabled:
+            return Owner(alias.username, "alias", extension)
+        try:
+            holders = facts.find_holders(spelling)
+        except DirectoryUnavailable:
+            return Owner("", "directory-unavailable")
+        if any(user.enabled for user in holders):
+            return Owner(holders[0].username if len(holders) == 1 else "", "primary", extension)
+        if alias:
+            return Owner("", "nobody")
+    return Owner("", "database-unavailable" if database_failed else "nobody")
+
+
+def decide_recipient(recipient: Address, policy: PolicyConfig, facts: Facts) -> Action:
+    """May mail for recipient come in?
+
+    DUNNO for an address that has an owner and for domains that are not ours, 550 when it has none, 451 when that is not known.
+    """
+    if policy.mailbox_domain and recipient.domain == policy.mailbox_domain:
+        return Action(NO_SUCH_USER, "mailbox-domain")
+    if not is_local(recipient, policy):
+        return accept("recipient-not-local")
+    owner = find_owner(recipient, policy, facts)
+    if owner.source in ("alias", "primary"):
+        return accept(owner.source)
+    if owner.source == "directory-unavailable":
+        if policy.keycloak_failure_mode == "tempfail":
+            return Action(DIRECTORY_FAILED, owner.source)
+        return Action("DUNNO", owner.source)
+    if owner.source == "database-unavailable":
+        return Action(INTERNAL_ERROR, owner.source)
+    return Action(NO_SUCH_USER, "unknown-recipient")
+
+
+def decide_sender(request: PolicyRequest, policy: PolicyConfig, facts: Facts) -> Action:
+    """May this client, logged in or not, use this sender?"""
+    sender = normalise_address(request.sender)
+    if not request.sasl_username:
+        return _decide_unauthenticated(sender, policy)
+    sasl_username = request.sasl_username.lower()
+    if request.sasl_method.lower() not in TOKEN_METHODS:
+        try:
+            app = facts.find_app(sasl_username, sender)
+        except DatabaseUnavailable:
+            return Action(INTERNAL_ERROR, "database-unavailable")
+        if app:  # also when disabled: an app that has a user's name must never become that user
+            return (
+                accept("app")
+                if app.enabled and app.may_send
+                else Action(SENDER_NOT_OWNED, "app-sender" if app.enabled else "app-disabled")
+            )
+    return _decide_user(sasl_username, sender, policy, facts)
+
+
+def _decide_unauthenticated(sender: Address, policy: PolicyConfig) -> Action:
+    if not is_local(sender, policy):
+        return accept("sender-not-local")
+    if policy.unauthenticated_local_sender == "reject":
+        return Action(LOCAL_SENDER_UNAUTHENTICATED, "local-sender-unauthenticated")
+    level = logging.INFO if policy.unauthenticated_local_sender == "warn" else logging.DEBUG
+    return Action("DUNNO", "local-sender-unauthenticated", level)
+
+
+def _decide_user(sasl_username: str, sender: Address, policy: PolicyConfig, facts: Facts) -> Action:
+    try:
+        login = facts.find_login(sasl_username)
+    except DirectoryUnavailable:
+        return _decide_user_in_outage(sasl_username, sender, policy, facts)
+    if login.state == "ambiguous":
+        return Action(SENDER_NOT_OWNED, "login-ambiguous", logging.WARNING)
+    if login.state != "enabled":
+        return Action(SENDER_NOT_OWNED, f"login-{login.state}")
+    if sender.text == "":
+        return accept("null-sender")
+    if not is_local(sender, policy):
+        return accept("foreign-sender") if policy.foreign_sender == "dunno" else Action(SENDER_NOT_OWNED, "foreign-sender")
+    owner = find_owner(sender, policy, facts)
+    if owner.username and owner.username == login.username:
+        return accept(f"own-{owner.source}")
+    if owner.source == "directory-unavailable":
+        return _fail_sender(policy)
+    if owner.source == "database-unavailable":
+        return Action(INTERNAL_ERROR, owner.source)
+    return Action(SENDER_NOT_OWNED, "sender-not-owned")
+
+
+def _decide_user_in_outage(sasl_username: str, sender: Address, policy: PolicyConfig, facts: Facts) -> Action:
+    owner = find_owner(sender, policy, facts)
+    if owner.source == "alias" and owner.username == sasl_username:
+        return accept("own-alias")
+    return _fail_sender(policy)
+
+
+def _fail_sender(policy: PolicyConfig) -> Action:
+    return Action("DUNNO" if policy.keycloak_failure_mode == "dunno" else DIRECTORY_FAILED, "directory-unavailable")
+
+
+def decide_policy(request: PolicyRequest, policy: PolicyConfig, facts: Facts) -> Action:
+    """The answer to one policy request: at RCPT the recipient, then the sender; at MAIL the sender; else no objection."""
+    if request.protocol_state not in ("RCPT", "MAIL"):
+        return accept("other-state")
+    actions = []
+    if request.protocol_state == "RCPT" and request.policy_context != "sender":
+        actions.append(decide_recipient(normalise_address(request.recipient), policy, facts))
+    if request.policy_context != "recipient" and all(action.text == "DUNNO" for action in actions):
+        actions.append(decide_sender(request, policy, facts))
+    if not actions or actions[-1].text != "DUNNO":
+        return actions[-1] if actions else accept("nothing-to-check")
+    return Action("DUNNO", ",".join(action.reason for action in actions), max(action.level for action in actions))
+
+
+def decide_alias(key: str, policy: PolicyConfig, facts: Facts) -> Action:
+    """The socketmap's answer for a key of the alias map: "OK mailbox", "NOTFOUND ", or "TEMP reason".
+
+    "NOTFOUND " keeps its space: Postfix wants one after every status word (socketmap_table(5)).
+    """
+    address = normalise_address(key)
+    quoted = not _UNQUOTED_LOCAL_PART.fullmatch(address.local_part)
+    if "@" not in key or quoted or not address.is_plain or address.domain not in policy.domain:
+        return Action("NOTFOUND ", "not-local", logging.DEBUG)
+    not_found = Action("NOTFOUND ", "no-alias", logging.DEBUG)
+    try:
+        aliases = [facts.find_alias(spelling) for spelling, _ in address_spellings(address, policy.recipient_delimiter)]
+    except DatabaseUnavailable:
+        return Action("TEMP database not usable", "database-unavailable")
+    if not policy.mailbox_domain and not any(alias and alias.enabled for alias in aliases):
+        return not_found  # no alias can own it, so Keycloak need not be asked
+    owner = find_owner(address, policy, facts)
+    if owner.source.endswith("unavailable"):
+        return Action("TEMP lookup failed", owner.source)
+    if owner.source == "nobody" or (owner.source == "primary" and not policy.mailbox_domain):
+        return not_found
+    if not owner.username:
+        return Action("TEMP several users have this address", "shared-primary", logging.ERROR)
+    mailbox = format_mailbox(owner.username, owner.extension, policy.mailbox_domain or address.domain)
+    return Action(f"OK {mailbox}", owner.source, logging.DEBUG)
+
+
+# ---------------------------------------------------------------------------------------------------------------------------------
+# 8. Wire protocols
+# Bytes to requests and answers to bytes. A stream object holds the bytes of one connection that are not a whole request yet. No I/O.
+# ---------------------------------------------------------------------------------------------------------------------------------
+
+
+def _decode(data: bytes) -> str:
+    """Bytes of a client as text; what is not UTF-8 becomes characters that no stored address or name can hold."""
+    return data.decode("utf-8", "surrogateescape")
+
+
+class PolicyStream:
+    """Requests of the policy protocol: lines of name=value, ended by an empty line. Source: SMTPD_POLICY_README."""
+
+    def __init__(self) -> None:
+        self._buffer = b""
+
+    def feed(self, data: bytes) -> None:
+        self._buffer += data
+
+    def next_request(self) -> Optional[PolicyRequest]:
+        """The next whole request, None when there is none yet; raises ProtocolError for bytes that can never be one."""
+        if self._buffer.startswith(b"\n"):
+            raise ProtocolError("empty request")
+        end = self._buffer.find(b"\n\n", 0, MAX_POLICY_REQUEST_BYTES)
+        if end < 0:
+            if len(self._buffer) >= MAX_POLICY_REQUEST_BYTES:
+                raise ProtocolError(f"request longer than {MAX_POLICY_REQUEST_BYTES} bytes")
+            return None
+        request, self._buffer = self._buffer[:end], self._buffer[end + 2 :]
+        return parse_policy_request(request)
+
+    @staticmethod
+    def encode(action: Action) -> bytes:
+        return b"action=" + action.text.encode("utf-8", "replace") + b"\n\n"
+
+
+def parse_policy_request(data: bytes) -> PolicyRequest:
+    """One request without its empty line; attributes that are not listed are ignored. Raises ProtocolError."""
+    attributes = {}
+    for line in _decode(data).split("\n"):
+        name, equals, value = line.partition("=")
+        if not equals:
+            raise ProtocolError("line without '='")
+        attributes[name] = value
+    if attributes.get("request") != "smtpd_access_policy":
+        raise ProtocolError(f"request={escape_for_log(attributes.get('request', ''))}, expected smtpd_access_policy")
+    return PolicyRequest(*[attributes.get(name, "") for name in PolicyRequest._fields])
+
+
+class SocketmapQuery(NamedTuple):
+    name: str
+    key: str
+
+
+class SocketmapStream:
+    """Queries of the socketmap protocol: netstrings that hold a map name, a space and a key. Source: socketmap_table(5)."""
+
+    def __init__(self) -> None:
+        self._buffer = b""
+
+    def feed(self, data: bytes) -> None:
+        self._buffer += data
+
+    def next_request(self) -> Optional[SocketmapQuery]:
+        """The next whole query, None when there is none yet; raises ProtocolError for bytes that are not a netstring."""
+        digits, colon, rest = self._buffer.partition(b":")
+        if not re.fullmatch(rb"(0|[1-9][0-9]{0,4})?", digits) or (colon and not digits):
+            raise ProtocolError("not a netstring")
+        if not colon:
+            return None
+        length = int(digits)
+        if length > MAX_SOCKETMAP_QUERY_BYTES:
+            raise ProtocolError(f"query longer than {MAX_SOCKETMAP_QUERY_BYTES} bytes")
+        if len(rest) <= length:
+            return None
+        if rest[length : length + 1] != b",":
+            raise ProtocolError("netstring without its comma")
+        self._buffer = rest[length + 1 :]
+        name, _, key = _decode(rest[:length]).partition(" ")
+        return SocketmapQuery(name, key)
+
+    @staticmethod
+    def encode(action: Action) -> bytes:
+        return encode_netstring(action.text.encode("utf-8", "replace"))
+
+
+def encode_netstring(payload: bytes) -> bytes:
+    """Source: D. J. Bernstein, Netstrings, 1997."""
+    return b"%d:%s," % (len(payload), payload)
+
+
+# ---------------------------------------------------------------------------------------------------------------------------------
+# 9. Servers
+# One server a socket, one thread a connection. A handler reads, asks the sections above, writes, and logs one line a decision. A
+# connection stays open after an answer until Postfix closes it: a policy client that is closed on waits a second before it
+# reconnects (smtpd_policy_service_retry_delay), and that second would be paid for every recipient.
+# ---------------------------------------------------------------------------------------------------------------------------------
+
+
+def escape_for_log(text: str) -> str:
+    """Text of a client for a log line: nothing in it can end the line, a quoted value or an address in angle brackets."""
+    text = text if len(text) <= 300 else text[:300] + "..."
+    if text.isprintable() and not re.search(r'[ <>"\\]', text):
+        return text
+    return "".join(
+        c
+        if c.isprintable() and c not in ' <>"\\'
+        else c.encode("unicode_escape").decode()
+        if c > "~" or c < " "
+        else f"\\x{ord(c):02x}"
+        for c in text
+    )
+
+
+class Service:
+    """All that answers come from, for one configuration. A reload makes a new one and swaps it in."""
+
+    def __init__(self, config: Config) -> None:
+        self.config = config
+        self.policy = config.policy
+        self.database = Database(config.sqlite.path)
+        self.timeout_seconds = config.keycloak.timeout_seconds if config.keycloak else 1.0
+        directory: Any = KeycloakDirectory(config.keycloak) if config.keycloak else StaticDirectory(config.static_users or {})
+        self.directory = CachedDirectory(directory, config.policy)
+
+
+class LiveFacts(Facts):
+    """Facts looked up for one request. All its lookups at Keycloak share one deadline, so that nobody waits twice."""
+
+    def __init__(self, service: Service) -> None:
+        self._service = service
+        self._deadline: Deadline = time.monotonic() + service.timeout_seconds
+
+    def find_alias(self, address: Address) -> Optional[Alias]:
+        return self._service.database.find_alias(address.text)
+
+    def find_app(self, app_id: str, sender: Address) -> Optional[App]:
+        return self._service.database.find_app(app_id, sender.text)
+
+    def find_holders(self, address: Address) -> Users:
+        return self._service.directory.find_holders(address.text, self._deadline)
+
+    def find_login(self, sasl_username: str) -> Login:
+        if not sasl_username.isprintable() or len(sasl_username) > MAX_ADDRESS_CHARS:
+            return Login("", "missing")
+        return self._service.directory.find_login(sasl_username, self._deadline)
+
+
+class Handler(socketserver.BaseRequestHandler):
+    """One connection: request after request until the client closes it. Subclasses say what a request and an answer are."""
+
+    component = ""
+    stream_class: Type[Any]
+    internal_error = Action("", "internal-error")
+    server: Server
+
+    def setup(self) -> None:
+        # The kernel's own send timeout: unlike settimeout() it costs no further system call for each answer.
+        self.request.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, struct.pack("ll", SEND_TIMEOUT_SECONDS, 0))
+
+    def handle(self) -> None:
+        stream = self.stream_class()
+        try:
+            while True:
+                data = self.request.recv(RECEIVE_BYTES)
+                if not data:
+                    return
+                stream.feed(data)
+                request = stream.next_request()
+                while request is not None:
+                    self.request.sendall(stream.encode(self._answer(request)))
+                    request = stream.next_request()
+        except ProtocolError as exc:
+            log.warning("%s: bad request, connection closed reason=%s", self.component, f'"{exc}"')
+        except OSError as exc:
+            log.debug("%s: connection lost reason=%s", self.component, exc.strerror)
+
+    def _answer(self, request: Any) -> Action:
+        started = time.monotonic()
+        try:
+            action = self.decide(request, self.server.service)
+        except Exception as exc:  # the edge: whatever went wrong, the answer is "try later", never a permission
+            log.error("%s: internal error %s", self.component, _describe_exception(exc))
+            action = self.internal_error
+        if log.isEnabledFor(action.level):
+            elapsed_ms = (time.monotonic() - started) * 1000
+            log.log(
+                action.level,
+                "%s: %s reason=%s elapsed_ms=%.0f",
+                self.component,
+                self.describe(request, action),
+                action.reason,
+                elapsed_ms,
+            )
+        return action
+
+    def decide(self, request: Any, service: Service) -> Action:
+        """The answer to one request of the stream."""
+        raise NotImplementedError
+
+    def describe(self, request: Any, action: Action) -> str:
+        """What happened, for the log: an event and its key=value pairs."""
+        raise NotImplementedError
+
+
+class PolicyHandler(Handler):
+    component = "policy"
+    stream_class = PolicyStream
+    internal_error = Action(INTERNAL_ERROR, "internal-error")
+
+    def decide(self, request: PolicyRequest, service: Service) -> Action:
+        return decide_policy(request, service.policy, LiveFacts(service))
+
+    def describe(self, request: PolicyRequest, action: Action) -> str:
+        event = {"5": "reject", "4": "defer"}.get(action.text[0], "accept")
+        fields = [f"{event} state={escape_for_log(request.protocol_state)}", f"recipient=<{escape_for_log(request.recipient)}>"]
+        fields += [f"sender=<{escape_for_log(request.sender)}>", f"client={escape_for_log(request.client_address)}"]
+        fields += [
+            f"{name}={escape_for_log(value)}"
+            for name, value in (("queue_id", request.queue_id), ("sasl_username", request.sasl_username))
+            if value
+        ]
+        return " ".join(fields)
+
+
+class SocketmapHandler(Handler):
+    component = "socketmap"
+    stream_class = SocketmapStream
+    internal_error = Action("TEMP internal error", "internal-error")
+
+    def decide(self, request: SocketmapQuery, service: Service) -> Action:
+        if request.name != "alias":
+            return Action(f"PERM unknown map {escape_for_log(request.name)[:64]}", "unknown-map", logging.ERROR)
+        if not request.key:
+            return Action("PERM no key", "no-key", logging.ERROR)
+        return decide_alias(request.key, service.policy, LiveFacts(service))
+
+    def describe(self, request: SocketmapQuery, action: Action) -> str:
+        status, _, text = action.text.partition(" ")
+        event = {"OK": "found", "NOTFOUND": "not-found", "TEMP": "defer"}.get(status, "error")
+        mailbox = f" mailbox=<{escape_for_log(text)}>" if status == "OK" else ""
+        return f"{event} map={escape_for_log(request.name)} key=<{escape_for_log(request.key)}>{mailbox}"
+
+
+class Server(socketserver.ThreadingUnixStreamServer):
+    """A listening socket, bound beforehand, and the connections that came in over it."""
+
+    daemon_threads = True
+    block_on_close = False
+
+    def __init__(self, listener: socket.socket, handler: Type[Handler], service: Service) -> None:
+        super().__init__(str(listener.getsockname()), handler, bind_and_activate=False)
+        self.socket.close()
+        self.socket = listener
+        self.service = service  # replaced as a whole by a reload; a request uses the one it began with
+        self._connections_changed = threading.Condition()  # guards _connections
+        self._connections: Set[socket.socket] = set()
+
+    def process_request(self, request: Any, client_address: Any) -> None:
+        with self._connections_changed:
+            self._connections.add(request)
+        try:
+            super().process_request(request, client_address)
+        except RuntimeError as exc:  # no more threads to be had
+            log.error("server: connection refused reason=%s", f'"{exc}"')
+            self.shutdown_request(request)
+
+    def shutdown_request(self, request: Any) -> None:
+        with self._connections_changed:
+            self._connections.discard(request)
+            self._connections_changed.notify_all()
+        self.service.database.close()  # this thread's own
+        super().shutdown_request(request)
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        log.error("server: internal error %s", _describe_exception(sys.exc_info()[1] or Exception()))
+
+    def stop_accepting(self) -> None:
+        """Take no further connection, and wake handlers that wait for a request: what has arrived is still read and answered."""
+        self.shutdown()
+        self.server_close()
+        with self._connections_changed:
+            for connection in self._connections:
+                with contextlib.suppress(OSError):  # the client was faster
+                    connection.shutdown(socket.SHUT_RD)
+
+    def wait_for_connections(self, deadline: Deadline) -> bool:
+        """True once no connection is left, False at the deadline."""
+        with self._connections_changed:
+            return self._connections_changed.wait_for(lambda: not self._connections, max(0.0, deadline - time.monotonic()))
+
+
+# ---------------------------------------------------------------------------------------------------------------------------------
+# 10. Process lifecycle
+# Sockets, privileges, signals, reload, the end. Runs in the main thread, before and after the servers' own threads.
+# ---------------------------------------------------------------------------------------------------------------------------------
+
+
+def remove_stale_socket(path: str, key: str) -> None:
+    """Remove the socket that a killed daemon left behind; raise StartError if the path is anything else that is there."""
+    try:
+        status = os.lstat(path)
+    except FileNotFoundError:
+        return
+    except OSError as exc:
+        raise StartError(f"{key}: {path!r}: {exc.strerror}") from exc
+    if not stat.S_ISSOCK(status.st_mode):
+        raise StartError(f"{key}: {path!r} is there and is not a socket, move it away or choose another path")
+    with contextlib.closing(socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)) as probe:
+        probe.settimeout(1)
+        try:
+            probe.connect(path)
+        except ConnectionRefusedError:
+            pass
+        except FileNotFoundError:
+            return
+        except OSError as exc:
+            raise StartError(f"{key}: {path!r} is there and cannot be tried: {exc.strerror or exc}") from exc
+        else:
+            raise StartError(f"{key}: {path!r} is served by another running daemon, stop it first")
+    try:
+        os.unlink(path)
+    except OSError as exc:
+        raise StartError(f"{key}: {path!r} is stale and cannot be removed: {exc.strerror}") from exc
+    log.info("server: stale socket removed path=%s", path)
+
+
+@contextlib.contextmanager
+def _acting_as(uid: int, gid: int) -> Iterator[None]:
+    """For a moment, create files as another user; only root can."""
+    old_uid, old_gid = os.geteuid(), os.getegid()
+    os.setegid(gid)
+    try:
+        os.seteuid(uid)
+        try:
+            yield
+        finally:
+            os.seteuid(old_uid)
+    finally:
+        os.setegid(old_gid)
+
+
+def _hand_over_socket(path: str, uid: int, gid: int, mode: int) -> None:
+    """Give the socket that root has just bound, with mode 0, to its owner. Works on the file itself, not on whatever has its name."""
+    descriptor = os.open(path, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC)
+    try:
+        status = os.fstat(descriptor)
+        if not stat.S_ISSOCK(status.st_mode) or status.st_uid != os.geteuid() or stat.S_IMODE(status.st_mode) != 0:
+            raise StartError(f"sockets: {path!r} was replaced while it was made, its directory must not be writable by others")
+        itself = f"/proc/self/fd/{descriptor}"
+        os.chown(itself, uid, gid)
+        os.chmod(itself, mode)
+    finally:
+        os.close(descriptor)
+
+
+def bind_socket(path: str, key: str, sockets: SocketsConfig) -> socket.socket:
+    """A listening socket with its owner, group and mode; raises StartError.
+
+    As root the socket is made under the owner's own ids and with the umask that leaves the mode asked for, so there is no moment
+    in which anybody else could connect, and nothing that a swapped file could be chowned for. Only where the owner may not write
+    the directory, root makes it, closed to everybody, and hands it over.
+    """
+    uid = pwd.getpwnam(sockets.socket_owner_user).pw_uid if sockets.socket_owner_user else os.geteuid()
+    gid = grp.getgrnam(sockets.socket_owner_group).gr_gid if sockets.socket_owner_group else os.getegid()
+    if os.geteuid() != 0 and (uid != os.geteuid() or gid not in (os.getegid(), *os.getgroups())):
+        raise StartError(
+            f"{key}: only root can give a socket to another user, start as root or set socket_owner_user and socket_owner_group to ''"
+        )
+    remove_stale_socket(path, key)
+    listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    old_umask = os.umask(0o777 & ~sockets.socket_mode)
+    try:
+        if os.geteuid() != 0:
+            listener.bind(path)
+            if gid != os.getegid():
+                os.chown(path, -1, gid, follow_symlinks=False)
+        else:
+            try:
+                with _acting_as(uid, gid):
+                    listener.bind(path)
+            except PermissionError:
+                os.umask(0o777)
+                listener.bind(path)
+                _hand_over_socket(path, uid, gid, sockets.socket_mode)
+    except OSError as exc:
+        listener.close()
+        raise StartError(f"{key}: {path!r} cannot be made: {exc.strerror or exc}{_socket_hint(exc, path)}") from exc
+    finally:
+        os.umask(old_umask)
+    listener.listen(LISTEN_BACKLOG)
+    return listener
+
+
+def _socket_hint(exc: OSError, path: str) -> str:
+    if exc.errno == errno.ENOENT:
+        return f", its directory {os.path.dirname(path)!r} does not exist"
+    return f", as user {pwd.getpwuid(os.geteuid()).pw_name!r}" if exc.errno == errno.EACCES else ""
+
+
+def drop_privileges(user: str) -> None:
+    """Become user for good, with its groups; raises StartError if root could be regained."""
+    if os.geteuid() != 0 or not user:
+        return
+    entry = pwd.getpwnam(user)
+    os.initgroups(user, entry.pw_gid)
+    os.setresgid(entry.pw_gid, entry.pw_gid, entry.pw_gid)
+    os.setresuid(entry.pw_uid, entry.pw_uid, entry.pw_uid)
+    if entry.pw_uid == 0:
+        return
+    try:
+        os.setresuid(0, 0, 0)
+    except OSError:
+        return
+    raise StartError(f"daemon.user: root could be regained after becoming {user!r}")
+
+
+class Daemon:
+    """The running program: two servers, one service, the signals."""
+
+    SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+
+    def __init__(self, config: Config) -> None:
+        self._config = config
+        self._servers: List[Server] = []
+
+    def run(self) -> None:
+        """Serve until a signal says stop; raises StartError if that cannot begin."""
+        signal.pthread_sigmask(
+            signal.SIG_BLOCK, self.SIGNALS
+        )  # before any thread, so that each inherits it and only sigwait() sees them
+        for warning in self._config.warnings:
+            log.warning("%s", warning)
+        sockets = self._config.sockets
+        paths = (("sockets.policy_socket", sockets.policy_socket), ("sockets.socketmap_socket", sockets.socketmap_socket))
+        listeners: List[socket.socket] = []
+        try:
+            for key, path in paths:
+                listeners.append(bind_socket(path, key, sockets))
+            drop_privileges(self._config.daemon.user)
+            self._open_database()
+        except MailcloakError:
+            self._remove_sockets(listeners)
+            raise
+        self._warn_of_unreadable_files()
+        service = Service(self._config)
+        for listener, handler in zip(listeners, (PolicyHandler, SocketmapHandler)):
+            server = Server(listener, handler, service)
+            self._servers.append(server)
+            # shutdown() must be called from another thread than serve_forever() runs in, or it waits for itself
+            threading.Thread(
+                target=server.serve_forever, kwargs={"poll_interval": 0.2}, name=handler.component, daemon=True
+            ).start()
+        user = pwd.getpwuid(os.geteuid()).pw_name
+        log.info(
+            "daemon: started version=%s pid=%d user=%s policy_socket=%s socketmap_socket=%s",
+            __version__,
+            os.getpid(),
+            user,
+            *(path for _, path in paths),
+        )
+        while True:
+            received = signal.Signals(signal.sigwait(self.SIGNALS))
+            if received != signal.SIGHUP:
+                break
+            self._reload()
+        self._stop(received, listeners)
+
+    def _open_database(self) -> None:
+        path = self._config.sqlite.path
+        try:
+            if prepare_database(path):
+                log.warning("database: created, there was none path=%s", path)
+            Database(path).check()
+        except DatabaseUnavailable as exc:
+            log.error("%s; answers that need it are deferred until it is mended", exc)
+
+    def _warn_of_unreadable_files(self) -> None:
+        keycloak = self._config.keycloak
+        files = [self._config.path] + ([keycloak.client_secret_file, keycloak.ca_file] if keycloak else [])
+        for path in filter(None, files):
+            if not os.access(path, os.R_OK):
+                log.warning("config: %s: not readable by user %r, a reload will fail", path, pwd.getpwuid(os.geteuid()).pw_name)
+
+    def _reload(self) -> None:
+        """Read the config again and put it in force as a whole; a bad one changes nothing."""
+        try:
+            config = load_config(self._config.path)
+        except ConfigError as exc:
+            for problem in exc.problems:
+                log.error("%s", problem)
+            log.error("daemon: reload refused, the old configuration stays in force")
+            return
+        for warning in config.warnings:
+            log.warning("%s", warning)
+        for block in ("sockets", "daemon"):
+            if getattr(config, block) != getattr(self._config, block):
+                log.warning("config: %s: a change here needs a restart", block)
+        service, old_service = Service(config), self._servers[0].service
+        self._config = config
+        for server in self._servers:
+            server.service = service
+        old_service.directory.close()
+        log.info("daemon: reloaded config=%s", config.path)
+
+    def _stop(self, received: signal.Signals, listeners: Sequence[socket.socket]) -> None:
+        log.info("daemon: stopping signal=%s", received.name)
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, signal.SIG_DFL)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, (signal.SIGTERM, signal.SIGINT))  # a second one ends the program at once
+        started = time.monotonic()
+        self._remove_sockets(listeners, close=False)
+        for server in self._servers:
+            server.stop_accepting()
+        if not all(server.wait_for_connections(started + SHUTDOWN_LOOKUP_SECONDS) for server in self._servers):
+            self._servers[0].service.directory.give_up()
+        if not all(server.wait_for_connections(started + SHUTDOWN_TOTAL_SECONDS) for server in self._servers):
+            log.warning("daemon: connections cut off at the end of the time to stop")
+        log.info("daemon: stopped")
+
+    @staticmethod
+    def _remove_sockets(listeners: Sequence[socket.socket], close: bool = True) -> None:
+        for listener in listeners:
+            path = str(listener.getsockname())
+            try:
+                os.unlink(path)
+            except OSError as exc:  # daemon.user may not write there; the next start removes it
+                log.info("server: socket left behind path=%s reason=%s", path, f'"{exc.strerror}"')
+            if close:
+                listener.close()
+
+
+# ---------------------------------------------------------------------------------------------------------------------------------
+# 11. main
+# ---------------------------------------------------------------------------------------------------------------------------------
+
+
+class _ArgumentParser(argparse.ArgumentParser):
+    def error(self, message: str) -> Any:
+        self.print_usage(sys.stderr)
+        self.exit(EXIT_USAGE, f"{self.prog}: {message}\n")
+
+
+def _parse_arguments(argv: Optional[Sequence[str]]) -> argparse.Namespace:
+    parser = _ArgumentParser(
+        prog="mailcloak",
+        description="Answer Postfix from Keycloak and SQLite: who may receive, who may send, where an alias leads.",
+        epilog="Stays in the foreground and logs to stderr. SIGHUP reads the configuration again.",
+    )
+    parser.add_argument("config", nargs="?", help=f"the configuration, {DEFAULT_CONFIG_PATH} if none is named")
+    parser.add_argument("--config", dest="config_option", metavar="FILE", help="the same as an option")
+    parser.add_argument("--check-config", action="store_true", help="say what is wrong with the configuration, then end")
+    parser.add_argument("--version", action="version", version=f"mailcloak {__version__}")
+    options = parser.parse_args(argv)
+    if options.config and options.config_option:
+        parser.error("the configuration is named twice")
+    options.config = os.path.abspath(options.config or options.config_option or DEFAULT_CONFIG_PATH)
+    return options
+
+
+def _configure_logging() -> None:
+    handler = logging.StreamHandler()
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+    for level in (logging.DEBUG, logging.INFO, logging.WARNING, logging.ERROR):
+        logging.addLevelName(level, logging.getLevelName(level).lower())
+    log.addHandler(handler)
+    log.propagate = False
+    log.setLevel(os.environ.get("MAILCLOAK_LOG_LEVEL", "info"))
+
+
+def main(argv: Optional[Sequence[str]] = None) -> int:
+    """Run the daemon; returns its exit code."""
+    options = _parse_arguments(argv)
+    try:
+        config = load_config(options.config)
+    except ConfigError as exc:
+        print("\n".join(exc.problems), file=sys.stderr)
+        return EXIT_CONFIG
+    if options.check_config:
+        print("\n".join((*config.warnings, f"config: {config.path}: good")), file=sys.stderr)
+        return EXIT_OK
+    _configure_logging()
+    try:
+        Daemon(config).run()
+    except StartError as exc:
+        log.error("%s", exc)
+        return EXIT_FAILED
+    return EXIT_OK
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,316 @@
+"""Fixtures: a short directory for sockets, a stand-in for Keycloak, a running daemon, a client for each protocol."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import pwd
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+
+from keycloak_stand_in import KeycloakStandIn  # noqa: E402
+
+# What a test marked real(NAME) needs: the program, and the package that brings it.
+REAL_SERVERS = {"postfix": ("postfix", "postfix"), "root": ("", "")}
+_missing: dict[str, list[str]] = {}
+
+
+def pytest_addoption(parser):
+    parser.addoption("--long", action="store_true", help="also run the tests that take minutes, as with CI set")
+
+
+def _find_program(name):
+    return shutil.which(name, path=os.environ.get("PATH", "") + ":/usr/sbin:/sbin")
+
+
+def pytest_runtest_setup(item):
+    if item.get_closest_marker("long") and not (os.environ.get("CI") or item.config.getoption("--long")):
+        _leave_out(item, "long", "takes minutes: pytest --long, or set CI")
+    for marker in item.iter_markers("real"):
+        for name in marker.args:
+            program, package = REAL_SERVERS[name]
+            missing = os.geteuid() != 0 if name == "root" else not _find_program(program)
+            if missing:
+                how = "run the tests as root" if name == "root" else f"make real-servers, or: apt-get install {package}"
+                if os.environ.get("CI"):
+                    pytest.fail(f"{name} is missing and CI is set: {how}", pytrace=False)
+                _leave_out(item, name, how)
+
+
+def _leave_out(item, name, how):
+    _missing.setdefault(f"{name} ({how})", []).append(item.name)
+    pytest.skip(f"needs {name}")
+
+
+def pytest_terminal_summary(terminalreporter):
+    if _missing:
+        terminalreporter.section("not run")
+        for need, tests in sorted(_missing.items()):
+            terminalreporter.write_line(f"{len(tests)} tests need {need}:")
+            for test in sorted(set(tests)):
+                terminalreporter.write_line(f"    {test}")
+
+
+def wait_until(condition, seconds=10.0, what="condition"):
+    """The condition's first true value; fails the test after so many seconds."""
+    deadline = time.monotonic() + seconds
+    while True:
+        value = condition()
+        if value:
+            return value
+        if time.monotonic() > deadline:
+            pytest.fail(f"{what} not met within {seconds} s")
+        time.sleep(0.01)
+
+
+@pytest.fixture
+def short_dir():
+    """A directory whose path leaves room in sun_path, whatever the test's name; other users may look into it."""
+    path = tempfile.mkdtemp(prefix="mc", dir="/tmp")
+    os.chmod(path, 0o755)
+    yield Path(path)
+    shutil.rmtree(path, ignore_errors=True)
+
+
+@pytest.fixture
+def keycloak():
+    """A stand-in for Keycloak on a free port."""
+    with KeycloakStandIn() as stand_in:
+        yield stand_in
+
+
+class PolicyClient:
+    """A connection of the policy protocol, kept open from request to request as Postfix does."""
+
+    def __init__(self, path, timeout=20):
+        self.socket = socket.socket(socket.AF_UNIX)
+        self.socket.settimeout(timeout)
+        self.socket.connect(str(path))
+        self.buffer = b""
+
+    def send(self, **attributes):
+        attributes = {"request": "smtpd_access_policy", "protocol_state": "RCPT", **attributes}
+        data = "".join(f"{name}={value}\n" for name, value in attributes.items()) + "\n"
+        self.send_bytes(data.encode("utf-8", "surrogateescape"))
+
+    def send_bytes(self, data):
+        self.socket.sendall(data)
+
+    def receive(self):
+        """The next action, or None when the daemon closed the connection."""
+        while b"\n\n" not in self.buffer:
+            try:
+                data = self.socket.recv(65536)
+            except ConnectionResetError:
+                return None
+            if not data:
+                assert not self.buffer, f"half an answer: {self.buffer!r}"
+                return None
+            self.buffer += data
+        answer, _, self.buffer = self.buffer.partition(b"\n\n")
+        assert answer.startswith(b"action=")
+        return answer[len(b"action=") :].decode()
+
+    def ask(self, **attributes):
+        self.send(**attributes)
+        return self.receive()
+
+    def close(self):
+        self.socket.close()
+
+
+class SocketmapClient(PolicyClient):
+    """A connection of the socketmap protocol."""
+
+    def send(self, query):
+        data = query.encode("utf-8", "surrogateescape")
+        self.send_bytes(b"%d:%s," % (len(data), data))
+
+    def receive(self):
+        while True:
+            digits, colon, rest = self.buffer.partition(b":")
+            if colon and len(rest) > int(digits):
+                break
+            try:
+                data = self.socket.recv(65536)
+            except ConnectionResetError:
+                return None
+            if not data:
+                assert not self.buffer, f"half an answer: {self.buffer!r}"
+                return None
+            self.buffer += data
+        length = int(digits)
+        assert rest[length : length + 1] == b","
+        self.buffer = rest[length + 1 :]
+        return rest[:length].decode()
+
+    def ask(self, query):
+        self.send(query)
+        return self.receive()
+
+
+class Daemon:
+    """mailcloak.py as a process of its own, with its config, sockets and log in one directory."""
+
+    def __init__(self, directory, config, python=sys.executable, level="debug", environment=None):
+        self.directory = Path(directory)
+        self.config_path = self.directory / "config.yaml"
+        self.config = config
+        self.log_path = self.directory / "log"
+        self.process = None
+        self._command = [python, str(ROOT / "mailcloak.py"), "--config", str(self.config_path)]
+        self._environment = {**os.environ, "MAILCLOAK_LOG_LEVEL": level, **(environment or {})}
+        self._clients = []
+
+    @property
+    def database(self):
+        return Path(self.config["sqlite"]["path"])
+
+    def write_config(self):
+        self.config_path.write_text(yaml.safe_dump(self.config, allow_unicode=True), encoding="utf-8")
+
+    def launch(self):
+        """Start the process without waiting for it to be ready."""
+        self.write_config()
+        with open(self.log_path, "ab") as log:
+            self.process = subprocess.Popen(self._command, stderr=log, stdout=log, stdin=subprocess.DEVNULL, env=self._environment)
+        return self
+
+    def start(self):
+        """Start the process and wait until it serves."""
+        already = self.log().count("daemon: started")
+        self.launch()
+        wait_until(lambda: self.process.poll() is not None or self.log().count("daemon: started") > already, what="start of the daemon")
+        assert self.process.poll() is None, self.log()
+        return self
+
+    def log(self):
+        return self.log_path.read_text(errors="replace") if self.log_path.exists() else ""
+
+    def wait_for_log(self, text, seconds=10.0):
+        wait_until(lambda: text in self.log(), seconds, what=f"log line with {text!r}")
+
+    def policy(self, **options):
+        client = PolicyClient(self.config["sockets"]["policy_socket"], **options)
+        self._clients.append(client)
+        return client
+
+    def socketmap(self, **options):
+        client = SocketmapClient(self.config["sockets"]["socketmap_socket"], **options)
+        self._clients.append(client)
+        return client
+
+    def ask(self, **attributes):
+        """One question over a policy connection of its own."""
+        with contextlib.closing(PolicyClient(self.config["sockets"]["policy_socket"])) as client:
+            return client.ask(**attributes)
+
+    def ask_map(self, query):
+        """One query over a socketmap connection of its own."""
+        with contextlib.closing(SocketmapClient(self.config["sockets"]["socketmap_socket"])) as client:
+            return client.ask(query)
+
+    def ctl(self, *arguments, check=True, **options):
+        """mailcloakctl.py on this daemon's database."""
+        return run_ctl("--db", str(self.database), *arguments, check=check, **options)
+
+    def reload(self):
+        self.write_config()
+        already = self.log().count("daemon: reload")
+        self.process.send_signal(signal.SIGHUP)
+        wait_until(lambda: self.log().count("daemon: reload") > already, what="reload")
+
+    def stop(self, seconds=10):
+        """SIGTERM, then the exit code."""
+        self.process.terminate()
+        return self.process.wait(seconds)
+
+    def close(self):
+        for client in self._clients:
+            client.close()
+        if self.process and self.process.poll() is None:
+            self.process.kill()
+            self.process.wait()
+
+
+def run_ctl(*arguments, check=True, **options):
+    command = [sys.executable, str(ROOT / "mailcloakctl.py"), *map(str, arguments)]
+    options = {"capture_output": True, "text": True, "timeout": 60, **options}
+    if "input" not in options:
+        options["stdin"] = subprocess.DEVNULL
+    result = subprocess.run(command, check=False, **options)
+    if check:
+        assert result.returncode == 0, result.stderr
+    return result
+
+
+@pytest.fixture
+def make_config(short_dir):
+    """A configuration for a daemon in short_dir; blocks given are merged over the defaults, None takes a block out."""
+
+    def make(directory=None, **blocks):
+        directory = Path(directory or short_dir)
+        config = {
+            "policy": {"domain": ["d1.test", "d2.test"], "recipient_delimiter": "+"},
+            "sqlite": {"path": str(directory / "state.db")},
+            "sockets": {
+                "policy_socket": str(directory / "policy"),
+                "socketmap_socket": str(directory / "socketmap"),
+                "socket_owner_user": pwd.getpwuid(os.geteuid()).pw_name,
+                "socket_owner_group": "",
+            },
+            "daemon": {"user": ""},
+        }
+        for name, block in blocks.items():
+            if isinstance(block, dict) and name != "static_users":
+                config[name] = {**config.get(name, {}), **block}
+            else:
+                config[name] = block
+        return {name: block for name, block in config.items() if block is not None}
+
+    return make
+
+
+@pytest.fixture
+def make_daemon(short_dir, make_config):
+    """A factory of daemons, not started yet; all are ended after the test."""
+    daemons = []
+
+    def make(level="debug", environment=None, python=sys.executable, **blocks):
+        daemon = Daemon(short_dir, make_config(**blocks), level=level, environment=environment, python=python)
+        daemons.append(daemon)
+        return daemon
+
+    yield make
+    for daemon in daemons:
+        daemon.close()
+
+
+USERS = {"alice": "alice@d1.test", "bob": "bob@d1.test", "carol": "carol@d2.test"}
+
+
+@pytest.fixture
+def static_daemon(make_daemon):
+    """A running daemon on static_users: alice, bob, carol."""
+    return make_daemon(static_users=USERS).start()
+
+
+@pytest.fixture
+def keycloak_daemon(make_daemon, keycloak):
+    """A running daemon that asks the stand-in, which knows alice, bob and carol."""
+    for username, email in USERS.items():
+        keycloak.add_user(username, email)
+    return make_daemon(keycloak=keycloak.config()).start()
