@@ -203,7 +203,8 @@ def _url(value: Any) -> str:
     if parts.username or parts.password:
         raise ValueError("expected a URL without user and password; put the secret into keycloak.client_secret")
     with contextlib.suppress(ValueError):  # .port raises when it is not a number
-        if parts.scheme in ("http", "https") and parts.hostname and parts.port != 0 and not parts.query and not parts.fragment:
+        is_plain = re.fullmatch(r"[^<>\s?#]+", value) and re.fullmatch(r"[\w.:\[\]-]+", parts.netloc)
+        if parts.scheme in ("http", "https") and parts.hostname and parts.port != 0 and is_plain:
             return str(value).rstrip("/")
     raise ValueError("expected a URL such as https://sso.example.org")
 
@@ -316,7 +317,7 @@ class KeycloakConfig:
     realm: str = _key(_text)
     client_id: str = _key(_text)
     client_secret: str = _key(_text, "", secret=True)
-    client_secret_file: str = _key(_absolute_path, "")
+    client_secret_file: str = _key(_absolute_path, "", secret=True)  # not shown: it might be the secret itself
     ca_file: str = _key(_optional_path, "")
     timeout_seconds: float = _key(_number(0.1, 60, wanted="a number from 0.1 to 60"), 5)
     require_verified_email: bool = _key(_boolean, False)
@@ -379,12 +380,13 @@ class _StrictLoader(yaml.SafeLoader):
 
 
 def _construct_mapping(loader: _StrictLoader, node: yaml.MappingNode) -> Dict[Any, Any]:
-    mapping = loader.construct_mapping(node, deep=True)
-    if len(mapping) != len(node.value):
-        keys = [key.value for key, _ in node.value]
-        twice = sorted({key for key in keys if keys.count(key) > 1})
-        raise yaml.constructor.ConstructorError(None, None, f"key given twice: {', '.join(map(str, twice))}", node.start_mark)
-    return mapping
+    seen: Set[Any] = set()
+    for key, _ in node.value:
+        name = key.value if isinstance(key, yaml.ScalarNode) else key
+        if name in seen:
+            raise yaml.constructor.ConstructorError(None, None, f"key given twice: {name}", key.start_mark)
+        seen.add(name)
+    return loader.construct_mapping(node, deep=True)
 
 
 _StrictLoader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _construct_mapping)
@@ -396,9 +398,15 @@ def _near_miss(value: Any, choices: Sequence[str]) -> str:
 
 
 def _shown(value: Any) -> str:
-    """A value of the file, short enough for a message."""
-    text = "nothing" if value is None else repr(value)
+    """A value of the file, short enough for a message, without the password of a URL."""
+    text = "nothing" if value is None else re.sub(r"//[^/@]*@", "//...@", repr(value))
     return text if len(text) <= 60 else text[:57] + "..."
+
+
+def _kind(value: Any) -> str:
+    """What sort of value it is, where the value itself might hold a secret."""
+    names = {type(None): "nothing", str: "text", list: "a list", dict: "a block of keys", bool: "true or false"}
+    return names.get(type(value), "a number" if isinstance(value, (int, float)) else "something else")
 
 
 def read_yaml(path: str) -> Dict[str, Any]:
@@ -410,25 +418,27 @@ def read_yaml(path: str) -> Dict[str, Any]:
         raise ConfigError([f"config: {path}: cannot be read: {exc.strerror}"]) from exc
     except yaml.MarkedYAMLError as exc:  # not str(exc), which quotes the line and so might show a secret
         line = exc.problem_mark.line + 1 if exc.problem_mark else 1
-        raise ConfigError([f"config: {path}: line {line}: {exc.problem or 'not YAML'}"]) from exc
-    except (yaml.YAMLError, UnicodeDecodeError, RecursionError, ValueError) as exc:
-        raise ConfigError([f"config: {path}: not YAML in UTF-8: {type(exc).__name__}"]) from exc
+        problem = re.sub(r"(alias|tag) '.*'", r"\1 '...'", exc.problem or "not YAML")
+        raise ConfigError([f"config: {path}: line {line}: {problem}"]) from exc
+    except (yaml.YAMLError, UnicodeDecodeError, RecursionError, ValueError, KeyError, AttributeError, TypeError) as exc:
+        # the last four are what PyYAML lets out for values such as "!!bool x"
+        raise ConfigError([f"config: {path}: not YAML in UTF-8 ({type(exc).__name__})"]) from exc
     if not isinstance(raw, dict):
-        raise ConfigError([f"config: {path}: expected blocks such as policy: and sockets:, got {_shown(raw)}"])
+        raise ConfigError([f"config: {path}: expected blocks such as policy: and sockets:, got {_kind(raw)}"])
     return raw
 
 
 def read_block(cls: Type[Any], name: str, raw: Any, problems: List[str]) -> Any:
     """One block of the file as its dataclass, or None with its problems appended."""
     if not isinstance(raw, dict):
-        problems.append(f"config: {name}: expected a block of keys, got {_shown(raw)}")
+        problems.append(f"config: {name}: expected a block of keys, got {_kind(raw)}")
         return None
     before = len(problems)
     fields = {field.name: field for field in dataclasses.fields(cls)}
     for key in raw:
         if key not in fields:
             problems.append(f"config: {name}.{key}: unknown key{_near_miss(key, list(fields))}")
-    values = {}
+    values: Dict[str, Any] = {}
     for key, field in fields.items():
         if key not in raw and field.default is dataclasses.MISSING:
             problems.append(f"config: {name}.{key}: missing, this key is required")
@@ -442,28 +452,44 @@ def read_block(cls: Type[Any], name: str, raw: Any, problems: List[str]) -> Any:
         except ValueError as exc:
             expected, *hint = exc.args
             problems.append(f"config: {name}.{key}: {expected}, got {shown}{''.join(hint)}")
+    check = _BLOCK_CHECKS.get(cls)
+    if check:
+        problems.extend(f"config: {name}.{problem}" for problem in check(raw, values))
     return cls(**values) if len(problems) == before else None
 
 
-def _read_secret(keycloak: KeycloakConfig, problems: List[str]) -> KeycloakConfig:
-    """The keycloak block with its client_secret in place, from the key itself or from the file that client_secret_file names."""
-    if bool(keycloak.client_secret) == bool(keycloak.client_secret_file):
-        problems.append("config: keycloak.client_secret: expected exactly one of client_secret and client_secret_file")
-        return keycloak
-    if keycloak.client_secret:
-        return keycloak
+def _check_secret(raw: Mapping[str, Any], values: Dict[str, Any]) -> Iterator[str]:
+    """Put the secret in place, from the key itself or from the file that client_secret_file names."""
+    if bool(raw.get("client_secret")) == bool(raw.get("client_secret_file")):
+        yield "client_secret: expected exactly one of client_secret and client_secret_file"
+        return
+    path = values.get("client_secret_file")
+    if not path:
+        return
     try:
-        with open(keycloak.client_secret_file, encoding="utf-8") as file:
+        with open(path, encoding="utf-8") as file:
             secret = file.readline(4096).strip()
     except (OSError, UnicodeDecodeError) as exc:
-        reason = exc.strerror if isinstance(exc, OSError) else "not UTF-8"
-        problems.append(f"config: keycloak.client_secret_file: {keycloak.client_secret_file}: cannot be read: {reason}")
-        return keycloak
+        yield f"client_secret_file: {path}: cannot be read: {exc.strerror if isinstance(exc, OSError) else 'not UTF-8'}"
+        return
     if not secret or not secret.isprintable():
-        problems.append(
-            f"config: keycloak.client_secret_file: {keycloak.client_secret_file}: expected the secret in the first line"
-        )
-    return dataclasses.replace(keycloak, client_secret=secret)
+        yield f"client_secret_file: {path}: expected the secret in the first line"
+    values["client_secret"] = secret
+
+
+def _check_mailbox_domain(_: Mapping[str, Any], values: Dict[str, Any]) -> Iterator[str]:
+    if values.get("mailbox_domain") in values.get("domain", ()):
+        yield f"mailbox_domain: expected a domain that is not in policy.domain, got {values['mailbox_domain']!r}"
+
+
+def _check_socket_paths(_: Mapping[str, Any], values: Dict[str, Any]) -> Iterator[str]:
+    if "policy_socket" in values and values["policy_socket"] == values.get("socketmap_socket"):
+        yield "socketmap_socket: expected another path than policy_socket"
+
+
+_BLOCK_CHECKS: Mapping[Type[Any], Callable[[Mapping[str, Any], Dict[str, Any]], Iterator[str]]] = MappingProxyType(
+    {KeycloakConfig: _check_secret, PolicyConfig: _check_mailbox_domain, SocketsConfig: _check_socket_paths}
+)  # what one key demands of another; each is told the keys that are there, and the values that could be read
 
 
 def _config_warnings(path: str, config: Config) -> Iterator[str]:
@@ -501,19 +527,9 @@ def load_config(path: str) -> Config:
             problems.append(f"config: static_users: {exc}")
     if ("keycloak" in raw) == ("static_users" in raw):
         problems.append("config: keycloak: expected exactly one of the blocks keycloak and static_users")
-    keycloak = blocks.pop("keycloak", None)
-    if keycloak:
-        keycloak = _read_secret(keycloak, problems)
-    policy, sockets = blocks["policy"], blocks["sockets"]
-    if policy and policy.mailbox_domain in policy.domain:
-        problems.append(
-            f"config: policy.mailbox_domain: expected a domain that is not in policy.domain, got {policy.mailbox_domain!r}"
-        )
-    if sockets and sockets.policy_socket == sockets.socketmap_socket:
-        problems.append("config: sockets.socketmap_socket: expected another path than policy_socket")
     if problems:
         raise ConfigError(problems)
-    config = Config(path=path, keycloak=keycloak, static_users=static_users, **blocks)
+    config = Config(path=path, static_users=static_users, **{"keycloak": None, **blocks})
     return dataclasses.replace(config, warnings=tuple(_config_warnings(path, config)))
 
 
@@ -550,7 +566,7 @@ def normalise_address(raw: str) -> Address:
     Source: Postfix trivial-rewrite(8): source routes, resolve_dequoted_address, swap_bangpath, allow_percent_hack, trailing dot.
     """
     text = raw.lower()
-    if text.startswith("@") and ":" in text[:-1]:
+    while text.startswith("@") and ":" in text[:-1]:
         text = text.partition(":")[2]
     if "@" not in text:
         if "!" in text:
@@ -562,19 +578,18 @@ def normalise_address(raw: str) -> Address:
     local_part, at_sign, domain = text.rpartition("@")
     if not at_sign:
         return Address(text, "")
-    if domain.endswith(".") and len(domain) > 1 and not domain.endswith(".."):
-        domain = domain[:-1]
     if not domain:
         return Address(local_part or at_sign, "")
-    return Address(local_part, domain_to_ascii(domain) or domain)
+    domain = domain_to_ascii(domain) or domain
+    if domain.endswith(".") and len(domain) > 1 and not domain.endswith(".."):
+        domain = domain[:-1]
+    return Address(local_part, domain)
 
 
 def parse_plain_address(text: str) -> Address:
     """An address as a person types it into a command or a config; raises ValueError saying what is wrong with it."""
     if not text.isprintable() or re.search(r"\s", text):
         raise ValueError("it holds a space or a control character")
-    if len(text) > MAX_ADDRESS_CHARS:
-        raise ValueError(f"it is longer than {MAX_ADDRESS_CHARS} characters")
     if text.count("@") != 1:
         raise ValueError("it has no @" if "@" not in text else "it has more than one @")
     local_part, domain = text.lower().split("@")
@@ -582,10 +597,16 @@ def parse_plain_address(text: str) -> Address:
         raise ValueError("there is nothing before the @, and a catch-all for a whole domain is not supported")
     if not _UNQUOTED_LOCAL_PART.fullmatch(local_part):
         raise ValueError("before the @ is a character that would need quotes")
+    too_long = f"it is longer than {MAX_ADDRESS_CHARS} characters"
+    if len(text) > MAX_ADDRESS_CHARS:
+        raise ValueError(too_long)
     try:
-        return Address(local_part, _domain(domain))
+        address = Address(local_part, _domain(domain))
     except ValueError:
         raise ValueError(f"{domain!r} is not a domain") from None
+    if len(address.text) > MAX_ADDRESS_CHARS:
+        raise ValueError(f"{too_long}, with its domain in A-label form")
+    return address
 
 
 def split_extension(local_part: str, delimiters: str) -> Tuple[str, str]:
@@ -996,11 +1017,12 @@ class KeycloakDirectory:
         with self._lock:
             lookup = self._pending.get(key)
             if lookup is None:
-                if len(self._pending) >= MAX_DIRECTORY_WAITING:
+                if self._queue.qsize() >= MAX_DIRECTORY_WAITING:
                     raise DirectoryUnavailable(self._message("too many lookups are waiting"))
                 lookup = self._pending[key] = _Lookup(attribute, value, deadline)
                 self._queue.put(lookup)
         if not lookup.done.wait(max(0.0, deadline - time.monotonic())):
+            self._forget(lookup)  # who asks from now on does not wait for this one too
             error = DirectoryUnavailable(self._message(f"no answer within {self._config.timeout_seconds:g} s"))
             self._note_failure(error)
             raise error
@@ -1021,6 +1043,11 @@ class KeycloakDirectory:
         for _ in range(MAX_DIRECTORY_REQUESTS):
             self._queue.put(None)
 
+    def _forget(self, lookup: _Lookup) -> None:
+        with self._lock:
+            if self._pending.get((lookup.attribute, lookup.value)) is lookup:
+                del self._pending[(lookup.attribute, lookup.value)]
+
     # ---- worker threads
 
     def _work(self) -> None:
@@ -1039,9 +1066,7 @@ class KeycloakDirectory:
         except Exception as exc:  # a bug or bytes nobody thought of: an outage for this question, never the end of the worker
             log.error("directory: internal error %s", _describe_exception(exc))
             lookup.error = DirectoryUnavailable(self._message("internal error"))
-        with self._lock:
-            if self._pending.get((lookup.attribute, lookup.value)) is lookup:
-                del self._pending[(lookup.attribute, lookup.value)]
+        self._forget(lookup)
         if lookup.error is not None:
             self._note_failure(lookup.error)
         else:

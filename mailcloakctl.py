@@ -18,11 +18,14 @@ from __future__ import annotations
 import argparse
 import base64
 import contextlib
+import functools
 import getpass
 import hashlib
 import hmac
+import io
 import json
 import os
+import pwd
 import re
 import secrets
 import sqlite3
@@ -48,12 +51,20 @@ class Refused(mailcloak.MailcloakError):
     """The command cannot be done as asked; nothing was changed."""
 
 
-class Context(NamedTuple):
+class Context:
     """What a command works with. policy is None when no configuration says which domains are ours."""
 
-    options: argparse.Namespace
-    database: sqlite3.Connection
-    policy: Optional[mailcloak.PolicyConfig]
+    def __init__(self, options: argparse.Namespace, path: str, policy: Optional[mailcloak.PolicyConfig], *, create: bool) -> None:
+        self.options, self.path, self.policy, self._create = options, path, policy, create
+
+    @functools.cached_property
+    def database(self) -> sqlite3.Connection:
+        """The database, opened at its first use: arguments are checked before, so that a refused command does not create it."""
+        return open_database(self.path, create=self._create)
+
+    def close(self) -> None:
+        if "database" in self.__dict__:
+            self.database.close()
 
 
 # ---------------------------------------------------------------------------------------------------------------------------------
@@ -75,7 +86,7 @@ def read_sender(text: str) -> str:
 
 def read_username(text: str) -> str:
     if not text.strip() or not text.isprintable():
-        raise Refused("a username cannot be empty or hold control characters")
+        raise Refused(f"{text!r} is not a username: it cannot be empty or hold control characters")
     if len(text) > mailcloak.MAX_ADDRESS_CHARS:
         raise Refused(f"a username cannot be longer than {mailcloak.MAX_ADDRESS_CHARS} characters")
     return text.strip().lower()
@@ -83,14 +94,14 @@ def read_username(text: str) -> str:
 
 def read_app_id(text: str) -> str:
     """Dovecot lets no other characters of a username through to its query (auth_username_chars)."""
-    if not re.fullmatch(r"[a-z0-9._@-]{1,254}", text.lower(), re.ASCII):
-        raise Refused(f"{text!r} is not an app id: only letters a-z, digits and . _ - @ are possible")
+    if not re.fullmatch(r"[A-Za-z0-9._@-]{1,254}", text):
+        raise Refused(f"{text!r} is not an app id: it takes 1 to 254 letters a-z, digits and . _ - @")
     return text.lower()
 
 
 def check_token(token: str) -> str:
     if not token or not token.isprintable():
-        raise Refused("a token cannot be empty or hold control characters")
+        raise Refused("a token cannot be empty or hold control characters, --generate makes a good one")
     if len(token) < SHORT_TOKEN_CHARS:
         say(f"warning: a token of {len(token)} characters can be guessed, --generate makes a strong one")
     return token
@@ -109,18 +120,21 @@ def hash_token(token: str, iterations: int) -> str:
 def read_token(options: argparse.Namespace) -> str:
     """The token that the user chose, by whichever way was asked for."""
     if options.token_stdin:
-        line = sys.stdin.buffer.readline(65536)
         try:
-            return check_token(line.decode("utf-8").rstrip("\r\n"))
+            return check_token(sys.stdin.buffer.readline().decode("utf-8").rstrip("\r\n"))
         except UnicodeDecodeError:
-            raise Refused("the token on standard input is not UTF-8") from None
+            raise Refused("the token on standard input is not UTF-8, --generate makes a good one") from None
     if options.token is not None:
         return check_token(options.token)
     if not sys.stdin.isatty():
         raise Refused("no token: name one, or use --generate or --token-stdin")
-    token = getpass.getpass(f"token of {options.app_id}: ")
-    if token != getpass.getpass("again: "):
-        raise Refused("the two tokens differ")
+    try:
+        token = getpass.getpass(f"token of {options.app_id}: ")
+        again = getpass.getpass("again: ")
+    except EOFError:
+        raise Refused("no token: type it twice, or use --generate") from None
+    if token != again:
+        raise Refused("the two tokens differ, try again or use --generate")
     return check_token(token)
 
 
@@ -131,7 +145,8 @@ def read_token(options: argparse.Namespace) -> str:
 
 def say(message: str) -> None:
     """A line for people: standard output belongs to lists and generated tokens."""
-    print(message, file=sys.stderr)
+    with contextlib.suppress(OSError):  # nobody reads it; what the command does is not decided by that
+        print(shown_text(message), file=sys.stderr)
 
 
 def shown_sender(sender: str) -> str:
@@ -146,13 +161,14 @@ def shown_time(seconds: Any) -> str:
 
 
 def shown_text(text: Any) -> str:
+    """Text that may come from anywhere, with control characters escaped: it moves no cursor and forges no line."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(text))
 
 
 def print_list(options: argparse.Namespace, rows: Sequence[Dict[str, Any]], columns: Columns) -> None:
-    """The rows as a table, or as one JSON array with all that is in them."""
+    """The rows as a table, or as one JSON array with all that is in them, in ASCII so that any locale can print it."""
     if options.json:
-        print(json.dumps(rows, indent=2, ensure_ascii=False))
+        print(json.dumps(rows, indent=2, default=repr))
         return
     table = [[name.upper().replace("_", " ") for name in columns]]
     table += [[shown_text(show(row[name])) for name, show in columns.items()] for row in rows]
@@ -183,16 +199,49 @@ def transaction(database: sqlite3.Connection) -> Iterator[None]:
 
 
 def open_database(path: str, *, create: bool) -> sqlite3.Connection:
-    if not create and not os.path.exists(path):
-        raise Refused(f"database {path!r} does not exist yet; a command that adds something creates it")
+    """The database with its schema; raises Refused. create says whether the command may make a file that is missing."""
+    try:
+        os.stat(path)
+    except FileNotFoundError:
+        if not create:
+            raise Refused(f"database {path!r} does not exist yet, aliases add and apps add create it; --db names another") from None
+    except OSError as exc:
+        raise Refused(f"database {path!r}: {exc.strerror}{database_hint(exc, path)}") from exc
     try:
         if mailcloak.prepare_database(path):
             say(f"database {path} created")
         database = mailcloak.connect_database(path, BUSY_SECONDS)
-    except (mailcloak.StartError, mailcloak.DatabaseUnavailable) as exc:
+    except mailcloak.StartError as exc:
         raise Refused(str(exc)) from exc
+    except mailcloak.DatabaseUnavailable as exc:
+        raise Refused(f"{exc}{database_hint(exc, path)}") from exc
     database.row_factory = sqlite3.Row
     return database
+
+
+def database_hint(exc: BaseException, path: str) -> str:
+    """The way out of an error of the database, from what the file system says about it."""
+    if "locked" in str(exc):
+        return "; another program is writing, try again when it is done"
+    if os.path.isdir(path):
+        return "; this is a directory, name the file in it with --db or sqlite.path"
+    readable = os.access(path, os.R_OK | os.W_OK) and os.access(os.path.dirname(path), os.W_OK | os.X_OK)
+    if not readable:
+        return f"; run mailcloakctl as {owner_name(path)}, whose database this is, or as root"
+    return "; name the right one with --db or sqlite.path, or restore this one from a backup"
+
+
+def owner_name(path: str) -> str:
+    """Who owns the file, or as much of its path as can be seen."""
+    while path != "/":
+        with contextlib.suppress(OSError):
+            uid = os.stat(path).st_uid
+            try:
+                return f"user {pwd.getpwuid(uid).pw_name}"
+            except KeyError:
+                return f"user id {uid}"
+        path = os.path.dirname(path)
+    return "root"
 
 
 def set_enabled(context: Context, table: str, column: str, key: str, enabled: bool) -> None:
@@ -224,16 +273,18 @@ def aliases_add(context: Context) -> None:
     database = context.database
     with transaction(database):
         row = database.execute("SELECT username, enabled FROM aliases WHERE alias_email = ?", (address,)).fetchone()
-        if row and row["username"].lower() != username and not context.options.replace:
+        is_there = row and row["username"].lower() == username
+        if row and not is_there and not context.options.replace:
             raise Refused(f"aliases: {address} leads to {row['username']} already, --replace changes that")
-        if not context.options.force:
+        if not is_there and not context.options.force:
             refuse_chain(context, address, username)
+        app = database.execute("SELECT 1 FROM apps WHERE app_id = ?", (username,)).fetchone()
         database.execute(
             "INSERT INTO aliases (alias_email, username) VALUES (?, ?) ON CONFLICT (alias_email)"
             " DO UPDATE SET username = excluded.username, updated_at = strftime('%s', 'now') WHERE username <> excluded.username",
             (address, username),
         )
-    if row and row["username"] == username:
+    if is_there:
         say(f"aliases: {address} leads to {username} already")
     else:
         say(f"aliases: {address} {'now ' if row else ''}leads to {username}")
@@ -241,6 +292,8 @@ def aliases_add(context: Context) -> None:
         say(f"aliases: {address} is disabled, aliases enable {address} makes it count")
     if context.policy and mailcloak.normalise_address(address).domain not in context.policy.domain:
         say(f"warning: {address} is not in policy.domain ({', '.join(sorted(context.policy.domain))}), so it leads nowhere")
+    if app:
+        say(f"warning: {username} is an app, and apps receive no mail; name the user who is to have it")
 
 
 def refuse_chain(context: Context, address: str, username: str) -> None:
@@ -250,30 +303,35 @@ def refuse_chain(context: Context, address: str, username: str) -> None:
     """
     if context.policy and context.policy.mailbox_domain:
         return
-    local_part, _, domain = address.rpartition("@")
-    mailbox = mailcloak.format_mailbox(username, "", domain)
+    mailbox = mailbox_of(address, username)
     if mailbox == address:
-        return
+        return  # Postfix stops at an answer that is the question
     find = context.database.execute
-    for other in find(
-        "SELECT alias_email, username FROM aliases WHERE username IN (?, ?) AND alias_email <> ? ORDER BY alias_email",
-        (local_part, address, address),
-    ):
-        if (
-            mailcloak.format_mailbox(other["username"], "", other["alias_email"].rpartition("@")[2])
-            == address
-            != other["alias_email"]
-        ):
-            raise Refused(
-                f"aliases: {other['alias_email']} leads to {other['username']}, whose mailbox is {address}:"
-                f" this alias would carry that mail on to {username}; --force does it all the same"
-            )
-    other = find("SELECT alias_email, username FROM aliases WHERE alias_email = ?", (mailbox,)).fetchone()
-    if other and mailcloak.format_mailbox(other["username"], "", domain) != mailbox:
+    other = find("SELECT username FROM aliases WHERE alias_email = ?", (mailbox,)).fetchone()
+    if other and mailbox_of(mailbox, other["username"]) == address:
+        raise Refused(
+            f"aliases: {mailbox} leads to {other['username']}, whose mailbox is {address}: this alias would close a circle;"
+            f" aliases del {mailbox} first, or use --force"
+        )
+    if other and mailbox_of(mailbox, other["username"]) != mailbox:
         raise Refused(
             f"aliases: the mailbox of {username} is {mailbox}, which is itself an alias and leads to {other['username']};"
             f" name {other['username']} instead, or use --force"
         )
+    for other in find(
+        "SELECT alias_email, username FROM aliases WHERE lower(username) IN (?, ?) AND alias_email <> ? ORDER BY alias_email",
+        (address.rpartition("@")[0], address, address),
+    ):
+        if mailbox_of(other["alias_email"], other["username"]) == address:
+            raise Refused(
+                f"aliases: {other['alias_email']} leads to {other['username']}, whose mailbox is {address}:"
+                f" this alias would carry that mail on to {username}; --force does it all the same"
+            )
+
+
+def mailbox_of(address: str, username: str) -> str:
+    """Where Postfix is told to deliver what comes for an alias, in the form in which it asks again."""
+    return mailcloak.normalise_address(mailcloak.format_mailbox(username.lower(), "", address.rpartition("@")[2])).text
 
 
 def aliases_list(context: Context) -> None:
@@ -308,19 +366,26 @@ def apps_add(context: Context) -> None:
     with transaction(database):
         alias = database.execute("SELECT alias_email FROM aliases WHERE lower(username) = ? LIMIT 1", (app_id,)).fetchone()
         if alias:
-            raise Refused(f"apps: {app_id} is a username, {alias['alias_email']} leads to it; an app needs a name of its own")
+            raise Refused(f"apps: {app_id} is a username, the alias {alias['alias_email']} leads to it; choose another app id")
         known = database.execute("SELECT enabled FROM apps WHERE app_id = ?", (app_id,)).fetchone()
         database.execute(
             "INSERT INTO apps (app_id, secret_hash) VALUES (?, ?) ON CONFLICT (app_id) DO UPDATE SET secret_hash = excluded.secret_hash",
             (app_id, secret_hash),
         )
-    if generated:
-        print(json.dumps({"app_id": app_id, "token": generated}) if context.options.json else generated)
+        if generated:  # before the commit: a token that nobody saw must not lock the app out
+            show_token(context.options, app_id, generated)
     say(f"apps: {app_id} {'has a new token, the old one no longer works' if known else 'added'}")
     if known and not known["enabled"]:
         say(f"apps: {app_id} is disabled, apps enable {app_id} lets it in again")
     if not known:
         say(f"apps: it may not send yet, apps allow {app_id} ADDRESS lets it use an address")
+
+
+def show_token(options: argparse.Namespace, app_id: str, token: str) -> None:
+    try:
+        print(json.dumps({"app_id": app_id, "token": token}) if options.json else token, flush=True)
+    except OSError as exc:
+        raise Refused(f"the token cannot be shown: {exc.strerror}; nothing was changed, try again on a terminal") from exc
 
 
 def apps_list(context: Context) -> None:
@@ -459,7 +524,7 @@ def build_parser() -> argparse.ArgumentParser:
 def find_database(options: argparse.Namespace) -> str:
     """--db, else sqlite.path of the configuration, else the default."""
     if options.db:
-        return os.path.abspath(options.db)
+        return str(os.path.abspath(options.db))
     if not options.config and not os.path.exists(mailcloak.DEFAULT_CONFIG_PATH):
         return mailcloak.DEFAULT_DATABASE_PATH
     problems: List[str] = []
@@ -482,27 +547,65 @@ def read_policy(options: argparse.Namespace) -> Optional[mailcloak.PolicyConfig]
     return None
 
 
+def take_late_token(parser: argparse.ArgumentParser, options: argparse.Namespace, rest: Sequence[str]) -> None:
+    """apps add APP_ID --json TOKEN: argparse lets an optional argument stand only directly after the one before it."""
+    if (options.noun, options.verb) != ("apps", "add"):
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    if len(rest) > 1 or rest[0].startswith("-"):
+        parser.error("an unknown option or a second TOKEN; a TOKEN that begins with - goes after --")  # without showing what may be the token
+    if options.token is not None or options.token_stdin or options.generate:
+        parser.error("TOKEN, --token-stdin and --generate exclude each other")
+    options.token = rest[0]
+
+
+def repair_streams() -> None:
+    """Something to read from and write to where a standard stream was closed; characters that a locale lacks are escaped."""
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, mode, encoding="utf-8"))  # noqa: SIM115  open as long as the program runs
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")
+
+
+def drop_output() -> None:
+    """Let what is still in the buffer of standard output go, so that the end of the program does not fail on it."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def run_command(options: argparse.Namespace) -> None:
+    command = COMMANDS[options.noun][options.verb]
+    with contextlib.closing(Context(options, find_database(options), read_policy(options), create=command.creates)) as context:
+        try:
+            command.run(context)
+        except sqlite3.Error as exc:
+            raise Refused(f"database {context.path!r}: {exc}, nothing was changed{database_hint(exc, context.path)}") from exc
+        sys.stdout.flush()
+
+
 def main(argv: Optional[Sequence[str]] = None) -> int:
     """Run one command; returns its exit code."""
     defaults = argparse.Namespace(config=None, db=None, json=False)
     parser = build_parser()
-    options = parser.parse_args(argv, defaults)
+    options, rest = parser.parse_known_args(argv, defaults)
+    if rest:
+        take_late_token(parser, options, rest)
     if options.config and options.db:
         parser.error("--config and --db both name the database, give one of them")
-    command = COMMANDS[options.noun][options.verb]
+    repair_streams()
     try:
-        with contextlib.closing(open_database(find_database(options), create=command.creates)) as database:
-            command.run(Context(options, database, read_policy(options)))
-            sys.stdout.flush()
+        run_command(options)
     except mailcloak.ConfigError as exc:
-        say("\n".join(exc.problems))
+        for problem in exc.problems:
+            say(problem)
+        say("mailcloakctl: the configuration names the database; mend it, or name the database with --db")
     except Refused as exc:
         say(f"mailcloakctl: {exc}")
-    except sqlite3.Error as exc:
-        say(f"mailcloakctl: database {find_database(options)}: {exc}, nothing was changed")
     except BrokenPipeError:  # the reader of our list has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        drop_output()
         return EXIT_DONE
+    except OSError as exc:
+        drop_output()
+        say(f"mailcloakctl: the list cannot be written: {exc.strerror or exc}, send it elsewhere")
     except KeyboardInterrupt:
         say("mailcloakctl: interrupted, nothing was changed")
     else:

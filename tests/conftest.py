@@ -12,6 +12,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections import defaultdict
 from pathlib import Path
 
 import pytest
@@ -25,7 +26,6 @@ from keycloak_stand_in import KeycloakStandIn  # noqa: E402
 
 # What a test marked real(NAME) needs: the program, and the package that brings it.
 REAL_SERVERS = {"postfix": ("postfix", "postfix"), "root": ("", "")}
-_missing: dict[str, list[str]] = {}
 
 
 def pytest_addoption(parser):
@@ -51,17 +51,20 @@ def pytest_runtest_setup(item):
 
 
 def _leave_out(item, name, how):
-    _missing.setdefault(f"{name} ({how})", []).append(item.name)
-    pytest.skip(f"needs {name}")
+    pytest.skip(f"needs {name}: {how}")
 
 
 def pytest_terminal_summary(terminalreporter):
-    if _missing:
+    """What did not run, by name, and how to make it run."""
+    left_out = defaultdict(list)
+    for report in terminalreporter.stats.get("skipped", []):
+        left_out[str(report.longrepr[2]).replace("Skipped: ", "")].append(report.nodeid)
+    if left_out:
         terminalreporter.section("not run")
-        for need, tests in sorted(_missing.items()):
-            terminalreporter.write_line(f"{len(tests)} tests need {need}:")
-            for test in sorted(set(tests)):
-                terminalreporter.write_line(f"    {test}")
+    for reason, tests in sorted(left_out.items()):
+        terminalreporter.write_line(f"{len(tests)} tests, {reason}")
+        for test in sorted(tests):
+            terminalreporter.write_line(f"    {test}")
 
 
 def wait_until(condition, seconds=10.0, what="condition"):
@@ -244,6 +247,28 @@ class Daemon:
         if self.process and self.process.poll() is None:
             self.process.kill()
             self.process.wait()
+
+
+def as_nobody(function):
+    """What function() returns or raises, as text, in a process without privileges."""
+    reader, writer = os.pipe()
+    child = os.fork()
+    if child == 0:
+        if os.geteuid() == 0:
+            nobody = pwd.getpwnam("nobody")
+            os.setgroups([])
+            os.setgid(nobody.pw_gid)
+            os.setuid(nobody.pw_uid)
+        try:
+            text = str(function())
+        except Exception as exc:
+            text = f"{type(exc).__name__}: {exc}"
+        os.write(writer, text.encode())
+        os._exit(0)
+    os.close(writer)
+    os.waitpid(child, 0)
+    with open(reader) as pipe:
+        return pipe.read()
 
 
 def run_ctl(*arguments, check=True, **options):

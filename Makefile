@@ -1,0 +1,55 @@
+# mailcloak. Targets for people: demo, run, test; for developers: lint, test-all, real-servers (root, apt).
+PYTHON ?= python3
+VENV := .venv
+PYTEST_OPTIONS ?=
+OTHER_PYTHONS := 3.9 3.10 3.11 3.12 3.13
+
+.PHONY: demo run test lint test-all real-servers clean help
+help:
+	@echo 'make demo          start mailcloak on an embedded directory, ask it a dozen questions, show the answers'
+	@echo 'make run           leave that same daemon in the foreground, to be asked by hand'
+	@echo 'make test          run the tests; those of real servers where they are installed'
+	@echo 'make lint          ruff, mypy --strict, and a check that Python 3.9 suffices'
+	@echo 'make test-all      the tests without real servers on each Python of 3.9 to 3.13 that is installed'
+	@echo 'make real-servers  install the servers that the tests can use (root, apt)'
+
+demo: $(VENV)/run.stamp
+	@$(VENV)/bin/python demo/demo.py
+
+run: $(VENV)/run.stamp
+	@exec $(VENV)/bin/python demo/demo.py run
+
+test: $(VENV)/test.stamp
+	$(VENV)/bin/python -m pytest $(PYTEST_OPTIONS)
+
+lint: $(VENV)/lint.stamp
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/mypy
+	$(VENV)/bin/vermin --target=3.9- --violations --eval-annotations --no-tips --no-parse-comments mailcloak.py mailcloakctl.py
+	sh -n openrc/mailcloak.initd
+
+test-all: $(VENV)/test.stamp
+	@for version in $(OTHER_PYTHONS); do \
+		if python$$version -c '' 2>/dev/null; then \
+			echo "== Python $$version"; \
+			$(MAKE) --no-print-directory PYTHON=python$$version VENV=.venv-$$version PYTEST_OPTIONS='-q -m "not real and not long"' test || exit 1; \
+		else echo "== Python $$version is not installed here"; fi; \
+	done
+
+real-servers:
+	@tests/real/install
+
+$(VENV)/bin/python:
+	@PYTHON='$(PYTHON)' demo/make-venv '$(VENV)'
+
+$(VENV)/run.stamp: $(VENV)/bin/python requirements.txt
+	@$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
+	@touch $@
+
+$(VENV)/%.stamp: $(VENV)/bin/python requirements.txt requirements-%.txt
+	@$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check -r requirements-$*.txt
+	@touch $@
+
+clean:
+	rm -rf .venv .venv-3.* build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis

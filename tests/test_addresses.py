@@ -1,0 +1,254 @@
+"""Addresses: the form that Postfix will act on, the extension, what is no plain address, quoting."""
+
+from __future__ import annotations
+
+import re
+import string
+
+import mailcloak
+import pytest
+from hypothesis import example, given
+from hypothesis import strategies as st
+from mailcloak import Address, format_mailbox, normalise_address, parse_plain_address, quote_local_part, split_extension
+
+NORMALISED = {
+    "plain": ("bob@d1.test", Address("bob", "d1.test")),
+    "uppercase": ("Bob@D1.TEST", Address("bob", "d1.test")),
+    "uppercase non-ASCII local part": ("JÖRG@d1.test", Address("jörg", "d1.test")),
+    "null sender": ("", Address("", "")),
+    "bare": ("Bob", Address("bob", "")),
+    "bare with extension": ("bob+tag", Address("bob+tag", "")),
+    "extension kept": ("bob+tag@d1.test", Address("bob+tag", "d1.test")),
+    "trailing dot": ("bob@d1.test.", Address("bob", "d1.test")),
+    "dot-dot": ("bob@d1.test..", Address("bob", "d1.test..")),
+    "at-dot": ("bob@.", Address("bob", ".")),
+    "empty domain": ("bob@", Address("bob", "")),
+    "only at": ("@", Address("@", "")),
+    "only domain": ("@d1.test", Address("", "d1.test")),
+    "several at": ("bob@other.test@d1.test", Address("bob@other.test", "d1.test")),
+    "several at, quoted": ('"bob@other.test"@d1.test', Address('"bob@other.test"', "d1.test")),
+    "source route": ("@relay.test:bob@d1.test", Address("bob", "d1.test")),
+    "source route of two": ("@r1.test,@r2.test:bob@d1.test", Address("bob", "d1.test")),
+    "source route before a bare name": ("@relay.test:bob", Address("bob", "")),
+    "source route before percent": ("@relay.test:bob%d1.test", Address("bob", "d1.test")),
+    "colon without at in front": ("relay.test:bob@d1.test", Address("relay.test:bob", "d1.test")),
+    "percent": ("bob%d1.test", Address("bob", "d1.test")),
+    "percent, uppercase": ("Bob%D1.Test", Address("bob", "d1.test")),
+    "percent, trailing dot": ("bob%d1.test.", Address("bob", "d1.test")),
+    "percent twice": ("bob%d2.test%d1.test", Address("bob%d2.test", "d1.test")),
+    "percent and at": ("bob%d1.test@other.test", Address("bob%d1.test", "other.test")),
+    "bang": ("d1.test!bob", Address("bob", "d1.test")),
+    "bang, uppercase": ("D1.TEST!Bob", Address("bob", "d1.test")),
+    "bang twice": ("d1.test!d2.test!bob", Address("d2.test!bob", "d1.test")),
+    "bang and at": ("d1.test!bob@other.test", Address("d1.test!bob", "other.test")),
+    "bang before percent": ("d1.test!bob%d2.test", Address("bob%d2.test", "d1.test")),
+    "U-label": ("hans@bücher.test", Address("hans", "xn--bcher-kva.test")),
+    "U-label, uppercase": ("hans@BÜCHER.test", Address("hans", "xn--bcher-kva.test")),
+    "U-label, sharp s": ("hans@straße.test", Address("hans", "xn--strae-oqa.test")),
+    "U-label, trailing dot": ("hans@bücher.test.", Address("hans", "xn--bcher-kva.test")),
+    "U-label by percent": ("hans%bücher.test", Address("hans", "xn--bcher-kva.test")),
+    "U-label by bang": ("bücher.test!hans", Address("hans", "xn--bcher-kva.test")),
+    "A-label": ("hans@XN--BCHER-KVA.test", Address("hans", "xn--bcher-kva.test")),
+    "not convertible: unassigned sign": ("hans@☃\u0378.test", Address("hans", "☃\u0378.test")),
+    "not convertible: empty label": ("hans@bücher..test", Address("hans", "bücher..test")),
+    "not convertible: label too long": ("hans@" + "ü" * 64 + ".test", Address("hans", "ü" * 64 + ".test")),
+    "not convertible: very long": ("hans@" + "ü" * 5000, Address("hans", "ü" * 5000)),
+    "not UTF-8": ("hans@d1\udcff.test", Address("hans", "d1\udcff.test")),
+    "address literal": ("bob@[192.0.2.1]", Address("bob", "[192.0.2.1]")),
+}
+
+
+@pytest.mark.parametrize(("raw", "address"), NORMALISED.values(), ids=NORMALISED)
+def test_normalise_address_gives_the_form_that_postfix_acts_on(raw, address):
+    assert normalise_address(raw) == address
+
+
+# Text in which the signs that matter are frequent.
+ADDRESS_LIKE = st.one_of(st.text(), st.text(alphabet="ab.@%!:+-,<>\"\\ üßİ\u3002\uff0e\u200d\udcff", max_size=40))
+
+
+@given(ADDRESS_LIKE)
+@example("@a:@b:c@d")
+@example("bob@bücher.test。")
+@example("@。")
+def test_normalise_address_of_its_own_result_is_the_same(raw):
+    address = normalise_address(raw)
+    assert address.text == address.text.lower()
+    if address.local_part and address.domain:
+        assert normalise_address(address.text) == address
+
+
+@given(ADDRESS_LIKE)
+def test_plain_address_that_is_accepted_is_normalised(text):
+    try:
+        address = parse_plain_address(text)
+    except ValueError as exc:
+        assert str(exc)
+        return
+    assert address.is_plain
+    assert normalise_address(text) == normalise_address(address.text) == address
+
+
+@pytest.mark.parametrize(
+    ("address", "expected"),
+    [
+        (Address("bob", "d1.test"), True),
+        (Address("jörg", "d1.test"), True),
+        (Address("", ""), False),
+        (Address("bob", ""), False),
+        (Address("", "d1.test"), False),
+        (Address("bob smith", "d1.test"), False),
+        (Address("bob\n", "d1.test"), False),
+        (Address("bob\udcff", "d1.test"), False),
+        (Address("b" * 246, "d1.test"), True),
+        (Address("b" * 247, "d1.test"), False),
+    ],
+    ids=["plain", "non-ASCII", "null", "no domain", "no local part", "space", "newline", "not UTF-8", "254 characters", "255 characters"],
+)
+def test_address_is_plain_when_somebody_could_have_it(address, expected):
+    assert address.is_plain is expected
+
+
+SPLIT = {
+    "no extension": ("bob", "+", "bob", ""),
+    "no delimiter set": ("bob+tag", "", "bob+tag", ""),
+    "extension": ("bob+tag", "+", "bob", "+tag"),
+    "empty extension": ("bob+", "+", "bob", "+"),
+    "first of several": ("bob+a+b", "+", "bob", "+a+b"),
+    "set: first in the address": ("bob-a+b", "+-", "bob", "-a+b"),
+    "set: order does not matter": ("bob+a-b", "-+", "bob", "+a-b"),
+    "other delimiter": ("bob-tag", "+", "bob-tag", ""),
+    "base would be empty": ("+tag", "+", "+tag", ""),
+    "base would be empty, more follow": ("+a+b", "+", "+a+b", ""),
+    "only the delimiter": ("+", "+", "+", ""),
+    "empty": ("", "+", "", ""),
+    "postmaster": ("postmaster", "m", "postmaster", ""),
+    "postmaster with extension": ("postmaster+tag", "+", "postmaster", "+tag"),
+    "mailer-daemon": ("mailer-daemon", "-", "mailer-daemon", ""),
+    "double-bounce": ("double-bounce", "+-", "double-bounce", ""),
+    "owner with minus": ("owner-list", "-", "owner-list", ""),
+    "owner with plus alone": ("owner-list+tag", "+", "owner-list", "+tag"),
+    "owner with both": ("owner-list+tag", "+-", "owner-list+tag", ""),
+    "owner without minus": ("owner+tag", "+-", "owner", "+tag"),
+    "request with minus": ("list-request", "-", "list-request", ""),
+    "request with both": ("list+tag-request", "+-", "list+tag-request", ""),
+    "request with plus alone": ("list+tag-request", "+", "list", "+tag-request"),
+    "request in the middle": ("list-request-x", "-", "list", "-request-x"),
+    "request alone": ("-request", "-", "-request", ""),
+    "non-ASCII": ("jörg+ü", "+", "jörg", "+ü"),
+}
+
+
+@pytest.mark.parametrize(("local_part", "delimiters", "base", "extension"), SPLIT.values(), ids=SPLIT)
+def test_split_extension_follows_split_addr(local_part, delimiters, base, extension):
+    assert split_extension(local_part, delimiters) == (base, extension)
+
+
+@given(st.text(alphabet="abö+-=_.", max_size=20), st.text(alphabet="+-=_", max_size=4))
+@example("owner-list", "-")
+def test_split_extension_loses_no_character(local_part, delimiters):
+    base, extension = split_extension(local_part, delimiters)
+    assert base + extension == local_part
+    assert bool(base) == bool(local_part)
+    if extension:
+        assert extension[0] in delimiters
+        assert not set(base) & set(delimiters)
+
+
+def test_address_spellings_of_a_tagged_address_are_itself_then_its_base():
+    address = normalise_address("Bob+Tag@d1.test")
+    assert mailcloak.address_spellings(address, "+") == [(address, ""), (Address("bob", "d1.test"), "+tag")]
+    assert mailcloak.address_spellings(address, "") == [(address, "")]
+
+
+@pytest.mark.parametrize(
+    ("text", "address"),
+    [
+        ("Info@D1.Test", Address("info", "d1.test")),
+        ("JÖRG@Bücher.test", Address("jörg", "xn--bcher-kva.test")),
+        ("bob@d1.test.", Address("bob", "d1.test")),
+        ("o'neil/x=y+tag@d1.test", Address("o'neil/x=y+tag", "d1.test")),
+        ("b" * 246 + "@d1.test", Address("b" * 246, "d1.test")),
+    ],
+    ids=["uppercase", "internationalised", "trailing dot", "odd but unquoted", "254 characters"],
+)
+def test_parse_plain_address_accepts_and_normalises(text, address):
+    assert parse_plain_address(text) == address
+
+
+REFUSED = {
+    "empty": ("", "it has no @"),
+    "no at": ("bob", "it has no @"),
+    "two at": ("bob@d2.test@d1.test", "it has more than one @"),
+    "catch-all": ("@d1.test", "there is nothing before the @, and a catch-all for a whole domain is not supported"),
+    "no domain": ("bob@", "'' is not a domain"),
+    "only dots": ("bob@..", "'..' is not a domain"),
+    "empty label": ("bob@d1..test", "'d1..test' is not a domain"),
+    "label begins with a hyphen": ("bob@-d1.test", "'-d1.test' is not a domain"),
+    "address literal": ("bob@[192.0.2.1]", "'[192.0.2.1]' is not a domain"),
+    "domain not convertible": ("bob@☃.test", "'☃.test' is not a domain"),
+    "space": ("bob smith@d1.test", "it holds a space or a control character"),
+    "space around": (" bob@d1.test", "it holds a space or a control character"),
+    "newline": ("bob@d1.test\n", "it holds a space or a control character"),
+    "NUL": ("bob\0@d1.test", "it holds a space or a control character"),
+    "escape": ("bob\x1b[2J@d1.test", "it holds a space or a control character"),
+    "right-to-left override": ("bob\u202e@d1.test", "it holds a space or a control character"),
+    "not UTF-8": ("bob\udcff@d1.test", "it holds a space or a control character"),
+    "angle brackets": ("<bob@d1.test>", "before the @ is a character that would need quotes"),
+    "quotes": ('"bob"@d1.test', "before the @ is a character that would need quotes"),
+    "comma": ("bob,eve@d1.test", "before the @ is a character that would need quotes"),
+    "backslash": ("bob\\@d1.test", "before the @ is a character that would need quotes"),
+    "255 characters": ("b" * 247 + "@d1.test", "it is longer than 254 characters"),
+    "255 characters once the domain is an A-label": ("b" * 230 + "@bücher.example.test", "it is longer than 254 characters"),
+}
+
+
+@pytest.mark.parametrize(("text", "reason"), REFUSED.values(), ids=REFUSED)
+def test_parse_plain_address_refuses_with_the_reason(text, reason):
+    with pytest.raises(ValueError, match=re.escape(reason)):
+        parse_plain_address(text)
+
+
+@pytest.mark.parametrize(
+    ("local_part", "quoted"),
+    [
+        ("bob", "bob"),
+        ("bob+tag", "bob+tag"),
+        ("jörg", "jörg"),
+        ("bob smith", '"bob smith"'),
+        ('bob"smith', '"bob\\"smith"'),
+        ("bob\\smith", '"bob\\\\smith"'),
+        ("bob,eve", '"bob,eve"'),
+        ("<bob>", '"<bob>"'),
+        ("", '""'),
+    ],
+)
+def test_quote_local_part_quotes_what_postfix_would_misread(local_part, quoted):
+    assert quote_local_part(local_part) == quoted
+
+
+@given(st.text(alphabet=string.printable, max_size=20))
+def test_quoted_local_part_unquotes_to_itself(local_part):
+    quoted = quote_local_part(local_part)
+    if quoted == local_part:
+        assert not set(local_part) & set(' "(),:;<>@[\\]\t\r\n\v\f')
+    else:
+        assert quoted.startswith('"')
+        assert quoted.endswith('"')
+        assert re.sub(r"\\(.)", r"\1", quoted[1:-1], flags=re.DOTALL) == local_part
+
+
+@pytest.mark.parametrize(
+    ("username", "extension", "domain", "mailbox"),
+    [
+        ("bob", "", "d1.test", "bob@d1.test"),
+        ("bob", "+tag", "d1.test", "bob+tag@d1.test"),
+        ("bob smith", "", "d1.test", '"bob smith"@d1.test'),
+        ("bob smith", "+tag", "d1.test", '"bob smith+tag"@d1.test'),
+        ("erin@d2.test", "", "d1.test", "erin@d2.test"),
+        ("erin@d2.test", "+tag", "d1.test", "erin@d2.test"),
+    ],
+    ids=["plain", "extension", "space", "space and extension", "username with domain", "username with domain and extension"],
+)
+def test_format_mailbox_leads_to_the_user(username, extension, domain, mailbox):
+    assert format_mailbox(username, extension, domain) == mailbox

@@ -1,0 +1,220 @@
+"""The daemon and its database: changes count at once, faults are temporary, the file may be replaced."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import sqlite3
+import stat
+import subprocess
+import sys
+import threading
+import time
+
+import mailcloak
+import pytest
+
+INTERNAL = "451 4.3.0 Temporary internal error"
+
+
+def sql(path, *statements):
+    with contextlib.closing(sqlite3.connect(path, isolation_level=None)) as database:
+        for statement in statements:
+            database.execute(statement)
+
+
+def test_change_by_mailcloakctl_counts_from_the_next_request(static_daemon):
+    client, maps = static_daemon.policy(), static_daemon.socketmap()
+    steps = [
+        (["aliases", "add", "new@d1.test", "alice"], "DUNNO", "OK alice@d1.test"),
+        (["aliases", "disable", "new@d1.test"], "550 5.1.1 No such user", "NOTFOUND "),
+        (["aliases", "enable", "new@d1.test"], "DUNNO", "OK alice@d1.test"),
+        (["aliases", "add", "new@d1.test", "bob", "--replace"], "DUNNO", "OK bob@d1.test"),
+        (["aliases", "del", "new@d1.test"], "550 5.1.1 No such user", "NOTFOUND "),
+    ]
+    for arguments, answer, mapped in steps:
+        static_daemon.ctl(*arguments)
+        assert (client.ask(recipient="new@d1.test"), maps.ask("alias new@d1.test")) == (answer, mapped)
+
+
+def test_app_commands_count_from_the_next_request(static_daemon):
+    client = static_daemon.policy()
+    ask = {"protocol_state": "MAIL", "sender": "scan@d1.test", "sasl_username": "printer", "sasl_method": "PLAIN"}
+    static_daemon.ctl("apps", "add", "printer", "--generate")
+    assert client.ask(**ask).startswith("553")
+    static_daemon.ctl("apps", "allow", "printer", "scan@d1.test")
+    assert client.ask(**ask) == "DUNNO"
+    static_daemon.ctl("apps", "disable", "printer")
+    assert client.ask(**ask).startswith("553")
+
+
+def test_row_with_address_and_username_alone_counts(static_daemon):
+    sql(static_daemon.database, "INSERT INTO aliases (alias_email, username) VALUES ('plain@d1.test', 'ALICE')")
+    assert static_daemon.ask_map("alias plain@d1.test") == "OK alice@d1.test"
+
+
+@pytest.mark.parametrize("value", ["42", "x'616c696365'"], ids=["number", "blob"])
+def test_row_with_a_username_of_another_type_ends_nothing(static_daemon, value):
+    sql(static_daemon.database, f"INSERT INTO aliases (alias_email, username) VALUES ('odd@d1.test', {value})")
+    assert static_daemon.ask_map("alias odd@d1.test") in ("OK 42@d1.test", "OK alice@d1.test")
+
+
+def test_row_that_is_not_utf8_is_a_temporary_failure_of_that_row_alone(static_daemon):
+    sql(static_daemon.database, "INSERT INTO aliases (alias_email, username) VALUES ('bad@d1.test', CAST(x'ff' AS TEXT))")
+    static_daemon.ctl("aliases", "add", "good@d1.test", "alice")
+    assert static_daemon.ask_map("alias bad@d1.test") == "TEMP database not usable"
+    assert static_daemon.ask_map("alias good@d1.test") == "OK alice@d1.test"
+
+
+def test_missing_file_is_created_with_its_schema_and_a_warning(static_daemon):
+    assert "warning database: created, there was none path=" in static_daemon.log()
+    status = static_daemon.database.stat()
+    assert stat.S_IMODE(status.st_mode) == 0o640
+    assert status.st_uid == static_daemon.directory.stat().st_uid
+    with contextlib.closing(sqlite3.connect(static_daemon.database)) as database:
+        assert database.execute("PRAGMA user_version").fetchone()[0] == mailcloak.SCHEMA_VERSION
+        assert database.execute("PRAGMA journal_mode").fetchone()[0] == "delete"
+
+
+def test_file_of_the_older_program_without_a_version_keeps_its_rows(make_daemon):
+    daemon = make_daemon(static_users={"alice": "alice@d1.test"})
+    sql(
+        daemon.database,
+        "CREATE TABLE aliases (alias_email TEXT PRIMARY KEY, username TEXT NOT NULL, enabled INTEGER NOT NULL DEFAULT 1, updated_at INTEGER)",
+        "INSERT INTO aliases VALUES ('info@d1.test', 'alice', 1, 1700000000)",
+    )
+    daemon.start()
+    assert daemon.ask_map("alias info@d1.test") == "OK alice@d1.test"
+    assert daemon.ctl("apps", "list", "--json").stdout.strip() == "[]"
+
+
+def test_file_of_a_newer_program_is_refused_with_a_message(make_daemon):
+    daemon = make_daemon(static_users={"alice": "alice@d1.test"})
+    sql(daemon.database, "PRAGMA user_version = 999")
+    assert daemon.launch().process.wait(10) == 1
+    assert "has schema version 999" in daemon.log()
+
+
+@pytest.mark.parametrize("name", ["policy", "socketmap"])
+def test_file_locked_for_a_moment_is_waited_for(static_daemon, name):
+    static_daemon.ctl("aliases", "add", "info@d1.test", "alice")
+    with contextlib.closing(sqlite3.connect(static_daemon.database, isolation_level=None, check_same_thread=False)) as writer:
+        writer.execute("BEGIN EXCLUSIVE")
+        timer = threading.Timer(0.5, writer.execute, ["COMMIT"])
+        timer.start()
+        if name == "policy":
+            assert static_daemon.ask(recipient="info@d1.test") == "DUNNO"
+        else:
+            assert static_daemon.ask_map("alias info@d1.test") == "OK alice@d1.test"
+        timer.join()
+
+
+def test_file_locked_for_long_is_a_temporary_failure_while_it_lasts(static_daemon):
+    static_daemon.ctl("aliases", "add", "info@d1.test", "alice")
+    with contextlib.closing(sqlite3.connect(static_daemon.database, isolation_level=None)) as writer:
+        writer.execute("BEGIN EXCLUSIVE")
+        assert static_daemon.ask(recipient="info@d1.test") == INTERNAL
+        assert static_daemon.ask(recipient="alice@d1.test") == "DUNNO"
+        assert static_daemon.ask_map("alias info@d1.test") == "TEMP database not usable"
+        writer.execute("ROLLBACK")
+    assert static_daemon.ask_map("alias info@d1.test") == "OK alice@d1.test"
+
+
+def test_file_replaced_by_rename_is_noticed_on_a_kept_connection(static_daemon):
+    static_daemon.ctl("aliases", "add", "info@d1.test", "alice")
+    client = static_daemon.socketmap()
+    assert client.ask("alias info@d1.test") == "OK alice@d1.test"
+    other = static_daemon.directory / "other.db"
+    mailcloak.prepare_database(str(other))
+    sql(other, "INSERT INTO aliases (alias_email, username) VALUES ('info@d1.test', 'bob')")
+    os.rename(other, static_daemon.database)
+    assert client.ask("alias info@d1.test") == "OK bob@d1.test"
+
+
+@pytest.mark.parametrize("fault", ["gone", "garbage", "truncated", "directory", "empty"])
+def test_broken_file_is_a_temporary_failure_until_it_is_back(static_daemon, fault):
+    path = static_daemon.database
+    static_daemon.ctl("aliases", "add", "info@d1.test", "alice")
+    client, maps = static_daemon.policy(), static_daemon.socketmap()
+    assert maps.ask("alias info@d1.test") == "OK alice@d1.test"
+    good = path.read_bytes()
+    if fault == "truncated":
+        path.write_bytes(good[:5000])
+    else:
+        path.unlink()
+        if fault == "garbage":
+            path.write_bytes(b"no database " * 500)
+        elif fault == "empty":
+            path.touch()
+        elif fault == "directory":
+            path.mkdir()
+    assert maps.ask("alias info@d1.test") == "TEMP database not usable"
+    assert client.ask(recipient="info@d1.test") == INTERNAL
+    assert client.ask(recipient="alice@d1.test") == "DUNNO"
+    if fault == "directory":
+        path.rmdir()
+    path.write_bytes(good)
+    assert maps.ask("alias info@d1.test") == "OK alice@d1.test"
+    assert client.ask(recipient="info@d1.test") == "DUNNO"
+
+
+KILLED_WRITER = """
+import os, sqlite3, sys
+database = sqlite3.connect(sys.argv[1], isolation_level=None)
+database.execute("PRAGMA cache_size = 1")
+database.execute("BEGIN IMMEDIATE")
+database.execute("UPDATE aliases SET username = 'mallory'")
+database.executemany("INSERT INTO aliases (alias_email, username) VALUES (?, 'x')", [(f"a{n}@d1.test",) for n in range(5000)])
+print("spilled", flush=True)
+sys.stdin.read()
+"""
+
+
+def test_journal_of_a_killed_writer_is_rolled_back(static_daemon):
+    static_daemon.ctl("aliases", "add", "info@d1.test", "alice")
+    maps = static_daemon.socketmap()
+    assert maps.ask("alias info@d1.test") == "OK alice@d1.test"
+    writer = subprocess.Popen(
+        [sys.executable, "-c", KILLED_WRITER, str(static_daemon.database)], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    )
+    assert writer.stdout.readline() == b"spilled\n"
+    writer.send_signal(signal.SIGKILL)
+    writer.communicate()
+    assert os.path.exists(f"{static_daemon.database}-journal")
+    with pytest.raises(sqlite3.OperationalError), contextlib.closing(sqlite3.connect(f"file:{static_daemon.database}?mode=ro", uri=True)) as reader:
+        reader.execute("SELECT 1 FROM aliases").fetchall()
+    assert maps.ask("alias info@d1.test") == "OK alice@d1.test"
+    assert static_daemon.ask(recipient="a1@d1.test") == "550 5.1.1 No such user"
+
+
+def test_answers_stay_right_while_mailcloakctl_writes_in_a_loop(static_daemon):
+    static_daemon.ctl("aliases", "add", "info@d1.test", "alice")
+    stop = threading.Event()
+
+    def write():
+        while not stop.is_set():
+            static_daemon.ctl("aliases", "add", "busy@d1.test", "bob")
+            static_daemon.ctl("aliases", "del", "busy@d1.test")
+
+    thread = threading.Thread(target=write)
+    thread.start()
+    try:
+        client, end, answers = static_daemon.policy(), time.monotonic() + 2, set()
+        while time.monotonic() < end:
+            answers.add((client.ask(recipient="info@d1.test"), client.ask(recipient="stranger@d1.test")))
+    finally:
+        stop.set()
+        thread.join()
+    assert answers == {("DUNNO", "550 5.1.1 No such user")}
+
+
+def test_daemon_never_writes_to_the_database(static_daemon):
+    static_daemon.ctl("aliases", "add", "info@d1.test", "alice")
+    before = static_daemon.database.read_bytes()
+    for recipient in ("info@d1.test", "alice@d1.test", "stranger@d1.test"):
+        static_daemon.ask(recipient=recipient)
+    assert static_daemon.database.read_bytes() == before
+    database = mailcloak.Database(str(static_daemon.database))
+    with pytest.raises(mailcloak.DatabaseUnavailable, match="readonly"):
+        database._rows("DELETE FROM aliases", ())

@@ -1,0 +1,346 @@
+"""Start, sockets, privileges, signals, reload, the end."""
+
+from __future__ import annotations
+
+import os
+import pwd
+import shutil
+import signal
+import socket
+import stat
+import subprocess
+import sys
+import threading
+import time
+
+import pytest
+import yaml
+from conftest import ROOT, USERS, as_nobody, wait_until
+
+import mailcloak
+
+root_only = pytest.mark.real("root")
+
+
+def launch_and_fail(daemon):
+    """The log of a daemon that must not start."""
+    assert daemon.launch().process.wait(10) == 1, daemon.log()
+    assert "Traceback" not in daemon.log()
+    return daemon.log()
+
+
+def nobody_daemon(make_daemon, **blocks):
+    """A daemon that is started as root, becomes nobody, and whose database directory is nobody's."""
+    daemon = make_daemon(static_users=USERS, daemon={"user": "nobody"}, **blocks)
+    state = daemon.directory / "state"
+    state.mkdir()
+    shutil.chown(state, "nobody", "nogroup")
+    daemon.config["sqlite"]["path"] = str(state / "state.db")
+    return daemon
+
+
+# ---- sockets
+
+
+def test_socket_has_the_mode_asked_for(make_daemon):
+    daemon = make_daemon(static_users=USERS, sockets={"socket_mode": "0606"}).start()
+    for name in ("policy", "socketmap"):
+        status = os.lstat(daemon.directory / name)
+        assert stat.S_ISSOCK(status.st_mode)
+        assert stat.S_IMODE(status.st_mode) == 0o606
+
+
+def test_sockets_are_removed_at_the_end(static_daemon):
+    assert static_daemon.stop() == 0
+    assert not [name for name in ("policy", "socketmap") if os.path.lexists(static_daemon.directory / name)]
+
+
+def test_stale_socket_of_a_killed_daemon_is_removed_with_a_line(static_daemon):
+    static_daemon.process.kill()
+    static_daemon.process.wait()
+    assert (static_daemon.directory / "policy").exists()
+    static_daemon.start()
+    assert static_daemon.log().count("info server: stale socket removed path=") == 2
+    assert static_daemon.ask(recipient="alice@d1.test") == "DUNNO"
+
+
+def test_socket_of_a_running_daemon_is_not_stolen(static_daemon, make_daemon):
+    other = make_daemon(static_users=USERS, sqlite={"path": str(static_daemon.directory / "other.db")})
+    other.log_path = static_daemon.directory / "other.log"
+    log = launch_and_fail(other)
+    assert "sockets.policy_socket: " in log
+    assert "is served by another running daemon, stop it first" in log
+    assert static_daemon.ask(recipient="alice@d1.test") == "DUNNO"
+
+
+@pytest.mark.parametrize("kind", ["file", "directory", "symlink"])
+def test_what_is_not_a_socket_is_not_deleted(make_daemon, kind):
+    daemon = make_daemon(static_users=USERS)
+    path = daemon.directory / "socketmap"
+    if kind == "file":
+        path.write_text("precious")
+    elif kind == "directory":
+        path.mkdir()
+    else:
+        path.symlink_to("/etc/passwd")
+    log = launch_and_fail(daemon)
+    assert "sockets.socketmap_socket: " in log
+    assert "is there and is not a socket" in log
+    assert os.path.lexists(path)
+    assert not (daemon.directory / "policy").exists()
+
+
+def test_missing_socket_directory_is_named(make_daemon):
+    daemon = make_daemon(static_users=USERS)
+    daemon.config["sockets"]["policy_socket"] = str(daemon.directory / "nowhere" / "policy")
+    assert f"its directory '{daemon.directory}/nowhere' does not exist" in launch_and_fail(daemon)
+
+
+def test_socket_path_that_is_too_long_is_a_config_problem(make_daemon):
+    daemon = make_daemon(static_users=USERS)
+    daemon.config["sockets"]["policy_socket"] = "/tmp/" + "x" * 103
+    assert daemon.launch().process.wait(10) == 78
+    assert "config: sockets.policy_socket: expected a path of at most 107 bytes" in daemon.log()
+
+
+def test_missing_database_directory_is_named(make_daemon):
+    daemon = make_daemon(static_users=USERS)
+    daemon.config["sqlite"]["path"] = str(daemon.directory / "nowhere" / "state.db")
+    log = launch_and_fail(daemon)
+    assert f"sqlite.path: directory '{daemon.directory}/nowhere' does not exist" in log
+    assert not (daemon.directory / "policy").exists()
+
+
+@root_only
+def test_socket_of_root_belongs_to_its_owner_and_group(make_daemon):
+    daemon = make_daemon(static_users=USERS, sockets={"socket_owner_user": "daemon", "socket_owner_group": "mail"}).start()
+    status = (daemon.directory / "policy").stat()
+    assert (pwd.getpwuid(status.st_uid).pw_name, status.st_gid, stat.S_IMODE(status.st_mode)) == ("daemon", 8, 0o660)
+
+
+@root_only
+def test_socket_in_a_directory_of_its_owner_is_made_there(make_daemon):
+    daemon = make_daemon(static_users=USERS, sockets={"socket_owner_user": "daemon", "socket_owner_group": "daemon"})
+    private = daemon.directory / "private"
+    private.mkdir(mode=0o700)
+    shutil.chown(private, "daemon", "daemon")
+    daemon.config["sockets"].update(policy_socket=str(private / "mailcloak"), socketmap_socket=str(private / "map"))
+    daemon.start()
+    status = (private / "mailcloak").stat()
+    assert (pwd.getpwuid(status.st_uid).pw_name, stat.S_IMODE(status.st_mode)) == ("daemon", 0o660)
+
+
+def test_socket_for_another_user_needs_root(short_dir):
+    sockets = mailcloak.SocketsConfig("", "", socket_owner_user="root", socket_owner_group="", socket_mode=0o660)
+    outcome = as_nobody(lambda: mailcloak.bind_socket(str(short_dir / "s"), "sockets.policy_socket", sockets))
+    assert outcome.startswith("StartError: sockets.policy_socket: only root can give a socket to another user")
+
+
+# ---- privileges
+
+
+@root_only
+def test_daemon_started_as_root_becomes_its_user_for_good(make_daemon):
+    daemon = nobody_daemon(make_daemon).start()
+    status = (open(f"/proc/{daemon.process.pid}/status").read()).splitlines()
+    fields = {line.split(":")[0]: line.split(":")[1].split() for line in status}
+    nobody = pwd.getpwnam("nobody")
+    assert set(fields["Uid"]) == {str(nobody.pw_uid)}
+    assert set(fields["Gid"]) == {str(nobody.pw_gid)}
+    assert fields["Groups"] == [str(nobody.pw_gid)]
+    assert fields["CapEff"] == ["0000000000000000"]
+    assert daemon.database.owner() == "nobody"
+    assert daemon.ask(recipient="alice@d1.test") == "DUNNO"
+
+
+@root_only
+def test_sockets_its_user_may_not_remove_are_left_and_removed_at_the_next_start(make_daemon):
+    daemon = nobody_daemon(make_daemon, sockets={"socket_owner_user": "daemon"})
+    private = daemon.directory / "private"
+    private.mkdir(mode=0o700)
+    shutil.chown(private, "daemon")
+    daemon.config["sockets"].update(policy_socket=str(private / "mailcloak"), socketmap_socket=str(private / "map"))
+    daemon.start()
+    assert daemon.stop() == 0
+    assert "info server: socket left behind path=" in daemon.log()
+    daemon.start()
+    assert "info server: stale socket removed path=" in daemon.log()
+    assert daemon.ask(recipient="alice@d1.test") == "DUNNO"
+
+
+@root_only
+def test_database_directory_that_its_user_may_not_write_is_named(make_daemon):
+    daemon = make_daemon(static_users=USERS, daemon={"user": "nobody"})
+    log = launch_and_fail(daemon)
+    assert "sqlite.path: " in log
+    assert "cannot be created: Permission denied, as user 'nobody'" in log
+
+
+@root_only
+def test_config_its_user_cannot_read_is_warned_about(make_daemon):
+    daemon = nobody_daemon(make_daemon)
+    daemon.write_config()
+    daemon.config_path.chmod(0o600)
+    daemon.start()
+    assert "not readable by user 'nobody', a reload will fail" in daemon.log()
+
+
+# ---- signals
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=["SIGTERM", "SIGINT"])
+def test_signal_ends_the_daemon_with_idle_connections_at_once(static_daemon, number):
+    clients = [static_daemon.policy() for _ in range(5)] + [static_daemon.socketmap()]
+    for client in clients[:5]:
+        assert client.ask(recipient="alice@d1.test") == "DUNNO"
+    started = time.monotonic()
+    static_daemon.process.send_signal(number)
+    assert static_daemon.process.wait(10) == 0
+    assert time.monotonic() - started < 2
+    assert [client.receive() for client in clients] == [None] * 6
+    assert f"info daemon: stopping signal={number.name}" in static_daemon.log()
+
+
+def test_request_that_was_read_is_answered_before_the_end(keycloak_daemon, keycloak):
+    keycloak.latency_seconds = 1
+    client = keycloak_daemon.policy()
+    client.send(recipient="alice@d1.test")
+    wait_until(lambda: keycloak.searches)
+    keycloak_daemon.process.terminate()
+    assert client.receive() == "DUNNO"
+    assert client.receive() is None
+    assert keycloak_daemon.process.wait(10) == 0
+
+
+def test_lookup_that_hangs_at_the_end_gets_the_failure_mode_after_three_seconds(make_daemon, keycloak):
+    daemon = make_daemon(keycloak=keycloak.config(timeout_seconds=30)).start()
+    keycloak.fault = "stall"
+    client = daemon.policy()
+    client.send(recipient="alice@d1.test")
+    wait_until(lambda: keycloak.token_requests)
+    started = time.monotonic()
+    daemon.process.terminate()
+    assert client.receive() == "451 4.3.0 Temporary authentication/lookup failure"
+    assert 2 < time.monotonic() - started < 4
+    assert daemon.process.wait(10) == 0
+    assert time.monotonic() - started < 5
+
+
+def test_second_signal_ends_at_once(make_daemon, keycloak):
+    daemon = make_daemon(keycloak=keycloak.config(timeout_seconds=30)).start()
+    keycloak.fault = "stall"
+    client = daemon.policy()
+    client.send(recipient="alice@d1.test")
+    wait_until(lambda: keycloak.token_requests)
+    daemon.process.terminate()
+    daemon.wait_for_log("daemon: stopping")
+    started = time.monotonic()
+    daemon.process.terminate()
+    daemon.process.wait(10)
+    assert time.monotonic() - started < 1
+
+
+def test_restart_serves_again_at_once(static_daemon):
+    for _ in range(3):
+        assert static_daemon.stop() == 0
+        static_daemon.start()
+        assert static_daemon.ask(recipient="alice@d1.test") == "DUNNO"
+
+
+def test_client_that_does_not_read_does_not_hold_up_the_end(static_daemon):
+    client = static_daemon.policy()
+    client.socket.setblocking(False)
+    request = b"request=smtpd_access_policy\nprotocol_state=DATA\n\n" * 300
+    try:
+        while True:
+            client.socket.send(request)
+    except BlockingIOError:
+        pass
+    started = time.monotonic()
+    assert static_daemon.stop() == 0
+    assert time.monotonic() - started < 5.5
+    assert "Traceback" not in static_daemon.log()
+
+
+# ---- reload
+
+
+def test_reload_puts_a_new_config_in_force_without_closing_a_connection(static_daemon):
+    client = static_daemon.policy()
+    assert client.ask(recipient="alice@d9.test") == "DUNNO"
+    static_daemon.config["policy"]["domain"] = ["d9.test"]
+    static_daemon.config["static_users"] = {"zoe": "zoe@d9.test"}
+    static_daemon.reload()
+    assert client.ask(recipient="alice@d9.test") == "550 5.1.1 No such user"
+    assert client.ask(recipient="zoe@d9.test") == "DUNNO"
+    assert "info daemon: reloaded config=" in static_daemon.log()
+
+
+def test_reload_of_a_bad_config_changes_nothing(static_daemon):
+    static_daemon.config["policy"]["domian"] = "x.test"
+    static_daemon.reload()
+    log = static_daemon.log()
+    assert "error config: policy.domian: unknown key; did you mean 'domain'?" in log
+    assert "error daemon: reload refused, the old configuration stays in force" in log
+    assert static_daemon.ask(recipient="alice@d1.test") == "DUNNO"
+
+
+def test_reload_names_what_needs_a_restart(static_daemon):
+    static_daemon.config["sockets"]["policy_socket"] += "-other"
+    static_daemon.reload()
+    assert "warning config: sockets: a change here needs a restart" in static_daemon.log()
+    static_daemon.config["sockets"]["policy_socket"] = static_daemon.config["sockets"]["policy_socket"][: -len("-other")]
+    assert static_daemon.ask(recipient="alice@d1.test") == "DUNNO"
+
+
+def test_many_reloads_leave_no_threads_behind(keycloak_daemon):
+    def threads():
+        return len(os.listdir(f"/proc/{keycloak_daemon.process.pid}/task"))
+
+    before = threads()
+    for _ in range(10):
+        keycloak_daemon.reload()
+    wait_until(lambda: threads() <= before, what="end of the old lookup threads")
+
+
+# ---- the one file
+
+
+def test_daemon_is_one_file_that_runs_from_anywhere(short_dir, make_config):
+    shutil.copy(ROOT / "mailcloak.py", short_dir / "copied.py")
+    (short_dir / "c.yaml").write_text(yaml.safe_dump(make_config(static_users=USERS)))
+    result = subprocess.run(
+        [sys.executable, str(short_dir / "copied.py"), "--check-config", "c.yaml"], cwd=short_dir, capture_output=True, text=True, check=False
+    )
+    assert (result.returncode, "good" in result.stdout + result.stderr) == (0, True)
+
+
+def test_hundreds_of_clients_at_once_are_all_answered(static_daemon):
+    failures = []
+
+    def work():
+        client = static_daemon.policy()
+        for _ in range(20):
+            if client.ask(recipient="alice@d1.test") != "DUNNO":
+                failures.append(client)
+
+    threads = [threading.Thread(target=work) for _ in range(200)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not failures
+
+
+def test_backlog_takes_a_burst_that_the_daemon_has_no_time_for(static_daemon):
+    static_daemon.process.send_signal(signal.SIGSTOP)
+    clients = []
+    for _ in range(520):
+        client = socket.socket(socket.AF_UNIX)
+        client.setblocking(False)
+        client.connect(str(static_daemon.directory / "policy"))  # as Postfix: BlockingIOError with a full backlog
+        clients.append(client)
+    static_daemon.process.send_signal(signal.SIGCONT)
+    for client in clients:
+        client.close()
+    assert static_daemon.ask(recipient="alice@d1.test") == "DUNNO"
