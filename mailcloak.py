@@ -538,7 +538,8 @@ def load_config(path: str) -> Config:
 # One form for an address from whichever side it comes: the form that Postfix will act on. Pure.
 # ---------------------------------------------------------------------------------------------------------------------------------
 
-_UNQUOTED_LOCAL_PART = re.compile(r"[^\s\x00-\x1f\x7f\"(),:;<>@\[\\\]]+")  # RFC 5322 atext and dots, with RFC 6531's letters
+_ATOM = r"[^.\s\x00-\x1f\x7f\"(),:;<>@\[\\\]]+"  # RFC 5322 atext with the letters of RFC 6531
+_DOT_STRING = re.compile(rf"{_ATOM}(\.{_ATOM})*")  # what needs no quotes in an address
 _NEVER_SPLIT = frozenset({"postmaster", "mailer-daemon", "double-bounce"})
 
 
@@ -568,7 +569,7 @@ def normalise_address(raw: str) -> Address:
     text = raw.lower()
     while text.startswith("@") and ":" in text[:-1]:
         text = text.partition(":")[2]
-    if "@" not in text:
+    if "@" not in text and _DOT_STRING.fullmatch(text):  # anything else Postfix puts into quotes and leaves as it is
         if "!" in text:
             site, _, user = text.partition("!")
             text = f"{user}@{site}"
@@ -586,6 +587,18 @@ def normalise_address(raw: str) -> Address:
     return Address(local_part, domain)
 
 
+def routing_steps(address: Address) -> Iterator[Address]:
+    """The address, and what Postfix would deliver to if each outer domain were one of its own hosts.
+
+    Postfix drops the domain of user%domain@host, domain!user@host and "user@domain"@host when the host is itself ($mydestination or
+    its IP address in brackets) and reads the rest again, so such an address may lead to a domain of ours.
+    Source: Postfix trivial-rewrite(8), resolve.c.
+    """
+    while address.domain:
+        yield address
+        address = normalise_address(address.local_part)
+
+
 def parse_plain_address(text: str) -> Address:
     """An address as a person types it into a command or a config; raises ValueError saying what is wrong with it."""
     if not text.isprintable() or re.search(r"\s", text):
@@ -595,8 +608,8 @@ def parse_plain_address(text: str) -> Address:
     local_part, domain = text.lower().split("@")
     if not local_part:
         raise ValueError("there is nothing before the @, and a catch-all for a whole domain is not supported")
-    if not _UNQUOTED_LOCAL_PART.fullmatch(local_part):
-        raise ValueError("before the @ is a character that would need quotes")
+    if not _DOT_STRING.fullmatch(local_part):
+        raise ValueError("the part before the @ would need quotes")
     too_long = f"it is longer than {MAX_ADDRESS_CHARS} characters"
     if len(text) > MAX_ADDRESS_CHARS:
         raise ValueError(too_long)
@@ -630,7 +643,7 @@ def address_spellings(address: Address, delimiters: str) -> List[Tuple[Address, 
 
 def quote_local_part(local_part: str) -> str:
     """The local part as it must stand in an address of a lookup table's answer (RFC 5322, section 3.2.4)."""
-    if _UNQUOTED_LOCAL_PART.fullmatch(local_part):
+    if _DOT_STRING.fullmatch(local_part):
         return local_part
     return '"' + re.sub(r'(["\\])', r"\\\1", local_part) + '"'
 
@@ -1416,6 +1429,8 @@ def decide_recipient(recipient: Address, policy: PolicyConfig, facts: Facts) -> 
 
     DUNNO for an address that has an owner and for domains that are not ours, 550 when it has none, 451 when that is not known.
     """
+    ours = policy.domain | {policy.mailbox_domain}
+    recipient = next((step for step in routing_steps(recipient) if step.domain in ours), recipient)
     if policy.mailbox_domain and recipient.domain == policy.mailbox_domain:
         return Action(NO_SUCH_USER, "mailbox-domain")
     if not is_local(recipient, policy):
@@ -1515,7 +1530,7 @@ def decide_alias(key: str, policy: PolicyConfig, facts: Facts) -> Action:
     "NOTFOUND " keeps its space: Postfix wants one after every status word (socketmap_table(5)).
     """
     address = normalise_address(key)
-    quoted = not _UNQUOTED_LOCAL_PART.fullmatch(address.local_part)
+    quoted = not _DOT_STRING.fullmatch(address.local_part)
     if "@" not in key or quoted or not address.is_plain or address.domain not in policy.domain:
         return Action("NOTFOUND ", "not-local", logging.DEBUG)
     not_found = Action("NOTFOUND ", "no-alias", logging.DEBUG)
@@ -1641,14 +1656,7 @@ def escape_for_log(text: str) -> str:
     text = text if len(text) <= 300 else text[:300] + "..."
     if text.isprintable() and not re.search(r'[ <>"\\]', text):
         return text
-    return "".join(
-        c
-        if c.isprintable() and c not in ' <>"\\'
-        else c.encode("unicode_escape").decode()
-        if c > "~" or c < " "
-        else f"\\x{ord(c):02x}"
-        for c in text
-    )
+    return "".join(f"\\x{ord(c):02x}" if c in ' <>"\\' else c if c.isprintable() else ascii(c)[1:-1] for c in text)
 
 
 class Service:
@@ -1715,23 +1723,17 @@ class Handler(socketserver.BaseRequestHandler):
             log.debug("%s: connection lost reason=%s", self.component, exc.strerror)
 
     def _answer(self, request: Any) -> Action:
-        started = time.monotonic()
         try:
+            started = time.monotonic()
             action = self.decide(request, self.server.service)
+            if log.isEnabledFor(action.level):
+                elapsed_ms = (time.monotonic() - started) * 1000
+                event = self.describe(request, action)
+                log.log(action.level, "%s: %s reason=%s elapsed_ms=%.0f", self.component, event, action.reason, elapsed_ms)
+            return action
         except Exception as exc:  # the edge: whatever went wrong, the answer is "try later", never a permission
             log.error("%s: internal error %s", self.component, _describe_exception(exc))
-            action = self.internal_error
-        if log.isEnabledFor(action.level):
-            elapsed_ms = (time.monotonic() - started) * 1000
-            log.log(
-                action.level,
-                "%s: %s reason=%s elapsed_ms=%.0f",
-                self.component,
-                self.describe(request, action),
-                action.reason,
-                elapsed_ms,
-            )
-        return action
+            return self.internal_error
 
     def decide(self, request: Any, service: Service) -> Action:
         """The answer to one request of the stream."""

@@ -11,10 +11,11 @@ import re
 import subprocess
 import sys
 
-import mailcloak
 import pytest
 import yaml
 from conftest import ROOT
+
+import mailcloak
 
 SECRET = "hunter2-not-to-be-seen"
 USER = pwd.getpwuid(os.geteuid()).pw_name
@@ -110,7 +111,11 @@ def test_defaults_are_those_of_the_reference(load):
 
 
 def test_defaults_that_name_accounts_are_those_of_the_reference():
-    defaults = {field.name: field.default for block in (mailcloak.SocketsConfig, mailcloak.DaemonConfig) for field in dataclasses.fields(block)}
+    defaults = {
+        field.name: field.default
+        for block in (mailcloak.SocketsConfig, mailcloak.DaemonConfig)
+        for field in dataclasses.fields(block)
+    }
     assert (defaults["socket_owner_user"], defaults["socket_owner_group"], defaults["user"]) == ("postfix", "postfix", "mailcloak")
 
 
@@ -180,8 +185,16 @@ EXACT = {
     ),
     "negative time": ("policy.cache_ttl_seconds", -1, "config: policy.cache_ttl_seconds: expected a positive number, got -1"),
     "no time": ("policy.cache_ttl_seconds", 0, "config: policy.cache_ttl_seconds: expected a positive number, got 0"),
-    "number as text": ("policy.cache_ttl_seconds", "120", "config: policy.cache_ttl_seconds: expected a positive number, got '120'"),
-    "number as boolean": ("policy.cache_ttl_seconds", True, "config: policy.cache_ttl_seconds: expected a positive number, got True"),
+    "number as text": (
+        "policy.cache_ttl_seconds",
+        "120",
+        "config: policy.cache_ttl_seconds: expected a positive number, got '120'",
+    ),
+    "number as boolean": (
+        "policy.cache_ttl_seconds",
+        True,
+        "config: policy.cache_ttl_seconds: expected a positive number, got True",
+    ),
     "number that is NaN": (
         "policy.stale_if_error_seconds",
         float("nan"),
@@ -192,17 +205,33 @@ EXACT = {
         float("inf"),
         "config: policy.negative_cache_ttl_seconds: expected a number, 0 or more, got inf",
     ),
-    "number that is empty": ("policy.cache_ttl_seconds", None, "config: policy.cache_ttl_seconds: expected a positive number, got nothing"),
+    "number that is empty": (
+        "policy.cache_ttl_seconds",
+        None,
+        "config: policy.cache_ttl_seconds: expected a positive number, got nothing",
+    ),
     "fraction": ("policy.cache_max_entries", 1.5, "config: policy.cache_max_entries: expected a whole number, 1 or more, got 1.5"),
     "whole number as boolean": (
         "policy.cache_max_entries",
         True,
         "config: policy.cache_max_entries: expected a whole number, 1 or more, got True",
     ),
-    "timeout too long": ("keycloak.timeout_seconds", 61, "config: keycloak.timeout_seconds: expected a number from 0.1 to 60, got 61"),
+    "timeout too long": (
+        "keycloak.timeout_seconds",
+        61,
+        "config: keycloak.timeout_seconds: expected a number from 0.1 to 60, got 61",
+    ),
     "timeout zero": ("keycloak.timeout_seconds", 0, "config: keycloak.timeout_seconds: expected a number from 0.1 to 60, got 0"),
-    "boolean as number": ("keycloak.require_verified_email", 1, "config: keycloak.require_verified_email: expected true or false, got 1"),
-    "boolean as text": ("keycloak.require_verified_email", "yes", "config: keycloak.require_verified_email: expected true or false, got 'yes'"),
+    "boolean as number": (
+        "keycloak.require_verified_email",
+        1,
+        "config: keycloak.require_verified_email: expected true or false, got 1",
+    ),
+    "boolean as text": (
+        "keycloak.require_verified_email",
+        "yes",
+        "config: keycloak.require_verified_email: expected true or false, got 'yes'",
+    ),
     "choice, near miss": (
         "policy.keycloak_failure_mode",
         "temp-fail",
@@ -213,7 +242,11 @@ EXACT = {
         False,
         "config: policy.foreign_sender: expected one of reject, dunno, got False",
     ),
-    "choice of another key": ("policy.foreign_sender", "warn", "config: policy.foreign_sender: expected one of reject, dunno, got 'warn'"),
+    "choice of another key": (
+        "policy.foreign_sender",
+        "warn",
+        "config: policy.foreign_sender: expected one of reject, dunno, got 'warn'",
+    ),
     "URL without scheme": (
         "keycloak.base_url",
         "sso.example.org",
@@ -229,7 +262,11 @@ EXACT = {
         "https://sso.example.org/?realm=mail",
         "config: keycloak.base_url: expected a URL such as https://sso.example.org, got 'https://sso.example.org/?realm=mail'",
     ),
-    "domain with an at": ("policy.domain", "@example.org", "config: policy.domain: expected a domain such as example.org, got '@example.org'"),
+    "domain with an at": (
+        "policy.domain",
+        "@example.org",
+        "config: policy.domain: expected a domain such as example.org, got '@example.org'",
+    ),
     "domain list that is empty": (
         "policy.domain",
         [],
@@ -288,12 +325,12 @@ EXACT = {
     "mode that is not octal": (
         "sockets.socket_mode",
         "0690",
-        'config: sockets.socket_mode: expected an octal mode as text, in quotes, such as "0660", got \'0690\'',
+        "config: sockets.socket_mode: expected an octal mode as text, in quotes, such as \"0660\", got '0690'",
     ),
     "mode with more bits": (
         "sockets.socket_mode",
         "1777",
-        'config: sockets.socket_mode: expected an octal mode as text, in quotes, such as "0660", got \'1777\'',
+        "config: sockets.socket_mode: expected an octal mode as text, in quotes, such as \"0660\", got '1777'",
     ),
     "user missing": (
         "sockets.socket_owner_user",
@@ -419,7 +456,17 @@ def test_text_that_is_not_good_yaml_is_refused_with_its_line(load, problems_of, 
 
 @pytest.mark.parametrize(
     "content",
-    [b"", b"# nothing\n", b"- a\n- b\n", b"policy\n", b"\xff\xfe\x00", b"policy: \xe9\n", b"\x00", b"--- {}\n--- {}\n", b"{" * 5000],
+    [
+        b"",
+        b"# nothing\n",
+        b"- a\n- b\n",
+        b"policy\n",
+        b"\xff\xfe\x00",
+        b"policy: \xe9\n",
+        b"\x00",
+        b"--- {}\n--- {}\n",
+        b"{" * 5000,
+    ],
     ids=["empty", "comment", "list", "word", "UTF-16", "Latin-1", "NUL", "two documents", "nested too deep"],
 )
 def test_file_that_is_no_mapping_is_one_problem(load, problems_of, content):
@@ -434,7 +481,9 @@ def test_file_that_is_missing_is_one_problem(tmp_path):
 
 
 def test_merge_key_may_be_overridden(load):
-    text = yaml.safe_dump(STATIC).replace("policy:\n", "policy:\n  <<: {foreign_sender: dunno, cache_ttl_seconds: 60}\n  cache_ttl_seconds: 30\n")
+    text = yaml.safe_dump(STATIC).replace(
+        "policy:\n", "policy:\n  <<: {foreign_sender: dunno, cache_ttl_seconds: 60}\n  cache_ttl_seconds: 30\n"
+    )
     policy = load(text).policy
     assert (policy.foreign_sender, policy.cache_ttl_seconds) == ("dunno", 30)
 
@@ -469,7 +518,11 @@ def test_every_problem_of_a_file_is_reported_at_once(problems_of):
 @pytest.mark.parametrize(
     ("block", "wrong", "also"),
     [
-        ("keycloak", {"timeout_seconds": 0, "client_secret": MISSING, "client_secret_file": "/no/such/file"}, "keycloak.client_secret_file"),
+        (
+            "keycloak",
+            {"timeout_seconds": 0, "client_secret": MISSING, "client_secret_file": "/no/such/file"},
+            "keycloak.client_secret_file",
+        ),
         ("keycloak", {"timeout_seconds": 0, "client_secret_file": "/no/such/file"}, "keycloak.client_secret"),
         ("policy", {"cache_ttl_seconds": 0, "mailbox_domain": "example.org"}, "policy.mailbox_domain"),
         ("sockets", {"socket_mode": 432, "socketmap_socket": "/run/mc/policy"}, "sockets.socketmap_socket"),
@@ -489,7 +542,11 @@ def with_secret_file(path):
     return {**GOOD, "keycloak": {**{k: v for k, v in KEYCLOAK.items() if k != "client_secret"}, "client_secret_file": str(path)}}
 
 
-@pytest.mark.parametrize("content", [SECRET, SECRET + "\n", SECRET + "\r\nsecond line\n", f" {SECRET} \n"], ids=["bare", "newline", "more lines", "spaces"])
+@pytest.mark.parametrize(
+    "content",
+    [SECRET, SECRET + "\n", SECRET + "\r\nsecond line\n", f" {SECRET} \n"],
+    ids=["bare", "newline", "more lines", "spaces"],
+)
 def test_client_secret_file_gives_its_first_line(load, tmp_path, content):
     (tmp_path / "secret").write_bytes(content.encode())
     (tmp_path / "secret").chmod(0o600)
@@ -498,7 +555,9 @@ def test_client_secret_file_gives_its_first_line(load, tmp_path, content):
     assert config.warnings == ()
 
 
-@pytest.mark.parametrize("content", [b"", b"\n" + SECRET.encode(), b"\xff\xfe", b"a\x00b"], ids=["empty", "second line", "not UTF-8", "NUL"])
+@pytest.mark.parametrize(
+    "content", [b"", b"\n" + SECRET.encode(), b"\xff\xfe", b"a\x00b"], ids=["empty", "second line", "not UTF-8", "NUL"]
+)
 def test_client_secret_file_without_a_secret_is_a_problem(problems_of, tmp_path, content):
     (tmp_path / "secret").write_bytes(content)
     (problem,) = problems_of(with_secret_file(tmp_path / "secret"))
@@ -525,7 +584,17 @@ def test_client_secret_file_that_is_missing_is_a_problem(problems_of, tmp_path):
         [{"client_secret": SECRET}],
         f"client_secret={SECRET}",
     ],
-    ids=["other key wrong", "list", "control character", "placeholder", "in client_secret_file", "misspelled key", "in base_url", "list of keys", "text"],
+    ids=[
+        "other key wrong",
+        "list",
+        "control character",
+        "placeholder",
+        "in client_secret_file",
+        "misspelled key",
+        "in base_url",
+        "list of keys",
+        "text",
+    ],
 )
 def test_problem_never_shows_the_secret(problems_of, keycloak):
     if isinstance(keycloak, dict):
@@ -591,8 +660,14 @@ def test_config_without_a_secret_that_others_can_read_is_not_warned_about(load):
 @pytest.mark.parametrize(
     ("config", "warning"),
     [
-        (with_key("keycloak.base_url", "http://sso.example.org"), "config: keycloak.base_url: http sends the client secret unencrypted"),
-        (with_key("static_users.eve", "eve@other.test", STATIC), "config: static_users.eve: <eve@other.test> is not in policy.domain"),
+        (
+            with_key("keycloak.base_url", "http://sso.example.org"),
+            "config: keycloak.base_url: http sends the client secret unencrypted",
+        ),
+        (
+            with_key("static_users.eve", "eve@other.test", STATIC),
+            "config: static_users.eve: <eve@other.test> is not in policy.domain",
+        ),
         (with_key("sockets.socket_mode", "0666"), "config: sockets.socket_mode: every user of this host may connect"),
     ],
     ids=["http", "user outside policy.domain", "socket open to all"],
@@ -611,7 +686,13 @@ def run(*arguments):
 
 
 @pytest.mark.parametrize(
-    "arguments", [("--check-config", "PATH"), ("PATH", "--check-config"), ("--config", "PATH", "--check-config"), ("--check-config", "--config=PATH")]
+    "arguments",
+    [
+        ("--check-config", "PATH"),
+        ("PATH", "--check-config"),
+        ("--config", "PATH", "--check-config"),
+        ("--check-config", "--config=PATH"),
+    ],
 )
 def test_check_config_of_a_good_file_warns_and_exits_0(load, arguments):
     load(with_key("sockets.socket_mode", "0666"))
@@ -638,7 +719,9 @@ def test_missing_file_exits_78(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "arguments", [["--no-such-option"], ["a", "b"], ["a", "--config", "b"], ["--config"]], ids=["option", "two files", "file twice", "no value"]
+    "arguments",
+    [["--no-such-option"], ["a", "b"], ["a", "--config", "b"], ["--config"]],
+    ids=["option", "two files", "file twice", "no value"],
 )
 def test_usage_error_exits_64(arguments):
     result = run(*arguments)

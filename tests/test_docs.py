@@ -12,11 +12,12 @@ import pwd
 import re
 import sqlite3
 
-import mailcloak
-import mailcloakctl
 import pytest
 import yaml
 from conftest import ROOT
+
+import mailcloak
+import mailcloakctl
 
 BLOCKS = {
     "keycloak": mailcloak.KeycloakConfig,
@@ -27,7 +28,13 @@ BLOCKS = {
 }
 KEYS = [f"{name}.{field.name}" for name, block in BLOCKS.items() for field in dataclasses.fields(block)]
 SAMPLE = ROOT / "config.yaml.sample"
-FILLED = {"base_url": "https://sso.example.org", "realm": "mail", "client_id": "mailcloak", "client_secret": "x" * 20, "domain": "example.org"}
+FILLED = {
+    "base_url": "https://sso.example.org",
+    "realm": "mail",
+    "client_id": "mailcloak",
+    "client_secret": "x" * 20,
+    "domain": "example.org",
+}
 ACCOUNTS = [("sockets", "socket_owner_user"), ("sockets", "socket_owner_group"), ("daemon", "user")]  # a test host may lack them
 
 
@@ -83,7 +90,11 @@ def test_sample_with_all_keys_uncommented_loads_with_the_defaults(load):
     del uncommented["static_users"]  # the other way to name users
     del uncommented["keycloak"]["client_secret_file"]  # the other way to give the secret
     required = {
-        name: {key: value for key, value in (block or {}).items() if default_of(name, key) is dataclasses.MISSING or key == "client_secret"}
+        name: {
+            key: value
+            for key, value in (block or {}).items()
+            if default_of(name, key) is dataclasses.MISSING or key == "client_secret"
+        }
         for name, block in uncommented.items()
     }
     assert load(fill_in(uncommented)) == load(fill_in(required))
@@ -145,7 +156,7 @@ def test_schema_has_the_columns_that_other_programs_rely_on():
     with contextlib.closing(sqlite3.connect(":memory:")) as database:
         database.executescript(mailcloak.SCHEMA)
         columns = {
-            table: [row[1] for row in database.execute(f"PRAGMA table_info({table})")]  # noqa: S608
+            table: [row[1] for row in database.execute(f"PRAGMA table_info({table})")]
             for (table,) in database.execute("SELECT name FROM sqlite_master WHERE type = 'table'")
         }
         database.execute("INSERT INTO aliases (alias_email, username) VALUES ('info@d1.test', 'alice')")
@@ -162,7 +173,11 @@ def test_schema_has_the_columns_that_other_programs_rely_on():
 def test_licence_is_mit():
     text = " ".join((ROOT / "LICENSE").read_text(encoding="utf-8").split())
     assert text.startswith("MIT License Copyright (c) ")
-    for part in ("Permission is hereby granted, free of charge", "to deal in the Software without restriction", 'PROVIDED "AS IS", WITHOUT WARRANTY'):
+    for part in (
+        "Permission is hereby granted, free of charge",
+        "to deal in the Software without restriction",
+        'PROVIDED "AS IS", WITHOUT WARRANTY',
+    ):
         assert part in text
     for program in ("mailcloak.py", "mailcloakctl.py"):
         assert "MIT licence" in "".join((ROOT / program).read_text(encoding="utf-8").splitlines()[:2])
@@ -179,14 +194,16 @@ def parsers_of(parser, words=()):
 
 PARSERS = list(parsers_of(mailcloakctl.build_parser()))
 VERBS = [" ".join(words) for words, _ in PARSERS if len(words) == 2]
-OPTIONS = sorted({option for _, parser in PARSERS for action in parser._actions for option in action.option_strings if option.startswith("--")})
+OPTIONS = sorted(
+    {option for _, parser in PARSERS for action in parser._actions for option in action.option_strings if option.startswith("--")}
+)
 
 
 def test_commands_are_those_of_the_reference():
-    assert VERBS == [
+    assert [
         *(f"aliases {verb}" for verb in ("add", "list", "del", "enable", "disable")),
         *(f"apps {verb}" for verb in ("add", "list", "allow", "disallow", "del", "enable", "disable")),
-    ]
+    ] == VERBS
     assert {"--config", "--db", "--json", "--replace", "--force", "--token-stdin", "--generate"} <= set(OPTIONS)
 
 
