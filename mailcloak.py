@@ -1296,7 +1296,9 @@ class CachedDirectory:
         if login is None:
             named = self._directory.find_users("username", sasl_username, deadline)
             address = normalise_address(sasl_username)
-            holders = self._directory.find_users("email", address.text, deadline) if address.is_plain else ()
+            # user%domain and the like are names here, not addresses
+            may_be_email = address.is_plain and sasl_username.startswith(f"{address.local_part}@")
+            holders = self._directory.find_users("email", address.text, deadline) if may_be_email else ()
             login = resolve_login(named, holders)
             self._put(("login", sasl_username), login, login.state == "enabled")
         return login
@@ -2106,7 +2108,8 @@ def _configure_logging() -> None:
         logging.addLevelName(level, logging.getLevelName(level).lower())
     log.addHandler(handler)
     log.propagate = False
-    log.setLevel(os.environ.get("MAILCLOAK_LOG_LEVEL", "info"))
+    wanted = os.environ.get("MAILCLOAK_LOG_LEVEL", "")
+    log.setLevel(wanted if wanted in ("debug", "info", "warning", "error") else "info")
 
 
 def main(argv: Optional[Sequence[str]] = None) -> int:

@@ -552,7 +552,8 @@ def take_late_token(parser: argparse.ArgumentParser, options: argparse.Namespace
     if (options.noun, options.verb) != ("apps", "add"):
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     if len(rest) > 1 or rest[0].startswith("-"):
-        parser.error("an unknown option or a second TOKEN; a TOKEN that begins with - goes after --")  # without showing what may be the token
+        # without showing what may be the token
+        parser.error("an unknown option or a second TOKEN; a TOKEN that begins with - goes after --")
     if options.token is not None or options.token_stdin or options.generate:
         parser.error("TOKEN, --token-stdin and --generate exclude each other")
     options.token = rest[0]

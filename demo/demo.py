@@ -1,9 +1,9 @@
 #!/usr/bin/env python3
 """Show what mailcloak does, without Keycloak, Postfix or root.
 
-  demo.py                ask a daemon of its own a dozen questions in Postfix's protocols, and show the answers
-  demo.py run            leave that daemon in the foreground
-  demo.py ask ADDRESS    ask the daemon that "run" started whether ADDRESS may receive, showing the bytes
+demo.py                ask a daemon of its own a dozen questions in Postfix's protocols, and show the answers
+demo.py run            leave that daemon in the foreground
+demo.py ask ADDRESS    ask the daemon that "run" started whether ADDRESS may receive, showing the bytes
 """
 
 from __future__ import annotations
@@ -48,9 +48,17 @@ QUESTIONS = [
     ("mail for another host, x@elsewhere.test", {"recipient": "x@elsewhere.test"}, "DUNNO"),
     ("alice sends as herself", {"sender": "alice@demo.test", "user": "alice"}, "DUNNO"),
     ("alice sends as her alias info@demo.test", {"sender": "info@demo.test", "user": "alice"}, "DUNNO"),
-    ("alice sends as bob@demo.test", {"sender": "bob@demo.test", "user": "alice"}, "553 5.7.1 Sender not owned by authenticated user"),
+    (
+        "alice sends as bob@demo.test",
+        {"sender": "bob@demo.test", "user": "alice"},
+        "553 5.7.1 Sender not owned by authenticated user",
+    ),
     ("the app printer sends as scan@demo.test", {"sender": "scan@demo.test", "app": "printer"}, "DUNNO"),
-    ("the app printer sends as bob@demo.test", {"sender": "bob@demo.test", "app": "printer"}, "553 5.7.1 Sender not owned by authenticated user"),
+    (
+        "the app printer sends as bob@demo.test",
+        {"sender": "bob@demo.test", "app": "printer"},
+        "553 5.7.1 Sender not owned by authenticated user",
+    ),
     (
         "a stranger outside sends as bob@demo.test",
         {"sender": "bob@demo.test"},
@@ -83,9 +91,16 @@ def start_daemon(config: Path, log: Path) -> subprocess.Popen[bytes]:
 def run_ctl(config: Path, *arguments: str) -> None:
     print(f"  $ mailcloakctl.py {' '.join(arguments)}", flush=True)
     result = subprocess.run(
-        [sys.executable, str(ROOT / "mailcloakctl.py"), "--config", str(config), *arguments], capture_output=True, text=True, check=True
+        [sys.executable, str(ROOT / "mailcloakctl.py"), "--config", str(config), *arguments],
+        capture_output=True,
+        text=True,
+        check=True,
     )
-    shown = result.stderr if "--generate" not in arguments else f"{len(result.stdout.strip())} characters of token, shown once\n{result.stderr}"
+    shown = (
+        result.stderr
+        if "--generate" not in arguments
+        else f"{len(result.stdout.strip())} characters of token, shown once\n{result.stderr}"
+    )
     print("".join(f"    {line}\n" for line in shown.splitlines()), end="", flush=True)
 
 
@@ -151,7 +166,9 @@ def demo() -> int:
             answer = ask(directory, asked)
             wrong += answer != expected
             shown = {"DUNNO": "DUNNO (no objection)", "NOTFOUND ": "NOTFOUND (as it is)"}.get(answer, answer)
-            rows.append((question, shown + ("" if answer == expected else f"   WRONG, expected {expected}"), read_source(log, asked)))
+            rows.append(
+                (question, shown + ("" if answer == expected else f"   WRONG, expected {expected}"), read_source(log, asked))
+            )
         widths = [max(len(row[column]) for row in rows) for column in range(3)]
         print()
         for row in rows:

@@ -196,7 +196,9 @@ class Daemon:
         """Start the process and wait until it serves."""
         already = self.log().count("daemon: started")
         self.launch()
-        wait_until(lambda: self.process.poll() is not None or self.log().count("daemon: started") > already, what="start of the daemon")
+        wait_until(
+            lambda: self.process.poll() is not None or self.log().count("daemon: started") > already, what="start of the daemon"
+        )
         assert self.process.poll() is None, self.log()
         return self
 

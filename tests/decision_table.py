@@ -82,7 +82,9 @@ class Row(NamedTuple):
 
 
 def _recipient(id, recipient, answer, **state):
-    return Row(f"rcpt-{id}", {"protocol_state": "RCPT", "recipient": recipient, "sender": "someone@elsewhere.test"}, answer, **state)
+    return Row(
+        f"rcpt-{id}", {"protocol_state": "RCPT", "recipient": recipient, "sender": "someone@elsewhere.test"}, answer, **state
+    )
 
 
 def _sender(id, sender, answer, user="", method="", **state):
@@ -274,6 +276,8 @@ ROWS = [
     _token("without-email", "noemail", "", NOT_OWNED),
     _token("service-account", "service-account-shop", "service@d1.test", NOT_OWNED),
     _token("email-as-login", "alice@d1.test", "alice@d1.test", DUNNO),
+    _token("email-as-login-in-percent-form", "alice%d1.test", "alice@d1.test", NOT_OWNED),
+    _token("email-as-login-in-source-route", "@x.test:alice@d1.test", "alice@d1.test", NOT_OWNED),
     _token("email-as-login-alias", "Alice@D1.test", "info@d1.test", DUNNO),
     _token("email-as-login-of-other", "alice@d1.test", "bob@d1.test", NOT_OWNED),
     _token("email-as-username", "erin@d1.test", "erin@d1.test", DUNNO),
@@ -313,7 +317,11 @@ ROWS = [
     Row("context-recipient", {"recipient": "bob@d1.test", "sender": "alice@d1.test", "policy_context": "recipient"}, DUNNO),
     Row("context-recipient-stranger", {"recipient": "stranger@d1.test", "policy_context": "recipient"}, NO_SUCH_USER),
     Row("context-sender", {"recipient": "stranger@d1.test", "sender": "", "policy_context": "sender"}, DUNNO),
-    Row("context-sender-forged", {"recipient": "bob@d1.test", "sender": "alice@d1.test", "policy_context": "sender"}, UNAUTHENTICATED),
+    Row(
+        "context-sender-forged",
+        {"recipient": "bob@d1.test", "sender": "alice@d1.test", "policy_context": "sender"},
+        UNAUTHENTICATED,
+    ),
     Row("context-other", {"recipient": "stranger@d1.test", "policy_context": "whatever"}, NO_SUCH_USER),
     Row("context-recipient-at-mail", {"protocol_state": "MAIL", "sender": "alice@d1.test", "policy_context": "recipient"}, DUNNO),
     # ---- section 5, the alias map
@@ -366,5 +374,7 @@ ROWS = [
     _map("mailboxes-own-domain", "alias alice@mailbox.internal", "NOTFOUND ", policy=MAILBOXES),
     _map("mailboxes-outage-alias", "alias info@d1.test", "OK alice@mailbox.internal", policy=MAILBOXES, keycloak="down"),
     _map("mailboxes-outage-primary", "alias alice@d1.test", "TEMP lookup failed", policy=MAILBOXES, keycloak="down"),
-    _map("mailboxes-database-broken-primary", "alias alice@d1.test", "TEMP database not usable", policy=MAILBOXES, database="broken"),
+    _map(
+        "mailboxes-database-broken-primary", "alias alice@d1.test", "TEMP database not usable", policy=MAILBOXES, database="broken"
+    ),
 ]

@@ -164,9 +164,23 @@ class KeycloakStandIn:
             if query.get(attribute):
                 wanted = query[attribute].lower()
                 exact = query.get("exact") == "true" and not self.ignore_exact
-                found = [u for u in found if (u.get(attribute, "").lower() == wanted if exact else wanted in u.get(attribute, "").lower())]
+                found = [
+                    u
+                    for u in found
+                    if (u.get(attribute, "").lower() == wanted if exact else wanted in u.get(attribute, "").lower())
+                ]
         found = found[: int(query.get("max", 100))]
-        brief = ("id", "username", "firstName", "lastName", "email", "emailVerified", "enabled", "createdTimestamp", "federationLink")
+        brief = (
+            "id",
+            "username",
+            "firstName",
+            "lastName",
+            "email",
+            "emailVerified",
+            "enabled",
+            "createdTimestamp",
+            "federationLink",
+        )
         if query.get("briefRepresentation") == "true":
             found = [{name: user[name] for name in brief if name in user} for user in found]
         return found
@@ -204,16 +218,28 @@ class _Handler(BaseHTTPRequestHandler):
         keycloak.note("token", {})
         if self._misbehave(keycloak.token_fault or keycloak.fault):
             return
-        if form.get("client_id") != CLIENT_ID or form.get("client_secret") != CLIENT_SECRET or form.get("grant_type") != "client_credentials":
+        if (
+            form.get("client_id") != CLIENT_ID
+            or form.get("client_secret") != CLIENT_SECRET
+            or form.get("grant_type") != "client_credentials"
+        ):
             self._send(401, {"error": "invalid_client", "error_description": "Invalid client or Invalid client credentials"})
             return
-        answer = {"access_token": keycloak.issue_token(), "expires_in": keycloak.token_seconds, "token_type": "Bearer", "scope": "email profile"}
+        answer = {
+            "access_token": keycloak.issue_token(),
+            "expires_in": keycloak.token_seconds,
+            "token_type": "Bearer",
+            "scope": "email profile",
+        }
         self._send(200, answer)
 
     def _get(self):
         keycloak = self.keycloak
         path, _, query_string = self.path.partition("?")
         query = dict(urllib.parse.parse_qsl(query_string, keep_blank_values=True))
+        if path == f"{keycloak.path}/elsewhere":  # where "redirect" leads: a client that follows would take this for an answer
+            self._send(200, keycloak.users)
+            return
         if path != f"{keycloak.path}/admin/realms/{keycloak.realm}/users":
             self._send(404, {"error": "Realm not found."})
             return

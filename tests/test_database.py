@@ -12,8 +12,9 @@ import sys
 import threading
 import time
 
-import mailcloak
 import pytest
+
+import mailcloak
 
 INTERNAL = "451 4.3.0 Temporary internal error"
 
@@ -182,7 +183,10 @@ def test_journal_of_a_killed_writer_is_rolled_back(static_daemon):
     writer.send_signal(signal.SIGKILL)
     writer.communicate()
     assert os.path.exists(f"{static_daemon.database}-journal")
-    with pytest.raises(sqlite3.OperationalError), contextlib.closing(sqlite3.connect(f"file:{static_daemon.database}?mode=ro", uri=True)) as reader:
+    with (
+        pytest.raises(sqlite3.OperationalError),
+        contextlib.closing(sqlite3.connect(f"file:{static_daemon.database}?mode=ro", uri=True)) as reader,
+    ):
         reader.execute("SELECT 1 FROM aliases").fetchall()
     assert maps.ask("alias info@d1.test") == "OK alice@d1.test"
     assert static_daemon.ask(recipient="a1@d1.test") == "550 5.1.1 No such user"

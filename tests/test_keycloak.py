@@ -10,9 +10,10 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from http.server import BaseHTTPRequestHandler, HTTPServer
 
-import mailcloak
 import pytest
 from keycloak_stand_in import CLIENT_SECRET, KeycloakStandIn
+
+import mailcloak
 
 DEFER = "451 4.3.0 Temporary authentication/lookup failure"
 REJECT = "550 5.1.1 No such user"
@@ -49,7 +50,9 @@ def test_search_asks_exactly_one_question_with_one_token(keycloak, directory):
     assert keycloak.token_requests == 1
 
 
-@pytest.mark.parametrize("value", ["a+b@d1.test", "a&b=c@d1.test", "a%2bb@d1.test", "a#b?c@d1.test", "jürgen@d1.test", "a'b@d1.test", "a;b@d1.test"])
+@pytest.mark.parametrize(
+    "value", ["a+b@d1.test", "a&b=c@d1.test", "a%2bb@d1.test", "a#b?c@d1.test", "jürgen@d1.test", "a'b@d1.test", "a;b@d1.test"]
+)
 def test_characters_of_an_address_reach_keycloak_unharmed(keycloak, directory, value):
     keycloak.add_user("odd", value)
     assert [user.username for user in find(directory, "email", value)] == ["odd"]
@@ -135,7 +138,7 @@ def test_restarted_keycloak_is_asked_again_over_a_new_connection():
 def test_proxies_and_netrc_of_the_environment_are_not_used(make_daemon, keycloak, short_dir):
     (short_dir / ".netrc").write_text("machine 127.0.0.1 login evil password evil\n")
     keycloak.add_user("alice", "alice@d1.test")
-    environment = {name: "http://127.0.0.1:9" for name in ("http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY")}
+    environment = dict.fromkeys(("http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY"), "http://127.0.0.1:9")
     daemon = make_daemon(keycloak=keycloak.config(), environment={**environment, "HOME": str(short_dir), "no_proxy": ""}).start()
     assert daemon.ask(recipient="alice@d1.test") == "DUNNO"
 
@@ -227,8 +230,8 @@ def test_fault_of_the_token_endpoint_is_an_outage_within_the_timeout(keycloak, d
 def test_worker_is_free_again_soon_after_a_hanging_answer(keycloak, directory, fault):
     keycloak.fault, keycloak.fault_seconds = fault, 60
     with ThreadPoolExecutor(16) as pool:
-        outcomes = list(pool.map(lambda number: pytest.raises(mailcloak.DirectoryUnavailable, find, directory, "email", f"u{number}@d1.test"), range(16)))
-    assert len(outcomes) == 16
+        lookups = [pool.submit(find, directory, "email", f"u{number}@d1.test") for number in range(16)]
+    assert {type(lookup.exception()) for lookup in lookups} == {mailcloak.DirectoryUnavailable}
     keycloak.fault = None
     with ThreadPoolExecutor(8) as pool:  # all eight workers must be back for this
         keycloak.latency_seconds = 0.5
@@ -240,14 +243,18 @@ def test_worker_is_free_again_soon_after_a_hanging_answer(keycloak, directory, f
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        pytest.param({"client_secret": "wrong"}, "token refused (HTTP 401 invalid_client), check keycloak.client_id and keycloak.client_secret", id="secret"),
+        pytest.param(
+            {"client_secret": "wrong"},
+            "token refused (HTTP 401 invalid_client), check keycloak.client_id and keycloak.client_secret",
+            id="secret",
+        ),
         pytest.param({"realm": "nowhere"}, "no such realm (HTTP 404), check keycloak.realm and keycloak.base_url", id="realm"),
         pytest.param({"base_url": "http://127.0.0.1:9"}, "connection refused", id="refused"),
         pytest.param({"base_url": "http://no-such-host.invalid"}, "name", id="name"),
     ],
 )
 def test_wrong_setting_is_named_in_the_log_once(keycloak, make_daemon, change, message):
-    daemon = make_daemon(keycloak=keycloak.config(**{**change})).start()
+    daemon = make_daemon(keycloak=keycloak.config(**change)).start()
     for _ in range(3):
         assert daemon.ask(recipient="alice@d1.test") == DEFER
     daemon.wait_for_log("warning directory: realm ")
@@ -340,7 +347,9 @@ def test_certificate_of_an_unknown_authority_is_refused_and_ca_file_admits_it(tm
     key, certificate = tmp_path / "key.pem", tmp_path / "cert.pem"
     command = ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2", "-subj", "/CN=127.0.0.1"]
     subprocess.run(
-        [*command, "-addext", "subjectAltName=IP:127.0.0.1", "-keyout", str(key), "-out", str(certificate)], check=True, capture_output=True
+        [*command, "-addext", "subjectAltName=IP:127.0.0.1", "-keyout", str(key), "-out", str(certificate)],
+        check=True,
+        capture_output=True,
     )
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.load_cert_chain(certificate, key)
@@ -364,6 +373,6 @@ def test_port_that_accepts_and_says_nothing_is_an_outage(keycloak):
     with socket.create_server(("127.0.0.1", 0)) as listener:
         config = {**keycloak.config(timeout_seconds=1), "base_url": f"https://127.0.0.1:{listener.getsockname()[1]}"}
         directory = mailcloak.KeycloakDirectory(mailcloak.read_block(mailcloak.KeycloakConfig, "keycloak", config, []))
-        with pytest.raises(mailcloak.DirectoryUnavailable, match="timed out|no answer within"):
+        with pytest.raises(mailcloak.DirectoryUnavailable, match=r"timed out|no answer within"):
             find(directory, "email", "alice@d1.test")
         directory.close()

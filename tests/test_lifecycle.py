@@ -12,6 +12,7 @@ import subprocess
 import sys
 import threading
 import time
+from pathlib import Path
 
 import pytest
 import yaml
@@ -142,7 +143,7 @@ def test_socket_for_another_user_needs_root(short_dir):
 @root_only
 def test_daemon_started_as_root_becomes_its_user_for_good(make_daemon):
     daemon = nobody_daemon(make_daemon).start()
-    status = (open(f"/proc/{daemon.process.pid}/status").read()).splitlines()
+    status = Path(f"/proc/{daemon.process.pid}/status").read_text().splitlines()
     fields = {line.split(":")[0]: line.split(":")[1].split() for line in status}
     nobody = pwd.getpwnam("nobody")
     assert set(fields["Uid"]) == {str(nobody.pw_uid)}
@@ -310,7 +311,11 @@ def test_daemon_is_one_file_that_runs_from_anywhere(short_dir, make_config):
     shutil.copy(ROOT / "mailcloak.py", short_dir / "copied.py")
     (short_dir / "c.yaml").write_text(yaml.safe_dump(make_config(static_users=USERS)))
     result = subprocess.run(
-        [sys.executable, str(short_dir / "copied.py"), "--check-config", "c.yaml"], cwd=short_dir, capture_output=True, text=True, check=False
+        [sys.executable, str(short_dir / "copied.py"), "--check-config", "c.yaml"],
+        cwd=short_dir,
+        capture_output=True,
+        text=True,
+        check=False,
     )
     assert (result.returncode, "good" in result.stdout + result.stderr) == (0, True)
 

@@ -8,8 +8,9 @@ import sqlite3
 from collections import defaultdict
 
 import decision_table as table
-import mailcloak
 import pytest
+
+import mailcloak
 
 
 class PlainFacts(mailcloak.Facts):
@@ -18,7 +19,11 @@ class PlainFacts(mailcloak.Facts):
     def __init__(self, row):
         self.row = row
         self.users = [
-            mailcloak.User(name.lower(), "" if not email or name.startswith("service-account-") else mailcloak.normalise_address(email).text, on)
+            mailcloak.User(
+                name.lower(),
+                "" if not email or name.startswith("service-account-") else mailcloak.normalise_address(email).text,
+                on,
+            )
             for name, email, on in table.USERS
         ]
 
@@ -40,7 +45,12 @@ class PlainFacts(mailcloak.Facts):
         self._need_keycloak()
         named = tuple(user for user in self.users if user.username == sasl_username)
         email = mailcloak.normalise_address(sasl_username).text
-        return mailcloak.resolve_login(named, tuple(user for user in self.users if user.email == email) if "@" in email else ())
+        return mailcloak.resolve_login(
+            named,
+            tuple(user for user in self.users if user.email == email)
+            if sasl_username.startswith(email.split("@")[0] + "@")
+            else (),
+        )
 
     def _need_database(self):
         if self.row.database == "broken":
@@ -136,9 +146,19 @@ UP = table.Row("", {}, "")
         pytest.param({"recipient": "x@elsewhere.test"}, [], id="foreign-none"),
         pytest.param({"recipient": "@d1.test"}, [], id="not-plain-none"),
         pytest.param({"recipient": "", "sender": "info@d1.test"}, [], id="unauthenticated-none"),
-        pytest.param({"recipient": "", "sender": "scan@d1.test", "sasl_username": "printer", "sasl_method": "PLAIN"}, [], id="app-none"),
-        pytest.param({"recipient": "", "sender": "", "sasl_username": "alice", "sasl_method": "XOAUTH2"}, ["alice"], id="null-sender-login-alone"),
-        pytest.param({"recipient": "", "sender": "info@d1.test", "sasl_username": "alice", "sasl_method": "XOAUTH2"}, ["alice"], id="own-alias"),
+        pytest.param(
+            {"recipient": "", "sender": "scan@d1.test", "sasl_username": "printer", "sasl_method": "PLAIN"}, [], id="app-none"
+        ),
+        pytest.param(
+            {"recipient": "", "sender": "", "sasl_username": "alice", "sasl_method": "XOAUTH2"},
+            ["alice"],
+            id="null-sender-login-alone",
+        ),
+        pytest.param(
+            {"recipient": "", "sender": "info@d1.test", "sasl_username": "alice", "sasl_method": "XOAUTH2"},
+            ["alice"],
+            id="own-alias",
+        ),
     ],
 )
 def test_keycloak_is_asked_only_what_the_row_needs(request_, asked):
@@ -152,11 +172,19 @@ def test_keycloak_is_asked_only_what_the_row_needs(request_, asked):
     [
         pytest.param((), {"recipient": "alice@d1.test"}, logging.DEBUG, id="accept-at-debug"),
         pytest.param((), {"recipient": "stranger@d1.test"}, logging.INFO, id="reject-at-info"),
-        pytest.param(table._with(unauthenticated_local_sender="warn"), {"sender": "alice@d1.test"}, logging.INFO, id="warn-at-info"),
-        pytest.param(table._with(unauthenticated_local_sender="dunno"), {"sender": "alice@d1.test"}, logging.DEBUG, id="dunno-at-debug"),
-        pytest.param((), {"sasl_username": "zed@d1.test", "sasl_method": "XOAUTH2"}, logging.WARNING, id="ambiguous-login-at-warning"),
+        pytest.param(
+            table._with(unauthenticated_local_sender="warn"), {"sender": "alice@d1.test"}, logging.INFO, id="warn-at-info"
+        ),
+        pytest.param(
+            table._with(unauthenticated_local_sender="dunno"), {"sender": "alice@d1.test"}, logging.DEBUG, id="dunno-at-debug"
+        ),
+        pytest.param(
+            (), {"sasl_username": "zed@d1.test", "sasl_method": "XOAUTH2"}, logging.WARNING, id="ambiguous-login-at-warning"
+        ),
     ],
 )
 def test_level_of_the_log_line(changes, attributes, level):
-    action = mailcloak.decide_policy(mailcloak.PolicyRequest(protocol_state="RCPT", **attributes), make_policy(changes), PlainFacts(UP))
+    action = mailcloak.decide_policy(
+        mailcloak.PolicyRequest(protocol_state="RCPT", **attributes), make_policy(changes), PlainFacts(UP)
+    )
     assert action.level == level

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import mailcloak
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
+import mailcloak
 
 FULL_REQUEST = b"""request=smtpd_access_policy
 protocol_state=RCPT
@@ -87,11 +88,17 @@ def test_full_request_of_postfix_is_read():
 
 attribute_text = st.text(st.characters(exclude_characters="\n", exclude_categories=["Cs"]), max_size=30)
 policy_streams = st.lists(
-    st.fixed_dictionaries({"recipient": attribute_text, "sender": attribute_text}, optional={"x" * 9: attribute_text}), min_size=1, max_size=4
-).map(lambda all_: [b"request=smtpd_access_policy\n" + "".join(f"{k}={v}\n" for k, v in each.items()).encode() + b"\n" for each in all_])
-socketmap_streams = st.lists(st.text(st.characters(exclude_categories=["Cs"]), max_size=40).map(str.encode), min_size=1, max_size=5).map(
-    lambda all_: [netstring(each) for each in all_]
+    st.fixed_dictionaries({"recipient": attribute_text, "sender": attribute_text}, optional={"x" * 9: attribute_text}),
+    min_size=1,
+    max_size=4,
+).map(
+    lambda all_: [
+        b"request=smtpd_access_policy\n" + "".join(f"{k}={v}\n" for k, v in each.items()).encode() + b"\n" for each in all_
+    ]
 )
+socketmap_streams = st.lists(
+    st.text(st.characters(exclude_categories=["Cs"]), max_size=40).map(str.encode), min_size=1, max_size=5
+).map(lambda all_: [netstring(each) for each in all_])
 cuts = st.lists(st.integers(0, 10_000), max_size=12)
 
 
@@ -113,7 +120,8 @@ def test_socketmap_stream_split_anywhere_gives_the_same_queries(queries, cuts):
 @given(st.sampled_from([mailcloak.PolicyStream, mailcloak.SocketmapStream]), st.binary(max_size=200), cuts)
 def test_no_bytes_make_a_parser_raise_anything_but_a_protocol_error(stream_class, data, cuts):
     requests, error = feed_in_pieces(stream_class, data, cuts)
-    assert (requests, bool(error)) == (lambda whole: (whole[0], bool(whole[1])))(feed_in_pieces(stream_class, data, []))
+    whole_requests, whole_error = feed_in_pieces(stream_class, data, [])
+    assert (requests, bool(error)) == (whole_requests, bool(whole_error))
 
 
 @given(st.binary(max_size=300))
@@ -217,7 +225,9 @@ def test_largest_requests_allowed_are_answered(static_daemon):
 
 def test_last_attribute_of_a_name_counts_and_unknown_ones_are_ignored(static_daemon):
     client = static_daemon.policy()
-    client.send_bytes(b"request=smtpd_access_policy\nprotocol_state=RCPT\nfuture=x=y\nrecipient=a=b@d1.test\nrecipient=alice@d1.test\n\n")
+    client.send_bytes(
+        b"request=smtpd_access_policy\nprotocol_state=RCPT\nfuture=x=y\nrecipient=a=b@d1.test\nrecipient=alice@d1.test\n\n"
+    )
     assert client.receive() == "DUNNO"
 
 
@@ -249,7 +259,9 @@ def test_client_bytes_cannot_forge_a_log_line(static_daemon):
 
 
 def test_decision_is_logged_on_one_line_with_its_fields(static_daemon):
-    static_daemon.ask(recipient="stranger@d1.test", sender="x@elsewhere.test", client_address="192.0.2.7", queue_id="ABC", sasl_username="")
+    static_daemon.ask(
+        recipient="stranger@d1.test", sender="x@elsewhere.test", client_address="192.0.2.7", queue_id="ABC", sasl_username=""
+    )
     static_daemon.wait_for_log("reason=unknown-recipient")
     expected = (
         "info policy: reject state=RCPT recipient=<stranger@d1.test> sender=<x@elsewhere.test> client=192.0.2.7"
