@@ -29,11 +29,12 @@ lint: $(VENV)/lint.stamp
 	$(VENV)/bin/vermin --target=3.9- --violations --eval-annotations --no-tips --no-parse-comments mailcloak.py mailcloakctl.py
 	sh -n openrc/mailcloak.initd
 
-test-all: $(VENV)/test.stamp
+test-all:
 	@for version in $(OTHER_PYTHONS); do \
-		if python$$version -c '' 2>/dev/null; then \
+		if python=$$(tests/find-python $$version); then \
 			echo "== Python $$version"; \
-			$(MAKE) --no-print-directory PYTHON=python$$version VENV=.venv-$$version PYTEST_OPTIONS='-q -m "not real and not long"' test || exit 1; \
+			$(MAKE) --no-print-directory PYTHON=$$python VENV=.venv-$$version \
+				PYTEST_OPTIONS='-q -n 4 -m "not real and not long"' test || exit 1; \
 		else echo "== Python $$version is not installed here"; fi; \
 	done
 

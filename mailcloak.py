@@ -29,7 +29,6 @@ import contextlib
 import dataclasses
 import difflib
 import errno
-import functools
 import grp
 import http.client
 import io
@@ -218,9 +217,8 @@ def _number(minimum: float, maximum: float = math.inf, *, whole: bool = False, w
     return read
 
 
-_seconds = functools.partial(_number, maximum=10 * 365 * 86400)
-_positive_seconds = _seconds(0.001, wanted="a positive number")
-_any_seconds = _seconds(0, wanted="a number, 0 or more")
+_positive_seconds = _number(0.001, wanted="a positive number")
+_any_seconds = _number(0, wanted="a number, 0 or more")
 
 
 def _choice(*choices: str) -> _Reader:
@@ -239,7 +237,8 @@ def _boolean(value: Any) -> bool:
 
 
 def _domain(value: Any) -> str:
-    domain = domain_to_ascii(value.rstrip(".")) if isinstance(value, str) else ""
+    domain = domain_to_ascii(value) if isinstance(value, str) else ""
+    domain = domain[:-1] if domain.endswith(".") else domain
     if not _DOMAIN.fullmatch(domain):
         raise ValueError("expected a domain such as example.org")
     return domain

@@ -49,6 +49,7 @@ NORMALISED = {
     "U-label, trailing dot": ("hans@bücher.test.", Address("hans", "xn--bcher-kva.test")),
     "U-label by percent": ("hans%bücher.test", Address("hans", "xn--bcher-kva.test")),
     "U-label by bang": ("bücher.test!hans", Address("hans", "xn--bcher-kva.test")),
+    "fullwidth letters": ("hans@ｄ１.test", Address("hans", "d1.test")),
     "A-label": ("hans@XN--BCHER-KVA.test", Address("hans", "xn--bcher-kva.test")),
     "not convertible: unassigned sign": ("hans@☃\u0378.test", Address("hans", "☃\u0378.test")),
     "not convertible: empty label": ("hans@bücher..test", Address("hans", "bücher..test")),

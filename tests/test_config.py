@@ -395,7 +395,7 @@ def test_key_that_is_wrong_has_its_message(problems_of, key, value, message):
     assert problems_of(with_key(key, value)) == [message]
 
 
-@pytest.mark.skipif(os.geteuid() != 0, reason="daemon.user counts for root only")
+@pytest.mark.real("root")  # daemon.user counts for root only
 def test_daemon_user_missing_has_its_message(problems_of):
     assert problems_of(with_key("daemon.user", "no-such-user-here")) == [
         "config: daemon.user: expected an existing user, got 'no-such-user-here'"
