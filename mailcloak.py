@@ -101,6 +101,10 @@ MAX_DIRECTORY_REQUESTS = 8  # at Keycloak at a time
 MAX_DIRECTORY_WAITING = 2000  # lookups waiting their turn; above it a question fails at once instead of queueing
 TOKEN_LIFE_USED = 0.8  # of a token's life; the rest is margin for clocks and requests under way
 
+PROOF_SECONDS = 60.0  # how long a check that we see users at all makes empty answers believable
+PROOF_RETRY_SECONDS = 2.0  # how often it is repeated while we see none
+CHECK_RETRY_SECONDS = 5.0  # how often the self-check is repeated in an outage
+
 DATABASE_BUSY_SECONDS = 2.0  # how long a question waits for a writer's lock
 SHUTDOWN_LOOKUP_SECONDS = 3.0  # after SIGTERM, lookups still pending at Keycloak are given up and get the failure mode
 SHUTDOWN_TOTAL_SECONDS = 4.5  # and all that is left is cut off
@@ -128,6 +132,10 @@ class ProtocolError(MailcloakError):
 
 class DirectoryUnavailable(MailcloakError):
     """Keycloak gave no usable answer, which is not the same as "no such user"."""
+
+
+class DirectoryMisconfigured(DirectoryUnavailable):
+    """Keycloak answers, and will go on refusing until an administrator changes something; the text says what."""
 
 
 class DatabaseUnavailable(MailcloakError):
@@ -208,7 +216,7 @@ def _url(value: Any) -> str:
     raise ValueError("expected a URL such as https://sso.example.org")
 
 
-def _number(minimum: float, maximum: float = math.inf, *, whole: bool = False, wanted: str) -> _Reader:
+def _number(minimum: float, maximum: float = 1e9, *, whole: bool = False, wanted: str) -> _Reader:
     def read(value: Any) -> Any:
         if isinstance(value, bool) or not isinstance(value, (int,) if whole else (int, float)) or not minimum <= value <= maximum:
             raise ValueError(f"expected {wanted}")
@@ -988,6 +996,12 @@ def _describe_failure(exc: BaseException) -> str:
     return f"connection failed ({type(chain[-1]).__name__})"
 
 
+EMAIL_MAY_BE_TAKEN = (
+    "users may change their own e-mail and so take over any address: in the realm's user profile let only admins edit the attribute"
+    " email, or turn on Verify email and set keycloak.require_verified_email"
+)
+
+
 class _Lookup:
     """One question under way at Keycloak; those who ask the same meanwhile wait for it too."""
 
@@ -1000,24 +1014,162 @@ class _Lookup:
         self.error: Optional[DirectoryUnavailable] = None
 
 
-class KeycloakDirectory:
-    """Users by e-mail or username from Keycloak's admin REST interface, one access token for all."""
+class KeycloakApi:
+    """Requests to Keycloak for one configuration, with one access token for all of them. Entered by the worker threads below."""
 
     def __init__(self, config: KeycloakConfig) -> None:
         self._config = config
         realm = urllib.parse.quote(config.realm, safe="")
         self._token_url = f"{config.base_url}/realms/{realm}/protocol/openid-connect/token"
         self._users_url = f"{config.base_url}/admin/realms/{realm}/users"
-        self._queue: queue.SimpleQueue[Optional[_Lookup]] = queue.SimpleQueue()
-        self._lock = threading.Lock()  # guards _pending and _outage
-        self._pending: Dict[Tuple[str, str], _Lookup] = {}
-        self._outage: Optional[Tuple[float, int]] = None  # (since, lookups that failed), while Keycloak is away
-        self._token_turn = threading.Condition()  # guards the four below
+        self._token_turn = threading.Condition()  # guards the three below
         self._token = ""
         self._token_good_until = 0.0
         self._token_being_fetched = False
+
+    def get_users(self, session: requests.Session, deadline: Deadline, **query: str) -> List[Dict[str, Any]]:
+        """The user records that a search gives. Source: GET /admin/realms/{realm}/users."""
+        status, body = self._get(session, deadline, self._users_url, query)
+        if status == 403:
+            raise DirectoryMisconfigured(self.message(f"search refused (HTTP 403), {self.role_remedy}"))
+        if status != 200:
+            raise DirectoryUnavailable(self.message(f"search failed (HTTP {status})"))
+        records = self._json(body)
+        if not isinstance(records, list) or not all(isinstance(record, dict) for record in records):
+            raise DirectoryUnavailable(self.message("the answer to a search is not a list of users"))
+        return records
+
+    def users_may_edit_email(self, session: requests.Session, deadline: Deadline) -> bool:
+        """Does the realm's user profile let users change their own e-mail? False also where the profile cannot be read.
+
+        Source: GET /admin/realms/{realm}/users/profile, attributes[].permissions.edit.
+        """
+        status, body = self._get(session, deadline, f"{self._users_url}/profile", {})
+        if status != 200:
+            return False
+        try:
+            attributes = {attribute["name"]: attribute for attribute in self._json(body)["attributes"]}
+            return "user" in attributes["email"]["permissions"]["edit"]
+        except (KeyError, TypeError):
+            return False
+
+    def message(self, what: str) -> str:
+        return f"directory: realm {self._config.realm!r}: {what}"
+
+    @property
+    def role_remedy(self) -> str:
+        return f"give the service account of client {self._config.client_id!r} the realm-management role view-users"
+
+    def _get(self, session: requests.Session, deadline: Deadline, url: str, query: Mapping[str, str]) -> Tuple[int, bytes]:
+        """(status, body); the token is renewed once if Keycloak says 401."""
+        token = self._access_token(session, deadline, rejected="")
+        status, body = self._exchange(session, deadline, "GET", url, params=query, headers={"Authorization": f"Bearer {token}"})
+        if status == 401:
+            token = self._access_token(session, deadline, rejected=token)
+            status, body = self._exchange(session, deadline, "GET", url, params=query, headers={"Authorization": f"Bearer {token}"})
+        return status, body
+
+    def _access_token(self, session: requests.Session, deadline: Deadline, rejected: str) -> str:
+        """A token that is not the rejected one. One thread fetches, the others wait for it."""
+        with self._token_turn:
+            while self._token_being_fetched:
+                if not self._token_turn.wait(max(0.0, deadline - time.monotonic())):
+                    raise DirectoryUnavailable(self.message("timed out waiting for a token"))
+            if self._token not in ("", rejected) and time.monotonic() < self._token_good_until:
+                return self._token
+            self._token_being_fetched = True
+        token, life_seconds = "", 0.0
+        try:
+            asked_at = time.monotonic()
+            token, life_seconds = self._fetch_token(session, deadline)
+        finally:
+            with self._token_turn:
+                self._token_being_fetched = False
+                self._token, self._token_good_until = token, asked_at + life_seconds * TOKEN_LIFE_USED
+                self._token_turn.notify_all()
+        return token
+
+    def _fetch_token(self, session: requests.Session, deadline: Deadline) -> Tuple[str, float]:
+        """(access_token, its life in seconds) by the client credentials grant (RFC 6749, section 4.4)."""
+        form = {
+            "grant_type": "client_credentials",
+            "client_id": self._config.client_id,
+            "client_secret": self._config.client_secret,
+        }
+        status, body = self._exchange(session, deadline, "POST", self._token_url, data=form)
+        if status == 404:
+            raise DirectoryMisconfigured(self.message("no such realm (HTTP 404), check keycloak.realm and keycloak.base_url"))
+        if status in (400, 401):
+            reason = ""
+            with contextlib.suppress(DirectoryUnavailable, AttributeError, TypeError):
+                reason = " " + "".join(re.findall(r"^[a-z_]{1,40}$", self._json(body).get("error")))
+            remedy = "check keycloak.client_id and keycloak.client_secret"
+            raise DirectoryMisconfigured(self.message(f"token refused (HTTP {status}{reason.rstrip()}), {remedy}"))
+        if status != 200:
+            raise DirectoryUnavailable(self.message(f"no token (HTTP {status})"))
+        answer = self._json(body)
+        token = answer.get("access_token") if isinstance(answer, dict) else None
+        life = answer.get("expires_in") if isinstance(answer, dict) else None
+        if (
+            not isinstance(token, str)
+            or not re.fullmatch(r"[!-~]+", token)
+            or not isinstance(life, (int, float))
+            or not 0 < life < math.inf
+        ):
+            raise DirectoryUnavailable(self.message("the answer to the token request holds no token"))
+        return token, float(life)
+
+    def _exchange(self, session: requests.Session, deadline: Deadline, method: str, url: str, **options: Any) -> Tuple[int, bytes]:
+        """(status, body) of one request, finished by the deadline."""
+        try:
+            try:
+                return self._exchange_once(session, deadline, method, url, options)
+            except requests.ConnectionError:  # most likely a kept connection that the server has closed meanwhile
+                return self._exchange_once(session, deadline, method, url, options)
+        except (requests.RequestException, urllib3.exceptions.HTTPError, http.client.HTTPException, OSError, ValueError) as exc:
+            raise DirectoryUnavailable(self.message(_describe_failure(exc))) from exc
+
+    def _exchange_once(
+        self, session: requests.Session, deadline: Deadline, method: str, url: str, options: Mapping[str, Any]
+    ) -> Tuple[int, bytes]:
+        remaining = deadline - time.monotonic()
+        if remaining <= 0:
+            raise DirectoryUnavailable(self.message("timed out"))
+        _thread.deadline = deadline
+        with session.request(method, url, timeout=remaining, allow_redirects=False, stream=True, **options) as response:
+            return response.status_code, self._read_body(response)
+
+    def _read_body(self, response: requests.Response) -> bytes:
+        body = bytearray()
+        for chunk in response.iter_content(64 * 1024):
+            body += chunk
+            if len(body) > MAX_DIRECTORY_BODY_BYTES:
+                raise DirectoryUnavailable(self.message(f"an answer of more than {MAX_DIRECTORY_BODY_BYTES} bytes"))
+        return bytes(body)
+
+    def _json(self, body: bytes) -> Any:
+        try:
+            return json.loads(body)
+        except (ValueError, RecursionError) as exc:
+            raise DirectoryUnavailable(self.message("the answer is not JSON")) from exc
+
+
+class KeycloakDirectory:
+    """Users by e-mail or username from Keycloak."""
+
+    def __init__(self, config: KeycloakConfig) -> None:
+        self._config = config
+        self._api = KeycloakApi(config)
+        self._queue: queue.SimpleQueue[Optional[_Lookup]] = queue.SimpleQueue()
+        self._closed = threading.Event()
+        self._outage_began = threading.Event()  # wakes the self-check
+        self._lock = threading.Lock()  # guards the two below
+        self._pending: Dict[Tuple[str, str], _Lookup] = {}
+        self._outage: Optional[Tuple[float, int]] = None  # (since, lookups that failed), while Keycloak is away
+        self._proof: Tuple[float, bool] = (-math.inf, True)  # when we last asked whether we see any user at all, and the answer
         for number in range(MAX_DIRECTORY_REQUESTS):
             threading.Thread(target=self._work, name=f"keycloak-{number}", daemon=True).start()
+        threading.Thread(target=self._check, name="keycloak-check", daemon=True).start()
 
     def find_users(self, attribute: str, value: str, deadline: Deadline) -> Users:
         """All users whose "email" or "username" is value, which is normalised and not empty; disabled ones too.
@@ -1051,7 +1203,9 @@ class KeycloakDirectory:
             lookup.done.set()
 
     def close(self) -> None:
-        """End the worker threads after what is queued."""
+        """End the threads, the workers after what is queued."""
+        self._closed.set()
+        self._outage_began.set()
         for _ in range(MAX_DIRECTORY_REQUESTS):
             self._queue.put(None)
 
@@ -1091,14 +1245,34 @@ class KeycloakDirectory:
             spellings.append(_to_unicode_domain(lookup.value))  # Keycloak stores an internationalised domain as it was typed
         found: Dict[str, User] = {}
         for spelling in dict.fromkeys(spellings):
-            records = self._get_users({lookup.attribute: spelling}, session, lookup.deadline)
+            query = {lookup.attribute: spelling, "exact": "true", "briefRepresentation": "true", "max": str(MAX_DIRECTORY_MATCHES)}
+            records = self._api.get_users(session, lookup.deadline, **query)
             matches = [record for record in records if self._matches(record, lookup)]
             if len(records) >= MAX_DIRECTORY_MATCHES and not matches:
                 raise DirectoryUnavailable(self._message(f"{len(records)} users for one {lookup.attribute} and no exact match"))
             found.update(
                 (user.username, user) for user in map(self._to_user, matches) if user.email or lookup.attribute == "username"
             )
+        if not found:
+            self._prove_that_we_see_users(session, lookup.deadline)
         return tuple(found.values())
+
+    def _prove_that_we_see_users(self, session: requests.Session, deadline: Deadline) -> None:
+        """Raise DirectoryMisconfigured where an empty answer proves nothing: with the role query-users alone every search is empty.
+
+        Asked again at the first empty answer of each minute, since a role can be lost at run time.
+        """
+        asked_at, sees_users = self._proof  # one read of a tuple needs no lock
+        if time.monotonic() - asked_at > (PROOF_SECONDS if sees_users else PROOF_RETRY_SECONDS):
+            sees_users = self._ask_for_any_user(session, deadline)
+        if not sees_users:
+            raise DirectoryMisconfigured(self._message(f"sees no users at all (query-users is not enough), {self._api.role_remedy}"))
+
+    def _ask_for_any_user(self, session: requests.Session, deadline: Deadline) -> bool:
+        asked_at = time.monotonic()
+        sees_users = bool(self._api.get_users(session, deadline, max="1"))
+        self._proof = (asked_at, sees_users)
+        return sees_users
 
     def _matches(self, record: Mapping[str, Any], lookup: _Lookup) -> bool:
         """Is this really the user asked for? Older servers ignore exact=true and send everybody whose name contains the value."""
@@ -1122,118 +1296,31 @@ class KeycloakDirectory:
             raise DirectoryUnavailable(self._message(f"a user record whose {name} is not text"))
         return value or ""
 
-    def _get_users(self, query: Mapping[str, str], session: requests.Session, deadline: Deadline) -> List[Dict[str, Any]]:
-        """The list of user records for a query; one renewal of the token if Keycloak says 401."""
-        parameters = {**query, "exact": "true", "briefRepresentation": "true", "max": str(MAX_DIRECTORY_MATCHES)}
-        token = self._access_token(session, deadline, rejected="")
-        for attempt in (1, 2):
-            headers = {"Authorization": f"Bearer {token}"}
-            status, body = self._exchange(session, deadline, "GET", self._users_url, params=parameters, headers=headers)
-            if status != 401 or attempt == 2:
-                break
-            token = self._access_token(session, deadline, rejected=token)
-        if status == 403:
-            raise DirectoryUnavailable(
-                self._message(
-                    f"search refused (HTTP 403), give the service account of client {self._config.client_id!r} the realm-management role view-users"
-                )
-            )
-        if status != 200:
-            raise DirectoryUnavailable(self._message(f"search failed (HTTP {status})"))
-        records = self._json(body)
-        if not isinstance(records, list) or not all(isinstance(record, dict) for record in records):
-            raise DirectoryUnavailable(self._message("the answer to a search is not a list of users"))
-        return records
-
-    def _access_token(self, session: requests.Session, deadline: Deadline, rejected: str) -> str:
-        """A token that is not the rejected one. One thread fetches, the others wait for it."""
-        with self._token_turn:
-            while self._token_being_fetched:
-                if not self._token_turn.wait(max(0.0, deadline - time.monotonic())):
-                    raise DirectoryUnavailable(self._message("timed out waiting for a token"))
-            if self._token not in ("", rejected) and time.monotonic() < self._token_good_until:
-                return self._token
-            self._token_being_fetched = True
-        token, life_seconds = "", 0.0
-        try:
-            asked_at = time.monotonic()
-            token, life_seconds = self._fetch_token(session, deadline)
-        finally:
-            with self._token_turn:
-                self._token_being_fetched = False
-                self._token, self._token_good_until = token, asked_at + life_seconds * TOKEN_LIFE_USED
-                self._token_turn.notify_all()
-        return token
-
-    def _fetch_token(self, session: requests.Session, deadline: Deadline) -> Tuple[str, float]:
-        """(access_token, its life in seconds) by the client credentials grant (RFC 6749, section 4.4)."""
-        form = {
-            "grant_type": "client_credentials",
-            "client_id": self._config.client_id,
-            "client_secret": self._config.client_secret,
-        }
-        status, body = self._exchange(session, deadline, "POST", self._token_url, data=form)
-        if status == 404:
-            raise DirectoryUnavailable(self._message("no such realm (HTTP 404), check keycloak.realm and keycloak.base_url"))
-        if status in (400, 401):
-            reason = ""
-            with contextlib.suppress(DirectoryUnavailable, AttributeError, TypeError):
-                reason = " " + "".join(re.findall(r"^[a-z_]{1,40}$", self._json(body).get("error")))
-            raise DirectoryUnavailable(
-                self._message(
-                    f"token refused (HTTP {status}{reason.rstrip()}), check keycloak.client_id and keycloak.client_secret"
-                )
-            )
-        if status != 200:
-            raise DirectoryUnavailable(self._message(f"no token (HTTP {status})"))
-        answer = self._json(body)
-        token = answer.get("access_token") if isinstance(answer, dict) else None
-        life = answer.get("expires_in") if isinstance(answer, dict) else None
-        if (
-            not isinstance(token, str)
-            or not re.fullmatch(r"[!-~]+", token)
-            or not isinstance(life, (int, float))
-            or not 0 < life < math.inf
-        ):
-            raise DirectoryUnavailable(self._message("the answer to the token request holds no token"))
-        return token, float(life)
-
-    def _exchange(self, session: requests.Session, deadline: Deadline, method: str, url: str, **options: Any) -> Tuple[int, bytes]:
-        """(status, body) of one request, finished by the deadline."""
-        try:
-            try:
-                return self._exchange_once(session, deadline, method, url, options)
-            except requests.ConnectionError:  # most likely a kept connection that the server has closed meanwhile
-                return self._exchange_once(session, deadline, method, url, options)
-        except (requests.RequestException, urllib3.exceptions.HTTPError, http.client.HTTPException, OSError, ValueError) as exc:
-            raise DirectoryUnavailable(self._message(_describe_failure(exc))) from exc
-
-    def _exchange_once(
-        self, session: requests.Session, deadline: Deadline, method: str, url: str, options: Mapping[str, Any]
-    ) -> Tuple[int, bytes]:
-        remaining = deadline - time.monotonic()
-        if remaining <= 0:
-            raise DirectoryUnavailable(self._message("timed out"))
-        _thread.deadline = deadline
-        with session.request(method, url, timeout=remaining, allow_redirects=False, stream=True, **options) as response:
-            return response.status_code, self._read_body(response)
-
-    def _read_body(self, response: requests.Response) -> bytes:
-        body = bytearray()
-        for chunk in response.iter_content(64 * 1024):
-            body += chunk
-            if len(body) > MAX_DIRECTORY_BODY_BYTES:
-                raise DirectoryUnavailable(self._message(f"an answer of more than {MAX_DIRECTORY_BODY_BYTES} bytes"))
-        return bytes(body)
-
-    def _json(self, body: bytes) -> Any:
-        try:
-            return json.loads(body)
-        except (ValueError, RecursionError) as exc:
-            raise DirectoryUnavailable(self._message("the answer is not JSON")) from exc
-
     def _message(self, what: str) -> str:
-        return f"directory: realm {self._config.realm!r}: {what}"
+        return self._api.message(what)
+
+    # ---- the self-check: at start, and in an outage until it is over
+
+    def _check(self) -> None:
+        profile_seen = self._config.require_verified_email
+        with _new_session(self._config.ca_file) as session:
+            while not self._closed.is_set():
+                self._outage_began.clear()
+                deadline = time.monotonic() + self._config.timeout_seconds
+                try:
+                    self._ask_for_any_user(session, deadline)
+                    self._prove_that_we_see_users(session, deadline)
+                    email_may_be_taken = not profile_seen and self._api.users_may_edit_email(session, deadline)
+                except Exception as exc:
+                    error = exc if isinstance(exc, DirectoryUnavailable) else DirectoryUnavailable(_describe_exception(exc))
+                    self._note_failure(error)
+                    self._closed.wait(CHECK_RETRY_SECONDS)
+                    continue
+                self._note_success()
+                if email_may_be_taken:
+                    log.error("%s", self._message(EMAIL_MAY_BE_TAKEN))
+                profile_seen = True
+                self._outage_began.wait()
 
     # ---- one line when an outage begins, one when it ends
 
@@ -1242,7 +1329,8 @@ class KeycloakDirectory:
             since, failures = self._outage or (time.monotonic(), 0)
             self._outage = (since, failures + 1)
         if failures == 0:
-            log.warning("%s", error)
+            log.log(logging.ERROR if isinstance(error, DirectoryMisconfigured) else logging.WARNING, "%s", error)
+            self._outage_began.set()
 
     def _note_success(self) -> None:
         if self._outage is None:  # read without the lock: the common case, and a late line is no harm

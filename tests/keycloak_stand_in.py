@@ -33,6 +33,7 @@ class KeycloakStandIn:
     def __init__(self, realm="mail", port=0, path=""):
         self.realm, self.path = realm, path
         self.users = []
+        self.profile_edit = ["admin"]  # who may edit the attribute email; None: the profile cannot be read
         self.role = "view-users"  # "view-users", "query-users" or ""
         self.token_seconds = 300
         self.latency_seconds = 0.0
@@ -42,7 +43,7 @@ class KeycloakStandIn:
         self.ignore_exact = False
         self.requests = []  # (path, query) of each user search, ("token", {}) of each token request
         self.most_at_once = 0
-        self._at_once = 0
+        self.at_once = 0
         self._lock = threading.Lock()  # guards the four around it and _tokens
         self._tokens = {}
         self._stopping = threading.Event()
@@ -61,6 +62,7 @@ class KeycloakStandIn:
 
         self._server = Server(("127.0.0.1", port), Handler)
         self.port = self._server.server_port
+        self.add_user("administrator")  # without an e-mail; a realm that shows nobody at all is a fault
         self._thread = threading.Thread(target=self._server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True)
 
     @property
@@ -102,7 +104,13 @@ class KeycloakStandIn:
     def searches(self):
         """The queries of the user searches so far."""
         with self._lock:
-            return [query for kind, query in self.requests if kind == "users"]
+            return [query for kind, query in self.requests if kind == "users" and query != {"max": "1"}]
+
+    @property
+    def self_checks(self):
+        """How often the daemon asked whether it sees any user at all."""
+        with self._lock:
+            return self.requests.count(("users", {"max": "1"}))
 
     @property
     def token_requests(self):
@@ -140,13 +148,13 @@ class KeycloakStandIn:
     @contextlib.contextmanager
     def counted(self):
         with self._lock:
-            self._at_once += 1
-            self.most_at_once = max(self.most_at_once, self._at_once)
+            self.at_once += 1
+            self.most_at_once = max(self.most_at_once, self.at_once)
         try:
             yield
         finally:
             with self._lock:
-                self._at_once -= 1
+                self.at_once -= 1
 
     def issue_token(self):
         token = secrets.token_urlsafe(24)
@@ -240,10 +248,12 @@ class _Handler(BaseHTTPRequestHandler):
         if path == f"{keycloak.path}/elsewhere":  # where "redirect" leads: a client that follows would take this for an answer
             self._send(200, keycloak.users)
             return
-        if path != f"{keycloak.path}/admin/realms/{keycloak.realm}/users":
+        users_path = f"{keycloak.path}/admin/realms/{keycloak.realm}/users"
+        if path not in (users_path, f"{users_path}/profile"):
             self._send(404, {"error": "Realm not found."})
             return
-        keycloak.note("users", query)
+        asks_profile = path != users_path
+        keycloak.note("profile" if asks_profile else "users", query)
         if keycloak.latency_seconds:
             keycloak.wait(keycloak.latency_seconds)
         if self._misbehave(keycloak.fault):
@@ -253,6 +263,9 @@ class _Handler(BaseHTTPRequestHandler):
             self._send(401, {"error": "HTTP 401 Unauthorized"})
         elif not keycloak.role:
             self._send(403, {"error": "HTTP 403 Forbidden"})
+        elif asks_profile:
+            profile = {"attributes": [{"name": "username"}, {"name": "email", "permissions": {"edit": keycloak.profile_edit}}]}
+            self._send(403 if keycloak.profile_edit is None else 200, profile)
         elif keycloak.role == "query-users":
             self._send(200, [])
         else:
