@@ -718,7 +718,7 @@ class Cache(Generic[_Value]):
 # ever kept beyond the answer it was read for, so a change by mailcloakctl counts from the next request on.
 # ---------------------------------------------------------------------------------------------------------------------------------
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 
 SCHEMA = """\
 -- The state of mailcloak: aliases and apps. Written by mailcloakctl, read by mailcloak and by Dovecot.
@@ -731,14 +731,17 @@ CREATE TABLE IF NOT EXISTS aliases (
     enabled     INTEGER NOT NULL DEFAULT 1 CHECK (enabled IN (0, 1)), -- 0: the address exists for nobody
     updated_at  INTEGER NOT NULL DEFAULT (strftime('%s', 'now'))   -- seconds since 1970, UTC
 );
-CREATE INDEX IF NOT EXISTS aliases_username ON aliases (username); -- all aliases of one user
+-- For all aliases of one user.
+CREATE INDEX IF NOT EXISTS aliases_username ON aliases (username);
 
 -- A login that may send but never receives: a printer, a shop, a monitoring system. Dovecot checks its password.
 CREATE TABLE IF NOT EXISTS apps (
     app_id      TEXT PRIMARY KEY,                                  -- the SASL username
     secret_hash TEXT NOT NULL,                                     -- {SCHEME}hash as in Dovecot, never the password itself
     enabled     INTEGER NOT NULL DEFAULT 1 CHECK (enabled IN (0, 1)), -- 0: may neither log in nor send
-    created_at  INTEGER NOT NULL DEFAULT (strftime('%s', 'now'))   -- seconds since 1970, UTC
+    created_at  INTEGER NOT NULL DEFAULT (strftime('%s', 'now')),  -- seconds since 1970, UTC
+    owner       TEXT,                                              -- the app counts only while this Keycloak user is enabled
+    expires_at  INTEGER                                            -- seconds since 1970, UTC: from then on as if disabled
 );
 
 -- The sender addresses that an app may use.
@@ -752,14 +755,19 @@ CREATE TABLE IF NOT EXISTS app_from (
 """
 
 
+# (version, table, column, type): what a file of an older version lacks. Tables that are missing come from SCHEMA.
+ADDED_COLUMNS = ((2, "apps", "owner", "TEXT"), (2, "apps", "expires_at", "INTEGER"))
+
+
 class Alias(NamedTuple):
     username: str
     enabled: bool
 
 
 class App(NamedTuple):
-    enabled: bool
+    state: str  # "enabled", "disabled" or "expired"
     may_send: bool  # is the sender asked about in its list?
+    owner: str = ""  # the app counts only while this user is enabled; "" if it has no owner
 
 
 def connect_database(path: str, busy_seconds: float) -> sqlite3.Connection:
@@ -798,8 +806,8 @@ def _create_database_file(path: str) -> bool:
     return True
 
 
-def prepare_database(path: str) -> bool:
-    """Create the file and its schema where missing; True if the file is new.
+def prepare_database(path: str) -> str:
+    """Create the file and its schema where missing, migrate an older one; says what was done, "" if nothing.
 
     Raises StartError where it cannot be made or belongs to a newer mailcloak; DatabaseUnavailable where it is there and cannot be read.
     """
@@ -811,11 +819,36 @@ def prepare_database(path: str) -> bool:
                 raise StartError(
                     f"sqlite.path: {path!r} has schema version {version}, this mailcloak knows {SCHEMA_VERSION}: install a newer one"
                 )
-            if version < SCHEMA_VERSION:
-                connection.executescript(f"BEGIN IMMEDIATE; {SCHEMA} PRAGMA user_version = {SCHEMA_VERSION}; COMMIT;")
+            copy = _migrate(connection, path) if version < SCHEMA_VERSION else ""
     except sqlite3.Error as exc:
         raise DatabaseUnavailable(f"database: {path!r}: {exc}") from exc
-    return created
+    if copy:
+        return f"migrated to schema version {SCHEMA_VERSION}, the file as it was is {copy}"
+    return "created" if created else ""
+
+
+def _migrate(connection: sqlite3.Connection, path: str) -> str:
+    """Bring the file to SCHEMA_VERSION in one transaction; the path of the copy that was made first, "" if there was nothing to copy."""
+    connection.execute("BEGIN IMMEDIATE")  # left open by an error, rolled back when the connection is closed
+    version = connection.execute("PRAGMA user_version").fetchone()[0]
+    if version >= SCHEMA_VERSION:  # another process was faster
+        connection.execute("ROLLBACK")
+        return ""
+    copy = ""
+    if connection.execute("SELECT 1 FROM sqlite_master").fetchone():
+        copy = f"{path}.version-{version}"
+        _create_database_file(copy)
+        with contextlib.closing(connect_database(path, 30)) as source, contextlib.closing(connect_database(copy, 30)) as target:
+            source.backup(target)
+    for statement in SCHEMA.split(";\n"):
+        connection.execute(statement)
+    for added_in, table, column, kind in ADDED_COLUMNS:
+        known = {row[1] for row in connection.execute(f"PRAGMA table_info({table})")}
+        if version < added_in and column not in known:
+            connection.execute(f"ALTER TABLE {table} ADD COLUMN {column} {kind}")
+    connection.execute(f"PRAGMA user_version = {SCHEMA_VERSION}")
+    connection.execute("COMMIT")
+    return copy
 
 
 class Database:
@@ -834,11 +867,13 @@ class Database:
     def find_app(self, app_id: str, sender: str) -> Optional[App]:
         """The app, and whether the normalised sender ("" is <>) is in its list; None if no app has that id."""
         rows = self._rows(
-            "SELECT enabled, EXISTS (SELECT 1 FROM app_from WHERE app_id = apps.app_id AND from_addr = ? AND enabled = 1)"
-            " FROM apps WHERE app_id = ?",
+            "SELECT CASE WHEN enabled <> 1 THEN 'disabled'"
+            " WHEN expires_at <= CAST(strftime('%s', 'now') AS INTEGER) THEN 'expired' ELSE 'enabled' END,"
+            " EXISTS (SELECT 1 FROM app_from WHERE app_id = apps.app_id AND from_addr = ? AND enabled = 1),"
+            " CAST(COALESCE(owner, '') AS TEXT) FROM apps WHERE app_id = ?",
             (sender, app_id),
         )
-        return App(rows[0][0] == 1, rows[0][1] == 1) if rows else None
+        return App(rows[0][0], rows[0][1] == 1, rows[0][2].lower()) if rows else None
 
     def check(self) -> None:
         """Raise DatabaseUnavailable if a question could not be answered now."""
@@ -1266,7 +1301,9 @@ class KeycloakDirectory:
         if time.monotonic() - asked_at > (PROOF_SECONDS if sees_users else PROOF_RETRY_SECONDS):
             sees_users = self._ask_for_any_user(session, deadline)
         if not sees_users:
-            raise DirectoryMisconfigured(self._message(f"sees no users at all (query-users is not enough), {self._api.role_remedy}"))
+            raise DirectoryMisconfigured(
+                self._message(f"sees no users at all (query-users is not enough), {self._api.role_remedy}")
+            )
 
     def _ask_for_any_user(self, session: requests.Session, deadline: Deadline) -> bool:
         asked_at = time.monotonic()
@@ -1547,13 +1584,24 @@ def decide_sender(request: PolicyRequest, policy: PolicyConfig, facts: Facts) ->
             app = facts.find_app(sasl_username, sender)
         except DatabaseUnavailable:
             return Action(INTERNAL_ERROR, "database-unavailable")
-        if app:  # also when disabled: an app that has a user's name must never become that user
-            return (
-                accept("app")
-                if app.enabled and app.may_send
-                else Action(SENDER_NOT_OWNED, "app-sender" if app.enabled else "app-disabled")
-            )
+        if app:  # in whatever state: an app that has a user's name must never become that user
+            return _decide_app(app, policy, facts)
     return _decide_user(sasl_username, sender, policy, facts)
+
+
+def _decide_app(app: App, policy: PolicyConfig, facts: Facts) -> Action:
+    if app.state != "enabled":
+        return Action(SENDER_NOT_OWNED, f"app-{app.state}")
+    if not app.may_send:
+        return Action(SENDER_NOT_OWNED, "app-sender")
+    if app.owner:
+        try:
+            owner = facts.find_login(app.owner)
+        except DirectoryUnavailable:
+            return _fail_sender(policy)
+        if owner.state != "enabled":
+            return Action(SENDER_NOT_OWNED, f"app-owner-{owner.state}")
+    return accept("app")
 
 
 def _decide_unauthenticated(sender: Address, policy: PolicyConfig) -> Action:
@@ -2099,8 +2147,9 @@ class Daemon:
     def _open_database(self) -> None:
         path = self._config.sqlite.path
         try:
-            if prepare_database(path):
-                log.warning("database: created, there was none path=%s", path)
+            done = prepare_database(path)
+            if done:
+                log.warning("database: %s path=%s", "created, there was none" if done == "created" else done, path)
             Database(path).check()
         except DatabaseUnavailable as exc:
             log.error("%s; answers that need it are deferred until it is mended", exc)

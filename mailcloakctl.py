@@ -18,6 +18,7 @@ from __future__ import annotations
 import argparse
 import base64
 import contextlib
+import datetime
 import functools
 import getpass
 import hashlib
@@ -97,6 +98,29 @@ def read_app_id(text: str) -> str:
     if not re.fullmatch(r"[A-Za-z0-9._@-]{1,254}", text):
         raise Refused(f"{text!r} is not an app id: it takes 1 to 254 letters a-z, digits and . _ - @")
     return text.lower()
+
+
+def read_owner(text: str) -> Optional[str]:
+    """The Keycloak user whom an app belongs to; "" takes the owner away."""
+    return read_username(text) if text else None
+
+
+def read_expiry(text: str) -> Optional[int]:
+    """Seconds since 1970 from which an app no longer counts: after so many days, or after the day named; "never" takes it away."""
+    if text == "never":
+        return None
+    days = re.fullmatch(r"([0-9]{1,5})d", text, re.ASCII)
+    if days and int(days[1]):
+        return int(time.time()) + int(days[1]) * 86400
+    try:
+        day = datetime.date.fromisoformat(text)
+        midnight = datetime.datetime.combine(day + datetime.timedelta(days=1), datetime.time())
+        seconds = int(midnight.timestamp())  # in the zone of this host
+    except (ValueError, OverflowError):
+        raise Refused(f"{text!r} is not a date such as 2027-01-31, a number of days such as 90d, or never") from None
+    if seconds <= time.time():
+        raise Refused(f"{text} is in the past; apps disable takes an app out of use at once")
+    return seconds
 
 
 def check_token(token: str) -> str:
@@ -208,8 +232,9 @@ def open_database(path: str, *, create: bool) -> sqlite3.Connection:
     except OSError as exc:
         raise Refused(f"database {path!r}: {exc.strerror}{database_hint(exc, path)}") from exc
     try:
-        if mailcloak.prepare_database(path):
-            say(f"database {path} created")
+        done = mailcloak.prepare_database(path)
+        if done:
+            say(f"database {path} {done}")
         database = mailcloak.connect_database(path, BUSY_SECONDS)
     except mailcloak.StartError as exc:
         raise Refused(str(exc)) from exc
@@ -362,6 +387,7 @@ def apps_add(context: Context) -> None:
     generated = secrets.token_urlsafe(GENERATED_TOKEN_BYTES) if context.options.generate else None
     token = generated or read_token(context.options)
     secret_hash = hash_token(token, GENERATED_ITERATIONS if generated else CHOSEN_ITERATIONS)
+    changes = read_app_changes(context.options)
     database = context.database
     with transaction(database):
         alias = database.execute("SELECT alias_email FROM aliases WHERE lower(username) = ? LIMIT 1", (app_id,)).fetchone()
@@ -372,13 +398,55 @@ def apps_add(context: Context) -> None:
             "INSERT INTO apps (app_id, secret_hash) VALUES (?, ?) ON CONFLICT (app_id) DO UPDATE SET secret_hash = excluded.secret_hash",
             (app_id, secret_hash),
         )
+        change_app(context, app_id, changes)
         if generated:  # before the commit: a token that nobody saw must not lock the app out
             show_token(context.options, app_id, generated)
     say(f"apps: {app_id} {'has a new token, the old one no longer works' if known else 'added'}")
     if known and not known["enabled"]:
         say(f"apps: {app_id} is disabled, apps enable {app_id} lets it in again")
+    say_app_changes(app_id, changes)
     if not known:
         say(f"apps: it may not send yet, apps allow {app_id} ADDRESS lets it use an address")
+
+
+def apps_set(context: Context) -> None:
+    app_id, changes = read_app_id(context.options.app_id), read_app_changes(context.options)
+    if not changes:
+        raise Refused("apps set: nothing to set, name --owner, --expires or both")
+    with transaction(context.database):
+        require_app(context, app_id)
+        change_app(context, app_id, changes)
+    say_app_changes(app_id, changes)
+
+
+def read_app_changes(options: argparse.Namespace) -> Dict[str, Any]:
+    """The columns that --owner and --expires set, with their values; None takes a value away."""
+    changes: Dict[str, Any] = {}
+    if options.owner is not None:
+        changes["owner"] = read_owner(options.owner)
+    if options.expires is not None:
+        changes["expires_at"] = read_expiry(options.expires)
+    return changes
+
+
+def change_app(context: Context, app_id: str, changes: Dict[str, Any]) -> None:
+    for column, value in changes.items():  # two names of this file, never text of a user
+        context.database.execute(f"UPDATE apps SET {column} = ? WHERE app_id = ?", (value, app_id))  # noqa: S608
+
+
+def say_app_changes(app_id: str, changes: Dict[str, Any]) -> None:
+    if "owner" in changes:
+        owner = changes["owner"]
+        say(f"apps: {app_id} counts only while {owner} is enabled in Keycloak" if owner else f"apps: {app_id} has no owner now")
+    if "expires_at" in changes:
+        expires_at = changes["expires_at"]
+        say(f"apps: {app_id} expires at {shown_time(expires_at)}" if expires_at else f"apps: {app_id} does not expire now")
+
+
+def shown_state(row: Any) -> str:
+    if row["enabled"] != 1:
+        return "disabled"
+    return "expired" if row["expires_at"] is not None and row["expires_at"] <= time.time() else "enabled"
 
 
 def show_token(options: argparse.Namespace, app_id: str, token: str) -> None:
@@ -389,15 +457,21 @@ def show_token(options: argparse.Namespace, app_id: str, token: str) -> None:
 
 
 def apps_list(context: Context) -> None:
-    rows = [dict(row) for row in context.database.execute("SELECT app_id, enabled, created_at FROM apps ORDER BY app_id")]
+    rows = [
+        dict(row)
+        for row in context.database.execute("SELECT app_id, enabled, created_at, owner, expires_at FROM apps ORDER BY app_id")
+    ]
     allowed: Dict[str, List[str]] = {row["app_id"]: [] for row in rows}
     for row in context.database.execute("SELECT app_id, from_addr FROM app_from WHERE enabled = 1 ORDER BY app_id, from_addr"):
         allowed.setdefault(row["app_id"], []).append(row["from_addr"])
     for entry in rows:
         entry["from_addr"] = allowed[entry["app_id"]]
+        entry["state"] = shown_state(entry)
     columns: Columns = {
         "app_id": str,
-        "enabled": yes_no,
+        "state": str,
+        "owner": lambda owner: owner or "-",
+        "expires_at": lambda expires_at: "never" if expires_at is None else shown_time(expires_at),
         "created_at": shown_time,
         "from_addr": lambda senders: ", ".join(map(shown_sender, senders)) or "(none: may not send)",
     }
@@ -468,6 +542,7 @@ COMMANDS: Dict[str, Dict[str, Command]] = {
     },
     "apps": {
         "add": Command(apps_add, "make an app, or give one a new token", "apps add printer --generate", ("app_id",), True),
+        "set": Command(apps_set, "set owner or expiry, leaving the token alone", "apps set printer --expires 90d", ("app_id",)),
         "list": Command(apps_list, "show all apps and what they may send as", "apps list", ()),
         "allow": Command(apps_allow, "let an app send as an address", "apps allow printer scan@example.org", ("app_id", "address")),
         "disallow": Command(
@@ -518,6 +593,13 @@ def build_parser() -> argparse.ArgumentParser:
                 )
                 token.add_argument("--token-stdin", action="store_true", help="read the token from one line of standard input")
                 token.add_argument("--generate", action="store_true", help="make a strong token and show it, once")
+            if noun == "apps" and verb in ("add", "set"):
+                verb_parser.add_argument(
+                    "--owner", metavar="USERNAME", help="the Keycloak user without whom it does not count; '' for none"
+                )
+                verb_parser.add_argument(
+                    "--expires", metavar="DATE", help="its last day, 2027-01-31, or so many days from now, 90d; never"
+                )
     return parser
 
 

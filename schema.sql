@@ -8,14 +8,17 @@ CREATE TABLE IF NOT EXISTS aliases (
     enabled     INTEGER NOT NULL DEFAULT 1 CHECK (enabled IN (0, 1)), -- 0: the address exists for nobody
     updated_at  INTEGER NOT NULL DEFAULT (strftime('%s', 'now'))   -- seconds since 1970, UTC
 );
-CREATE INDEX IF NOT EXISTS aliases_username ON aliases (username); -- all aliases of one user
+-- For all aliases of one user.
+CREATE INDEX IF NOT EXISTS aliases_username ON aliases (username);
 
 -- A login that may send but never receives: a printer, a shop, a monitoring system. Dovecot checks its password.
 CREATE TABLE IF NOT EXISTS apps (
     app_id      TEXT PRIMARY KEY,                                  -- the SASL username
     secret_hash TEXT NOT NULL,                                     -- {SCHEME}hash as in Dovecot, never the password itself
     enabled     INTEGER NOT NULL DEFAULT 1 CHECK (enabled IN (0, 1)), -- 0: may neither log in nor send
-    created_at  INTEGER NOT NULL DEFAULT (strftime('%s', 'now'))   -- seconds since 1970, UTC
+    created_at  INTEGER NOT NULL DEFAULT (strftime('%s', 'now')),  -- seconds since 1970, UTC
+    owner       TEXT,                                              -- the app counts only while this Keycloak user is enabled
+    expires_at  INTEGER                                            -- seconds since 1970, UTC: from then on as if disabled
 );
 
 -- The sender addresses that an app may use.

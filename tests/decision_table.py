@@ -62,11 +62,16 @@ ALIASES = [
     ("info@xn--bcher-kva.test", "hans", 1),
 ]
 
-# app, enabled, senders
+# app, enabled, senders, owner, expires_at
+PAST, FUTURE = 1_700_000_000, 4_000_000_000
 APPS = [
-    ("printer", 1, ["scan@d1.test"]),
-    ("shop", 1, ["shop@d1.test", "", "news@elsewhere.test"]),
-    ("oldapp", 0, ["old@d1.test"]),
+    ("printer", 1, ["scan@d1.test"], None, None),
+    ("shop", 1, ["shop@d1.test", "", "news@elsewhere.test"], None, FUTURE),
+    ("oldapp", 0, ["old@d1.test"], None, None),
+    ("trial", 1, ["scan@d1.test"], None, PAST),
+    ("owned", 1, ["scan@d1.test"], "Alice", FUTURE),
+    ("orphan", 1, ["scan@d1.test"], "gone", None),
+    ("left", 1, ["scan@d1.test"], "dora", None),
 ]
 
 POLICY = {"domain": ["d1.test", "d2.test", "bücher.test"], "recipient_delimiter": "+"}
@@ -237,6 +242,14 @@ ROWS = [
     _app("disabled-cannot-act-as-user", "oldapp", "oldapp@d1.test", NOT_OWNED),
     _app("cannot-act-as-user", "printer", "printer@d1.test", NOT_OWNED),
     _app("cannot-act-as-user-by-scram", "printer", "printer@d1.test", NOT_OWNED, method="SCRAM-SHA-256"),
+    _app("expired", "trial", "scan@d1.test", NOT_OWNED),
+    _app("owner-enabled", "owned", "scan@d1.test", DUNNO),
+    _app("owner-enabled-not-allowed", "owned", "alice@d1.test", NOT_OWNED),
+    _app("owner-missing", "orphan", "scan@d1.test", NOT_OWNED),
+    _app("owner-disabled", "left", "scan@d1.test", NOT_OWNED),
+    _app("owner-outage", "owned", "scan@d1.test", DIRECTORY, keycloak="down"),
+    _app("owner-outage-all-pass", "owned", "scan@d1.test", DUNNO, keycloak="down", policy=ALL_PASS),
+    _app("owner-outage-recipients-pass", "owned", "scan@d1.test", DIRECTORY, keycloak="down", policy=RECIPIENTS_PASS),
     _app("outage", "printer", "scan@d1.test", DUNNO, keycloak="down"),
     _app("database-broken", "printer", "scan@d1.test", INTERNAL, database="broken"),
     _app("database-broken-user-by-password", "alice", "alice@d1.test", INTERNAL, database="broken"),

@@ -13,6 +13,7 @@ import threading
 import time
 
 import pytest
+from conftest import ROOT
 
 import mailcloak
 
@@ -88,6 +89,82 @@ def test_file_of_the_older_program_without_a_version_keeps_its_rows(make_daemon)
     daemon.start()
     assert daemon.ask_map("alias info@d1.test") == "OK alice@d1.test"
     assert daemon.ctl("apps", "list", "--json").stdout.strip() == "[]"
+
+
+VERSION_1 = [
+    "CREATE TABLE aliases (alias_email TEXT PRIMARY KEY, username TEXT NOT NULL, enabled INTEGER NOT NULL DEFAULT 1, updated_at INTEGER)",
+    "CREATE TABLE apps (app_id TEXT PRIMARY KEY, secret_hash TEXT NOT NULL, enabled INTEGER NOT NULL DEFAULT 1, created_at INTEGER)",
+    "CREATE TABLE app_from (app_id TEXT NOT NULL, from_addr TEXT NOT NULL, enabled INTEGER NOT NULL DEFAULT 1, PRIMARY KEY (app_id, from_addr))",
+    "INSERT INTO aliases VALUES ('info@d1.test', 'alice', 1, 1700000000), ('old@d1.test', 'bob', 0, 1700000001)",
+    "INSERT INTO apps VALUES ('printer', '{X}hash', 1, 1700000002)",
+    "INSERT INTO app_from VALUES ('printer', 'scan@d1.test', 1), ('printer', '', 0)",
+    "PRAGMA user_version = 1",
+]
+ROWS_KEPT = {
+    "aliases": [("info@d1.test", "alice", 1, 1700000000), ("old@d1.test", "bob", 0, 1700000001)],
+    "apps": [("printer", "{X}hash", 1, 1700000002, None, None)],
+    "app_from": [("printer", "", 0), ("printer", "scan@d1.test", 1)],
+}
+
+
+def rows_of(path):
+    with contextlib.closing(sqlite3.connect(path)) as database:
+        return {table: database.execute(f"SELECT * FROM {table} ORDER BY 1, 2").fetchall() for table in ROWS_KEPT}
+
+
+@pytest.mark.parametrize("by", ["daemon", "mailcloakctl"])
+def test_older_file_is_migrated_with_every_row_and_a_copy_beside_it(make_daemon, by):
+    daemon = make_daemon(static_users={"alice": "alice@d1.test"})
+    sql(daemon.database, *VERSION_1)
+    daemon.database.chmod(0o604)
+    before = daemon.database.stat()
+    if by == "daemon":
+        said = daemon.start().log()
+        assert daemon.ask(protocol_state="MAIL", sender="scan@d1.test", sasl_username="printer", sasl_method="PLAIN") == "DUNNO"
+    else:
+        said = daemon.ctl("aliases", "list").stderr
+    copy = f"{daemon.database}.version-1"
+    assert f"migrated to schema version 2, the file as it was is {copy}" in said
+    assert rows_of(daemon.database) == ROWS_KEPT
+    after = daemon.database.stat()
+    assert (after.st_mode, after.st_uid, after.st_gid, after.st_ino) == (
+        before.st_mode,
+        before.st_uid,
+        before.st_gid,
+        before.st_ino,
+    )
+    with contextlib.closing(sqlite3.connect(copy)) as database:
+        assert database.execute("PRAGMA user_version").fetchone() == (1,)
+        assert database.execute("SELECT * FROM apps").fetchall() == [("printer", "{X}hash", 1, 1700000002)]
+    assert stat.S_IMODE(os.stat(copy).st_mode) == 0o640
+    assert "migrated" not in daemon.ctl("aliases", "list").stderr
+
+
+def test_migration_that_fails_halfway_leaves_the_file_as_it_was(tmp_path, monkeypatch):
+    path = tmp_path / "state.db"
+    sql(path, *VERSION_1)
+    before = rows_of(path)
+    monkeypatch.setattr(mailcloak, "ADDED_COLUMNS", (*mailcloak.ADDED_COLUMNS, (2, "apps", "x y z(", "TEXT")))
+    with pytest.raises(mailcloak.DatabaseUnavailable):
+        mailcloak.prepare_database(str(path))
+    assert rows_of(path) == before
+    monkeypatch.undo()
+    assert mailcloak.prepare_database(str(path)).startswith("migrated to schema version 2")
+
+
+def test_migration_by_two_at_once_happens_once(tmp_path):
+    path = tmp_path / "state.db"
+    sql(path, *VERSION_1)
+    command = [
+        sys.executable,
+        "-c",
+        f"import sys; sys.path.insert(0, {str(ROOT)!r}); import mailcloak; print(mailcloak.prepare_database({str(path)!r}))",
+    ]
+    processes = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(4)]
+    said = [process.communicate()[0] for process in processes]
+    assert [process.returncode for process in processes] == [0] * 4
+    assert sum("migrated" in text for text in said) == 1
+    assert rows_of(path) == ROWS_KEPT
 
 
 def test_file_of_a_newer_program_is_refused_with_a_message(make_daemon):

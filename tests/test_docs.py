@@ -165,7 +165,7 @@ def test_schema_has_the_columns_that_other_programs_rely_on():
             database.execute("UPDATE aliases SET enabled = 2")
     assert columns == {
         "aliases": ["alias_email", "username", "enabled", "updated_at"],
-        "apps": ["app_id", "secret_hash", "enabled", "created_at"],
+        "apps": ["app_id", "secret_hash", "enabled", "created_at", "owner", "expires_at"],
         "app_from": ["app_id", "from_addr", "enabled"],
     }
 
@@ -202,7 +202,7 @@ OPTIONS = sorted(
 def test_commands_are_those_of_the_reference():
     assert [
         *(f"aliases {verb}" for verb in ("add", "list", "del", "enable", "disable")),
-        *(f"apps {verb}" for verb in ("add", "list", "allow", "disallow", "del", "enable", "disable")),
+        *(f"apps {verb}" for verb in ("add", "set", "list", "allow", "disallow", "del", "enable", "disable")),
     ] == VERBS
     assert {"--config", "--db", "--json", "--replace", "--force", "--token-stdin", "--generate"} <= set(OPTIONS)
 

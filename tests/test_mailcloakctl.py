@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import contextlib
+import datetime
 import grp
 import hashlib
 import hmac
@@ -494,15 +495,100 @@ def test_apps_list_shows_the_allowed_addresses_and_no_hash(filled):
     filled.insert("app_from", "printer", "fax@d1.test")
     filled.insert("apps", "shop", "{SHA256}y")
     table = filled("apps", "list").stdout
-    assert [re.split(r"  +", line)[::3] for line in table.splitlines()] == [
-        ["APP ID", "FROM ADDR"],
-        ["printer", "fax@d1.test, scan@d1.test"],
-        ["shop", "(none: may not send)"],
+    lines = [re.split(r"  +", line) for line in table.splitlines()]
+    assert [line[:4] + line[5:] for line in lines] == [
+        ["APP ID", "STATE", "OWNER", "EXPIRES AT", "FROM ADDR"],
+        ["printer", "enabled", "-", "never", "fax@d1.test, scan@d1.test"],
+        ["shop", "enabled", "-", "never", "(none: may not send)"],
     ]
     shown = filled("apps", "list", "--json").stdout
-    assert [set(row) for row in json.loads(shown)] == [{"app_id", "enabled", "created_at", "from_addr"}] * 2
+    assert [set(row) for row in json.loads(shown)] == [
+        {"app_id", "enabled", "state", "created_at", "owner", "expires_at", "from_addr"}
+    ] * 2
     assert [row["from_addr"] for row in json.loads(shown)] == [["fax@d1.test", "scan@d1.test"], []]
     assert "SHA256" not in table + shown
+
+
+# ---- owner and expiry
+
+
+def app_row(ctl, app_id="printer"):
+    (row,) = ctl.rows("SELECT owner, expires_at, secret_hash, enabled FROM apps WHERE app_id = ?", app_id)
+    return row
+
+
+def midnight_after(day):
+    return int((datetime.datetime.fromisoformat(day) + datetime.timedelta(days=1)).timestamp())
+
+
+def test_apps_add_takes_owner_and_expiry(ctl):
+    said = ctl("apps", "add", "new", "--generate", "--owner", "Alice", "--expires", "2099-01-31").stderr
+    assert app_row(ctl, "new")[:2] == ("alice", midnight_after("2099-01-31"))
+    assert "apps: new counts only while alice is enabled in Keycloak" in said
+    assert "apps: new expires at 2099-02-01 00:00" in said
+
+
+def test_apps_set_changes_what_is_named_and_leaves_the_token_alone(filled):
+    before = app_row(filled)
+    filled("apps", "set", "printer", "--owner", "alice")
+    assert app_row(filled) == ("alice", None, *before[2:])
+    started = int(time.time())
+    filled("apps", "set", "Printer", "--expires", "90d")
+    owner, expires_at, *rest = app_row(filled)
+    assert (owner, rest) == ("alice", list(before[2:]))
+    assert started <= expires_at - 90 * 86400 <= time.time()
+    filled("apps", "set", "printer", "--expires", "never", "--owner", "")
+    assert app_row(filled) == before
+
+
+def test_apps_add_of_an_existing_app_keeps_owner_and_expiry(filled):
+    filled("apps", "set", "printer", "--owner", "alice", "--expires", "2099-01-31")
+    filled("apps", "add", "printer", "--generate")
+    assert app_row(filled)[:2] == ("alice", midnight_after("2099-01-31"))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["set", "printer"], "nothing to set, name --owner, --expires or both"),
+        (["set", "absent", "--owner", "alice"], "absent does not exist"),
+        (["set", "printer", "--owner", "a\nb"], "it cannot be empty or hold control characters"),
+        (
+            ["set", "printer", "--expires", "soon"],
+            "'soon' is not a date such as 2027-01-31, a number of days such as 90d, or never",
+        ),
+        (["set", "printer", "--expires", "0d"], "is not a date"),
+        (["set", "printer", "--expires", "-5d"], None),
+        (["set", "printer", "--expires", "2027-02-30"], "is not a date"),
+        (["set", "printer", "--expires", "2001-01-01"], "2001-01-01 is in the past; apps disable takes an app out of use at once"),
+        (["set", "printer", "--expires", "9999-12-31"], "is not a date"),
+        (["set", "printer", "--owner", "bob", "--expires", "soon"], "is not a date"),
+        (["add", "printer", "--generate", "--expires", "soon"], "is not a date"),
+    ],
+    ids=lambda value: " ".join(value[1:]) if isinstance(value, list) else "",
+)
+def test_owner_or_expiry_that_makes_no_sense_changes_nothing(filled, arguments, message):
+    before = app_row(filled)
+    result = filled("apps", *arguments, check=False)
+    assert (result.returncode, result.stdout) == (1 if message else 2, "")
+    assert (message or "expected one argument") in result.stderr
+    assert app_row(filled) == before
+
+
+def test_apps_list_shows_owner_expiry_and_state(filled):
+    filled.insert("apps", "old", "x")
+    filled.insert("apps", "off", "x")
+    filled.rows("SELECT 1")
+    with contextlib.closing(sqlite3.connect(filled.path)) as database, database:
+        database.execute("UPDATE apps SET expires_at = 1700000000, owner = 'alice' WHERE app_id = 'old'")
+        database.execute("UPDATE apps SET enabled = 0 WHERE app_id = 'off'")
+    rows = json.loads(filled("apps", "list", "--json").stdout)
+    assert {row["app_id"]: (row["state"], row["owner"], row["expires_at"]) for row in rows} == {
+        "off": ("disabled", None, None),
+        "old": ("expired", "alice", 1700000000),
+        "printer": ("enabled", None, None),
+    }
+    assert re.search(r"^old +expired +alice +2023-11-1[45] ", filled("apps", "list").stdout, re.MULTILINE)
 
 
 @pytest.mark.parametrize("noun", ["aliases", "apps"])

@@ -35,7 +35,11 @@ class PlainFacts(mailcloak.Facts):
     def find_app(self, app_id, sender):
         self._need_database()
         found = [app for app in table.APPS if app[0] == app_id]
-        return mailcloak.App(found[0][1] == 1, sender.text in found[0][2]) if found else None
+        if not found:
+            return None
+        _, enabled, senders, owner, expires_at = found[0]
+        state = "disabled" if not enabled else "expired" if expires_at == table.PAST else "enabled"
+        return mailcloak.App(state, sender.text in senders, (owner or "").lower())
 
     def find_holders(self, address):
         self._need_keycloak()
@@ -107,8 +111,11 @@ def test_answers_over_the_wire_are_as_the_table_says(state, rows, make_daemon, k
 def fill_database(path):
     with contextlib.closing(sqlite3.connect(path)) as database, database:
         database.executemany("INSERT INTO aliases (alias_email, username, enabled) VALUES (?, ?, ?)", table.ALIASES)
-        for app_id, enabled, senders in table.APPS:
-            database.execute("INSERT INTO apps (app_id, secret_hash, enabled) VALUES (?, '{SCRAM-SHA-256}x', ?)", (app_id, enabled))
+        for app_id, enabled, senders, owner, expires_at in table.APPS:
+            row = (app_id, enabled, owner, expires_at)
+            database.execute(
+                "INSERT INTO apps (app_id, secret_hash, enabled, owner, expires_at) VALUES (?, '{SCRAM-SHA-256}x', ?, ?, ?)", row
+            )
             database.executemany("INSERT INTO app_from (app_id, from_addr) VALUES (?, ?)", [(app_id, sender) for sender in senders])
 
 
