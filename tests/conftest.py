@@ -24,8 +24,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 from keycloak_stand_in import KeycloakStandIn  # noqa: E402
 
-# What a test marked real(NAME) needs: the program, and the package that brings it.
-REAL_SERVERS = {"postfix": ("postfix", "postfix"), "root": ("", "")}
+# What a test marked real(NAME) needs: the programs, and the packages that bring them.
+REAL_SERVERS = {
+    "postfix": ("postfix", "postfix"),
+    "dovecot": ("dovecot doveadm", "dovecot-core dovecot-imapd dovecot-lmtpd dovecot-sqlite"),
+    "keycloak": ("java mvn", "default-jre-headless maven"),
+    "root": ("", ""),
+}
 
 
 def pytest_addoption(parser):
@@ -42,7 +47,7 @@ def pytest_runtest_setup(item):
     for marker in item.iter_markers("real"):
         for name in marker.args:
             program, package = REAL_SERVERS[name]
-            missing = os.geteuid() != 0 if name == "root" else not _find_program(program)
+            missing = os.geteuid() != 0 if name == "root" else not all(map(_find_program, program.split()))
             if missing:
                 how = "run the tests as root" if name == "root" else f"make real-servers, or: apt-get install {package}"
                 if os.environ.get("CI"):
@@ -93,6 +98,18 @@ def keycloak():
     """A stand-in for Keycloak on a free port."""
     with KeycloakStandIn() as stand_in:
         yield stand_in
+
+
+@pytest.fixture(scope="session")
+def real_keycloak():
+    """A real Keycloak for the whole run; each module makes its own realms."""
+    from real.keycloak import PrivateKeycloak
+
+    server = PrivateKeycloak()
+    try:
+        yield server.start()
+    finally:
+        server.close()
 
 
 class PolicyClient:

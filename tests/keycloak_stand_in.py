@@ -41,6 +41,7 @@ class KeycloakStandIn:
         self.token_fault = None  # as fault, but of the token endpoint alone
         self.fault_seconds = 30.0
         self.ignore_exact = False
+        self.empty_value_finds_all = True  # as 26.7.0; 26.0.7 finds nobody
         self.requests = []  # (path, query) of each user search, ("token", {}) of each token request
         self.most_at_once = 0
         self.at_once = 0
@@ -169,6 +170,8 @@ class KeycloakStandIn:
     def search(self, query):
         found = self.users
         for attribute in ("username", "email"):
+            if query.get(attribute) == "" and not self.empty_value_finds_all:
+                return []
             if query.get(attribute):
                 wanted = query[attribute].lower()
                 exact = query.get("exact") == "true" and not self.ignore_exact
@@ -226,12 +229,13 @@ class _Handler(BaseHTTPRequestHandler):
         keycloak.note("token", {})
         if self._misbehave(keycloak.token_fault or keycloak.fault):
             return
-        if (
-            form.get("client_id") != CLIENT_ID
-            or form.get("client_secret") != CLIENT_SECRET
-            or form.get("grant_type") != "client_credentials"
-        ):
-            self._send(401, {"error": "invalid_client", "error_description": "Invalid client or Invalid client credentials"})
+        assert form.get("grant_type") == "client_credentials"
+        error = {"error_description": "Invalid client or Invalid client credentials"}
+        if form.get("client_id") != CLIENT_ID:
+            self._send(401, {"error": "invalid_client", **error})
+            return
+        if form.get("client_secret") != CLIENT_SECRET:
+            self._send(401, {"error": "unauthorized_client", **error})
             return
         answer = {
             "access_token": keycloak.issue_token(),

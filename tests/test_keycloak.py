@@ -251,7 +251,7 @@ def test_worker_is_free_again_soon_after_a_hanging_answer(keycloak, directory, f
     [
         pytest.param(
             {"client_secret": "wrong"},
-            "token refused (HTTP 401 invalid_client), check keycloak.client_id and keycloak.client_secret",
+            "token refused (HTTP 401 unauthorized_client), check keycloak.client_id and keycloak.client_secret",
             id="secret",
         ),
         pytest.param({"realm": "nowhere"}, "no such realm (HTTP 404), check keycloak.realm and keycloak.base_url", id="realm"),
@@ -317,7 +317,7 @@ SEES_NOBODY = (
         pytest.param(
             "view-users",
             {"client_secret": "wrong"},
-            "token refused (HTTP 401 invalid_client), check keycloak.client_id",
+            "token refused (HTTP 401 unauthorized_client), check keycloak.client_id",
             id="secret",
         ),
         pytest.param("view-users", {"realm": "nowhere"}, "no such realm (HTTP 404), check keycloak.realm", id="realm"),

@@ -40,7 +40,8 @@ local_recipient_maps =
 alias_maps =
 alias_database =
 smtpd_peername_lookup = no
-disable_dns_lookups = yes
+smtp_dns_support_level = disabled
+lmtp_dns_support_level = disabled
 smtpd_error_sleep_time = 0
 smtpd_soft_error_limit = 1000
 smtpd_hard_error_limit = 1000
@@ -96,7 +97,8 @@ class PrivatePostfix:
 
     settings are main.cf parameters of the test, by name; one that is in the sample as well takes the sample's place (so that
     virtual_transport can be discard: or a private LMTP server). services are further lines of master.cf, in which {name} stands for
-    self.ports[name] (so that a submission port can be added: ports=["submission"], services="127.0.0.1:{submission} inet ...").
+    self.ports[name] (so that a port can be added: ports=["open"], services="127.0.0.1:{open} inet ..."). Of the sample's own services
+    there is port 25, called smtp, and those of submission and submissions that ports names.
     """
 
     def __init__(self, domains=("d1.test", "d2.test"), settings=None, services="", ports=(), chroot="y"):
@@ -149,8 +151,11 @@ class PrivatePostfix:
         twice = set(re.findall(r"^(\w+) =", base, re.MULTILINE)) & set(re.findall(r"^(\w+) =", main, re.MULTILINE))
         assert not twice, f"the sample's own value would win over the test's: {twice}"
         (self.config / "main.cf").write_text(base + main, encoding="utf-8")
-        services, count = re.subn(r"^smtp( +inet )", rf"127.0.0.1:{self.port}\1", self.sample("master.cf"), flags=re.MULTILINE)
-        assert count == 1
+        services = self.sample("master.cf")
+        for name in ("smtp", "submission", "submissions"):
+            line = rf"127.0.0.1:{self.ports[name]}\1" if name in self.ports else ""
+            services, count = re.subn(rf"^{name}( +inet .*\n(?: .*\n)*)", line, services, flags=re.MULTILINE)
+            assert count == 1, f"the sample has {count} services {name}"
         services += TEST_SERVICES.format(chroot=chroot or self._chroot) + self._services.format(**self.ports)
         (self.config / "master.cf").write_text(services, encoding="utf-8")
         if chroot:
