@@ -38,6 +38,7 @@ import math
 import os
 import pwd
 import queue
+import random
 import re
 import signal
 import socket
@@ -97,14 +98,18 @@ SEND_TIMEOUT_SECONDS = 10  # a client that does not read its answers is dropped 
 
 MAX_DIRECTORY_BODY_BYTES = 1024 * 1024  # of one HTTP answer; ten brief user records are about 4 kB
 MAX_DIRECTORY_MATCHES = 10  # asked for in one search; more users than that with one address is no answer
-MAX_DIRECTORY_REQUESTS = 8  # at Keycloak at a time
 MAX_DIRECTORY_WAITING = 2000  # lookups waiting their turn; above it a question fails at once instead of queueing
 TOKEN_LIFE_USED = 0.8  # of a token's life; the rest is margin for clocks and requests under way
 
+OUTAGE_FAILURES = 3  # in a row establish an outage; from then on nobody waits for Keycloak, and a probe alone asks it
+PROBE_SECONDS = 5.0  # after which a probe is given up
+PROBE_PAUSE_SECONDS = 3.0  # at most between two probes; with the above, service is back within 8 s of Keycloak
+REFRESH_AHEAD = 0.2  # of a positive answer's life: used within this last part of it, it is asked for again in the background
+MAX_REFRESHES_WAITING = 1000  # beyond, an answer is not refreshed ahead but asked for when it has ended
 PROOF_SECONDS = 60.0  # how long a check that we see users at all makes empty answers believable
 PROOF_RETRY_SECONDS = 2.0  # how often it is repeated while we see none
-CHECK_RETRY_SECONDS = 5.0  # how often the self-check is repeated in an outage
 
+LAST_KNOWN_WAITING = 10_000  # positive answers waiting to be written to last-known.db
 DATABASE_BUSY_SECONDS = 2.0  # how long a question waits for a writer's lock
 SHUTDOWN_LOOKUP_SECONDS = 3.0  # after SIGTERM, lookups still pending at Keycloak are given up and get the failure mode
 SHUTDOWN_TOTAL_SECONDS = 4.5  # and all that is left is cut off
@@ -136,6 +141,10 @@ class DirectoryUnavailable(MailcloakError):
 
 class DirectoryMisconfigured(DirectoryUnavailable):
     """Keycloak answers, and will go on refusing until an administrator changes something; the text says what."""
+
+
+class NoSingleAnswer(DirectoryUnavailable):
+    """Keycloak answers, but not this question; no sign that it is away."""
 
 
 class DatabaseUnavailable(MailcloakError):
@@ -327,6 +336,7 @@ class KeycloakConfig:
     client_secret_file: str = _key(_absolute_path, "", secret=True)  # not shown: it might be the secret itself
     ca_file: str = _key(_optional_path, "")
     timeout_seconds: float = _key(_number(0.1, 60, wanted="a number from 0.1 to 60"), 5)
+    max_requests: int = _key(_number(1, 100, whole=True, wanted="a whole number from 1 to 100"), 8)
     require_verified_email: bool = _key(_boolean, False)
 
 
@@ -662,11 +672,21 @@ def format_mailbox(username: str, extension: str, domain: str) -> str:
 
 # ---------------------------------------------------------------------------------------------------------------------------------
 # 4. Cache
-# Answers of the directory for a limited time. Bounded; negative answers have a tenth of the room and are pushed out first, so that
+# Answers of the directory: fresh for their time to live, positive ones kept longer for an outage. Bounded; negative answers have a tenth of the room and are pushed out first, so that
 # a dictionary attack cannot make the daemon forget the users it knows. All handler threads enter here.
 # ---------------------------------------------------------------------------------------------------------------------------------
 
 _Value = TypeVar("_Value")
+
+
+class Entry(NamedTuple, Generic[_Value]):
+    """One remembered answer. A positive one is kept beyond its end, for an outage."""
+
+    value: _Value
+    positive: bool
+    confirmed_at: float  # all three in seconds of the cache's clock
+    fresh_until: float
+    kept_until: float
 
 
 class Cache(Generic[_Value]):
@@ -677,36 +697,41 @@ class Cache(Generic[_Value]):
         self._max_negative = max(1, max_entries // 10)
         self._clock = clock
         self._lock = threading.Lock()  # guards the two dicts
-        self._positive: OrderedDict[Any, Tuple[float, _Value]] = OrderedDict()  # key: (fresh until, value), oldest use first
-        self._negative: OrderedDict[Any, Tuple[float, _Value]] = OrderedDict()
+        self._positive: OrderedDict[Any, Entry[_Value]] = OrderedDict()  # oldest use first
+        self._negative: OrderedDict[Any, Entry[_Value]] = OrderedDict()
 
-    def get(self, key: Any) -> Optional[_Value]:
-        """The fresh value, or None when there is none."""
+    def get(self, key: Any) -> Optional[Entry[_Value]]:
+        """What is remembered, fresh or kept; None when there is nothing."""
         now = self._clock()
         with self._lock:
             for store in (self._positive, self._negative):
                 entry = store.get(key)
                 if entry is None:
                     continue
-                if now < entry[0]:
+                if now < entry.kept_until:
                     store.move_to_end(key)
-                    return entry[1]
+                    return entry
                 del store[key]
         return None
 
-    def put(self, key: Any, value: _Value, ttl_seconds: float, *, positive: bool) -> None:
-        """Remember value from now on; it replaces what was known of key, positive or negative."""
-        fresh_until = self._clock() + ttl_seconds
+    def put(self, key: Any, entry: Entry[_Value]) -> None:
+        """Remember entry; it replaces what was known of key, positive or negative."""
         with self._lock:
             self._positive.pop(key, None)
             self._negative.pop(key, None)
-            if not positive and len(self._positive) >= self._max_entries:
+            if not entry.positive and len(self._positive) >= self._max_entries:
                 return  # full of users we know: they stay
-            (self._positive if positive else self._negative)[key] = (fresh_until, value)
+            (self._positive if entry.positive else self._negative)[key] = entry
             while len(self._negative) > self._max_negative or (self._negative and len(self) > self._max_entries):
                 self._negative.popitem(last=False)
             while len(self) > self._max_entries:
                 self._positive.popitem(last=False)
+
+    def drop(self, is_to_go: Callable[[_Value], bool]) -> None:
+        """Forget every positive answer of which is_to_go says so."""
+        with self._lock:
+            for key in [key for key, entry in self._positive.items() if is_to_go(entry.value)]:
+                del self._positive[key]
 
     def __len__(self) -> int:
         return len(self._positive) + len(self._negative)
@@ -904,6 +929,113 @@ class Database:
             self._local.connection.execute("PRAGMA query_only = ON")
         connection: sqlite3.Connection = self._local.connection
         return connection
+
+
+class LastKnown:
+    """Positive answers of Keycloak in a file of the daemon's own, so that a restart in an outage still knows everyone it knew.
+
+    Written by one thread in the background. The file costs nothing but memory when it is lost: any fault of it is a warning, and it is
+    begun anew. Negative answers are never in it. It belongs to one Keycloak and one realm (origin); another's is wiped.
+    """
+
+    SCHEMA = (
+        "CREATE TABLE IF NOT EXISTS origin (origin TEXT NOT NULL)",
+        "CREATE TABLE IF NOT EXISTS known (kind TEXT, name TEXT, usernames TEXT NOT NULL, value TEXT NOT NULL, confirmed_at REAL NOT NULL,"
+        " PRIMARY KEY (kind, name)) WITHOUT ROWID",
+    )
+
+    def __init__(self, path: str, origin: str, max_entries: int) -> None:
+        self.identity = (path, origin, max_entries)
+        self._path, self._origin, self._max_entries = self.identity
+        self._steps: queue.Queue[Optional[Tuple[str, Tuple[Any, ...], Optional[threading.Event]]]] = queue.Queue(LAST_KNOWN_WAITING)
+        self._thread = threading.Thread(target=self._write, name="last-known", daemon=True)
+        self._thread.start()
+
+    def load(self) -> List[Tuple[str, str, str, float]]:
+        """(kind, name, value, confirmed at, in seconds since 1970) of all that is known, what waits to be written included."""
+        written = threading.Event()
+        with contextlib.suppress(queue.Full):
+            self._steps.put(("SELECT 1", (), written), timeout=1)
+            written.wait(5)
+        try:
+            with contextlib.closing(self._open()) as connection:
+                return connection.execute("SELECT kind, name, value, confirmed_at FROM known").fetchall()
+        except (sqlite3.Error, OSError, StartError):
+            return []  # the writer has said why
+
+    def remember(self, kind: str, name: str, usernames: Sequence[str], value: str, confirmed_at: float) -> None:
+        """Keep a positive answer; left out when the writer is far behind, since it is confirmed again before long."""
+        statement = "INSERT OR REPLACE INTO known VALUES (?, ?, ?, ?, ?)"
+        with contextlib.suppress(queue.Full):
+            self._steps.put_nowait((statement, (kind, name, " ".join(usernames), value, confirmed_at), None))
+
+    def forget(self, kind: str, name: str, usernames: Sequence[str]) -> None:
+        """Forget an answer, and every login of these users; returns when the file says so, or after a second."""
+        done = threading.Event()
+        try:
+            for username in usernames:
+                self._steps.put(("DELETE FROM known WHERE kind = 'login' AND usernames = ?", (username,), None), timeout=1)
+            self._steps.put(("DELETE FROM known WHERE kind = ? AND name = ?", (kind, name), done), timeout=1)
+        except queue.Full:
+            log.warning("last-known: the disk is slow path=%s", self._path)
+            return
+        done.wait(1)
+
+    def close(self) -> None:
+        """Write what is waiting, for a second at the most."""
+        with contextlib.suppress(queue.Full):
+            self._steps.put_nowait(None)
+            self._thread.join(1)
+
+    def _open(self) -> sqlite3.Connection:
+        _create_database_file(self._path)
+        os.chmod(self._path, 0o600)
+        connection = connect_database(self._path, 1)
+        try:
+            for statement in self.SCHEMA:
+                connection.execute(statement)
+            if connection.execute("SELECT origin FROM origin").fetchall() != [(self._origin,)]:
+                for statement in ("DELETE FROM origin", "DELETE FROM known"):
+                    connection.execute(statement)
+                connection.execute("INSERT INTO origin VALUES (?)", (self._origin,))
+        except sqlite3.Error:
+            connection.close()
+            raise
+        return connection
+
+    def _begin_anew(self, exc: Exception) -> None:
+        log.warning(
+            "last-known: begun anew, what was known before a restart is forgotten path=%s reason=%s", self._path, f'"{exc}"'
+        )
+        with contextlib.suppress(OSError):
+            os.unlink(self._path)
+
+    def _write(self) -> None:
+        steps: List[Any] = []
+        while None not in steps:
+            steps = [self._steps.get()]
+            with contextlib.suppress(queue.Empty):
+                while len(steps) < 1000:
+                    steps.append(self._steps.get_nowait())
+            try:
+                with contextlib.closing(self._open()) as connection:
+                    urgent = any(
+                        step and step[2] for step in steps
+                    )  # somebody lost a right, and a power failure must not undo that
+                    connection.execute(f"PRAGMA synchronous = {'FULL' if urgent else 'OFF'}")
+                    connection.execute("BEGIN IMMEDIATE")
+                    for step in filter(None, steps):
+                        connection.execute(step[0], step[1])
+                    excess = connection.execute("SELECT count(*) FROM known").fetchone()[0] - self._max_entries
+                    if excess > 0:
+                        oldest = "SELECT kind || ' ' || name FROM known ORDER BY confirmed_at LIMIT ?"
+                        connection.execute(f"DELETE FROM known WHERE kind || ' ' || name IN ({oldest})", (excess,))  # noqa: S608
+                    connection.execute("COMMIT")
+            except Exception as exc:
+                self._begin_anew(exc)
+            for step in filter(None, steps):
+                if step[2]:
+                    step[2].set()
 
 
 # ---------------------------------------------------------------------------------------------------------------------------------
@@ -1189,29 +1321,75 @@ class KeycloakApi:
             raise DirectoryUnavailable(self.message("the answer is not JSON")) from exc
 
 
+class Outage:
+    """Whether Keycloak counts as away: from so many failures in a row until the first success. One line in the log each way."""
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self.suspected = threading.Event()  # wakes the probe
+        self.established = False  # read without the lock: a moment's delay is no harm
+        self._clock = clock
+        self._lock = threading.Lock()  # guards the fields below, and the writing of established
+        self._failures = 0
+        self._since = 0.0
+        self._kept = 0
+        self._deferred = 0
+
+    def note_failure(self, error: DirectoryUnavailable) -> None:
+        """A request to Keycloak failed. What an administrator must mend is an outage at once."""
+        with self._lock:
+            self._failures += 1
+            begins = not self.established and (self._failures >= OUTAGE_FAILURES or isinstance(error, DirectoryMisconfigured))
+            if self._failures == 1:
+                self._since, self._kept, self._deferred = self._clock(), 0, 0
+            self.established = self.established or begins
+            known = self.established and not begins
+        self.suspected.set()
+        if begins:
+            log.log(logging.ERROR if isinstance(error, DirectoryMisconfigured) else logging.WARNING, "%s", error)
+        elif not known:
+            log.info("%s", error)
+
+    def note_success(self, message: Callable[[str], str]) -> None:
+        """A request to Keycloak was answered."""
+        if not self._failures:  # read without the lock: the common case
+            return
+        with self._lock:
+            self._failures, ends, self.established = 0, self.established, False
+            seconds, kept, deferred = self._clock() - self._since, self._kept, self._deferred
+        if ends:
+            log.warning("%s", message(f"answers again, after {seconds:.0f} s, {kept} answers were kept ones, {deferred} deferred"))
+
+    def count_answer(self, *, kept: bool) -> None:
+        """An answer that Keycloak should have given was a kept one, or there was none."""
+        with self._lock:
+            self._kept += kept
+            self._deferred += not kept
+
+
 class KeycloakDirectory:
     """Users by e-mail or username from Keycloak."""
 
     def __init__(self, config: KeycloakConfig) -> None:
+        self.outage = Outage()
         self._config = config
         self._api = KeycloakApi(config)
         self._queue: queue.SimpleQueue[Optional[_Lookup]] = queue.SimpleQueue()
         self._closed = threading.Event()
-        self._outage_began = threading.Event()  # wakes the self-check
-        self._lock = threading.Lock()  # guards the two below
+        self._lock = threading.Lock()  # guards _pending
         self._pending: Dict[Tuple[str, str], _Lookup] = {}
-        self._outage: Optional[Tuple[float, int]] = None  # (since, lookups that failed), while Keycloak is away
         self._proof: Tuple[float, bool] = (-math.inf, True)  # when we last asked whether we see any user at all, and the answer
-        for number in range(MAX_DIRECTORY_REQUESTS):
+        for number in range(config.max_requests):
             threading.Thread(target=self._work, name=f"keycloak-{number}", daemon=True).start()
-        threading.Thread(target=self._check, name="keycloak-check", daemon=True).start()
+        threading.Thread(target=self._probe, name="keycloak-probe", daemon=True).start()
 
     def find_users(self, attribute: str, value: str, deadline: Deadline) -> Users:
         """All users whose "email" or "username" is value, which is normalised and not empty; disabled ones too.
 
-        Raises DirectoryUnavailable, at the deadline at the latest.
+        Raises DirectoryUnavailable, at the deadline at the latest, and at once in an established outage.
         Source: Keycloak admin REST interface, GET /admin/realms/{realm}/users with exact and briefRepresentation.
         """
+        if self.outage.established:
+            raise DirectoryUnavailable(self._message("away"))
         key = (attribute, value)
         with self._lock:
             lookup = self._pending.get(key)
@@ -1221,9 +1399,8 @@ class KeycloakDirectory:
                 lookup = self._pending[key] = _Lookup(attribute, value, deadline)
                 self._queue.put(lookup)
         if not lookup.done.wait(max(0.0, deadline - time.monotonic())):
-            self._forget(lookup)  # who asks from now on does not wait for this one too
             error = DirectoryUnavailable(self._message(f"no answer within {self._config.timeout_seconds:g} s"))
-            self._note_failure(error)
+            self._end(lookup, error)  # who asks from now on does not wait for this one too
             raise error
         if lookup.error is not None:
             raise DirectoryUnavailable(str(lookup.error)) from lookup.error
@@ -1240,14 +1417,20 @@ class KeycloakDirectory:
     def close(self) -> None:
         """End the threads, the workers after what is queued."""
         self._closed.set()
-        self._outage_began.set()
-        for _ in range(MAX_DIRECTORY_REQUESTS):
+        self.outage.suspected.set()
+        for _ in range(self._config.max_requests):
             self._queue.put(None)
 
-    def _forget(self, lookup: _Lookup) -> None:
+    def _end(self, lookup: _Lookup, error: Optional[DirectoryUnavailable]) -> None:
+        """Take the lookup out of those under way; the first who does so notes how it went, so that a failure counts once."""
         with self._lock:
-            if self._pending.get((lookup.attribute, lookup.value)) is lookup:
-                del self._pending[(lookup.attribute, lookup.value)]
+            if self._pending.get((lookup.attribute, lookup.value)) is not lookup:
+                return
+            del self._pending[(lookup.attribute, lookup.value)]
+        if error is None:
+            self.outage.note_success(self._message)
+        elif not isinstance(error, NoSingleAnswer):
+            self.outage.note_failure(error)
 
     # ---- worker threads
 
@@ -1267,11 +1450,7 @@ class KeycloakDirectory:
         except Exception as exc:  # a bug or bytes nobody thought of: an outage for this question, never the end of the worker
             log.error("directory: internal error %s", _describe_exception(exc))
             lookup.error = DirectoryUnavailable(self._message("internal error"))
-        self._forget(lookup)
-        if lookup.error is not None:
-            self._note_failure(lookup.error)
-        else:
-            self._note_success()
+        self._end(lookup, lookup.error)
         lookup.done.set()
 
     def _search(self, session: requests.Session, lookup: _Lookup) -> Users:
@@ -1284,7 +1463,7 @@ class KeycloakDirectory:
             records = self._api.get_users(session, lookup.deadline, **query)
             matches = [record for record in records if self._matches(record, lookup)]
             if len(records) >= MAX_DIRECTORY_MATCHES and not matches:
-                raise DirectoryUnavailable(self._message(f"{len(records)} users for one {lookup.attribute} and no exact match"))
+                raise NoSingleAnswer(self._message(f"{len(records)} users for one {lookup.attribute} and no exact match"))
             found.update(
                 (user.username, user) for user in map(self._to_user, matches) if user.email or lookup.attribute == "username"
             )
@@ -1336,48 +1515,29 @@ class KeycloakDirectory:
     def _message(self, what: str) -> str:
         return self._api.message(what)
 
-    # ---- the self-check: at start, and in an outage until it is over
+    # ---- the probe: a self-check at start, and from the first failure on until Keycloak answers
 
-    def _check(self) -> None:
+    def _probe(self) -> None:
         profile_seen = self._config.require_verified_email
+        pause = 0.0
         with _new_session(self._config.ca_file) as session:
             while not self._closed.is_set():
-                self._outage_began.clear()
-                deadline = time.monotonic() + self._config.timeout_seconds
+                self.outage.suspected.clear()
+                deadline = time.monotonic() + min(self._config.timeout_seconds, PROBE_SECONDS)
                 try:
                     self._ask_for_any_user(session, deadline)
                     self._prove_that_we_see_users(session, deadline)
                     email_may_be_taken = not profile_seen and self._api.users_may_edit_email(session, deadline)
                 except Exception as exc:
-                    error = exc if isinstance(exc, DirectoryUnavailable) else DirectoryUnavailable(_describe_exception(exc))
-                    self._note_failure(error)
-                    self._closed.wait(CHECK_RETRY_SECONDS)
+                    self.outage.note_failure(exc if isinstance(exc, DirectoryUnavailable) else DirectoryUnavailable(str(exc)))
+                    pause = min(PROBE_PAUSE_SECONDS, pause * 2 or 0.25)
+                    self._closed.wait(pause * random.uniform(0.5, 1))  # noqa: S311  jitter, so that many hosts do not ask at once
                     continue
-                self._note_success()
+                self.outage.note_success(self._message)
                 if email_may_be_taken:
                     log.error("%s", self._message(EMAIL_MAY_BE_TAKEN))
-                profile_seen = True
-                self._outage_began.wait()
-
-    # ---- one line when an outage begins, one when it ends
-
-    def _note_failure(self, error: DirectoryUnavailable) -> None:
-        with self._lock:
-            since, failures = self._outage or (time.monotonic(), 0)
-            self._outage = (since, failures + 1)
-        if failures == 0:
-            log.log(logging.ERROR if isinstance(error, DirectoryMisconfigured) else logging.WARNING, "%s", error)
-            self._outage_began.set()
-
-    def _note_success(self) -> None:
-        if self._outage is None:  # read without the lock: the common case, and a late line is no harm
-            return
-        with self._lock:
-            outage, self._outage = self._outage, None
-        if outage:
-            log.warning(
-                "%s", self._message(f"answers again, after {time.monotonic() - outage[0]:.0f} s and {outage[1]} failed lookups")
-            )
+                profile_seen, pause = True, 0.0
+                self.outage.suspected.wait()
 
 
 def _to_unicode_domain(address: str) -> str:
@@ -1398,33 +1558,50 @@ def _describe_exception(exc: BaseException) -> str:
 
 
 class CachedDirectory:
-    """The directory behind the cache, as the decisions want it: who has this address, and whom does this login name."""
+    """The directory behind the cache, as the decisions want it: who has this address, and whom does this login name.
 
-    def __init__(self, directory: Any, policy: PolicyConfig, clock: Callable[[], float] = time.monotonic) -> None:
+    An answer is remembered for its time to live. A positive one is asked for again in the background when it is used near its end, and
+    serves on while Keycloak is away, until policy.stale_if_error_seconds after it was confirmed.
+    """
+
+    def __init__(
+        self,
+        directory: Any,
+        policy: PolicyConfig,
+        timeout_seconds: float,
+        last_known: Optional[LastKnown] = None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
         self._directory = directory
-        self._ttl_seconds = policy.cache_ttl_seconds
-        self._negative_ttl_seconds = policy.negative_cache_ttl_seconds
+        self._policy = policy
+        self._timeout_seconds = timeout_seconds
+        self._last_known = last_known
+        self._clock = clock
         self._cache: Cache[Any] = Cache(policy.cache_max_entries, clock)
+        self._refreshes: queue.Queue[Optional[Tuple[str, str]]] = queue.Queue(MAX_REFRESHES_WAITING)
+        self._refreshing: Set[Tuple[str, str]] = set()  # what is in the queue; each use of a set is one atomic step
+        if last_known:
+            self._take_up(last_known)
+        threading.Thread(target=self._refresh, name="refresh", daemon=True).start()
+
+    def _take_up(self, last_known: LastKnown) -> None:
+        """Begin with what was known before: not fresh, but to be kept in an outage."""
+        now, wall_clock = self._clock(), time.time()
+        for kind, name, text, confirmed_at in last_known.load():
+            with contextlib.suppress(ValueError, TypeError):
+                value = Login(text, "enabled") if kind == "login" else tuple(User(*each) for each in json.loads(text))
+                confirmed = now - max(0.0, wall_clock - confirmed_at)
+                entry = Entry(value, True, confirmed, -math.inf, confirmed + self._policy.stale_if_error_seconds)
+                self._cache.put((kind, name), entry)
 
     def find_holders(self, address: str, deadline: Deadline) -> Users:
         """The users whose primary e-mail this is, disabled ones too. Raises DirectoryUnavailable."""
-        holders: Optional[Users] = self._cache.get(("holders", address))
-        if holders is None:
-            holders = self._directory.find_users("email", address, deadline)
-            self._put(("holders", address), holders, any(user.enabled for user in holders))
+        holders: Users = self._find(("holders", address), deadline)
         return holders
 
     def find_login(self, sasl_username: str, deadline: Deadline) -> Login:
         """Whom sasl_username, lower-cased, names: a username or, where there is no such username, a primary e-mail."""
-        login: Optional[Login] = self._cache.get(("login", sasl_username))
-        if login is None:
-            named = self._directory.find_users("username", sasl_username, deadline)
-            address = normalise_address(sasl_username)
-            # user%domain and the like are names here, not addresses
-            may_be_email = address.is_plain and sasl_username.startswith(f"{address.local_part}@")
-            holders = self._directory.find_users("email", address.text, deadline) if may_be_email else ()
-            login = resolve_login(named, holders)
-            self._put(("login", sasl_username), login, login.state == "enabled")
+        login: Login = self._find(("login", sasl_username), deadline)
         return login
 
     def give_up(self) -> None:
@@ -1432,9 +1609,80 @@ class CachedDirectory:
 
     def close(self) -> None:
         self._directory.close()
+        self._refreshes.put(None)
 
-    def _put(self, key: Tuple[str, str], value: Any, positive: bool) -> None:
-        self._cache.put(key, value, self._ttl_seconds if positive else self._negative_ttl_seconds, positive=positive)
+    def _find(self, key: Tuple[str, str], deadline: Deadline) -> Any:
+        entry = self._cache.get(key)
+        if entry is not None:
+            remaining = entry.fresh_until - self._clock()
+            if remaining > 0:
+                if entry.positive and remaining < REFRESH_AHEAD * self._policy.cache_ttl_seconds:
+                    self._refresh_soon(key)
+                return entry.value
+        try:
+            return self._ask(key, deadline)
+        except DirectoryUnavailable:
+            kept = entry is not None and entry.positive
+            self._directory.outage.count_answer(kept=kept)
+            if entry is not None and kept:
+                return entry.value
+            raise
+
+    def _ask(self, key: Tuple[str, str], deadline: Deadline) -> Any:
+        """Ask the directory itself, and remember the answer."""
+        kind, name = key
+        asked_at = self._clock()
+        if kind == "holders":
+            value: Any = self._directory.find_users("email", name, deadline)
+            positive = any(user.enabled for user in value)
+            gone = {user.username for user in value if not user.enabled}
+        else:
+            value = self._ask_login(name, deadline)
+            positive = value.state == "enabled"
+            gone = set() if positive else {name}
+        known = self._cache.get(key)
+        if gone:  # who may not send any more may not do so under another of his names either
+            self._cache.drop(lambda value: isinstance(value, Login) and value.username in gone)
+        policy = self._policy
+        fresh_seconds = policy.cache_ttl_seconds if positive else policy.negative_cache_ttl_seconds
+        kept_seconds = max(fresh_seconds, policy.stale_if_error_seconds) if positive else fresh_seconds
+        self._cache.put(key, Entry(value, positive, asked_at, asked_at + fresh_seconds, asked_at + kept_seconds))
+        if self._last_known and positive:
+            usernames = [value.username] if kind == "login" else [user.username for user in value]
+            text = value.username if kind == "login" else json.dumps(value)
+            self._last_known.remember(kind, name, usernames, text, time.time())
+        elif self._last_known and (gone or (known and known.positive)):
+            self._last_known.forget(kind, name, sorted(gone))
+        return value
+
+    def _ask_login(self, sasl_username: str, deadline: Deadline) -> Login:
+        named = self._directory.find_users("username", sasl_username, deadline)
+        address = normalise_address(sasl_username)
+        # user%domain and the like are names here, not addresses
+        may_be_email = address.is_plain and sasl_username.startswith(f"{address.local_part}@")
+        holders = self._directory.find_users("email", address.text, deadline) if may_be_email else ()
+        return resolve_login(named, holders)
+
+    def _refresh_soon(self, key: Tuple[str, str]) -> None:
+        if key not in self._refreshing:
+            self._refreshing.add(key)
+            try:
+                self._refreshes.put_nowait(key)
+            except queue.Full:
+                self._refreshing.discard(key)
+
+    def _refresh(self) -> None:
+        while True:
+            key = self._refreshes.get()
+            if key is None:
+                return
+            try:
+                self._ask(key, time.monotonic() + self._timeout_seconds)
+            except DirectoryUnavailable:
+                pass  # the entry stays as it is
+            except Exception as exc:
+                log.error("directory: internal error %s", _describe_exception(exc))
+            self._refreshing.discard(key)
 
 
 def resolve_login(named: Users, holders: Users) -> Login:
@@ -1799,13 +2047,19 @@ def escape_for_log(text: str) -> str:
 class Service:
     """All that answers come from, for one configuration. A reload makes a new one and swaps it in."""
 
-    def __init__(self, config: Config) -> None:
+    def __init__(self, config: Config, old: Optional[Service] = None) -> None:
         self.config = config
         self.policy = config.policy
         self.database = Database(config.sqlite.path)
         self.timeout_seconds = config.keycloak.timeout_seconds if config.keycloak else 1.0
         directory: Any = KeycloakDirectory(config.keycloak) if config.keycloak else StaticDirectory(config.static_users or {})
-        self.directory = CachedDirectory(directory, config.policy)
+        self.last_known: Optional[LastKnown] = None
+        if config.keycloak:
+            path = os.path.join(os.path.dirname(config.sqlite.path), "last-known.db")
+            origin = (path, f"{config.keycloak.base_url} {config.keycloak.realm}", config.policy.cache_max_entries)
+            same = old.last_known if old else None
+            self.last_known = same if same and same.identity == origin else LastKnown(*origin)
+        self.directory = CachedDirectory(directory, config.policy, self.timeout_seconds, self.last_known)
 
 
 class LiveFacts(Facts):
@@ -2175,11 +2429,14 @@ class Daemon:
         for block in ("sockets", "daemon"):
             if getattr(config, block) != getattr(self._config, block):
                 log.warning("config: %s: a change here needs a restart", block)
-        service, old_service = Service(config), self._servers[0].service
+        old_service = self._servers[0].service
+        service = Service(config, old_service)
         self._config = config
         for server in self._servers:
             server.service = service
         old_service.directory.close()
+        if old_service.last_known and old_service.last_known is not service.last_known:
+            old_service.last_known.close()
         log.info("daemon: reloaded config=%s", config.path)
 
     def _stop(self, received: signal.Signals, listeners: Sequence[socket.socket]) -> None:
@@ -2195,6 +2452,9 @@ class Daemon:
             self._servers[0].service.directory.give_up()
         if not all(server.wait_for_connections(started + SHUTDOWN_TOTAL_SECONDS) for server in self._servers):
             log.warning("daemon: connections cut off at the end of the time to stop")
+        last_known = self._servers[0].service.last_known
+        if last_known:
+            last_known.close()
         log.info("daemon: stopped")
 
     @staticmethod

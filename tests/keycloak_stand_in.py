@@ -208,11 +208,17 @@ class _Handler(BaseHTTPRequestHandler):
         pass
 
     def do_POST(self):
+        if self.keycloak.wait(0):  # stopped: a kept connection gets no answer either
+            self.close_connection = True
+            return
         with self.keycloak.counted():
             self._post()
         self.wfile.flush()
 
     def do_GET(self):
+        if self.keycloak.wait(0):
+            self.close_connection = True
+            return
         with self.keycloak.counted():
             self._get()
         self.wfile.flush()
