@@ -60,6 +60,7 @@ from typing import (
     Dict,
     FrozenSet,
     Generic,
+    Iterable,
     Iterator,
     List,
     Mapping,
@@ -106,6 +107,7 @@ PROBE_SECONDS = 5.0  # after which a probe is given up
 PROBE_PAUSE_SECONDS = 3.0  # at most between two probes; with the above, service is back within 8 s of Keycloak
 REFRESH_AHEAD = 0.2  # of a positive answer's life: used within this last part of it, it is asked for again in the background
 MAX_REFRESHES_WAITING = 1000  # beyond, an answer is not refreshed ahead but asked for when it has ended
+CANARY_SECONDS = 5.0  # how long an answer of the canaries makes negative answers believable
 PROOF_SECONDS = 60.0  # how long a check that we see users at all makes empty answers believable
 PROOF_RETRY_SECONDS = 2.0  # how often it is repeated while we see none
 
@@ -141,6 +143,10 @@ class DirectoryUnavailable(MailcloakError):
 
 class DirectoryMisconfigured(DirectoryUnavailable):
     """Keycloak answers, and will go on refusing until an administrator changes something; the text says what."""
+
+
+class Disappeared(DirectoryUnavailable):
+    """Keycloak says that a user is gone whom it knew until now: not believed yet, and no reason to go on as if he were there."""
 
 
 class NoSingleAnswer(DirectoryUnavailable):
@@ -272,6 +278,14 @@ def _domains(value: Any) -> FrozenSet[str]:
     return frozenset(_domain(each) for each in values)
 
 
+def _addresses(value: Any) -> Tuple[str, ...]:
+    values = value if isinstance(value, list) else [value]
+    try:
+        return tuple(parse_plain_address(each if isinstance(each, str) else "").text for each in values)
+    except ValueError as exc:
+        raise ValueError(f"expected an e-mail address or a list of them: {exc}") from None
+
+
 def _delimiters(value: Any) -> str:
     if not isinstance(value, str) or any(not 33 <= ord(c) <= 126 or c.isalnum() or c in '@"\\<>' for c in value):
         raise ValueError("expected the delimiter characters themselves, such as + or +-, as in Postfix's recipient_delimiter")
@@ -338,6 +352,8 @@ class KeycloakConfig:
     timeout_seconds: float = _key(_number(0.1, 60, wanted="a number from 0.1 to 60"), 5)
     max_requests: int = _key(_number(1, 100, whole=True, wanted="a whole number from 1 to 100"), 8)
     require_verified_email: bool = _key(_boolean, False)
+    receive_when_locked_out: bool = _key(_boolean, True)
+    canary: Tuple[str, ...] = _key(_addresses, ())
 
 
 @dataclass(frozen=True)
@@ -348,6 +364,7 @@ class PolicyConfig:
     negative_cache_ttl_seconds: float = _key(_any_seconds, 10)
     cache_max_entries: int = _key(_number(1, whole=True, wanted="a whole number, 1 or more"), 100_000)
     stale_if_error_seconds: float = _key(_any_seconds, 86400)
+    disappearance_grace_seconds: float = _key(_any_seconds, 3600)
     keycloak_failure_mode: str = _key(_choice("tempfail", "dunno-recipients", "dunno"), "tempfail")
     recipient_delimiter: str = _key(_delimiters, "")
     unauthenticated_local_sender: str = _key(_choice("reject", "warn", "dunno"), "reject")
@@ -679,6 +696,13 @@ def format_mailbox(username: str, extension: str, domain: str) -> str:
 _Value = TypeVar("_Value")
 
 
+class Missing(NamedTuple):
+    """How long Keycloak has said that somebody is gone whom it knew before."""
+
+    seconds: float  # for so long, counted only while it confirmed other users
+    seen_at: float  # when it said so last, of the cache's clock
+
+
 class Entry(NamedTuple, Generic[_Value]):
     """One remembered answer. A positive one is kept beyond its end, for an outage."""
 
@@ -687,6 +711,7 @@ class Entry(NamedTuple, Generic[_Value]):
     confirmed_at: float  # all three in seconds of the cache's clock
     fresh_until: float
     kept_until: float
+    missing: Optional[Missing] = None  # of a positive answer that Keycloak takes back now
 
 
 class Cache(Generic[_Value]):
@@ -727,11 +752,15 @@ class Cache(Generic[_Value]):
             while len(self) > self._max_entries:
                 self._positive.popitem(last=False)
 
-    def drop(self, is_to_go: Callable[[_Value], bool]) -> None:
-        """Forget every positive answer of which is_to_go says so."""
+    def revise(self, change: Callable[[Entry[_Value]], Optional[Entry[_Value]]]) -> None:
+        """Put in place of every positive answer what change makes of it; None forgets it."""
         with self._lock:
-            for key in [key for key, entry in self._positive.items() if is_to_go(entry.value)]:
-                del self._positive[key]
+            for key, entry in list(self._positive.items()):
+                revised = change(entry)
+                if revised is None:
+                    del self._positive[key]
+                elif revised is not entry:
+                    self._positive[key] = revised
 
     def __len__(self) -> int:
         return len(self._positive) + len(self._negative)
@@ -931,6 +960,9 @@ class Database:
         return connection
 
 
+_Statements = List[Tuple[str, Tuple[Any, ...]]]  # with their parameters
+
+
 class LastKnown:
     """Positive answers of Keycloak in a file of the daemon's own, so that a restart in an outage still knows everyone it knew.
 
@@ -941,45 +973,65 @@ class LastKnown:
     SCHEMA = (
         "CREATE TABLE IF NOT EXISTS origin (origin TEXT NOT NULL)",
         "CREATE TABLE IF NOT EXISTS known (kind TEXT, name TEXT, usernames TEXT NOT NULL, value TEXT NOT NULL, confirmed_at REAL NOT NULL,"
-        " PRIMARY KEY (kind, name)) WITHOUT ROWID",
+        " missing_seconds REAL, missing_at REAL, PRIMARY KEY (kind, name)) WITHOUT ROWID",
     )
 
     def __init__(self, path: str, origin: str, max_entries: int) -> None:
         self.identity = (path, origin, max_entries)
         self._path, self._origin, self._max_entries = self.identity
-        self._steps: queue.Queue[Optional[Tuple[str, Tuple[Any, ...], Optional[threading.Event]]]] = queue.Queue(LAST_KNOWN_WAITING)
+        self._steps: queue.Queue[Optional[Tuple[_Statements, Optional[threading.Event]]]] = queue.Queue(LAST_KNOWN_WAITING)
         self._thread = threading.Thread(target=self._write, name="last-known", daemon=True)
         self._thread.start()
 
-    def load(self) -> List[Tuple[str, str, str, float]]:
-        """(kind, name, value, confirmed at, in seconds since 1970) of all that is known, what waits to be written included."""
+    def load(self) -> List[Tuple[str, str, str, float, Optional[float], Optional[float]]]:
+        """(kind, name, value, confirmed at, missing seconds, missing at) of all that is known, what waits to be written included.
+
+        Times are in seconds since 1970; missing seconds and missing at are None for who is not missing.
+        """
         written = threading.Event()
         with contextlib.suppress(queue.Full):
-            self._steps.put(("SELECT 1", (), written), timeout=1)
+            self._steps.put(([], written), timeout=1)
             written.wait(5)
         try:
             with contextlib.closing(self._open()) as connection:
-                return connection.execute("SELECT kind, name, value, confirmed_at FROM known").fetchall()
+                return connection.execute(
+                    "SELECT kind, name, value, confirmed_at, missing_seconds, missing_at FROM known"
+                ).fetchall()
         except (sqlite3.Error, OSError, StartError):
             return []  # the writer has said why
 
-    def remember(self, kind: str, name: str, usernames: Sequence[str], value: str, confirmed_at: float) -> None:
+    def remember(self, key: Tuple[str, str], usernames: Sequence[str], value: str, confirmed_at: float) -> None:
         """Keep a positive answer; left out when the writer is far behind, since it is confirmed again before long."""
-        statement = "INSERT OR REPLACE INTO known VALUES (?, ?, ?, ?, ?)"
+        statement = "INSERT OR REPLACE INTO known VALUES (?, ?, ?, ?, ?, NULL, NULL)"
         with contextlib.suppress(queue.Full):
-            self._steps.put_nowait((statement, (kind, name, " ".join(usernames), value, confirmed_at), None))
+            self._steps.put_nowait(([(statement, (*key, " ".join(usernames), value, confirmed_at))], None))
 
-    def forget(self, kind: str, name: str, usernames: Sequence[str]) -> None:
-        """Forget an answer, and every login of these users; returns when the file says so, or after a second."""
-        done = threading.Event()
+    def take_back(self, key: Tuple[str, str], gone: Iterable[str], missing: Optional[Tuple[float, float]] = None) -> None:
+        """Forget the answer and the other logins of the users who are gone; with missing, only note that they are missing.
+
+        missing is (seconds, missing at). Returns when the file says so, or after a second.
+        """
+        kind, name = key
+        statements: _Statements
+        if missing:
+            seconds, missing_at = missing
+            others = (
+                "UPDATE known SET missing_seconds = COALESCE(missing_seconds, 0), missing_at = ?"
+                " WHERE kind = 'login' AND usernames = ? AND name <> ?"
+            )
+            statements = [(others, (missing_at, username, name)) for username in gone]
+            itself = "UPDATE known SET missing_seconds = ?, missing_at = ? WHERE kind = ? AND name = ?"
+            statements.append((itself, (seconds, missing_at, kind, name)))
+        else:
+            others = "DELETE FROM known WHERE kind = 'login' AND usernames = ? AND name <> ?"
+            statements = [(others, (username, name)) for username in gone]
+            statements.append(("DELETE FROM known WHERE kind = ? AND name = ?", (kind, name)))
+        written = threading.Event()
         try:
-            for username in usernames:
-                self._steps.put(("DELETE FROM known WHERE kind = 'login' AND usernames = ?", (username,), None), timeout=1)
-            self._steps.put(("DELETE FROM known WHERE kind = ? AND name = ?", (kind, name), done), timeout=1)
+            self._steps.put((statements, written), timeout=1)
+            written.wait(1)
         except queue.Full:
             log.warning("last-known: the disk is slow path=%s", self._path)
-            return
-        done.wait(1)
 
     def close(self) -> None:
         """Write what is waiting, for a second at the most."""
@@ -1020,12 +1072,13 @@ class LastKnown:
             try:
                 with contextlib.closing(self._open()) as connection:
                     urgent = any(
-                        step and step[2] for step in steps
+                        step and step[1] for step in steps
                     )  # somebody lost a right, and a power failure must not undo that
                     connection.execute(f"PRAGMA synchronous = {'FULL' if urgent else 'OFF'}")
                     connection.execute("BEGIN IMMEDIATE")
-                    for step in filter(None, steps):
-                        connection.execute(step[0], step[1])
+                    for statements, _ in filter(None, steps):
+                        for statement, parameters in statements:
+                            connection.execute(statement, parameters)
                     excess = connection.execute("SELECT count(*) FROM known").fetchone()[0] - self._max_entries
                     if excess > 0:
                         oldest = "SELECT kind || ' ' || name FROM known ORDER BY confirmed_at LIMIT ?"
@@ -1033,9 +1086,9 @@ class LastKnown:
                     connection.execute("COMMIT")
             except Exception as exc:
                 self._begin_anew(exc)
-            for step in filter(None, steps):
-                if step[2]:
-                    step[2].set()
+            for _, written in filter(None, steps):
+                if written:
+                    written.set()
 
 
 # ---------------------------------------------------------------------------------------------------------------------------------
@@ -1048,7 +1101,13 @@ class LastKnown:
 class User(NamedTuple):
     username: str  # lower-cased
     email: str  # primary e-mail, normalised; "" if there is none that counts
-    enabled: bool
+    enabled: bool  # may log in and send
+    locked_out: bool = False  # by guessed passwords, which anybody can bring about: still receives
+    federated: bool = False  # from a user storage behind Keycloak, such as LDAP
+
+    @property
+    def receives(self) -> bool:
+        return self.enabled or self.locked_out
 
 
 class Login(NamedTuple):
@@ -1056,6 +1115,7 @@ class Login(NamedTuple):
 
     username: str
     state: str  # "enabled", "disabled", "missing", or "ambiguous": one user's name and another's e-mail
+    federated: bool = False
 
 
 Users = Tuple[User, ...]
@@ -1377,6 +1437,10 @@ class KeycloakDirectory:
         self._closed = threading.Event()
         self._lock = threading.Lock()  # guards _pending
         self._pending: Dict[Tuple[str, str], _Lookup] = {}
+        self._canary_turn = threading.Condition()  # guards the three below
+        self._canaries_being_asked = False
+        self._canaries_there_at = -math.inf
+        self._canary_failure: Tuple[float, Optional[DirectoryUnavailable]] = (-math.inf, None)  # (asked at, how it failed)
         self._proof: Tuple[float, bool] = (-math.inf, True)  # when we last asked whether we see any user at all, and the answer
         for number in range(config.max_requests):
             threading.Thread(target=self._work, name=f"keycloak-{number}", daemon=True).start()
@@ -1464,12 +1528,60 @@ class KeycloakDirectory:
             matches = [record for record in records if self._matches(record, lookup)]
             if len(records) >= MAX_DIRECTORY_MATCHES and not matches:
                 raise NoSingleAnswer(self._message(f"{len(records)} users for one {lookup.attribute} and no exact match"))
+            if any(record.get("enabled") is False for record in matches):
+                # Why a user is disabled is an attribute, which Keycloak 26.0 leaves out of the brief form.
+                records = self._api.get_users(session, lookup.deadline, **{**query, "briefRepresentation": "false"})
+                matches = [record for record in records if self._matches(record, lookup)]
             found.update(
                 (user.username, user) for user in map(self._to_user, matches) if user.email or lookup.attribute == "username"
             )
-        if not found:
-            self._prove_that_we_see_users(session, lookup.deadline)
+        if not any(user.enabled for user in found.values()):
+            answered_at = time.monotonic()
+            if not found:
+                self._prove_that_we_see_users(session, lookup.deadline)
+            if self._config.canary:
+                self._ask_canaries(session, lookup.deadline, answered_at)
         return tuple(found.values())
+
+    def _ask_canaries(self, session: requests.Session, deadline: Deadline, answered_at: float) -> None:
+        """Raise DirectoryUnavailable unless every canary is there, asked after a negative answer or shortly before it.
+
+        While its user storage is down Keycloak may say of anybody that he is missing or disabled, and then of the canaries too. One
+        thread asks, the others that need it wait.
+        """
+        with self._canary_turn:
+            while self._canaries_being_asked and self._canaries_there_at < answered_at - CANARY_SECONDS:
+                if not self._canary_turn.wait(max(0.0, deadline - time.monotonic())):
+                    raise DirectoryUnavailable(self._message("timed out waiting for the canaries"))
+                asked_at, error = self._canary_failure
+                if error and asked_at >= answered_at:
+                    raise DirectoryUnavailable(str(error))
+            if self._canaries_there_at >= answered_at - CANARY_SECONDS:
+                return
+            self._canaries_being_asked = True
+        asked_at = time.monotonic()
+        failure: Optional[DirectoryUnavailable] = DirectoryUnavailable(self._message("the canaries could not be asked"))
+        try:
+            for address in self._config.canary:
+                records = self._api.get_users(session, deadline, email=address, exact="true", briefRepresentation="true", max="2")
+                if not any(
+                    normalise_address(self._string(each, "email")).text == address and each.get("enabled") is True
+                    for each in records
+                ):
+                    raise DirectoryUnavailable(
+                        self._message(f"canary <{address}> is missing or disabled, no such answer is believed")
+                    )
+            failure = None
+        except DirectoryUnavailable as exc:
+            failure = exc
+            raise
+        finally:
+            with self._canary_turn:
+                self._canaries_being_asked = False
+                self._canary_failure = (asked_at, failure)
+                if failure is None:
+                    self._canaries_there_at = asked_at
+                self._canary_turn.notify_all()
 
     def _prove_that_we_see_users(self, session: requests.Session, deadline: Deadline) -> None:
         """Raise DirectoryMisconfigured where an empty answer proves nothing: with the role query-users alone every search is empty.
@@ -1504,7 +1616,10 @@ class KeycloakDirectory:
         is_service_account = bool(record.get("serviceAccountClientId")) or username.startswith("service-account-")
         if is_service_account or (self._config.require_verified_email and not verified):
             email = ""
-        return User(username, normalise_address(email).text, enabled)
+        attributes = record.get("attributes")
+        reason = attributes.get("disabledReason") if isinstance(attributes, dict) else None
+        locked_out = not enabled and reason in ("permanentLockout", ["permanentLockout"]) and self._config.receive_when_locked_out
+        return User(username, normalise_address(email).text, enabled, locked_out, bool(record.get("federationLink")))
 
     def _string(self, record: Mapping[str, Any], name: str) -> str:
         value = record.get(name)
@@ -1527,6 +1642,8 @@ class KeycloakDirectory:
                 try:
                     self._ask_for_any_user(session, deadline)
                     self._prove_that_we_see_users(session, deadline)
+                    if self._config.canary:
+                        self._ask_canaries(session, deadline, time.monotonic() + CANARY_SECONDS)
                     email_may_be_taken = not profile_seen and self._api.users_may_edit_email(session, deadline)
                 except Exception as exc:
                     self.outage.note_failure(exc if isinstance(exc, DirectoryUnavailable) else DirectoryUnavailable(str(exc)))
@@ -1578,6 +1695,7 @@ class CachedDirectory:
         self._last_known = last_known
         self._clock = clock
         self._cache: Cache[Any] = Cache(policy.cache_max_entries, clock)
+        self._confirmed = ("", -math.inf)  # the username that Keycloak confirmed last, and when
         self._refreshes: queue.Queue[Optional[Tuple[str, str]]] = queue.Queue(MAX_REFRESHES_WAITING)
         self._refreshing: Set[Tuple[str, str]] = set()  # what is in the queue; each use of a set is one atomic step
         if last_known:
@@ -1587,12 +1705,16 @@ class CachedDirectory:
     def _take_up(self, last_known: LastKnown) -> None:
         """Begin with what was known before: not fresh, but to be kept in an outage."""
         now, wall_clock = self._clock(), time.time()
-        for kind, name, text, confirmed_at in last_known.load():
+        for kind, name, text, confirmed_at, missing_seconds, missing_at in last_known.load():
             with contextlib.suppress(ValueError, TypeError):
                 value = Login(text, "enabled") if kind == "login" else tuple(User(*each) for each in json.loads(text))
                 confirmed = now - max(0.0, wall_clock - confirmed_at)
-                entry = Entry(value, True, confirmed, -math.inf, confirmed + self._policy.stale_if_error_seconds)
-                self._cache.put((kind, name), entry)
+                kept_until = confirmed + self._policy.stale_if_error_seconds
+                missing = None
+                if missing_seconds is not None and missing_at is not None:
+                    missing = Missing(missing_seconds, now - max(0.0, wall_clock - missing_at))
+                    kept_until = max(kept_until, missing.seen_at + self._policy.disappearance_grace_seconds)
+                self._cache.put((kind, name), Entry(value, True, confirmed, -math.inf, kept_until, missing))
 
     def find_holders(self, address: str, deadline: Deadline) -> Users:
         """The users whose primary e-mail this is, disabled ones too. Raises DirectoryUnavailable."""
@@ -1615,14 +1737,16 @@ class CachedDirectory:
         entry = self._cache.get(key)
         if entry is not None:
             remaining = entry.fresh_until - self._clock()
+            if remaining > 0 and entry.missing:
+                raise Disappeared(f"directory: {key[1]} has disappeared")
             if remaining > 0:
                 if entry.positive and remaining < REFRESH_AHEAD * self._policy.cache_ttl_seconds:
                     self._refresh_soon(key)
                 return entry.value
         try:
             return self._ask(key, deadline)
-        except DirectoryUnavailable:
-            kept = entry is not None and entry.positive
+        except DirectoryUnavailable as exc:
+            kept = entry is not None and entry.positive and not entry.missing and not isinstance(exc, Disappeared)
             self._directory.outage.count_answer(kept=kept)
             if entry is not None and kept:
                 return entry.value
@@ -1634,26 +1758,65 @@ class CachedDirectory:
         asked_at = self._clock()
         if kind == "holders":
             value: Any = self._directory.find_users("email", name, deadline)
-            positive = any(user.enabled for user in value)
+            positive = any(user.receives for user in value)
             gone = {user.username for user in value if not user.enabled}
+            usernames = [user.username for user in value]
+            may_be_a_lie = not value or all(user.federated for user in value)
         else:
             value = self._ask_login(name, deadline)
             positive = value.state == "enabled"
             gone = set() if positive else {name}
+            usernames = [value.username]
+            may_be_a_lie = value.state == "missing" or value.federated
         known = self._cache.get(key)
+        if positive:
+            self._confirmed = (usernames[0], asked_at)
+            self._keep(key, value, usernames, asked_at)
+            return value
+        doubtful = may_be_a_lie and self._policy.disappearance_grace_seconds > 0
         if gone:  # who may not send any more may not do so under another of his names either
-            self._cache.drop(lambda value: isinstance(value, Login) and value.username in gone)
-        policy = self._policy
-        fresh_seconds = policy.cache_ttl_seconds if positive else policy.negative_cache_ttl_seconds
-        kept_seconds = max(fresh_seconds, policy.stale_if_error_seconds) if positive else fresh_seconds
-        self._cache.put(key, Entry(value, positive, asked_at, asked_at + fresh_seconds, asked_at + kept_seconds))
-        if self._last_known and positive:
-            usernames = [value.username] if kind == "login" else [user.username for user in value]
-            text = value.username if kind == "login" else json.dumps(value)
-            self._last_known.remember(kind, name, usernames, text, time.time())
-        elif self._last_known and (gone or (known and known.positive)):
-            self._last_known.forget(kind, name, sorted(gone))
+            self._cache.revise(lambda entry: _take_back_login(entry, gone, Missing(0.0, asked_at) if doubtful else None))
+        if doubtful and known and known.positive:
+            self._defer_disappearance(key, known, gone, asked_at)
+        until = asked_at + self._policy.negative_cache_ttl_seconds
+        self._cache.put(key, Entry(value, False, asked_at, until, until))
+        if self._last_known and (gone or (known and known.positive)):
+            self._last_known.take_back(key, gone)
         return value
+
+    def _keep(self, key: Tuple[str, str], value: Any, usernames: Sequence[str], asked_at: float) -> None:
+        policy = self._policy
+        kept_seconds = max(policy.cache_ttl_seconds, policy.stale_if_error_seconds)
+        self._cache.put(key, Entry(value, True, asked_at, asked_at + policy.cache_ttl_seconds, asked_at + kept_seconds))
+        if self._last_known:
+            text = value.username if key[0] == "login" else json.dumps(value)
+            self._last_known.remember(key, usernames, text, time.time())
+
+    def _defer_disappearance(self, key: Tuple[str, str], known: Entry[Any], gone: Set[str], asked_at: float) -> None:
+        """Raise Disappeared until Keycloak has said for long enough that a user is gone whom it knew; then log that it is believed.
+
+        The time counts only while it confirms other users: a realm whose storage is down, and which lies about everybody, never gets
+        there. Until then the answer is 451, neither the 550 of the lie nor what was known before.
+        """
+        policy = self._policy
+        seconds, seen_at = known.missing or (0.0, asked_at)
+        confirmed_username, confirmed_at = self._confirmed
+        known_usernames = [known.value.username] if key[0] == "login" else [user.username for user in known.value]
+        if confirmed_at > seen_at and confirmed_username not in known_usernames:
+            seconds += asked_at - seen_at
+        if seconds >= policy.disappearance_grace_seconds:
+            log.warning(
+                "directory: %s <%s> has been gone for %.0f s, believed from now on", key[0], escape_for_log(key[1]), seconds
+            )
+            return
+        missing = Missing(seconds, asked_at)
+        kept_until = asked_at + max(policy.stale_if_error_seconds, policy.disappearance_grace_seconds)
+        self._cache.put(
+            key, known._replace(fresh_until=asked_at + policy.negative_cache_ttl_seconds, kept_until=kept_until, missing=missing)
+        )
+        if self._last_known:
+            self._last_known.take_back(key, gone, (seconds, time.time()))
+        raise Disappeared(f"directory: {key[1]} has disappeared")
 
     def _ask_login(self, sasl_username: str, deadline: Deadline) -> Login:
         named = self._directory.find_users("username", sasl_username, deadline)
@@ -1685,6 +1848,13 @@ class CachedDirectory:
             self._refreshing.discard(key)
 
 
+def _take_back_login(entry: Entry[Any], gone: Set[str], missing: Optional[Missing]) -> Optional[Entry[Any]]:
+    """What remains of a kept login of somebody who is gone: with missing, one that is not kept until he is found again."""
+    if not isinstance(entry.value, Login) or entry.value.username not in gone:
+        return entry
+    return entry._replace(fresh_until=-math.inf, missing=entry.missing or missing) if missing else None
+
+
 def resolve_login(named: Users, holders: Users) -> Login:
     """The login of users found by username (named) and by primary e-mail (holders). A user without an e-mail does not exist."""
     usernames = {user.username for user in named + holders}
@@ -1693,7 +1863,9 @@ def resolve_login(named: Users, holders: Users) -> Login:
     users = [user for user in named + holders if user.email]
     if not users:
         return Login("", "missing")
-    return Login(users[0].username, "enabled") if all(user.enabled for user in users) else Login("", "disabled")
+    if all(user.enabled for user in users):
+        return Login(users[0].username, "enabled")
+    return Login("", "disabled", any(user.federated for user in users))
 
 
 # ---------------------------------------------------------------------------------------------------------------------------------
@@ -1791,7 +1963,7 @@ def find_owner(address: Address, policy: PolicyConfig, facts: Facts) -> Owner:
             holders = facts.find_holders(spelling)
         except DirectoryUnavailable:
             return Owner("", "directory-unavailable")
-        if any(user.enabled for user in holders):
+        if any(user.receives for user in holders):
             return Owner(holders[0].username if len(holders) == 1 else "", "primary", extension)
         if alias:
             return Owner("", "nobody")

@@ -445,7 +445,9 @@ def test_new_user_receives_after_the_negative_cache_time(keycloak, make_daemon):
 )
 def test_changed_user_is_noticed_after_the_cache_time(keycloak, make_daemon, change):
     keycloak.add_user("alice", "alice@d1.test")
-    daemon = make_daemon(keycloak=keycloak.config(), policy={"domain": "d1.test", "cache_ttl_seconds": 0.3}).start()
+    daemon = make_daemon(
+        keycloak=keycloak.config(), policy={"domain": "d1.test", "cache_ttl_seconds": 0.3, "disappearance_grace_seconds": 0}
+    ).start()
     own = {"protocol_state": "MAIL", "sender": "alice@d1.test", "sasl_username": "alice", "sasl_method": "XOAUTH2"}
     assert (daemon.ask(recipient="alice@d1.test"), daemon.ask(**own)) == ("DUNNO", "DUNNO")
     keycloak.user("alice").update(change)

@@ -18,7 +18,13 @@ import mailcloak
 DEFER = "451 4.3.0 Temporary authentication/lookup failure"
 REJECT = "550 5.1.1 No such user"
 NOT_OWNED = "553 5.7.1 Sender not owned by authenticated user"
-SHORT = {"domain": ["d1.test", "d2.test"], "recipient_delimiter": "+", "cache_ttl_seconds": 0.2, "negative_cache_ttl_seconds": 0}
+SHORT = {
+    "disappearance_grace_seconds": 0,
+    "domain": ["d1.test", "d2.test"],
+    "recipient_delimiter": "+",
+    "cache_ttl_seconds": 0.2,
+    "negative_cache_ttl_seconds": 0,
+}
 OWN = {"protocol_state": "MAIL", "sender": "alice@d1.test", "sasl_username": "alice", "sasl_method": "XOAUTH2"}
 OWN_BY_EMAIL = {**OWN, "sasl_username": "alice@d1.test"}
 
@@ -53,8 +59,22 @@ class PlainDirectory:
 @pytest.fixture
 def plain():
     """(directory behind the cache, what it asks, its clock)."""
+    yield from make_plain(disappearance_grace_seconds=0)
+
+
+@pytest.fixture
+def graceful():
+    """The same with a grace of 3600 seconds, of which bob has been confirmed as well."""
+    for cached, directory, clock in make_plain():
+        directory.users.append(mailcloak.User("bob", "bob@d1.test", True))
+        yield cached, directory, clock
+
+
+def make_plain(**policy):
     directory, clock = PlainDirectory(), Clock()
-    policy = mailcloak.read_block(mailcloak.PolicyConfig, "policy", {"domain": "d1.test", "stale_if_error_seconds": 1000}, [])
+    policy = mailcloak.read_block(
+        mailcloak.PolicyConfig, "policy", {"domain": "d1.test", "stale_if_error_seconds": 1000, **policy}, []
+    )
     cached = mailcloak.CachedDirectory(directory, policy, 1.0, clock=clock)
     yield cached, directory, clock
     cached.close()
@@ -357,17 +377,17 @@ def test_broken_file_of_known_positives_costs_the_memory_and_a_warning(make_daem
 def test_known_positives_of_another_realm_are_wiped(tmp_path):
     path = str(tmp_path / "last-known.db")
     first = mailcloak.LastKnown(path, "https://sso.test mail", 10)
-    first.remember("login", "alice", ["alice"], "alice", 1.0)
-    assert first.load() == [("login", "alice", "alice", 1.0)]
+    first.remember(("login", "alice"), ["alice"], "alice", 1.0)
+    assert first.load() == [("login", "alice", "alice", 1.0, None, None)]
     first.close()
-    assert mailcloak.LastKnown(path, "https://sso.test mail", 10).load() == [("login", "alice", "alice", 1.0)]
+    assert mailcloak.LastKnown(path, "https://sso.test mail", 10).load() == [("login", "alice", "alice", 1.0, None, None)]
     assert mailcloak.LastKnown(path, "https://sso.test other", 10).load() == []
 
 
 def test_known_positives_are_bounded_and_the_oldest_go_first(tmp_path):
     last_known = mailcloak.LastKnown(str(tmp_path / "last-known.db"), "x", 10)
     for number in range(25):
-        last_known.remember("login", f"u{number}", [f"u{number}"], f"u{number}", float(number))
+        last_known.remember(("login", f"u{number}"), [f"u{number}"], f"u{number}", float(number))
     assert sorted(row[3] for row in last_known.load()) == [float(number) for number in range(15, 25)]
     last_known.close()
 
@@ -391,7 +411,7 @@ def test_known_positive_older_than_the_limit_does_not_serve_after_a_restart(make
 def test_dictionary_attack_evicts_no_known_user_and_costs_little_memory(make_daemon, keycloak):
     for number in range(100):
         keycloak.add_user(f"known{number}", f"known{number}@d1.test")
-    daemon = make_daemon(keycloak=keycloak.config(), level="warning", policy={"cache_ttl_seconds": 1000}).start()
+    daemon = make_daemon(keycloak=keycloak.config(), level="info", policy={"cache_ttl_seconds": 1000}).start()
     client = daemon.policy()
     for number in range(100):
         assert client.ask(recipient=f"known{number}@d1.test") == "DUNNO"
