@@ -92,6 +92,7 @@ DEFAULT_DATABASE_PATH = "/var/lib/mailcloak/state.db"
 MAX_POLICY_REQUEST_BYTES = 16 * 1024  # a full request of Postfix 3.7 is about 700 bytes; its longest attributes are addresses
 MAX_SOCKETMAP_QUERY_BYTES = 10_000  # Postfix itself never sends a key longer than an SMTP line
 MAX_ADDRESS_CHARS = 254  # RFC 5321, section 4.5.3.1.3: a path of 256 octets with its angle brackets
+MAX_ROUTED_CHARS = 4096  # twice what an SMTP line of Postfix holds (line_length_limit)
 MAX_SOCKET_PATH_BYTES = 107  # unix(7): sun_path holds 108 bytes, a terminating NUL included
 LISTEN_BACKLOG = 1024  # a full backlog fails Postfix's non-blocking connect at once; the kernel caps it at net.core.somaxconn
 RECEIVE_BYTES = 16 * 1024  # one recv; takes any whole request
@@ -119,6 +120,14 @@ SHUTDOWN_TOTAL_SECONDS = 4.5  # and all that is left is cut off
 EXIT_OK, EXIT_FAILED, EXIT_USAGE, EXIT_CONFIG = 0, 1, 64, 78  # the last two from sysexits.h
 
 log = logging.getLogger("mailcloak")
+
+
+def escape_for_log(text: str) -> str:
+    """Text of a client for a log line: nothing in it can end the line, a quoted value or an address in angle brackets."""
+    text = text if len(text) <= 300 else text[:300] + "..."
+    if text.isprintable() and not re.search(r'[ <>"\\]', text):
+        return text
+    return "".join(f"\\x{ord(c):02x}" if c in ' <>"\\' else c if c.isprintable() else ascii(c)[1:-1] for c in text)
 
 
 class MailcloakError(Exception):
@@ -492,6 +501,17 @@ def read_block(cls: Type[Any], name: str, raw: Any, problems: List[str]) -> Any:
     return cls(**values) if len(problems) == before else None
 
 
+def _check_keycloak(raw: Mapping[str, Any], values: Dict[str, Any]) -> Iterator[str]:
+    yield from _check_secret(raw, values)
+    ca_file = values.get("ca_file")
+    if ca_file:
+        try:
+            ssl.create_default_context(**{"capath" if os.path.isdir(ca_file) else "cafile": ca_file})
+        except OSError as exc:  # ssl.SSLError is one
+            reason = "no such certificates in it" if isinstance(exc, ssl.SSLError) else exc.strerror
+            yield f"ca_file: {ca_file}: expected a file of CA certificates in PEM form: {reason}"
+
+
 def _check_secret(raw: Mapping[str, Any], values: Dict[str, Any]) -> Iterator[str]:
     """Put the secret in place, from the key itself or from the file that client_secret_file names."""
     if bool(raw.get("client_secret")) == bool(raw.get("client_secret_file")):
@@ -522,7 +542,7 @@ def _check_socket_paths(_: Mapping[str, Any], values: Dict[str, Any]) -> Iterato
 
 
 _BLOCK_CHECKS: Mapping[Type[Any], Callable[[Mapping[str, Any], Dict[str, Any]], Iterator[str]]] = MappingProxyType(
-    {KeycloakConfig: _check_secret, PolicyConfig: _check_mailbox_domain, SocketsConfig: _check_socket_paths}
+    {KeycloakConfig: _check_keycloak, PolicyConfig: _check_mailbox_domain, SocketsConfig: _check_socket_paths}
 )  # what one key demands of another; each is told the keys that are there, and the values that could be read
 
 
@@ -630,6 +650,8 @@ def routing_steps(address: Address) -> Iterator[Address]:
     """
     while address.domain:
         yield address
+        if len(address.local_part) > MAX_ROUTED_CHARS:
+            return
         address = normalise_address(address.local_part)
 
 
@@ -809,8 +831,8 @@ CREATE TABLE IF NOT EXISTS app_from (
 """
 
 
-# (version, table, column, type): what a file of an older version lacks. Tables that are missing come from SCHEMA.
-ADDED_COLUMNS = ((2, "apps", "owner", "TEXT"), (2, "apps", "expires_at", "INTEGER"))
+# (table, column, type): what a file of an older version lacks. Tables that are missing come from SCHEMA.
+ADDED_COLUMNS = (("apps", "owner", "TEXT"), ("apps", "expires_at", "INTEGER"))
 
 
 class Alias(NamedTuple):
@@ -830,7 +852,7 @@ def connect_database(path: str, busy_seconds: float) -> sqlite3.Connection:
     Opened for writing even to read: only then can SQLite roll back the journal that a killed writer left behind. SQLite falls back
     to reading by itself where the file may not be written. The connection may be closed, though not used, by another thread.
     """
-    uri = f"file:{urllib.parse.quote(path)}?mode=rw"
+    uri = f"file:{urllib.parse.quote(os.fsencode(path))}?mode=rw"
     connection = sqlite3.connect(uri, uri=True, timeout=busy_seconds, isolation_level=None, check_same_thread=False)
     connection.execute("PRAGMA foreign_keys = ON")
     return connection
@@ -860,14 +882,14 @@ def _create_database_file(path: str) -> bool:
     return True
 
 
-def prepare_database(path: str) -> str:
+def prepare_database(path: str, busy_seconds: float) -> str:
     """Create the file and its schema where missing, migrate an older one; says what was done, "" if nothing.
 
     Raises StartError where it cannot be made or belongs to a newer mailcloak; DatabaseUnavailable where it is there and cannot be read.
     """
     created = _create_database_file(path)
     try:
-        with contextlib.closing(connect_database(path, 30)) as connection:
+        with contextlib.closing(connect_database(path, busy_seconds)) as connection:
             version = connection.execute("PRAGMA user_version").fetchone()[0]
             if version > SCHEMA_VERSION:
                 raise StartError(
@@ -888,20 +910,27 @@ def _migrate(connection: sqlite3.Connection, path: str) -> str:
     if version >= SCHEMA_VERSION:  # another process was faster
         connection.execute("ROLLBACK")
         return ""
-    copy = ""
-    if connection.execute("SELECT 1 FROM sqlite_master").fetchone():
-        copy = f"{path}.version-{version}"
-        _create_database_file(copy)
-        with contextlib.closing(connect_database(path, 30)) as source, contextlib.closing(connect_database(copy, 30)) as target:
-            source.backup(target)
+    copy = _copy_database(path, version) if connection.execute("SELECT 1 FROM sqlite_master").fetchone() else ""
     for statement in SCHEMA.split(";\n"):
         connection.execute(statement)
-    for added_in, table, column, kind in ADDED_COLUMNS:
-        known = {row[1] for row in connection.execute(f"PRAGMA table_info({table})")}
-        if version < added_in and column not in known:
+    for table, column, kind in ADDED_COLUMNS:
+        if column not in {row[1] for row in connection.execute(f"PRAGMA table_info({table})")}:
             connection.execute(f"ALTER TABLE {table} ADD COLUMN {column} {kind}")
     connection.execute(f"PRAGMA user_version = {SCHEMA_VERSION}")
     connection.execute("COMMIT")
+    return copy
+
+
+def _copy_database(path: str, version: int) -> str:
+    """Copy the file beside itself, with its owner, group and mode; the copy's path."""
+    copies = (f"{path}.version-{version}{suffix}" for suffix in ("", *(f".{number}" for number in range(1, 1000))))
+    copy = next(candidate for candidate in copies if _create_database_file(candidate))
+    status = os.stat(path)
+    with contextlib.suppress(PermissionError):  # a copy of an unprivileged user stays his own
+        os.chown(copy, status.st_uid, status.st_gid)
+    os.chmod(copy, stat.S_IMODE(status.st_mode))
+    with contextlib.closing(connect_database(path, 30)) as source, contextlib.closing(connect_database(copy, 30)) as target:
+        source.backup(target)
     return copy
 
 
@@ -912,6 +941,8 @@ class Database:
         self._path = path
         self._busy_seconds = busy_seconds
         self._local = threading.local()  # .connection and .identity, of this thread alone
+        self._lock = threading.Lock()  # guards _fails
+        self._fails = False  # for one line in the log when it begins and one when it ends
 
     def find_alias(self, address: str) -> Optional[Alias]:
         """The alias row of this exact, normalised address."""
@@ -942,10 +973,21 @@ class Database:
 
     def _rows(self, statement: str, parameters: Tuple[str, ...]) -> List[Any]:
         try:
-            return self._connection().execute(statement, parameters).fetchall()
-        except (sqlite3.Error, OSError, UnicodeError) as exc:
+            rows = self._connection().execute(statement, parameters).fetchall()
+        except (sqlite3.Error, OSError, StartError, DatabaseUnavailable) as exc:
             self.close()  # a fresh connection next time: the file may have been replaced or mended meanwhile
-            raise DatabaseUnavailable(f"database: {self._path!r}: {exc}") from exc
+            error = DatabaseUnavailable(f"database: {self._path!r}: {exc}")
+            if self._turns(fails=True):
+                log.error("%s; answers that need it are deferred until it is mended", error)
+            raise error from exc
+        if self._fails and self._turns(fails=False):
+            log.warning("database: works again path=%s", self._path)
+        return rows
+
+    def _turns(self, *, fails: bool) -> bool:
+        with self._lock:
+            turns, self._fails = self._fails != fails, fails
+        return turns
 
     def _connection(self) -> sqlite3.Connection:
         """This thread's connection, to the file that has the name now: a file put in its place by rename is noticed."""
@@ -955,6 +997,8 @@ class Database:
             self.close()
             self._local.connection = connect_database(self._path, self._busy_seconds)
             self._local.identity = identity
+            if 0 < self._local.connection.execute("PRAGMA user_version").fetchone()[0] < SCHEMA_VERSION:
+                prepare_database(self._path, self._busy_seconds)  # an older file was put in place of ours
             self._local.connection.execute("PRAGMA query_only = ON")
         connection: sqlite3.Connection = self._local.connection
         return connection
@@ -1390,6 +1434,7 @@ class Outage:
         self._clock = clock
         self._lock = threading.Lock()  # guards the fields below, and the writing of established
         self._failures = 0
+        self._said = ""  # what the log says of this outage
         self._since = 0.0
         self._kept = 0
         self._deferred = 0
@@ -1402,11 +1447,13 @@ class Outage:
             if self._failures == 1:
                 self._since, self._kept, self._deferred = self._clock(), 0, 0
             self.established = self.established or begins
-            known = self.established and not begins
+            is_new = begins or (isinstance(error, DirectoryMisconfigured) and str(error) != self._said)
+            self._said = str(error) if is_new else self._said
+            established = self.established
         self.suspected.set()
-        if begins:
+        if is_new:
             log.log(logging.ERROR if isinstance(error, DirectoryMisconfigured) else logging.WARNING, "%s", error)
-        elif not known:
+        elif not established:
             log.info("%s", error)
 
     def note_success(self, message: Callable[[str], str]) -> None:
@@ -1414,7 +1461,7 @@ class Outage:
         if not self._failures:  # read without the lock: the common case
             return
         with self._lock:
-            self._failures, ends, self.established = 0, self.established, False
+            self._failures, self._said, ends, self.established = 0, "", self.established, False
             seconds, kept, deferred = self._clock() - self._since, self._kept, self._deferred
         if ends:
             log.warning("%s", message(f"answers again, after {seconds:.0f} s, {kept} answers were kept ones, {deferred} deferred"))
@@ -1435,7 +1482,8 @@ class KeycloakDirectory:
         self._api = KeycloakApi(config)
         self._queue: queue.SimpleQueue[Optional[_Lookup]] = queue.SimpleQueue()
         self._closed = threading.Event()
-        self._lock = threading.Lock()  # guards _pending
+        self._lock = threading.Lock()  # guards the two below
+        self._given_up = False
         self._pending: Dict[Tuple[str, str], _Lookup] = {}
         self._canary_turn = threading.Condition()  # guards the three below
         self._canaries_being_asked = False
@@ -1456,6 +1504,8 @@ class KeycloakDirectory:
             raise DirectoryUnavailable(self._message("away"))
         key = (attribute, value)
         with self._lock:
+            if self._given_up:
+                raise DirectoryUnavailable(self._message("shutting down"))
             lookup = self._pending.get(key)
             if lookup is None:
                 if self._queue.qsize() >= MAX_DIRECTORY_WAITING:
@@ -1471,8 +1521,9 @@ class KeycloakDirectory:
         return lookup.users
 
     def give_up(self) -> None:
-        """Fail every pending lookup now: at shutdown nobody waits longer."""
+        """Fail every lookup from now on, those pending too: at shutdown nobody waits longer."""
         with self._lock:
+            self._given_up = True
             pending, self._pending = list(self._pending.values()), {}
         for lookup in pending:
             lookup.error = lookup.error or DirectoryUnavailable(self._message("shutting down"))
@@ -1636,8 +1687,10 @@ class KeycloakDirectory:
         profile_seen = self._config.require_verified_email
         pause = 0.0
         with _new_session(self._config.ca_file) as session:
-            while not self._closed.is_set():
+            while True:
                 self.outage.suspected.clear()
+                if self._closed.is_set():
+                    return
                 deadline = time.monotonic() + min(self._config.timeout_seconds, PROBE_SECONDS)
                 try:
                     self._ask_for_any_user(session, deadline)
@@ -1695,6 +1748,7 @@ class CachedDirectory:
         self._last_known = last_known
         self._clock = clock
         self._cache: Cache[Any] = Cache(policy.cache_max_entries, clock)
+        self.closed = threading.Event()
         self._confirmed = ("", -math.inf)  # the username that Keycloak confirmed last, and when
         self._refreshes: queue.Queue[Optional[Tuple[str, str]]] = queue.Queue(MAX_REFRESHES_WAITING)
         self._refreshing: Set[Tuple[str, str]] = set()  # what is in the queue; each use of a set is one atomic step
@@ -1727,9 +1781,12 @@ class CachedDirectory:
         return login
 
     def give_up(self) -> None:
+        """Fail every lookup from now on, those pending too."""
         self._directory.give_up()
 
     def close(self) -> None:
+        """End the threads; the directory gives no answer after this."""
+        self.closed.set()
         self._directory.close()
         self._refreshes.put(None)
 
@@ -1902,6 +1959,7 @@ class Owner(NamedTuple):
     username: str
     source: str  # "alias", "primary", "nobody", or why it is not known: "directory-unavailable", "database-unavailable"
     extension: str = ""  # what was cut off the address to find the owner, with its delimiter
+    is_certain: bool = True  # False for a primary e-mail while SQLite cannot say whether it is an alias as well
 
 
 class Facts:
@@ -1929,7 +1987,7 @@ LOCAL_SENDER_UNAUTHENTICATED = "553 5.7.1 Sending from local domains requires au
 SENDER_NOT_OWNED = "553 5.7.1 Sender not owned by authenticated user"
 DIRECTORY_FAILED = "451 4.3.0 Temporary authentication/lookup failure"
 INTERNAL_ERROR = "451 4.3.0 Temporary internal error"
-TOKEN_METHODS = frozenset({"xoauth2", "oauthbearer"})  # only these prove a Keycloak user; any other method is an app's
+TOKEN_METHODS = frozenset({"xoauth2", "oauthbearer"})  # a Keycloak token; by any other method the login may be an app's
 
 
 def accept(reason: str) -> Action:
@@ -1957,14 +2015,14 @@ def find_owner(address: Address, policy: PolicyConfig, facts: Facts) -> Owner:
             alias = facts.find_alias(spelling)
         except DatabaseUnavailable:
             database_failed = True
-        if alias and alias.enabled:
+        if alias and alias.enabled and alias.username:
             return Owner(alias.username, "alias", extension)
         try:
             holders = facts.find_holders(spelling)
         except DirectoryUnavailable:
             return Owner("", "directory-unavailable")
         if any(user.receives for user in holders):
-            return Owner(holders[0].username if len(holders) == 1 else "", "primary", extension)
+            return Owner(holders[0].username if len(holders) == 1 else "", "primary", extension, not database_failed)
         if alias:
             return Owner("", "nobody")
     return Owner("", "database-unavailable" if database_failed else "nobody")
@@ -1975,6 +2033,8 @@ def decide_recipient(recipient: Address, policy: PolicyConfig, facts: Facts) -> 
 
     DUNNO for an address that has an owner and for domains that are not ours, 550 when it has none, 451 when that is not known.
     """
+    # XXX: user%ours@elsewhere gets 550 if Postfix is not elsewhere and there is no such user of ours: an address form that nobody has
+    # used in this century. Knowing $mydestination would end that.
     ours = policy.domain | {policy.mailbox_domain}
     recipient = next((step for step in routing_steps(recipient) if step.domain in ours), recipient)
     if policy.mailbox_domain and recipient.domain == policy.mailbox_domain:
@@ -2051,8 +2111,8 @@ def _decide_user(sasl_username: str, sender: Address, policy: PolicyConfig, fact
         return accept(f"own-{owner.source}")
     if owner.source == "directory-unavailable":
         return _fail_sender(policy)
-    if owner.source == "database-unavailable":
-        return Action(INTERNAL_ERROR, owner.source)
+    if owner.source == "database-unavailable" or not owner.is_certain:
+        return Action(INTERNAL_ERROR, "database-unavailable")
     return Action(SENDER_NOT_OWNED, "sender-not-owned")
 
 
@@ -2208,21 +2268,13 @@ def encode_netstring(payload: bytes) -> bytes:
 # ---------------------------------------------------------------------------------------------------------------------------------
 
 
-def escape_for_log(text: str) -> str:
-    """Text of a client for a log line: nothing in it can end the line, a quoted value or an address in angle brackets."""
-    text = text if len(text) <= 300 else text[:300] + "..."
-    if text.isprintable() and not re.search(r'[ <>"\\]', text):
-        return text
-    return "".join(f"\\x{ord(c):02x}" if c in ' <>"\\' else c if c.isprintable() else ascii(c)[1:-1] for c in text)
-
-
 class Service:
     """All that answers come from, for one configuration. A reload makes a new one and swaps it in."""
 
     def __init__(self, config: Config, old: Optional[Service] = None) -> None:
         self.config = config
         self.policy = config.policy
-        self.database = Database(config.sqlite.path)
+        self.database: Database = old.database if old and old.config.sqlite == config.sqlite else Database(config.sqlite.path)
         self.timeout_seconds = config.keycloak.timeout_seconds if config.keycloak else 1.0
         directory: Any = KeycloakDirectory(config.keycloak) if config.keycloak else StaticDirectory(config.static_users or {})
         self.last_known: Optional[LastKnown] = None
@@ -2245,7 +2297,9 @@ class LiveFacts(Facts):
         return self._service.database.find_alias(address.text)
 
     def find_app(self, app_id: str, sender: Address) -> Optional[App]:
-        return self._service.database.find_app(app_id, sender.text)
+        if not app_id.isprintable():
+            return None
+        return self._service.database.find_app(app_id, sender.text if sender.text.isprintable() else " ")  # which is never stored
 
     def find_holders(self, address: Address) -> Users:
         return self._service.directory.find_holders(address.text, self._deadline)
@@ -2487,6 +2541,9 @@ def bind_socket(path: str, key: str, sockets: SocketsConfig) -> socket.socket:
                 os.umask(0o777)
                 listener.bind(path)
                 _hand_over_socket(path, uid, gid, sockets.socket_mode)
+    except StartError:
+        listener.close()
+        raise
     except OSError as exc:
         listener.close()
         raise StartError(f"{key}: {path!r} cannot be made: {exc.strerror or exc}{_socket_hint(exc, path)}") from exc
@@ -2507,9 +2564,12 @@ def drop_privileges(user: str) -> None:
     if os.geteuid() != 0 or not user:
         return
     entry = pwd.getpwnam(user)
-    os.initgroups(user, entry.pw_gid)
-    os.setresgid(entry.pw_gid, entry.pw_gid, entry.pw_gid)
-    os.setresuid(entry.pw_uid, entry.pw_uid, entry.pw_uid)
+    try:
+        os.initgroups(user, entry.pw_gid)
+        os.setresgid(entry.pw_gid, entry.pw_gid, entry.pw_gid)
+        os.setresuid(entry.pw_uid, entry.pw_uid, entry.pw_uid)
+    except OSError as exc:
+        raise StartError(f"daemon.user: cannot become {user!r}: {exc.strerror}") from exc
     if entry.pw_uid == 0:
         return
     try:
@@ -2527,6 +2587,7 @@ class Daemon:
     def __init__(self, config: Config) -> None:
         self._config = config
         self._servers: List[Server] = []
+        self._retired: List[CachedDirectory] = []  # of configurations that a reload replaced, until they are closed
 
     def run(self) -> None:
         """Serve until a signal says stop; raises StartError if that cannot begin."""
@@ -2573,7 +2634,7 @@ class Daemon:
     def _open_database(self) -> None:
         path = self._config.sqlite.path
         try:
-            done = prepare_database(path)
+            done = prepare_database(path, DATABASE_BUSY_SECONDS)
             if done:
                 log.warning("database: %s path=%s", "created, there was none" if done == "created" else done, path)
             Database(path).check()
@@ -2602,11 +2663,19 @@ class Daemon:
             if getattr(config, block) != getattr(self._config, block):
                 log.warning("config: %s: a change here needs a restart", block)
         old_service = self._servers[0].service
-        service = Service(config, old_service)
+        try:
+            service = Service(config, old_service)
+        except RuntimeError as exc:  # no more threads to be had
+            log.error("daemon: reload refused, the old configuration stays in force reason=%s", f'"{exc}"')
+            return
         self._config = config
         for server in self._servers:
             server.service = service
-        old_service.directory.close()
+        # Requests that began with the old one may still look something up there, for as long as one request may take.
+        self._retired = [directory for directory in self._retired if not directory.closed.is_set()] + [old_service.directory]
+        timer = threading.Timer(2 * old_service.timeout_seconds, old_service.directory.close)
+        timer.daemon = True
+        timer.start()
         if old_service.last_known and old_service.last_known is not service.last_known:
             old_service.last_known.close()
         log.info("daemon: reloaded config=%s", config.path)
@@ -2621,7 +2690,8 @@ class Daemon:
         for server in self._servers:
             server.stop_accepting()
         if not all(server.wait_for_connections(started + SHUTDOWN_LOOKUP_SECONDS) for server in self._servers):
-            self._servers[0].service.directory.give_up()
+            for directory in (self._servers[0].service.directory, *self._retired):
+                directory.give_up()
         if not all(server.wait_for_connections(started + SHUTDOWN_TOTAL_SECONDS) for server in self._servers):
             log.warning("daemon: connections cut off at the end of the time to stop")
         last_known = self._servers[0].service.last_known

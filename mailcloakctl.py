@@ -232,7 +232,7 @@ def open_database(path: str, *, create: bool) -> sqlite3.Connection:
     except OSError as exc:
         raise Refused(f"database {path!r}: {exc.strerror}{database_hint(exc, path)}") from exc
     try:
-        done = mailcloak.prepare_database(path)
+        done = mailcloak.prepare_database(path, BUSY_SECONDS)
         if done:
             say(f"database {path} {done}")
         database = mailcloak.connect_database(path, BUSY_SECONDS)

@@ -78,7 +78,7 @@ def missing(tmp_path):
 @pytest.fixture
 def ctl(missing):
     """The command on an empty database."""
-    assert mailcloak.prepare_database(str(missing.path))
+    assert mailcloak.prepare_database(str(missing.path), 5)
     return missing
 
 
