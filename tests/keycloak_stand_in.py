@@ -132,6 +132,11 @@ class KeycloakStandIn:
         self._server.shutdown()
         self._server.server_close()
 
+    def stop_listening(self):
+        """Before a start: leave the port to somebody else."""
+        self._stopping.set()
+        self._server.server_close()
+
     def __enter__(self):
         return self.start()
 

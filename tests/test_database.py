@@ -140,6 +140,14 @@ def test_older_file_is_migrated_with_every_row_and_a_copy_beside_it(make_daemon,
     assert "migrated" not in daemon.ctl("aliases", "list").stderr
 
 
+def test_copy_of_an_earlier_migration_is_not_overwritten(tmp_path):
+    path = tmp_path / "state.db"
+    (tmp_path / "state.db.version-1").write_text("precious")
+    sql(path, *VERSION_1)
+    assert mailcloak.prepare_database(str(path), 5).endswith("state.db.version-1.1")
+    assert (tmp_path / "state.db.version-1").read_text() == "precious"
+
+
 def test_migration_that_fails_halfway_leaves_the_file_as_it_was(tmp_path, monkeypatch):
     path = tmp_path / "state.db"
     sql(path, *VERSION_1)
@@ -235,6 +243,19 @@ def test_broken_file_is_a_temporary_failure_until_it_is_back(static_daemon, faul
     path.write_bytes(good)
     assert maps.ask("alias info@d1.test") == "OK alice@d1.test"
     assert client.ask(recipient="info@d1.test") == "DUNNO"
+    log = static_daemon.log()
+    assert log.count("; answers that need it are deferred until it is mended") == 1
+    assert log.count("warning database: works again path=") == 1
+
+
+def test_older_file_put_in_place_of_ours_is_migrated(static_daemon):
+    client = static_daemon.policy()
+    ask = {"protocol_state": "MAIL", "sender": "scan@d1.test", "sasl_username": "printer", "sasl_method": "PLAIN"}
+    assert client.ask(**ask).startswith("553")
+    other = static_daemon.directory / "other.db"
+    sql(other, *VERSION_1)
+    os.rename(other, static_daemon.database)
+    assert client.ask(**ask) == "DUNNO"
 
 
 KILLED_WRITER = """

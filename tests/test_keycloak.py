@@ -344,6 +344,16 @@ def test_wrong_setting_is_one_error_line_at_start_before_any_question(keycloak, 
     assert " error directory: realm " in line
 
 
+def test_wrong_setting_that_shows_after_keycloak_is_up_is_an_error_line_too(make_daemon):
+    keycloak = KeycloakStandIn()
+    keycloak.stop_listening()
+    daemon = make_daemon(keycloak=keycloak.config(client_secret="wrong")).start()
+    daemon.wait_for_log("warning directory: realm 'mail': connection refused")
+    with KeycloakStandIn(port=keycloak.port):
+        daemon.wait_for_log("error directory: realm 'mail': token refused (HTTP 401 invalid_client)")
+    assert daemon.log().count("token refused") == 1
+
+
 def test_self_check_uses_the_token_endpoint_and_one_user_alone(keycloak, directory):
     client = make_directory(keycloak, require_verified_email=True)
     wait_until(lambda: keycloak.self_checks)
