@@ -38,6 +38,7 @@ import math
 import os
 import pwd
 import queue
+import random
 import re
 import signal
 import socket
@@ -59,6 +60,7 @@ from typing import (
     Dict,
     FrozenSet,
     Generic,
+    Iterable,
     Iterator,
     List,
     Mapping,
@@ -90,6 +92,7 @@ DEFAULT_DATABASE_PATH = "/var/lib/mailcloak/state.db"
 MAX_POLICY_REQUEST_BYTES = 16 * 1024  # a full request of Postfix 3.7 is about 700 bytes; its longest attributes are addresses
 MAX_SOCKETMAP_QUERY_BYTES = 10_000  # Postfix itself never sends a key longer than an SMTP line
 MAX_ADDRESS_CHARS = 254  # RFC 5321, section 4.5.3.1.3: a path of 256 octets with its angle brackets
+MAX_ROUTED_CHARS = 4096  # twice what an SMTP line of Postfix holds (line_length_limit)
 MAX_SOCKET_PATH_BYTES = 107  # unix(7): sun_path holds 108 bytes, a terminating NUL included
 LISTEN_BACKLOG = 1024  # a full backlog fails Postfix's non-blocking connect at once; the kernel caps it at net.core.somaxconn
 RECEIVE_BYTES = 16 * 1024  # one recv; takes any whole request
@@ -97,14 +100,19 @@ SEND_TIMEOUT_SECONDS = 10  # a client that does not read its answers is dropped 
 
 MAX_DIRECTORY_BODY_BYTES = 1024 * 1024  # of one HTTP answer; ten brief user records are about 4 kB
 MAX_DIRECTORY_MATCHES = 10  # asked for in one search; more users than that with one address is no answer
-MAX_DIRECTORY_REQUESTS = 8  # at Keycloak at a time
 MAX_DIRECTORY_WAITING = 2000  # lookups waiting their turn; above it a question fails at once instead of queueing
 TOKEN_LIFE_USED = 0.8  # of a token's life; the rest is margin for clocks and requests under way
 
+OUTAGE_FAILURES = 3  # in a row establish an outage; from then on nobody waits for Keycloak, and a probe alone asks it
+PROBE_SECONDS = 5.0  # after which a probe is given up
+PROBE_PAUSE_SECONDS = 3.0  # at most between two probes; with the above, service is back within 8 s of Keycloak
+REFRESH_AHEAD = 0.2  # of a positive answer's life: used within this last part of it, it is asked for again in the background
+MAX_REFRESHES_WAITING = 1000  # beyond, an answer is not refreshed ahead but asked for when it has ended
+CANARY_SECONDS = 5.0  # how long an answer of the canaries makes negative answers believable
 PROOF_SECONDS = 60.0  # how long a check that we see users at all makes empty answers believable
 PROOF_RETRY_SECONDS = 2.0  # how often it is repeated while we see none
-CHECK_RETRY_SECONDS = 5.0  # how often the self-check is repeated in an outage
 
+LAST_KNOWN_WAITING = 10_000  # positive answers waiting to be written to last-known.db
 DATABASE_BUSY_SECONDS = 2.0  # how long a question waits for a writer's lock
 SHUTDOWN_LOOKUP_SECONDS = 3.0  # after SIGTERM, lookups still pending at Keycloak are given up and get the failure mode
 SHUTDOWN_TOTAL_SECONDS = 4.5  # and all that is left is cut off
@@ -112,6 +120,14 @@ SHUTDOWN_TOTAL_SECONDS = 4.5  # and all that is left is cut off
 EXIT_OK, EXIT_FAILED, EXIT_USAGE, EXIT_CONFIG = 0, 1, 64, 78  # the last two from sysexits.h
 
 log = logging.getLogger("mailcloak")
+
+
+def escape_for_log(text: str) -> str:
+    """Text of a client for a log line: nothing in it can end the line, a quoted value or an address in angle brackets."""
+    text = text if len(text) <= 300 else text[:300] + "..."
+    if text.isprintable() and not re.search(r'[ <>"\\]', text):
+        return text
+    return "".join(f"\\x{ord(c):02x}" if c in ' <>"\\' else c if c.isprintable() else ascii(c)[1:-1] for c in text)
 
 
 class MailcloakError(Exception):
@@ -136,6 +152,14 @@ class DirectoryUnavailable(MailcloakError):
 
 class DirectoryMisconfigured(DirectoryUnavailable):
     """Keycloak answers, and will go on refusing until an administrator changes something; the text says what."""
+
+
+class Disappeared(DirectoryUnavailable):
+    """Keycloak says that a user is gone whom it knew until now: not believed yet, and no reason to go on as if he were there."""
+
+
+class NoSingleAnswer(DirectoryUnavailable):
+    """Keycloak answers, but not this question; no sign that it is away."""
 
 
 class DatabaseUnavailable(MailcloakError):
@@ -263,6 +287,14 @@ def _domains(value: Any) -> FrozenSet[str]:
     return frozenset(_domain(each) for each in values)
 
 
+def _addresses(value: Any) -> Tuple[str, ...]:
+    values = value if isinstance(value, list) else [value]
+    try:
+        return tuple(parse_plain_address(each if isinstance(each, str) else "").text for each in values)
+    except ValueError as exc:
+        raise ValueError(f"expected an e-mail address or a list of them: {exc}") from None
+
+
 def _delimiters(value: Any) -> str:
     if not isinstance(value, str) or any(not 33 <= ord(c) <= 126 or c.isalnum() or c in '@"\\<>' for c in value):
         raise ValueError("expected the delimiter characters themselves, such as + or +-, as in Postfix's recipient_delimiter")
@@ -327,7 +359,10 @@ class KeycloakConfig:
     client_secret_file: str = _key(_absolute_path, "", secret=True)  # not shown: it might be the secret itself
     ca_file: str = _key(_optional_path, "")
     timeout_seconds: float = _key(_number(0.1, 60, wanted="a number from 0.1 to 60"), 5)
+    max_requests: int = _key(_number(1, 100, whole=True, wanted="a whole number from 1 to 100"), 8)
     require_verified_email: bool = _key(_boolean, False)
+    receive_when_locked_out: bool = _key(_boolean, True)
+    canary: Tuple[str, ...] = _key(_addresses, ())
 
 
 @dataclass(frozen=True)
@@ -338,6 +373,7 @@ class PolicyConfig:
     negative_cache_ttl_seconds: float = _key(_any_seconds, 10)
     cache_max_entries: int = _key(_number(1, whole=True, wanted="a whole number, 1 or more"), 100_000)
     stale_if_error_seconds: float = _key(_any_seconds, 86400)
+    disappearance_grace_seconds: float = _key(_any_seconds, 3600)
     keycloak_failure_mode: str = _key(_choice("tempfail", "dunno-recipients", "dunno"), "tempfail")
     recipient_delimiter: str = _key(_delimiters, "")
     unauthenticated_local_sender: str = _key(_choice("reject", "warn", "dunno"), "reject")
@@ -465,6 +501,17 @@ def read_block(cls: Type[Any], name: str, raw: Any, problems: List[str]) -> Any:
     return cls(**values) if len(problems) == before else None
 
 
+def _check_keycloak(raw: Mapping[str, Any], values: Dict[str, Any]) -> Iterator[str]:
+    yield from _check_secret(raw, values)
+    ca_file = values.get("ca_file")
+    if ca_file:
+        try:
+            ssl.create_default_context(**{"capath" if os.path.isdir(ca_file) else "cafile": ca_file})
+        except OSError as exc:  # ssl.SSLError is one
+            reason = "no such certificates in it" if isinstance(exc, ssl.SSLError) else exc.strerror
+            yield f"ca_file: {ca_file}: expected a file of CA certificates in PEM form: {reason}"
+
+
 def _check_secret(raw: Mapping[str, Any], values: Dict[str, Any]) -> Iterator[str]:
     """Put the secret in place, from the key itself or from the file that client_secret_file names."""
     if bool(raw.get("client_secret")) == bool(raw.get("client_secret_file")):
@@ -495,7 +542,7 @@ def _check_socket_paths(_: Mapping[str, Any], values: Dict[str, Any]) -> Iterato
 
 
 _BLOCK_CHECKS: Mapping[Type[Any], Callable[[Mapping[str, Any], Dict[str, Any]], Iterator[str]]] = MappingProxyType(
-    {KeycloakConfig: _check_secret, PolicyConfig: _check_mailbox_domain, SocketsConfig: _check_socket_paths}
+    {KeycloakConfig: _check_keycloak, PolicyConfig: _check_mailbox_domain, SocketsConfig: _check_socket_paths}
 )  # what one key demands of another; each is told the keys that are there, and the values that could be read
 
 
@@ -603,6 +650,8 @@ def routing_steps(address: Address) -> Iterator[Address]:
     """
     while address.domain:
         yield address
+        if len(address.local_part) > MAX_ROUTED_CHARS:
+            return
         address = normalise_address(address.local_part)
 
 
@@ -662,11 +711,29 @@ def format_mailbox(username: str, extension: str, domain: str) -> str:
 
 # ---------------------------------------------------------------------------------------------------------------------------------
 # 4. Cache
-# Answers of the directory for a limited time. Bounded; negative answers have a tenth of the room and are pushed out first, so that
+# Answers of the directory: fresh for their time to live, positive ones kept longer for an outage. Bounded; negative answers have a tenth of the room and are pushed out first, so that
 # a dictionary attack cannot make the daemon forget the users it knows. All handler threads enter here.
 # ---------------------------------------------------------------------------------------------------------------------------------
 
 _Value = TypeVar("_Value")
+
+
+class Missing(NamedTuple):
+    """How long Keycloak has said that somebody is gone whom it knew before."""
+
+    seconds: float  # for so long, counted only while it confirmed other users
+    seen_at: float  # when it said so last, of the cache's clock
+
+
+class Entry(NamedTuple, Generic[_Value]):
+    """One remembered answer. A positive one is kept beyond its end, for an outage."""
+
+    value: _Value
+    positive: bool
+    confirmed_at: float  # all three in seconds of the cache's clock
+    fresh_until: float
+    kept_until: float
+    missing: Optional[Missing] = None  # of a positive answer that Keycloak takes back now
 
 
 class Cache(Generic[_Value]):
@@ -677,36 +744,45 @@ class Cache(Generic[_Value]):
         self._max_negative = max(1, max_entries // 10)
         self._clock = clock
         self._lock = threading.Lock()  # guards the two dicts
-        self._positive: OrderedDict[Any, Tuple[float, _Value]] = OrderedDict()  # key: (fresh until, value), oldest use first
-        self._negative: OrderedDict[Any, Tuple[float, _Value]] = OrderedDict()
+        self._positive: OrderedDict[Any, Entry[_Value]] = OrderedDict()  # oldest use first
+        self._negative: OrderedDict[Any, Entry[_Value]] = OrderedDict()
 
-    def get(self, key: Any) -> Optional[_Value]:
-        """The fresh value, or None when there is none."""
+    def get(self, key: Any) -> Optional[Entry[_Value]]:
+        """What is remembered, fresh or kept; None when there is nothing."""
         now = self._clock()
         with self._lock:
             for store in (self._positive, self._negative):
                 entry = store.get(key)
                 if entry is None:
                     continue
-                if now < entry[0]:
+                if now < entry.kept_until:
                     store.move_to_end(key)
-                    return entry[1]
+                    return entry
                 del store[key]
         return None
 
-    def put(self, key: Any, value: _Value, ttl_seconds: float, *, positive: bool) -> None:
-        """Remember value from now on; it replaces what was known of key, positive or negative."""
-        fresh_until = self._clock() + ttl_seconds
+    def put(self, key: Any, entry: Entry[_Value]) -> None:
+        """Remember entry; it replaces what was known of key, positive or negative."""
         with self._lock:
             self._positive.pop(key, None)
             self._negative.pop(key, None)
-            if not positive and len(self._positive) >= self._max_entries:
+            if not entry.positive and len(self._positive) >= self._max_entries:
                 return  # full of users we know: they stay
-            (self._positive if positive else self._negative)[key] = (fresh_until, value)
+            (self._positive if entry.positive else self._negative)[key] = entry
             while len(self._negative) > self._max_negative or (self._negative and len(self) > self._max_entries):
                 self._negative.popitem(last=False)
             while len(self) > self._max_entries:
                 self._positive.popitem(last=False)
+
+    def revise(self, change: Callable[[Entry[_Value]], Optional[Entry[_Value]]]) -> None:
+        """Put in place of every positive answer what change makes of it; None forgets it."""
+        with self._lock:
+            for key, entry in list(self._positive.items()):
+                revised = change(entry)
+                if revised is None:
+                    del self._positive[key]
+                elif revised is not entry:
+                    self._positive[key] = revised
 
     def __len__(self) -> int:
         return len(self._positive) + len(self._negative)
@@ -755,8 +831,8 @@ CREATE TABLE IF NOT EXISTS app_from (
 """
 
 
-# (version, table, column, type): what a file of an older version lacks. Tables that are missing come from SCHEMA.
-ADDED_COLUMNS = ((2, "apps", "owner", "TEXT"), (2, "apps", "expires_at", "INTEGER"))
+# (table, column, type): what a file of an older version lacks. Tables that are missing come from SCHEMA.
+ADDED_COLUMNS = (("apps", "owner", "TEXT"), ("apps", "expires_at", "INTEGER"))
 
 
 class Alias(NamedTuple):
@@ -776,7 +852,7 @@ def connect_database(path: str, busy_seconds: float) -> sqlite3.Connection:
     Opened for writing even to read: only then can SQLite roll back the journal that a killed writer left behind. SQLite falls back
     to reading by itself where the file may not be written. The connection may be closed, though not used, by another thread.
     """
-    uri = f"file:{urllib.parse.quote(path)}?mode=rw"
+    uri = f"file:{urllib.parse.quote(os.fsencode(path))}?mode=rw"
     connection = sqlite3.connect(uri, uri=True, timeout=busy_seconds, isolation_level=None, check_same_thread=False)
     connection.execute("PRAGMA foreign_keys = ON")
     return connection
@@ -806,14 +882,14 @@ def _create_database_file(path: str) -> bool:
     return True
 
 
-def prepare_database(path: str) -> str:
+def prepare_database(path: str, busy_seconds: float) -> str:
     """Create the file and its schema where missing, migrate an older one; says what was done, "" if nothing.
 
     Raises StartError where it cannot be made or belongs to a newer mailcloak; DatabaseUnavailable where it is there and cannot be read.
     """
     created = _create_database_file(path)
     try:
-        with contextlib.closing(connect_database(path, 30)) as connection:
+        with contextlib.closing(connect_database(path, busy_seconds)) as connection:
             version = connection.execute("PRAGMA user_version").fetchone()[0]
             if version > SCHEMA_VERSION:
                 raise StartError(
@@ -834,20 +910,27 @@ def _migrate(connection: sqlite3.Connection, path: str) -> str:
     if version >= SCHEMA_VERSION:  # another process was faster
         connection.execute("ROLLBACK")
         return ""
-    copy = ""
-    if connection.execute("SELECT 1 FROM sqlite_master").fetchone():
-        copy = f"{path}.version-{version}"
-        _create_database_file(copy)
-        with contextlib.closing(connect_database(path, 30)) as source, contextlib.closing(connect_database(copy, 30)) as target:
-            source.backup(target)
+    copy = _copy_database(path, version) if connection.execute("SELECT 1 FROM sqlite_master").fetchone() else ""
     for statement in SCHEMA.split(";\n"):
         connection.execute(statement)
-    for added_in, table, column, kind in ADDED_COLUMNS:
-        known = {row[1] for row in connection.execute(f"PRAGMA table_info({table})")}
-        if version < added_in and column not in known:
+    for table, column, kind in ADDED_COLUMNS:
+        if column not in {row[1] for row in connection.execute(f"PRAGMA table_info({table})")}:
             connection.execute(f"ALTER TABLE {table} ADD COLUMN {column} {kind}")
     connection.execute(f"PRAGMA user_version = {SCHEMA_VERSION}")
     connection.execute("COMMIT")
+    return copy
+
+
+def _copy_database(path: str, version: int) -> str:
+    """Copy the file beside itself, with its owner, group and mode; the copy's path."""
+    copies = (f"{path}.version-{version}{suffix}" for suffix in ("", *(f".{number}" for number in range(1, 1000))))
+    copy = next(candidate for candidate in copies if _create_database_file(candidate))
+    status = os.stat(path)
+    with contextlib.suppress(PermissionError):  # a copy of an unprivileged user stays his own
+        os.chown(copy, status.st_uid, status.st_gid)
+    os.chmod(copy, stat.S_IMODE(status.st_mode))
+    with contextlib.closing(connect_database(path, 30)) as source, contextlib.closing(connect_database(copy, 30)) as target:
+        source.backup(target)
     return copy
 
 
@@ -858,6 +941,8 @@ class Database:
         self._path = path
         self._busy_seconds = busy_seconds
         self._local = threading.local()  # .connection and .identity, of this thread alone
+        self._lock = threading.Lock()  # guards _fails
+        self._fails = False  # for one line in the log when it begins and one when it ends
 
     def find_alias(self, address: str) -> Optional[Alias]:
         """The alias row of this exact, normalised address."""
@@ -888,10 +973,21 @@ class Database:
 
     def _rows(self, statement: str, parameters: Tuple[str, ...]) -> List[Any]:
         try:
-            return self._connection().execute(statement, parameters).fetchall()
-        except (sqlite3.Error, OSError, UnicodeError) as exc:
+            rows = self._connection().execute(statement, parameters).fetchall()
+        except (sqlite3.Error, OSError, StartError, DatabaseUnavailable) as exc:
             self.close()  # a fresh connection next time: the file may have been replaced or mended meanwhile
-            raise DatabaseUnavailable(f"database: {self._path!r}: {exc}") from exc
+            error = DatabaseUnavailable(f"database: {self._path!r}: {exc}")
+            if self._turns(fails=True):
+                log.error("%s; answers that need it are deferred until it is mended", error)
+            raise error from exc
+        if self._fails and self._turns(fails=False):
+            log.warning("database: works again path=%s", self._path)
+        return rows
+
+    def _turns(self, *, fails: bool) -> bool:
+        with self._lock:
+            turns, self._fails = self._fails != fails, fails
+        return turns
 
     def _connection(self) -> sqlite3.Connection:
         """This thread's connection, to the file that has the name now: a file put in its place by rename is noticed."""
@@ -901,9 +997,142 @@ class Database:
             self.close()
             self._local.connection = connect_database(self._path, self._busy_seconds)
             self._local.identity = identity
+            if 0 < self._local.connection.execute("PRAGMA user_version").fetchone()[0] < SCHEMA_VERSION:
+                prepare_database(self._path, self._busy_seconds)  # an older file was put in place of ours
             self._local.connection.execute("PRAGMA query_only = ON")
         connection: sqlite3.Connection = self._local.connection
         return connection
+
+
+_Statements = List[Tuple[str, Tuple[Any, ...]]]  # with their parameters
+
+
+class LastKnown:
+    """Positive answers of Keycloak in a file of the daemon's own, so that a restart in an outage still knows everyone it knew.
+
+    Written by one thread in the background. The file costs nothing but memory when it is lost: any fault of it is a warning, and it is
+    begun anew. Negative answers are never in it. It belongs to one Keycloak and one realm (origin); another's is wiped.
+    """
+
+    SCHEMA = (
+        "CREATE TABLE IF NOT EXISTS origin (origin TEXT NOT NULL)",
+        "CREATE TABLE IF NOT EXISTS known (kind TEXT, name TEXT, usernames TEXT NOT NULL, value TEXT NOT NULL, confirmed_at REAL NOT NULL,"
+        " missing_seconds REAL, missing_at REAL, PRIMARY KEY (kind, name)) WITHOUT ROWID",
+    )
+
+    def __init__(self, path: str, origin: str, max_entries: int) -> None:
+        self.identity = (path, origin, max_entries)
+        self._path, self._origin, self._max_entries = self.identity
+        self._steps: queue.Queue[Optional[Tuple[_Statements, Optional[threading.Event]]]] = queue.Queue(LAST_KNOWN_WAITING)
+        self._thread = threading.Thread(target=self._write, name="last-known", daemon=True)
+        self._thread.start()
+
+    def load(self) -> List[Tuple[str, str, str, float, Optional[float], Optional[float]]]:
+        """(kind, name, value, confirmed at, missing seconds, missing at) of all that is known, what waits to be written included.
+
+        Times are in seconds since 1970; missing seconds and missing at are None for who is not missing.
+        """
+        written = threading.Event()
+        with contextlib.suppress(queue.Full):
+            self._steps.put(([], written), timeout=1)
+            written.wait(5)
+        try:
+            with contextlib.closing(self._open()) as connection:
+                return connection.execute(
+                    "SELECT kind, name, value, confirmed_at, missing_seconds, missing_at FROM known"
+                ).fetchall()
+        except (sqlite3.Error, OSError, StartError):
+            return []  # the writer has said why
+
+    def remember(self, key: Tuple[str, str], usernames: Sequence[str], value: str, confirmed_at: float) -> None:
+        """Keep a positive answer; left out when the writer is far behind, since it is confirmed again before long."""
+        statement = "INSERT OR REPLACE INTO known VALUES (?, ?, ?, ?, ?, NULL, NULL)"
+        with contextlib.suppress(queue.Full):
+            self._steps.put_nowait(([(statement, (*key, " ".join(usernames), value, confirmed_at))], None))
+
+    def take_back(self, key: Tuple[str, str], gone: Iterable[str], missing: Optional[Tuple[float, float]] = None) -> None:
+        """Forget the answer and the other logins of the users who are gone; with missing, only note that they are missing.
+
+        missing is (seconds, missing at). Returns when the file says so, or after a second.
+        """
+        kind, name = key
+        statements: _Statements
+        if missing:
+            seconds, missing_at = missing
+            others = (
+                "UPDATE known SET missing_seconds = COALESCE(missing_seconds, 0), missing_at = ?"
+                " WHERE kind = 'login' AND usernames = ? AND name <> ?"
+            )
+            statements = [(others, (missing_at, username, name)) for username in gone]
+            itself = "UPDATE known SET missing_seconds = ?, missing_at = ? WHERE kind = ? AND name = ?"
+            statements.append((itself, (seconds, missing_at, kind, name)))
+        else:
+            others = "DELETE FROM known WHERE kind = 'login' AND usernames = ? AND name <> ?"
+            statements = [(others, (username, name)) for username in gone]
+            statements.append(("DELETE FROM known WHERE kind = ? AND name = ?", (kind, name)))
+        written = threading.Event()
+        try:
+            self._steps.put((statements, written), timeout=1)
+            written.wait(1)
+        except queue.Full:
+            log.warning("last-known: the disk is slow path=%s", self._path)
+
+    def close(self) -> None:
+        """Write what is waiting, for a second at the most."""
+        with contextlib.suppress(queue.Full):
+            self._steps.put_nowait(None)
+            self._thread.join(1)
+
+    def _open(self) -> sqlite3.Connection:
+        _create_database_file(self._path)
+        os.chmod(self._path, 0o600)
+        connection = connect_database(self._path, 1)
+        try:
+            for statement in self.SCHEMA:
+                connection.execute(statement)
+            if connection.execute("SELECT origin FROM origin").fetchall() != [(self._origin,)]:
+                for statement in ("DELETE FROM origin", "DELETE FROM known"):
+                    connection.execute(statement)
+                connection.execute("INSERT INTO origin VALUES (?)", (self._origin,))
+        except sqlite3.Error:
+            connection.close()
+            raise
+        return connection
+
+    def _begin_anew(self, exc: Exception) -> None:
+        log.warning(
+            "last-known: begun anew, what was known before a restart is forgotten path=%s reason=%s", self._path, f'"{exc}"'
+        )
+        with contextlib.suppress(OSError):
+            os.unlink(self._path)
+
+    def _write(self) -> None:
+        steps: List[Any] = []
+        while None not in steps:
+            steps = [self._steps.get()]
+            with contextlib.suppress(queue.Empty):
+                while len(steps) < 1000:
+                    steps.append(self._steps.get_nowait())
+            try:
+                with contextlib.closing(self._open()) as connection:
+                    urgent = any(
+                        step and step[1] for step in steps
+                    )  # somebody lost a right, and a power failure must not undo that
+                    connection.execute(f"PRAGMA synchronous = {'FULL' if urgent else 'OFF'}")
+                    connection.execute("BEGIN IMMEDIATE")
+                    for statements, _ in filter(None, steps):
+                        for statement, parameters in statements:
+                            connection.execute(statement, parameters)
+                    excess = connection.execute("SELECT count(*) FROM known").fetchone()[0] - self._max_entries
+                    if excess > 0:
+                        oldest = "SELECT kind || ' ' || name FROM known ORDER BY confirmed_at LIMIT ?"
+                        connection.execute(f"DELETE FROM known WHERE kind || ' ' || name IN ({oldest})", (excess,))  # noqa: S608
+                    connection.execute("COMMIT")
+            except Exception as exc:
+                self._begin_anew(exc)
+            for _, written in filter(None, steps):
+                if written:
+                    written.set()
 
 
 # ---------------------------------------------------------------------------------------------------------------------------------
@@ -916,7 +1145,13 @@ class Database:
 class User(NamedTuple):
     username: str  # lower-cased
     email: str  # primary e-mail, normalised; "" if there is none that counts
-    enabled: bool
+    enabled: bool  # may log in and send
+    locked_out: bool = False  # by guessed passwords, which anybody can bring about: still receives
+    federated: bool = False  # from a user storage behind Keycloak, such as LDAP
+
+    @property
+    def receives(self) -> bool:
+        return self.enabled or self.locked_out
 
 
 class Login(NamedTuple):
@@ -924,6 +1159,7 @@ class Login(NamedTuple):
 
     username: str
     state: str  # "enabled", "disabled", "missing", or "ambiguous": one user's name and another's e-mail
+    federated: bool = False
 
 
 Users = Tuple[User, ...]
@@ -1189,31 +1425,87 @@ class KeycloakApi:
             raise DirectoryUnavailable(self.message("the answer is not JSON")) from exc
 
 
+class Outage:
+    """Whether Keycloak counts as away: from so many failures in a row until the first success. One line in the log each way."""
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self.suspected = threading.Event()  # wakes the probe
+        self.established = False  # read without the lock: a moment's delay is no harm
+        self._clock = clock
+        self._lock = threading.Lock()  # guards the fields below, and the writing of established
+        self._failures = 0
+        self._said = ""  # what the log says of this outage
+        self._since = 0.0
+        self._kept = 0
+        self._deferred = 0
+
+    def note_failure(self, error: DirectoryUnavailable) -> None:
+        """A request to Keycloak failed. What an administrator must mend is an outage at once."""
+        with self._lock:
+            self._failures += 1
+            begins = not self.established and (self._failures >= OUTAGE_FAILURES or isinstance(error, DirectoryMisconfigured))
+            if self._failures == 1:
+                self._since, self._kept, self._deferred = self._clock(), 0, 0
+            self.established = self.established or begins
+            is_new = begins or (isinstance(error, DirectoryMisconfigured) and str(error) != self._said)
+            self._said = str(error) if is_new else self._said
+            established = self.established
+        self.suspected.set()
+        if is_new:
+            log.log(logging.ERROR if isinstance(error, DirectoryMisconfigured) else logging.WARNING, "%s", error)
+        elif not established:
+            log.info("%s", error)
+
+    def note_success(self, message: Callable[[str], str]) -> None:
+        """A request to Keycloak was answered."""
+        if not self._failures:  # read without the lock: the common case
+            return
+        with self._lock:
+            self._failures, self._said, ends, self.established = 0, "", self.established, False
+            seconds, kept, deferred = self._clock() - self._since, self._kept, self._deferred
+        if ends:
+            log.warning("%s", message(f"answers again, after {seconds:.0f} s, {kept} answers were kept ones, {deferred} deferred"))
+
+    def count_answer(self, *, kept: bool) -> None:
+        """An answer that Keycloak should have given was a kept one, or there was none."""
+        with self._lock:
+            self._kept += kept
+            self._deferred += not kept
+
+
 class KeycloakDirectory:
     """Users by e-mail or username from Keycloak."""
 
     def __init__(self, config: KeycloakConfig) -> None:
+        self.outage = Outage()
         self._config = config
         self._api = KeycloakApi(config)
         self._queue: queue.SimpleQueue[Optional[_Lookup]] = queue.SimpleQueue()
         self._closed = threading.Event()
-        self._outage_began = threading.Event()  # wakes the self-check
         self._lock = threading.Lock()  # guards the two below
+        self._given_up = False
         self._pending: Dict[Tuple[str, str], _Lookup] = {}
-        self._outage: Optional[Tuple[float, int]] = None  # (since, lookups that failed), while Keycloak is away
+        self._canary_turn = threading.Condition()  # guards the three below
+        self._canaries_being_asked = False
+        self._canaries_there_at = -math.inf
+        self._canary_failure: Tuple[float, Optional[DirectoryUnavailable]] = (-math.inf, None)  # (asked at, how it failed)
         self._proof: Tuple[float, bool] = (-math.inf, True)  # when we last asked whether we see any user at all, and the answer
-        for number in range(MAX_DIRECTORY_REQUESTS):
+        for number in range(config.max_requests):
             threading.Thread(target=self._work, name=f"keycloak-{number}", daemon=True).start()
-        threading.Thread(target=self._check, name="keycloak-check", daemon=True).start()
+        threading.Thread(target=self._probe, name="keycloak-probe", daemon=True).start()
 
     def find_users(self, attribute: str, value: str, deadline: Deadline) -> Users:
         """All users whose "email" or "username" is value, which is normalised and not empty; disabled ones too.
 
-        Raises DirectoryUnavailable, at the deadline at the latest.
+        Raises DirectoryUnavailable, at the deadline at the latest, and at once in an established outage.
         Source: Keycloak admin REST interface, GET /admin/realms/{realm}/users with exact and briefRepresentation.
         """
+        if self.outage.established:
+            raise DirectoryUnavailable(self._message("away"))
         key = (attribute, value)
         with self._lock:
+            if self._given_up:
+                raise DirectoryUnavailable(self._message("shutting down"))
             lookup = self._pending.get(key)
             if lookup is None:
                 if self._queue.qsize() >= MAX_DIRECTORY_WAITING:
@@ -1221,17 +1513,17 @@ class KeycloakDirectory:
                 lookup = self._pending[key] = _Lookup(attribute, value, deadline)
                 self._queue.put(lookup)
         if not lookup.done.wait(max(0.0, deadline - time.monotonic())):
-            self._forget(lookup)  # who asks from now on does not wait for this one too
             error = DirectoryUnavailable(self._message(f"no answer within {self._config.timeout_seconds:g} s"))
-            self._note_failure(error)
+            self._end(lookup, error)  # who asks from now on does not wait for this one too
             raise error
         if lookup.error is not None:
             raise DirectoryUnavailable(str(lookup.error)) from lookup.error
         return lookup.users
 
     def give_up(self) -> None:
-        """Fail every pending lookup now: at shutdown nobody waits longer."""
+        """Fail every lookup from now on, those pending too: at shutdown nobody waits longer."""
         with self._lock:
+            self._given_up = True
             pending, self._pending = list(self._pending.values()), {}
         for lookup in pending:
             lookup.error = lookup.error or DirectoryUnavailable(self._message("shutting down"))
@@ -1240,14 +1532,20 @@ class KeycloakDirectory:
     def close(self) -> None:
         """End the threads, the workers after what is queued."""
         self._closed.set()
-        self._outage_began.set()
-        for _ in range(MAX_DIRECTORY_REQUESTS):
+        self.outage.suspected.set()
+        for _ in range(self._config.max_requests):
             self._queue.put(None)
 
-    def _forget(self, lookup: _Lookup) -> None:
+    def _end(self, lookup: _Lookup, error: Optional[DirectoryUnavailable]) -> None:
+        """Take the lookup out of those under way; the first who does so notes how it went, so that a failure counts once."""
         with self._lock:
-            if self._pending.get((lookup.attribute, lookup.value)) is lookup:
-                del self._pending[(lookup.attribute, lookup.value)]
+            if self._pending.get((lookup.attribute, lookup.value)) is not lookup:
+                return
+            del self._pending[(lookup.attribute, lookup.value)]
+        if error is None:
+            self.outage.note_success(self._message)
+        elif not isinstance(error, NoSingleAnswer):
+            self.outage.note_failure(error)
 
     # ---- worker threads
 
@@ -1267,11 +1565,7 @@ class KeycloakDirectory:
         except Exception as exc:  # a bug or bytes nobody thought of: an outage for this question, never the end of the worker
             log.error("directory: internal error %s", _describe_exception(exc))
             lookup.error = DirectoryUnavailable(self._message("internal error"))
-        self._forget(lookup)
-        if lookup.error is not None:
-            self._note_failure(lookup.error)
-        else:
-            self._note_success()
+        self._end(lookup, lookup.error)
         lookup.done.set()
 
     def _search(self, session: requests.Session, lookup: _Lookup) -> Users:
@@ -1284,13 +1578,61 @@ class KeycloakDirectory:
             records = self._api.get_users(session, lookup.deadline, **query)
             matches = [record for record in records if self._matches(record, lookup)]
             if len(records) >= MAX_DIRECTORY_MATCHES and not matches:
-                raise DirectoryUnavailable(self._message(f"{len(records)} users for one {lookup.attribute} and no exact match"))
+                raise NoSingleAnswer(self._message(f"{len(records)} users for one {lookup.attribute} and no exact match"))
+            if any(record.get("enabled") is False for record in matches):
+                # Why a user is disabled is an attribute, which Keycloak 26.0 leaves out of the brief form.
+                records = self._api.get_users(session, lookup.deadline, **{**query, "briefRepresentation": "false"})
+                matches = [record for record in records if self._matches(record, lookup)]
             found.update(
                 (user.username, user) for user in map(self._to_user, matches) if user.email or lookup.attribute == "username"
             )
-        if not found:
-            self._prove_that_we_see_users(session, lookup.deadline)
+        if not any(user.enabled for user in found.values()):
+            answered_at = time.monotonic()
+            if not found:
+                self._prove_that_we_see_users(session, lookup.deadline)
+            if self._config.canary:
+                self._ask_canaries(session, lookup.deadline, answered_at)
         return tuple(found.values())
+
+    def _ask_canaries(self, session: requests.Session, deadline: Deadline, answered_at: float) -> None:
+        """Raise DirectoryUnavailable unless every canary is there, asked after a negative answer or shortly before it.
+
+        While its user storage is down Keycloak may say of anybody that he is missing or disabled, and then of the canaries too. One
+        thread asks, the others that need it wait.
+        """
+        with self._canary_turn:
+            while self._canaries_being_asked and self._canaries_there_at < answered_at - CANARY_SECONDS:
+                if not self._canary_turn.wait(max(0.0, deadline - time.monotonic())):
+                    raise DirectoryUnavailable(self._message("timed out waiting for the canaries"))
+                asked_at, error = self._canary_failure
+                if error and asked_at >= answered_at:
+                    raise DirectoryUnavailable(str(error))
+            if self._canaries_there_at >= answered_at - CANARY_SECONDS:
+                return
+            self._canaries_being_asked = True
+        asked_at = time.monotonic()
+        failure: Optional[DirectoryUnavailable] = DirectoryUnavailable(self._message("the canaries could not be asked"))
+        try:
+            for address in self._config.canary:
+                records = self._api.get_users(session, deadline, email=address, exact="true", briefRepresentation="true", max="2")
+                if not any(
+                    normalise_address(self._string(each, "email")).text == address and each.get("enabled") is True
+                    for each in records
+                ):
+                    raise DirectoryUnavailable(
+                        self._message(f"canary <{address}> is missing or disabled, no such answer is believed")
+                    )
+            failure = None
+        except DirectoryUnavailable as exc:
+            failure = exc
+            raise
+        finally:
+            with self._canary_turn:
+                self._canaries_being_asked = False
+                self._canary_failure = (asked_at, failure)
+                if failure is None:
+                    self._canaries_there_at = asked_at
+                self._canary_turn.notify_all()
 
     def _prove_that_we_see_users(self, session: requests.Session, deadline: Deadline) -> None:
         """Raise DirectoryMisconfigured where an empty answer proves nothing: with the role query-users alone every search is empty.
@@ -1325,7 +1667,10 @@ class KeycloakDirectory:
         is_service_account = bool(record.get("serviceAccountClientId")) or username.startswith("service-account-")
         if is_service_account or (self._config.require_verified_email and not verified):
             email = ""
-        return User(username, normalise_address(email).text, enabled)
+        attributes = record.get("attributes")
+        reason = attributes.get("disabledReason") if isinstance(attributes, dict) else None
+        locked_out = not enabled and reason in ("permanentLockout", ["permanentLockout"]) and self._config.receive_when_locked_out
+        return User(username, normalise_address(email).text, enabled, locked_out, bool(record.get("federationLink")))
 
     def _string(self, record: Mapping[str, Any], name: str) -> str:
         value = record.get(name)
@@ -1336,48 +1681,33 @@ class KeycloakDirectory:
     def _message(self, what: str) -> str:
         return self._api.message(what)
 
-    # ---- the self-check: at start, and in an outage until it is over
+    # ---- the probe: a self-check at start, and from the first failure on until Keycloak answers
 
-    def _check(self) -> None:
+    def _probe(self) -> None:
         profile_seen = self._config.require_verified_email
+        pause = 0.0
         with _new_session(self._config.ca_file) as session:
-            while not self._closed.is_set():
-                self._outage_began.clear()
-                deadline = time.monotonic() + self._config.timeout_seconds
+            while True:
+                self.outage.suspected.clear()
+                if self._closed.is_set():
+                    return
+                deadline = time.monotonic() + min(self._config.timeout_seconds, PROBE_SECONDS)
                 try:
                     self._ask_for_any_user(session, deadline)
                     self._prove_that_we_see_users(session, deadline)
+                    if self._config.canary:
+                        self._ask_canaries(session, deadline, time.monotonic() + CANARY_SECONDS)
                     email_may_be_taken = not profile_seen and self._api.users_may_edit_email(session, deadline)
                 except Exception as exc:
-                    error = exc if isinstance(exc, DirectoryUnavailable) else DirectoryUnavailable(_describe_exception(exc))
-                    self._note_failure(error)
-                    self._closed.wait(CHECK_RETRY_SECONDS)
+                    self.outage.note_failure(exc if isinstance(exc, DirectoryUnavailable) else DirectoryUnavailable(str(exc)))
+                    pause = min(PROBE_PAUSE_SECONDS, pause * 2 or 0.25)
+                    self._closed.wait(pause * random.uniform(0.5, 1))  # noqa: S311  jitter, so that many hosts do not ask at once
                     continue
-                self._note_success()
+                self.outage.note_success(self._message)
                 if email_may_be_taken:
                     log.error("%s", self._message(EMAIL_MAY_BE_TAKEN))
-                profile_seen = True
-                self._outage_began.wait()
-
-    # ---- one line when an outage begins, one when it ends
-
-    def _note_failure(self, error: DirectoryUnavailable) -> None:
-        with self._lock:
-            since, failures = self._outage or (time.monotonic(), 0)
-            self._outage = (since, failures + 1)
-        if failures == 0:
-            log.log(logging.ERROR if isinstance(error, DirectoryMisconfigured) else logging.WARNING, "%s", error)
-            self._outage_began.set()
-
-    def _note_success(self) -> None:
-        if self._outage is None:  # read without the lock: the common case, and a late line is no harm
-            return
-        with self._lock:
-            outage, self._outage = self._outage, None
-        if outage:
-            log.warning(
-                "%s", self._message(f"answers again, after {time.monotonic() - outage[0]:.0f} s and {outage[1]} failed lookups")
-            )
+                profile_seen, pause = True, 0.0
+                self.outage.suspected.wait()
 
 
 def _to_unicode_domain(address: str) -> str:
@@ -1398,43 +1728,188 @@ def _describe_exception(exc: BaseException) -> str:
 
 
 class CachedDirectory:
-    """The directory behind the cache, as the decisions want it: who has this address, and whom does this login name."""
+    """The directory behind the cache, as the decisions want it: who has this address, and whom does this login name.
 
-    def __init__(self, directory: Any, policy: PolicyConfig, clock: Callable[[], float] = time.monotonic) -> None:
+    An answer is remembered for its time to live. A positive one is asked for again in the background when it is used near its end, and
+    serves on while Keycloak is away, until policy.stale_if_error_seconds after it was confirmed.
+    """
+
+    def __init__(
+        self,
+        directory: Any,
+        policy: PolicyConfig,
+        timeout_seconds: float,
+        last_known: Optional[LastKnown] = None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
         self._directory = directory
-        self._ttl_seconds = policy.cache_ttl_seconds
-        self._negative_ttl_seconds = policy.negative_cache_ttl_seconds
+        self._policy = policy
+        self._timeout_seconds = timeout_seconds
+        self._last_known = last_known
+        self._clock = clock
         self._cache: Cache[Any] = Cache(policy.cache_max_entries, clock)
+        self.closed = threading.Event()
+        self._confirmed = ("", -math.inf)  # the username that Keycloak confirmed last, and when
+        self._refreshes: queue.Queue[Optional[Tuple[str, str]]] = queue.Queue(MAX_REFRESHES_WAITING)
+        self._refreshing: Set[Tuple[str, str]] = set()  # what is in the queue; each use of a set is one atomic step
+        if last_known:
+            self._take_up(last_known)
+        threading.Thread(target=self._refresh, name="refresh", daemon=True).start()
+
+    def _take_up(self, last_known: LastKnown) -> None:
+        """Begin with what was known before: not fresh, but to be kept in an outage."""
+        now, wall_clock = self._clock(), time.time()
+        for kind, name, text, confirmed_at, missing_seconds, missing_at in last_known.load():
+            with contextlib.suppress(ValueError, TypeError):
+                value = Login(text, "enabled") if kind == "login" else tuple(User(*each) for each in json.loads(text))
+                confirmed = now - max(0.0, wall_clock - confirmed_at)
+                kept_until = confirmed + self._policy.stale_if_error_seconds
+                missing = None
+                if missing_seconds is not None and missing_at is not None:
+                    missing = Missing(missing_seconds, now - max(0.0, wall_clock - missing_at))
+                    kept_until = max(kept_until, missing.seen_at + self._policy.disappearance_grace_seconds)
+                self._cache.put((kind, name), Entry(value, True, confirmed, -math.inf, kept_until, missing))
 
     def find_holders(self, address: str, deadline: Deadline) -> Users:
         """The users whose primary e-mail this is, disabled ones too. Raises DirectoryUnavailable."""
-        holders: Optional[Users] = self._cache.get(("holders", address))
-        if holders is None:
-            holders = self._directory.find_users("email", address, deadline)
-            self._put(("holders", address), holders, any(user.enabled for user in holders))
+        holders: Users = self._find(("holders", address), deadline)
         return holders
 
     def find_login(self, sasl_username: str, deadline: Deadline) -> Login:
         """Whom sasl_username, lower-cased, names: a username or, where there is no such username, a primary e-mail."""
-        login: Optional[Login] = self._cache.get(("login", sasl_username))
-        if login is None:
-            named = self._directory.find_users("username", sasl_username, deadline)
-            address = normalise_address(sasl_username)
-            # user%domain and the like are names here, not addresses
-            may_be_email = address.is_plain and sasl_username.startswith(f"{address.local_part}@")
-            holders = self._directory.find_users("email", address.text, deadline) if may_be_email else ()
-            login = resolve_login(named, holders)
-            self._put(("login", sasl_username), login, login.state == "enabled")
+        login: Login = self._find(("login", sasl_username), deadline)
         return login
 
     def give_up(self) -> None:
+        """Fail every lookup from now on, those pending too."""
         self._directory.give_up()
 
     def close(self) -> None:
+        """End the threads; the directory gives no answer after this."""
+        self.closed.set()
         self._directory.close()
+        self._refreshes.put(None)
 
-    def _put(self, key: Tuple[str, str], value: Any, positive: bool) -> None:
-        self._cache.put(key, value, self._ttl_seconds if positive else self._negative_ttl_seconds, positive=positive)
+    def _find(self, key: Tuple[str, str], deadline: Deadline) -> Any:
+        entry = self._cache.get(key)
+        if entry is not None:
+            remaining = entry.fresh_until - self._clock()
+            if remaining > 0 and entry.missing:
+                raise Disappeared(f"directory: {key[1]} has disappeared")
+            if remaining > 0:
+                if entry.positive and remaining < REFRESH_AHEAD * self._policy.cache_ttl_seconds:
+                    self._refresh_soon(key)
+                return entry.value
+        try:
+            return self._ask(key, deadline)
+        except DirectoryUnavailable as exc:
+            kept = entry is not None and entry.positive and not entry.missing and not isinstance(exc, Disappeared)
+            self._directory.outage.count_answer(kept=kept)
+            if entry is not None and kept:
+                return entry.value
+            raise
+
+    def _ask(self, key: Tuple[str, str], deadline: Deadline) -> Any:
+        """Ask the directory itself, and remember the answer."""
+        kind, name = key
+        asked_at = self._clock()
+        if kind == "holders":
+            value: Any = self._directory.find_users("email", name, deadline)
+            positive = any(user.receives for user in value)
+            gone = {user.username for user in value if not user.enabled}
+            usernames = [user.username for user in value]
+            may_be_a_lie = not value or all(user.federated for user in value)
+        else:
+            value = self._ask_login(name, deadline)
+            positive = value.state == "enabled"
+            gone = set() if positive else {name}
+            usernames = [value.username]
+            may_be_a_lie = value.state == "missing" or value.federated
+        known = self._cache.get(key)
+        if positive:
+            self._confirmed = (usernames[0], asked_at)
+            self._keep(key, value, usernames, asked_at)
+            return value
+        doubtful = may_be_a_lie and self._policy.disappearance_grace_seconds > 0
+        if gone:  # who may not send any more may not do so under another of his names either
+            self._cache.revise(lambda entry: _take_back_login(entry, gone, Missing(0.0, asked_at) if doubtful else None))
+        if doubtful and known and known.positive:
+            self._defer_disappearance(key, known, gone, asked_at)
+        until = asked_at + self._policy.negative_cache_ttl_seconds
+        self._cache.put(key, Entry(value, False, asked_at, until, until))
+        if self._last_known and (gone or (known and known.positive)):
+            self._last_known.take_back(key, gone)
+        return value
+
+    def _keep(self, key: Tuple[str, str], value: Any, usernames: Sequence[str], asked_at: float) -> None:
+        policy = self._policy
+        kept_seconds = max(policy.cache_ttl_seconds, policy.stale_if_error_seconds)
+        self._cache.put(key, Entry(value, True, asked_at, asked_at + policy.cache_ttl_seconds, asked_at + kept_seconds))
+        if self._last_known:
+            text = value.username if key[0] == "login" else json.dumps(value)
+            self._last_known.remember(key, usernames, text, time.time())
+
+    def _defer_disappearance(self, key: Tuple[str, str], known: Entry[Any], gone: Set[str], asked_at: float) -> None:
+        """Raise Disappeared until Keycloak has said for long enough that a user is gone whom it knew; then log that it is believed.
+
+        The time counts only while it confirms other users: a realm whose storage is down, and which lies about everybody, never gets
+        there. Until then the answer is 451, neither the 550 of the lie nor what was known before.
+        """
+        policy = self._policy
+        seconds, seen_at = known.missing or (0.0, asked_at)
+        confirmed_username, confirmed_at = self._confirmed
+        known_usernames = [known.value.username] if key[0] == "login" else [user.username for user in known.value]
+        if confirmed_at > seen_at and confirmed_username not in known_usernames:
+            seconds += asked_at - seen_at
+        if seconds >= policy.disappearance_grace_seconds:
+            log.warning(
+                "directory: %s <%s> has been gone for %.0f s, believed from now on", key[0], escape_for_log(key[1]), seconds
+            )
+            return
+        missing = Missing(seconds, asked_at)
+        kept_until = asked_at + max(policy.stale_if_error_seconds, policy.disappearance_grace_seconds)
+        self._cache.put(
+            key, known._replace(fresh_until=asked_at + policy.negative_cache_ttl_seconds, kept_until=kept_until, missing=missing)
+        )
+        if self._last_known:
+            self._last_known.take_back(key, gone, (seconds, time.time()))
+        raise Disappeared(f"directory: {key[1]} has disappeared")
+
+    def _ask_login(self, sasl_username: str, deadline: Deadline) -> Login:
+        named = self._directory.find_users("username", sasl_username, deadline)
+        address = normalise_address(sasl_username)
+        # user%domain and the like are names here, not addresses
+        may_be_email = address.is_plain and sasl_username.startswith(f"{address.local_part}@")
+        holders = self._directory.find_users("email", address.text, deadline) if may_be_email else ()
+        return resolve_login(named, holders)
+
+    def _refresh_soon(self, key: Tuple[str, str]) -> None:
+        if key not in self._refreshing:
+            self._refreshing.add(key)
+            try:
+                self._refreshes.put_nowait(key)
+            except queue.Full:
+                self._refreshing.discard(key)
+
+    def _refresh(self) -> None:
+        while True:
+            key = self._refreshes.get()
+            if key is None:
+                return
+            try:
+                self._ask(key, time.monotonic() + self._timeout_seconds)
+            except DirectoryUnavailable:
+                pass  # the entry stays as it is
+            except Exception as exc:
+                log.error("directory: internal error %s", _describe_exception(exc))
+            self._refreshing.discard(key)
+
+
+def _take_back_login(entry: Entry[Any], gone: Set[str], missing: Optional[Missing]) -> Optional[Entry[Any]]:
+    """What remains of a kept login of somebody who is gone: with missing, one that is not kept until he is found again."""
+    if not isinstance(entry.value, Login) or entry.value.username not in gone:
+        return entry
+    return entry._replace(fresh_until=-math.inf, missing=entry.missing or missing) if missing else None
 
 
 def resolve_login(named: Users, holders: Users) -> Login:
@@ -1445,7 +1920,9 @@ def resolve_login(named: Users, holders: Users) -> Login:
     users = [user for user in named + holders if user.email]
     if not users:
         return Login("", "missing")
-    return Login(users[0].username, "enabled") if all(user.enabled for user in users) else Login("", "disabled")
+    if all(user.enabled for user in users):
+        return Login(users[0].username, "enabled")
+    return Login("", "disabled", any(user.federated for user in users))
 
 
 # ---------------------------------------------------------------------------------------------------------------------------------
@@ -1482,6 +1959,7 @@ class Owner(NamedTuple):
     username: str
     source: str  # "alias", "primary", "nobody", or why it is not known: "directory-unavailable", "database-unavailable"
     extension: str = ""  # what was cut off the address to find the owner, with its delimiter
+    is_certain: bool = True  # False for a primary e-mail while SQLite cannot say whether it is an alias as well
 
 
 class Facts:
@@ -1509,7 +1987,7 @@ LOCAL_SENDER_UNAUTHENTICATED = "553 5.7.1 Sending from local domains requires au
 SENDER_NOT_OWNED = "553 5.7.1 Sender not owned by authenticated user"
 DIRECTORY_FAILED = "451 4.3.0 Temporary authentication/lookup failure"
 INTERNAL_ERROR = "451 4.3.0 Temporary internal error"
-TOKEN_METHODS = frozenset({"xoauth2", "oauthbearer"})  # only these prove a Keycloak user; any other method is an app's
+TOKEN_METHODS = frozenset({"xoauth2", "oauthbearer"})  # a Keycloak token; by any other method the login may be an app's
 
 
 def accept(reason: str) -> Action:
@@ -1537,14 +2015,14 @@ def find_owner(address: Address, policy: PolicyConfig, facts: Facts) -> Owner:
             alias = facts.find_alias(spelling)
         except DatabaseUnavailable:
             database_failed = True
-        if alias and alias.enabled:
+        if alias and alias.enabled and alias.username:
             return Owner(alias.username, "alias", extension)
         try:
             holders = facts.find_holders(spelling)
         except DirectoryUnavailable:
             return Owner("", "directory-unavailable")
-        if any(user.enabled for user in holders):
-            return Owner(holders[0].username if len(holders) == 1 else "", "primary", extension)
+        if any(user.receives for user in holders):
+            return Owner(holders[0].username if len(holders) == 1 else "", "primary", extension, not database_failed)
         if alias:
             return Owner("", "nobody")
     return Owner("", "database-unavailable" if database_failed else "nobody")
@@ -1555,6 +2033,8 @@ def decide_recipient(recipient: Address, policy: PolicyConfig, facts: Facts) -> 
 
     DUNNO for an address that has an owner and for domains that are not ours, 550 when it has none, 451 when that is not known.
     """
+    # XXX: user%ours@elsewhere gets 550 if Postfix is not elsewhere and there is no such user of ours: an address form that nobody has
+    # used in this century. Knowing $mydestination would end that.
     ours = policy.domain | {policy.mailbox_domain}
     recipient = next((step for step in routing_steps(recipient) if step.domain in ours), recipient)
     if policy.mailbox_domain and recipient.domain == policy.mailbox_domain:
@@ -1631,8 +2111,8 @@ def _decide_user(sasl_username: str, sender: Address, policy: PolicyConfig, fact
         return accept(f"own-{owner.source}")
     if owner.source == "directory-unavailable":
         return _fail_sender(policy)
-    if owner.source == "database-unavailable":
-        return Action(INTERNAL_ERROR, owner.source)
+    if owner.source == "database-unavailable" or not owner.is_certain:
+        return Action(INTERNAL_ERROR, "database-unavailable")
     return Action(SENDER_NOT_OWNED, "sender-not-owned")
 
 
@@ -1788,24 +2268,22 @@ def encode_netstring(payload: bytes) -> bytes:
 # ---------------------------------------------------------------------------------------------------------------------------------
 
 
-def escape_for_log(text: str) -> str:
-    """Text of a client for a log line: nothing in it can end the line, a quoted value or an address in angle brackets."""
-    text = text if len(text) <= 300 else text[:300] + "..."
-    if text.isprintable() and not re.search(r'[ <>"\\]', text):
-        return text
-    return "".join(f"\\x{ord(c):02x}" if c in ' <>"\\' else c if c.isprintable() else ascii(c)[1:-1] for c in text)
-
-
 class Service:
     """All that answers come from, for one configuration. A reload makes a new one and swaps it in."""
 
-    def __init__(self, config: Config) -> None:
+    def __init__(self, config: Config, old: Optional[Service] = None) -> None:
         self.config = config
         self.policy = config.policy
-        self.database = Database(config.sqlite.path)
+        self.database: Database = old.database if old and old.config.sqlite == config.sqlite else Database(config.sqlite.path)
         self.timeout_seconds = config.keycloak.timeout_seconds if config.keycloak else 1.0
         directory: Any = KeycloakDirectory(config.keycloak) if config.keycloak else StaticDirectory(config.static_users or {})
-        self.directory = CachedDirectory(directory, config.policy)
+        self.last_known: Optional[LastKnown] = None
+        if config.keycloak:
+            path = os.path.join(os.path.dirname(config.sqlite.path), "last-known.db")
+            origin = (path, f"{config.keycloak.base_url} {config.keycloak.realm}", config.policy.cache_max_entries)
+            same = old.last_known if old else None
+            self.last_known = same if same and same.identity == origin else LastKnown(*origin)
+        self.directory = CachedDirectory(directory, config.policy, self.timeout_seconds, self.last_known)
 
 
 class LiveFacts(Facts):
@@ -1819,7 +2297,9 @@ class LiveFacts(Facts):
         return self._service.database.find_alias(address.text)
 
     def find_app(self, app_id: str, sender: Address) -> Optional[App]:
-        return self._service.database.find_app(app_id, sender.text)
+        if not app_id.isprintable():
+            return None
+        return self._service.database.find_app(app_id, sender.text if sender.text.isprintable() else " ")  # which is never stored
 
     def find_holders(self, address: Address) -> Users:
         return self._service.directory.find_holders(address.text, self._deadline)
@@ -2061,6 +2541,9 @@ def bind_socket(path: str, key: str, sockets: SocketsConfig) -> socket.socket:
                 os.umask(0o777)
                 listener.bind(path)
                 _hand_over_socket(path, uid, gid, sockets.socket_mode)
+    except StartError:
+        listener.close()
+        raise
     except OSError as exc:
         listener.close()
         raise StartError(f"{key}: {path!r} cannot be made: {exc.strerror or exc}{_socket_hint(exc, path)}") from exc
@@ -2081,9 +2564,12 @@ def drop_privileges(user: str) -> None:
     if os.geteuid() != 0 or not user:
         return
     entry = pwd.getpwnam(user)
-    os.initgroups(user, entry.pw_gid)
-    os.setresgid(entry.pw_gid, entry.pw_gid, entry.pw_gid)
-    os.setresuid(entry.pw_uid, entry.pw_uid, entry.pw_uid)
+    try:
+        os.initgroups(user, entry.pw_gid)
+        os.setresgid(entry.pw_gid, entry.pw_gid, entry.pw_gid)
+        os.setresuid(entry.pw_uid, entry.pw_uid, entry.pw_uid)
+    except OSError as exc:
+        raise StartError(f"daemon.user: cannot become {user!r}: {exc.strerror}") from exc
     if entry.pw_uid == 0:
         return
     try:
@@ -2101,6 +2587,7 @@ class Daemon:
     def __init__(self, config: Config) -> None:
         self._config = config
         self._servers: List[Server] = []
+        self._retired: List[CachedDirectory] = []  # of configurations that a reload replaced, until they are closed
 
     def run(self) -> None:
         """Serve until a signal says stop; raises StartError if that cannot begin."""
@@ -2147,7 +2634,7 @@ class Daemon:
     def _open_database(self) -> None:
         path = self._config.sqlite.path
         try:
-            done = prepare_database(path)
+            done = prepare_database(path, DATABASE_BUSY_SECONDS)
             if done:
                 log.warning("database: %s path=%s", "created, there was none" if done == "created" else done, path)
             Database(path).check()
@@ -2175,11 +2662,22 @@ class Daemon:
         for block in ("sockets", "daemon"):
             if getattr(config, block) != getattr(self._config, block):
                 log.warning("config: %s: a change here needs a restart", block)
-        service, old_service = Service(config), self._servers[0].service
+        old_service = self._servers[0].service
+        try:
+            service = Service(config, old_service)
+        except RuntimeError as exc:  # no more threads to be had
+            log.error("daemon: reload refused, the old configuration stays in force reason=%s", f'"{exc}"')
+            return
         self._config = config
         for server in self._servers:
             server.service = service
-        old_service.directory.close()
+        # Requests that began with the old one may still look something up there, for as long as one request may take.
+        self._retired = [directory for directory in self._retired if not directory.closed.is_set()] + [old_service.directory]
+        timer = threading.Timer(2 * old_service.timeout_seconds, old_service.directory.close)
+        timer.daemon = True
+        timer.start()
+        if old_service.last_known and old_service.last_known is not service.last_known:
+            old_service.last_known.close()
         log.info("daemon: reloaded config=%s", config.path)
 
     def _stop(self, received: signal.Signals, listeners: Sequence[socket.socket]) -> None:
@@ -2192,9 +2690,13 @@ class Daemon:
         for server in self._servers:
             server.stop_accepting()
         if not all(server.wait_for_connections(started + SHUTDOWN_LOOKUP_SECONDS) for server in self._servers):
-            self._servers[0].service.directory.give_up()
+            for directory in (self._servers[0].service.directory, *self._retired):
+                directory.give_up()
         if not all(server.wait_for_connections(started + SHUTDOWN_TOTAL_SECONDS) for server in self._servers):
             log.warning("daemon: connections cut off at the end of the time to stop")
+        last_known = self._servers[0].service.last_known
+        if last_known:
+            last_known.close()
         log.info("daemon: stopped")
 
     @staticmethod

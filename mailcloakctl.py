@@ -40,7 +40,7 @@ import mailcloak
 
 Columns = Dict[str, Callable[[Any], str]]  # the columns of a table, each with the function that makes its value readable
 
-EXIT_DONE, EXIT_REFUSED, EXIT_USAGE, EXIT_LIMIT = 0, 1, 2, 3
+EXIT_DONE, EXIT_REFUSED = 0, 1  # 2 is argparse's; 3 is kept for safety limits
 BUSY_SECONDS = 60.0  # how long to wait for another mailcloakctl that is writing
 GENERATED_TOKEN_BYTES = 32
 GENERATED_ITERATIONS = 4096  # 256 random bits cannot be guessed, however fast a guess is checked
@@ -232,7 +232,7 @@ def open_database(path: str, *, create: bool) -> sqlite3.Connection:
     except OSError as exc:
         raise Refused(f"database {path!r}: {exc.strerror}{database_hint(exc, path)}") from exc
     try:
-        done = mailcloak.prepare_database(path)
+        done = mailcloak.prepare_database(path, BUSY_SECONDS)
         if done:
             say(f"database {path} {done}")
         database = mailcloak.connect_database(path, BUSY_SECONDS)
@@ -250,6 +250,8 @@ def database_hint(exc: BaseException, path: str) -> str:
         return "; another program is writing, try again when it is done"
     if os.path.isdir(path):
         return "; this is a directory, name the file in it with --db or sqlite.path"
+    if "full" in str(exc):
+        return "; make room on its disk and try again"
     readable = os.access(path, os.R_OK | os.W_OK) and os.access(os.path.dirname(path), os.W_OK | os.X_OK)
     if not readable:
         return f"; run mailcloakctl as {owner_name(path)}, whose database this is, or as root"
@@ -672,8 +674,10 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     options, rest = parser.parse_known_args(argv, defaults)
     if rest:
         take_late_token(parser, options, rest)
-    if options.config and options.db:
+    if options.config is not None and options.db is not None:
         parser.error("--config and --db both name the database, give one of them")
+    if "" in (options.config, options.db):
+        parser.error("--config or --db is empty, it must name a file")
     repair_streams()
     try:
         run_command(options)

@@ -14,6 +14,7 @@ import re
 import shutil
 import signal
 import socket
+import stat
 import subprocess
 import sys
 import tempfile
@@ -185,8 +186,9 @@ def demo() -> int:
 
 def run() -> int:
     RUN_DIR.mkdir(mode=0o700, exist_ok=True)
-    if RUN_DIR.stat().st_uid != os.getuid():
-        sys.exit(f"{RUN_DIR} belongs to somebody else, remove it")
+    status = RUN_DIR.lstat()
+    if status.st_uid != os.getuid() or not stat.S_ISDIR(status.st_mode):
+        sys.exit(f"{RUN_DIR} is not a folder of yours, remove it")
     config = write_config(RUN_DIR)
     run_ctl(config, "aliases", "add", "info@demo.test", "alice")
     python = Path(sys.executable)

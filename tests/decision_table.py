@@ -250,6 +250,8 @@ ROWS = [
     _app("owner-outage", "owned", "scan@d1.test", DIRECTORY, keycloak="down"),
     _app("owner-outage-all-pass", "owned", "scan@d1.test", DUNNO, keycloak="down", policy=ALL_PASS),
     _app("owner-outage-recipients-pass", "owned", "scan@d1.test", DIRECTORY, keycloak="down", policy=RECIPIENTS_PASS),
+    _app("sender-not-utf8", "printer", "scan\udcff@d1.test", NOT_OWNED),
+    _app("name-not-utf8", "printer\udcff", "scan@d1.test", NOT_OWNED),
     _app("outage", "printer", "scan@d1.test", DUNNO, keycloak="down"),
     _app("database-broken", "printer", "scan@d1.test", INTERNAL, database="broken"),
     _app("database-broken-user-by-password", "alice", "alice@d1.test", INTERNAL, database="broken"),
@@ -319,7 +321,7 @@ ROWS = [
     _token("outage-all-pass", "alice", "bob@d1.test", DUNNO, keycloak="down", policy=ALL_PASS),
     _token("database-broken-primary", "alice", "alice@d1.test", DUNNO, database="broken"),
     _token("database-broken-alias", "alice", "info@d1.test", INTERNAL, database="broken"),
-    _token("database-broken-somebody-elses", "alice", "bob@d1.test", NOT_OWNED, database="broken"),
+    _token("database-broken-somebody-elses", "alice", "bob@d1.test", INTERNAL, database="broken"),
     # ---- section 4, states and contexts
     Row("state-data", {"protocol_state": "DATA", "recipient": "stranger@d1.test", "sender": "alice@d1.test"}, DUNNO),
     Row("state-end-of-message", {"protocol_state": "END-OF-MESSAGE", "sender": "alice@d1.test"}, DUNNO),

@@ -133,6 +133,11 @@ class KeycloakStandIn:
         self._server.shutdown()
         self._server.server_close()
 
+    def stop_listening(self):
+        """Before a start: leave the port to somebody else."""
+        self._stopping.set()
+        self._server.server_close()
+
     def __enter__(self):
         return self.start()
 
@@ -211,11 +216,17 @@ class _Handler(BaseHTTPRequestHandler):
         pass
 
     def do_POST(self):
+        if self.keycloak.wait(0):  # stopped: a kept connection gets no answer either
+            self.close_connection = True
+            return
         with self.keycloak.counted():
             self._post()
         self.wfile.flush()
 
     def do_GET(self):
+        if self.keycloak.wait(0):
+            self.close_connection = True
+            return
         with self.keycloak.counted():
             self._get()
         self.wfile.flush()

@@ -136,20 +136,28 @@ def test_older_file_is_migrated_with_every_row_and_a_copy_beside_it(make_daemon,
     with contextlib.closing(sqlite3.connect(copy)) as database:
         assert database.execute("PRAGMA user_version").fetchone() == (1,)
         assert database.execute("SELECT * FROM apps").fetchall() == [("printer", "{X}hash", 1, 1700000002)]
-    assert stat.S_IMODE(os.stat(copy).st_mode) == 0o640
+    assert stat.S_IMODE(os.stat(copy).st_mode) == 0o604
     assert "migrated" not in daemon.ctl("aliases", "list").stderr
+
+
+def test_copy_of_an_earlier_migration_is_not_overwritten(tmp_path):
+    path = tmp_path / "state.db"
+    (tmp_path / "state.db.version-1").write_text("precious")
+    sql(path, *VERSION_1)
+    assert mailcloak.prepare_database(str(path), 5).endswith("state.db.version-1.1")
+    assert (tmp_path / "state.db.version-1").read_text() == "precious"
 
 
 def test_migration_that_fails_halfway_leaves_the_file_as_it_was(tmp_path, monkeypatch):
     path = tmp_path / "state.db"
     sql(path, *VERSION_1)
     before = rows_of(path)
-    monkeypatch.setattr(mailcloak, "ADDED_COLUMNS", (*mailcloak.ADDED_COLUMNS, (2, "apps", "x y z(", "TEXT")))
+    monkeypatch.setattr(mailcloak, "ADDED_COLUMNS", (*mailcloak.ADDED_COLUMNS, ("apps", "x y z(", "TEXT")))
     with pytest.raises(mailcloak.DatabaseUnavailable):
-        mailcloak.prepare_database(str(path))
+        mailcloak.prepare_database(str(path), 5)
     assert rows_of(path) == before
     monkeypatch.undo()
-    assert mailcloak.prepare_database(str(path)).startswith("migrated to schema version 2")
+    assert mailcloak.prepare_database(str(path), 5).startswith("migrated to schema version 2")
 
 
 def test_migration_by_two_at_once_happens_once(tmp_path):
@@ -158,7 +166,7 @@ def test_migration_by_two_at_once_happens_once(tmp_path):
     command = [
         sys.executable,
         "-c",
-        f"import sys; sys.path.insert(0, {str(ROOT)!r}); import mailcloak; print(mailcloak.prepare_database({str(path)!r}))",
+        f"import sys; sys.path.insert(0, {str(ROOT)!r}); import mailcloak; print(mailcloak.prepare_database({str(path)!r}, 30))",
     ]
     processes = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(4)]
     said = [process.communicate()[0] for process in processes]
@@ -204,7 +212,7 @@ def test_file_replaced_by_rename_is_noticed_on_a_kept_connection(static_daemon):
     client = static_daemon.socketmap()
     assert client.ask("alias info@d1.test") == "OK alice@d1.test"
     other = static_daemon.directory / "other.db"
-    mailcloak.prepare_database(str(other))
+    mailcloak.prepare_database(str(other), 5)
     sql(other, "INSERT INTO aliases (alias_email, username) VALUES ('info@d1.test', 'bob')")
     os.rename(other, static_daemon.database)
     assert client.ask("alias info@d1.test") == "OK bob@d1.test"
@@ -235,6 +243,19 @@ def test_broken_file_is_a_temporary_failure_until_it_is_back(static_daemon, faul
     path.write_bytes(good)
     assert maps.ask("alias info@d1.test") == "OK alice@d1.test"
     assert client.ask(recipient="info@d1.test") == "DUNNO"
+    log = static_daemon.log()
+    assert log.count("; answers that need it are deferred until it is mended") == 1
+    assert log.count("warning database: works again path=") == 1
+
+
+def test_older_file_put_in_place_of_ours_is_migrated(static_daemon):
+    client = static_daemon.policy()
+    ask = {"protocol_state": "MAIL", "sender": "scan@d1.test", "sasl_username": "printer", "sasl_method": "PLAIN"}
+    assert client.ask(**ask).startswith("553")
+    other = static_daemon.directory / "other.db"
+    sql(other, *VERSION_1)
+    os.rename(other, static_daemon.database)
+    assert client.ask(**ask) == "DUNNO"
 
 
 KILLED_WRITER = """

@@ -294,13 +294,16 @@ def test_reload_names_what_needs_a_restart(static_daemon):
     assert static_daemon.ask(recipient="alice@d1.test") == "DUNNO"
 
 
-def test_many_reloads_leave_no_threads_behind(keycloak_daemon):
-    def threads():
-        return len(os.listdir(f"/proc/{keycloak_daemon.process.pid}/task"))
+def test_many_reloads_leave_no_threads_behind(make_daemon, keycloak):
+    daemon = make_daemon(keycloak=keycloak.config(timeout_seconds=0.5)).start()
 
+    def threads():
+        return len(os.listdir(f"/proc/{daemon.process.pid}/task"))
+
+    assert daemon.ask(recipient="x@d1.test") == "550 5.1.1 No such user"
     before = threads()
     for _ in range(10):
-        keycloak_daemon.reload()
+        daemon.reload()
     wait_until(lambda: threads() <= before, what="end of the old lookup threads")
 
 
@@ -349,3 +352,33 @@ def test_backlog_takes_a_burst_that_the_daemon_has_no_time_for(static_daemon):
     for client in clients:
         client.close()
     assert static_daemon.ask(recipient="alice@d1.test") == "DUNNO"
+
+
+# ---- requests under way while the daemon changes
+
+
+def test_request_under_way_is_answered_across_a_reload(make_daemon, keycloak):
+    keycloak.add_user("alice", "alice@d1.test")
+    keycloak.latency_seconds = 0.5
+    daemon = make_daemon(keycloak=keycloak.config()).start()
+    client = daemon.policy()
+    own = {"sasl_username": "alice", "sasl_method": "XOAUTH2", "sender": "alice@d1.test", "recipient": "alice+x@d1.test"}
+    client.send(**own)  # four lookups, one after the other
+    wait_until(lambda: keycloak.searches)
+    daemon.reload()
+    started = time.monotonic()
+    assert client.receive() == "DUNNO"
+    assert time.monotonic() - started < 4
+
+
+def test_request_with_several_lookups_is_answered_at_the_end_after_a_reload_too(make_daemon, keycloak):
+    daemon = make_daemon(keycloak=keycloak.config(timeout_seconds=30), policy={"keycloak_failure_mode": "dunno-recipients"}).start()
+    keycloak.fault = "stall"
+    clients = [daemon.policy(), daemon.policy()]
+    clients[0].send(recipient="a@d1.test", sender="c@d1.test", sasl_username="e", sasl_method="XOAUTH2")
+    wait_until(lambda: keycloak.token_requests)
+    daemon.reload()
+    clients[1].send(recipient="b@d1.test", sender="d@d1.test", sasl_username="f", sasl_method="XOAUTH2")
+    daemon.process.terminate()
+    assert [client.receive() for client in clients] == ["451 4.3.0 Temporary authentication/lookup failure"] * 2
+    assert daemon.process.wait(10) == 0

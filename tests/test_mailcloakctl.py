@@ -78,7 +78,7 @@ def missing(tmp_path):
 @pytest.fixture
 def ctl(missing):
     """The command on an empty database."""
-    assert mailcloak.prepare_database(str(missing.path))
+    assert mailcloak.prepare_database(str(missing.path), 5)
     return missing
 
 
@@ -1037,3 +1037,10 @@ def test_config_that_is_missing_is_refused(tmp_path):
 
 def test_db_option_does_without_the_configuration(filled):
     assert "info@d1.test" in filled("aliases", "list").stdout
+
+
+@pytest.mark.parametrize("option", ["--db", "--config"])
+def test_option_that_is_empty_is_a_usage_error(option):
+    result = run_ctl(option, "", "aliases", "list", check=False)
+    assert result.returncode == 2
+    assert "it must name a file" in result.stderr

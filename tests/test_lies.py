@@ -1,0 +1,244 @@
+"""Keycloak says 200 and lies: disappearance grace, canaries, lockouts."""
+
+from __future__ import annotations
+
+import time
+
+import pytest
+from conftest import wait_until
+from test_outages import DEFER, NOT_OWNED, OWN, OWN_BY_EMAIL, REJECT, SHORT, make_plain
+
+import mailcloak
+
+BOB = mailcloak.User("bob", "bob@d1.test", True)
+ALICE_DISABLED = mailcloak.User("alice", "alice@d1.test", False)
+ALICE_DISABLED_BY_LDAP = mailcloak.User("alice", "alice@d1.test", False, federated=True)
+
+
+@pytest.fixture
+def plain():
+    """(directory behind the cache, what it asks, its clock), with alice known and a grace of an hour."""
+    for cached, directory, clock in make_plain(stale_if_error_seconds=100_000):
+        directory.users.append(BOB)
+        assert cached.find_holders("alice@d1.test", 0)
+        assert cached.find_login("alice", 0).state == "enabled"
+        yield cached, directory, clock
+
+
+def ask_both(cached):
+    """What the recipient check and the login of alice come to: "there", "gone" or "deferred"."""
+    answers = []
+    for ask, name in ((cached.find_holders, "alice@d1.test"), (cached.find_login, "alice")):
+        try:
+            answer = ask(name, 0)
+        except mailcloak.Disappeared:
+            answers.append("deferred")
+        else:
+            there = answer.state == "enabled" if isinstance(answer, mailcloak.Login) else any(user.enabled for user in answer)
+            answers.append("there" if there else "gone")
+    return tuple(answers)
+
+
+def pass_time(cached, clock, seconds, confirming):
+    """So many seconds in steps of 200, with bob confirmed in each if that is said."""
+    for _ in range(0, seconds, 200):
+        clock.now += 200
+        if confirming:
+            cached.find_holders("bob@d1.test", 0)
+        yield ask_both(cached)
+
+
+# ---- disappearance grace
+
+
+@pytest.mark.parametrize("users", [[BOB], [BOB, ALICE_DISABLED_BY_LDAP]], ids=["missing", "disabled-by-ldap"])
+def test_user_who_disappears_is_deferred_for_the_grace_and_then_believed_with_a_warning(plain, users, caplog):
+    cached, directory, clock = plain
+    directory.users = users
+    answers = list(pass_time(cached, clock, 3600, confirming=True))
+    assert set(answers) == {("deferred", "deferred")}
+    assert list(pass_time(cached, clock, 600, confirming=True))[-1] == ("gone", "gone")
+    assert sum("believed from now on" in record.message for record in caplog.records) == 2
+
+
+def test_user_disabled_in_keycloak_itself_is_believed_at_once(plain):
+    cached, directory, clock = plain
+    directory.users = [BOB, ALICE_DISABLED]
+    clock.now += 200
+    assert ask_both(cached) == ("gone", "gone")
+
+
+def test_realm_that_lies_about_everybody_never_runs_the_grace_out(plain):
+    cached, directory, clock = plain
+    directory.users = []
+    assert set(pass_time(cached, clock, 40_000, confirming=False)) == {("deferred", "deferred")}
+
+
+def test_time_in_which_nobody_else_is_confirmed_does_not_count(plain):
+    cached, directory, clock = plain
+    directory.users = [BOB]
+    assert set(pass_time(cached, clock, 3000, confirming=True)) == {("deferred", "deferred")}
+    assert set(pass_time(cached, clock, 10_000, confirming=False)) == {("deferred", "deferred")}
+    assert list(pass_time(cached, clock, 1200, confirming=True))[-1] == ("gone", "gone")
+
+
+def test_own_other_address_is_no_other_user(plain):
+    cached, directory, clock = plain
+    directory.users = [mailcloak.User("alice", "new@d1.test", True)]
+    for _ in range(40):
+        clock.now += 200
+        assert cached.find_holders("new@d1.test", 0)
+        with pytest.raises(mailcloak.Disappeared):
+            cached.find_holders("alice@d1.test", 0)
+
+
+def test_user_who_is_back_within_the_grace_is_there_at_once(plain):
+    cached, directory, clock = plain
+    users, directory.users = directory.users, [BOB]
+    assert set(pass_time(cached, clock, 2000, confirming=True)) == {("deferred", "deferred")}
+    directory.users = users
+    clock.now += 11
+    assert ask_both(cached) == ("there", "there")
+    directory.users = [BOB]
+    clock.now += 200
+    assert ask_both(cached) == ("deferred", "deferred")
+
+
+def test_user_who_disappeared_is_not_kept_in_an_outage(plain):
+    cached, directory, clock = plain
+    assert cached.find_login("alice@d1.test", 0).state == "enabled"
+    directory.users = [BOB]
+    clock.now += 200
+    assert ask_both(cached) == ("deferred", "deferred")
+    directory.down = True
+    clock.now += 200
+    for name in ("alice", "alice@d1.test"):
+        with pytest.raises(mailcloak.DirectoryUnavailable):
+            cached.find_login(name, 0)
+
+
+def test_start_of_the_grace_outlives_a_restart(make_daemon, keycloak):
+    for name in ("alice", "bob"):
+        keycloak.add_user(name, f"{name}@d1.test")
+    policy = {**SHORT, "negative_cache_ttl_seconds": 0.2, "disappearance_grace_seconds": 3}
+    daemon = make_daemon(keycloak=keycloak.config(), policy=policy).start()
+    assert (daemon.ask(recipient="alice@d1.test"), daemon.ask(**OWN), daemon.ask(**OWN_BY_EMAIL)) == ("DUNNO",) * 3
+    keycloak.users.remove(keycloak.user("alice"))
+    started = time.monotonic()
+
+    def ask():
+        assert daemon.ask(recipient="bob@d1.test") == "DUNNO"
+        return daemon.ask(recipient="alice@d1.test")
+
+    wait_until(lambda: ask() == DEFER)
+    while time.monotonic() - started < 2:
+        assert ask() == DEFER
+    assert daemon.ask(**OWN) == DEFER
+    daemon.process.kill()
+    daemon.process.wait()
+    daemon.start()
+    assert ask() == DEFER
+    restarted = time.monotonic()
+    wait_until(lambda: ask() == REJECT)
+    assert time.monotonic() - restarted < 2.5  # of the three seconds two had passed
+    daemon.wait_for_log("believed from now on")
+
+
+# ---- canaries
+
+
+@pytest.fixture
+def canary_daemon(make_daemon, keycloak):
+    """A daemon with two canaries; alice and bob are there."""
+    for name in ("alice", "bob", "canary1", "canary2"):
+        keycloak.add_user(name, f"{name}@d1.test")
+    canary = ["canary1@d1.test", "canary2@d1.test"]
+    return make_daemon(keycloak=keycloak.config(canary=canary), policy={**SHORT, "disappearance_grace_seconds": 0}).start()
+
+
+def canary_searches(keycloak):
+    return [query["email"] for query in keycloak.searches if query.get("email", "").startswith("canary")]
+
+
+def test_negative_answer_is_believed_after_the_canaries_have_answered(canary_daemon, keycloak):
+    wait_until(lambda: ("profile", {}) in keycloak.requests)
+    keycloak.forget_requests()
+    assert canary_daemon.ask(recipient="alice@d1.test") == "DUNNO"
+    assert canary_searches(keycloak) == []
+    for number in range(5):
+        assert canary_daemon.ask(recipient=f"u{number}@d1.test") == REJECT
+    assert canary_searches(keycloak) in (
+        [],
+        ["canary1@d1.test", "canary2@d1.test"],
+    )  # none where those of the start are recent enough
+
+
+@pytest.mark.parametrize("fault", ["missing", "disabled"])
+def test_canary_that_is_missing_or_disabled_makes_it_an_outage(make_daemon, keycloak, fault):
+    for name in ("alice", "canary1", "canary2"):
+        keycloak.add_user(name, f"{name}@d1.test")
+    if fault == "missing":
+        keycloak.users.remove(keycloak.user("canary2"))
+    else:
+        keycloak.user("canary2")["enabled"] = False
+    keycloak.user("alice")["enabled"] = False
+    daemon = make_daemon(keycloak=keycloak.config(canary=["canary1@d1.test", "canary2@d1.test"])).start()
+    for recipient in ("alice@d1.test", "stranger@d1.test"):
+        assert daemon.ask(recipient=recipient) == DEFER
+    daemon.wait_for_log(r"canary <canary2@d1.test> is missing or disabled")
+    keycloak.add_user("canary3", "canary2@d1.test")
+    wait_until(lambda: daemon.ask(recipient="stranger@d1.test") == REJECT)
+    assert daemon.ask(recipient="alice@d1.test") == REJECT
+
+
+def test_storage_that_goes_down_later_rejects_nobody(canary_daemon, keycloak):
+    assert canary_daemon.ask(recipient="stranger@d1.test") == REJECT
+    users, keycloak.users = keycloak.users, keycloak.users[:1]
+    now = time.monotonic()
+    for number in range(100):
+        answer = canary_daemon.ask(recipient="alice@d1.test" if number % 2 else "bob@d1.test")
+        assert answer == DEFER or time.monotonic() - now < 5.5
+        if time.monotonic() - now > 6:
+            break
+        time.sleep(0.1)
+    keycloak.users = users
+    wait_until(lambda: canary_daemon.ask(recipient="alice@d1.test") == "DUNNO")
+
+
+def test_many_negative_answers_at_once_ask_the_canaries_once(make_daemon, keycloak):
+    keycloak.add_user("canary", "canary1@d1.test")
+    keycloak.latency_seconds = 0.2
+    daemon = make_daemon(keycloak=keycloak.config(canary="canary1@d1.test")).start()
+    wait_until(lambda: ("profile", {}) in keycloak.requests)
+    clients = [daemon.policy() for _ in range(30)]
+    for number, client in enumerate(clients):
+        client.send(recipient=f"u{number}@d1.test")
+    assert [client.receive() for client in clients] == [REJECT] * 30
+    assert len(canary_searches(keycloak)) <= 2
+
+
+# ---- lockout by guessed passwords
+
+
+@pytest.mark.parametrize(
+    ("reason", "changes", "answer"),
+    [
+        pytest.param(["permanentLockout"], {}, "DUNNO", id="locked-out"),
+        pytest.param(["permanentLockout"], {"receive_when_locked_out": False}, REJECT, id="locked-out-by-configuration"),
+        pytest.param(["somethingElse"], {}, REJECT, id="other-reason"),
+        pytest.param(None, {}, REJECT, id="no-reason"),
+    ],
+)
+def test_user_locked_out_by_guessed_passwords_receives_and_may_not_send(make_daemon, keycloak, reason, changes, answer):
+    keycloak.add_user("alice", "alice@d1.test", enabled=False, attributes={"disabledReason": reason} if reason else {})
+    daemon = make_daemon(keycloak=keycloak.config(**changes)).start()
+    assert daemon.ask(recipient="alice@d1.test") == answer
+    assert daemon.ask(recipient="alice+x@d1.test") == answer
+    assert (daemon.ask(**OWN), daemon.ask(**OWN_BY_EMAIL)) == (NOT_OWNED, NOT_OWNED)
+
+
+def test_why_a_user_is_disabled_is_asked_for_once(make_daemon, keycloak):
+    keycloak.add_user("alice", "alice@d1.test", enabled=False)
+    daemon = make_daemon(keycloak=keycloak.config()).start()
+    assert daemon.ask(recipient="alice@d1.test") == REJECT
+    assert [query["briefRepresentation"] for query in keycloak.searches] == ["true", "false"]
