@@ -61,6 +61,7 @@ class MailHost:
                     "recipient_delimiter": "+",
                     "cache_ttl_seconds": CACHE_SECONDS,
                     "negative_cache_ttl_seconds": CACHE_SECONDS,
+                    "disappearance_grace_seconds": 0,  # who moves or is deleted is believed at once
                     **(policy or {}),
                 },
                 "sqlite": {"path": str(state / "state.db")},
