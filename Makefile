@@ -4,13 +4,14 @@ VENV := .venv
 PYTEST_OPTIONS ?=
 OTHER_PYTHONS := 3.9 3.10 3.11 3.12 3.13
 
-.PHONY: demo run test lint test-all real-servers clean help
+.PHONY: demo run test lint test-all test-debian13 real-servers clean help
 help:
 	@echo 'make demo          start mailcloak on an embedded directory, ask it a dozen questions, show the answers'
 	@echo 'make run           leave that same daemon in the foreground, to be asked by hand'
 	@echo 'make test          run the tests; those of real servers where they are installed'
 	@echo 'make lint          ruff, mypy --strict, and a check that Python 3.9 suffices'
 	@echo 'make test-all      the tests without real servers on each Python of 3.9 to 3.13 that is installed'
+	@echo 'make test-debian13 run the tests on Debian 13 and examples/dovecot-2.4, in a tree of its own (root, debootstrap)'
 	@echo 'make real-servers  install the servers that the tests can use (root, apt)'
 
 demo: $(VENV)/run.stamp
@@ -37,6 +38,9 @@ test-all:
 				PYTEST_OPTIONS='-q -n 4 -m "not real and not long"' test || exit 1; \
 		else echo "== Python $$version is not installed here"; fi; \
 	done
+
+test-debian13:
+	@tests/real/debian13
 
 real-servers:
 	@tests/real/install
