@@ -1,4 +1,4 @@
-# mailcloak. Targets for people: demo, run, test; for developers: lint, test-all, real-servers (root, apt).
+# mailcloak. Targets for people: demo, run, test; for developers: lint, test-all, and as root real-servers (apt), test-debian13.
 PYTHON ?= python3
 VENV := .venv
 PYTEST_OPTIONS ?=

@@ -455,6 +455,7 @@ def show_token(options: argparse.Namespace, app_id: str, token: str) -> None:
     try:
         print(json.dumps({"app_id": app_id, "token": token}) if options.json else token, flush=True)
     except OSError as exc:
+        drop_output()
         raise Refused(f"the token cannot be shown: {exc.strerror}; nothing was changed, try again on a terminal") from exc
 
 

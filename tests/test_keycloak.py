@@ -243,11 +243,11 @@ def test_worker_is_free_again_soon_after_a_hanging_answer(keycloak, directory, f
     assert {type(lookup.exception()) for lookup in lookups} == {mailcloak.DirectoryUnavailable}
     keycloak.fault = None
     wait_until(lambda: not directory.outage.established)
-    with ThreadPoolExecutor(8) as pool:  # all eight workers must be back for this
-        keycloak.latency_seconds = 0.5
-        started = time.monotonic()
-        list(pool.map(lambda number: find(directory, "email", f"w{number}@d1.test", 3), range(8)))
-        assert time.monotonic() - started < 1.4
+    keycloak.forget_requests()
+    keycloak.latency_seconds = 0.5
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(lambda number: find(directory, "email", f"w{number}@d1.test", 5), range(8)))
+    assert keycloak.most_at_once == 8  # all eight are back
 
 
 @pytest.mark.parametrize(
@@ -350,7 +350,7 @@ def test_wrong_setting_that_shows_after_keycloak_is_up_is_an_error_line_too(make
     daemon = make_daemon(keycloak=keycloak.config(client_secret="wrong")).start()
     daemon.wait_for_log("warning directory: realm 'mail': connection refused")
     with KeycloakStandIn(port=keycloak.port):
-        daemon.wait_for_log("error directory: realm 'mail': token refused (HTTP 401 invalid_client)")
+        daemon.wait_for_log("error directory: realm 'mail': token refused (HTTP 401 ")
     assert daemon.log().count("token refused") == 1
 
 

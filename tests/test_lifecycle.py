@@ -40,6 +40,11 @@ def nobody_daemon(make_daemon, **blocks):
     return daemon
 
 
+def wait_for_self_check(keycloak):
+    """Until the daemon's own questions at start are answered, so that what comes next is a client's."""
+    wait_until(lambda: ("profile", {}) in keycloak.requests and keycloak.at_once == 0)
+
+
 # ---- sockets
 
 
@@ -215,10 +220,11 @@ def test_request_that_was_read_is_answered_before_the_end(keycloak_daemon, keycl
 
 def test_lookup_that_hangs_at_the_end_gets_the_failure_mode_after_three_seconds(make_daemon, keycloak):
     daemon = make_daemon(keycloak=keycloak.config(timeout_seconds=30)).start()
+    wait_for_self_check(keycloak)
     keycloak.fault = "stall"
     client = daemon.policy()
     client.send(recipient="alice@d1.test")
-    wait_until(lambda: keycloak.token_requests)
+    wait_until(lambda: keycloak.searches)
     started = time.monotonic()
     daemon.process.terminate()
     assert client.receive() == "451 4.3.0 Temporary authentication/lookup failure"
@@ -229,10 +235,11 @@ def test_lookup_that_hangs_at_the_end_gets_the_failure_mode_after_three_seconds(
 
 def test_second_signal_ends_at_once(make_daemon, keycloak):
     daemon = make_daemon(keycloak=keycloak.config(timeout_seconds=30)).start()
+    wait_for_self_check(keycloak)
     keycloak.fault = "stall"
     client = daemon.policy()
     client.send(recipient="alice@d1.test")
-    wait_until(lambda: keycloak.token_requests)
+    wait_until(lambda: keycloak.searches)
     daemon.process.terminate()
     daemon.wait_for_log("daemon: stopping")
     started = time.monotonic()
@@ -373,12 +380,17 @@ def test_request_under_way_is_answered_across_a_reload(make_daemon, keycloak):
 
 def test_request_with_several_lookups_is_answered_at_the_end_after_a_reload_too(make_daemon, keycloak):
     daemon = make_daemon(keycloak=keycloak.config(timeout_seconds=30), policy={"keycloak_failure_mode": "dunno-recipients"}).start()
+    wait_for_self_check(keycloak)
     keycloak.fault = "stall"
     clients = [daemon.policy(), daemon.policy()]
     clients[0].send(recipient="a@d1.test", sender="c@d1.test", sasl_username="e", sasl_method="XOAUTH2")
-    wait_until(lambda: keycloak.token_requests)
+    wait_until(lambda: keycloak.searches)
+    keycloak.fault = None
     daemon.reload()
+    wait_until(lambda: keycloak.requests.count(("profile", {})) == 2)
+    keycloak.fault = "stall"
     clients[1].send(recipient="b@d1.test", sender="d@d1.test", sasl_username="f", sasl_method="XOAUTH2")
+    wait_until(lambda: len(keycloak.searches) == 2)
     daemon.process.terminate()
     assert [client.receive() for client in clients] == ["451 4.3.0 Temporary authentication/lookup failure"] * 2
     assert daemon.process.wait(10) == 0

@@ -153,7 +153,7 @@ class PrivateDovecot:
         """Does a plain password log in to this service, by the word of doveadm auth test?"""
         path = f"{self.directory}/run/auth-client"
         result = self._run(
-            "doveadm", "auth", "test", "-a", path, "-x", f"service={service}", "-x", f"rip={new_source()}", username, password
+            "doveadm", "auth", "test", "-a", path, "-x", f"service={service}", "-x", f"rip={new_source()}", "--", username, password
         )
         assert result.returncode in (0, 77), f"{result}{self.log()}"
         return result.returncode == 0
