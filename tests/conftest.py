@@ -29,6 +29,7 @@ REAL_SERVERS = {
     "postfix": ("postfix", "postfix"),
     "dovecot": ("dovecot doveadm", "dovecot-core dovecot-imapd dovecot-lmtpd dovecot-sqlite"),
     "keycloak": ("java mvn", "default-jre-headless maven"),
+    "slapd": ("slapd slapadd", "slapd"),
     "root": ("", ""),
 }
 
