@@ -59,7 +59,6 @@ from typing import (
     Callable,
     Dict,
     FrozenSet,
-    Generic,
     Iterable,
     Iterator,
     List,
@@ -70,7 +69,6 @@ from typing import (
     Set,
     Tuple,
     Type,
-    TypeVar,
 )
 
 import idna  # a dependency of requests itself, so it is there wherever requests is
@@ -715,8 +713,6 @@ def format_mailbox(username: str, extension: str, domain: str) -> str:
 # a dictionary attack cannot make the daemon forget the users it knows. All handler threads enter here.
 # ---------------------------------------------------------------------------------------------------------------------------------
 
-_Value = TypeVar("_Value")
-
 
 class Missing(NamedTuple):
     """How long Keycloak has said that somebody is gone whom it knew before."""
@@ -725,10 +721,10 @@ class Missing(NamedTuple):
     seen_at: float  # when it said so last, of the cache's clock
 
 
-class Entry(NamedTuple, Generic[_Value]):
+class Entry(NamedTuple):
     """One remembered answer. A positive one is kept beyond its end, for an outage."""
 
-    value: _Value
+    value: Any
     positive: bool
     confirmed_at: float  # all three in seconds of the cache's clock
     fresh_until: float
@@ -736,7 +732,7 @@ class Entry(NamedTuple, Generic[_Value]):
     missing: Optional[Missing] = None  # of a positive answer that Keycloak takes back now
 
 
-class Cache(Generic[_Value]):
+class Cache:
     """A least-recently-used store with a time to live, in seconds of the clock passed in."""
 
     def __init__(self, max_entries: int, clock: Callable[[], float] = time.monotonic) -> None:
@@ -744,10 +740,10 @@ class Cache(Generic[_Value]):
         self._max_negative = max(1, max_entries // 10)
         self._clock = clock
         self._lock = threading.Lock()  # guards the two dicts
-        self._positive: OrderedDict[Any, Entry[_Value]] = OrderedDict()  # oldest use first
-        self._negative: OrderedDict[Any, Entry[_Value]] = OrderedDict()
+        self._positive: OrderedDict[Any, Entry] = OrderedDict()  # oldest use first
+        self._negative: OrderedDict[Any, Entry] = OrderedDict()
 
-    def get(self, key: Any) -> Optional[Entry[_Value]]:
+    def get(self, key: Any) -> Optional[Entry]:
         """What is remembered, fresh or kept; None when there is nothing."""
         now = self._clock()
         with self._lock:
@@ -761,7 +757,7 @@ class Cache(Generic[_Value]):
                 del store[key]
         return None
 
-    def put(self, key: Any, entry: Entry[_Value]) -> None:
+    def put(self, key: Any, entry: Entry) -> None:
         """Remember entry; it replaces what was known of key, positive or negative."""
         with self._lock:
             self._positive.pop(key, None)
@@ -774,7 +770,7 @@ class Cache(Generic[_Value]):
             while len(self) > self._max_entries:
                 self._positive.popitem(last=False)
 
-    def revise(self, change: Callable[[Entry[_Value]], Optional[Entry[_Value]]]) -> None:
+    def revise(self, change: Callable[[Entry], Optional[Entry]]) -> None:
         """Put in place of every positive answer what change makes of it; None forgets it."""
         with self._lock:
             for key, entry in list(self._positive.items()):
@@ -1747,7 +1743,7 @@ class CachedDirectory:
         self._timeout_seconds = timeout_seconds
         self._last_known = last_known
         self._clock = clock
-        self._cache: Cache[Any] = Cache(policy.cache_max_entries, clock)
+        self._cache: Cache = Cache(policy.cache_max_entries, clock)
         self.closed = threading.Event()
         self._confirmed = ("", -math.inf)  # the username that Keycloak confirmed last, and when
         self._refreshes: queue.Queue[Optional[Tuple[str, str]]] = queue.Queue(MAX_REFRESHES_WAITING)
@@ -1849,7 +1845,7 @@ class CachedDirectory:
             text = value.username if key[0] == "login" else json.dumps(value)
             self._last_known.remember(key, usernames, text, time.time())
 
-    def _defer_disappearance(self, key: Tuple[str, str], known: Entry[Any], gone: Set[str], asked_at: float) -> None:
+    def _defer_disappearance(self, key: Tuple[str, str], known: Entry, gone: Set[str], asked_at: float) -> None:
         """Raise Disappeared until Keycloak has said for long enough that a user is gone whom it knew; then log that it is believed.
 
         The time counts only while it confirms other users: a realm whose storage is down, and which lies about everybody, never gets
@@ -1905,7 +1901,7 @@ class CachedDirectory:
             self._refreshing.discard(key)
 
 
-def _take_back_login(entry: Entry[Any], gone: Set[str], missing: Optional[Missing]) -> Optional[Entry[Any]]:
+def _take_back_login(entry: Entry, gone: Set[str], missing: Optional[Missing]) -> Optional[Entry]:
     """What remains of a kept login of somebody who is gone: with missing, one that is not kept until he is found again."""
     if not isinstance(entry.value, Login) or entry.value.username not in gone:
         return entry
