@@ -758,8 +758,11 @@ class Cache:
         return None
 
     def put(self, key: Any, entry: Entry) -> None:
-        """Remember entry; it replaces what was known of key, positive or negative."""
+        """Remember entry; it replaces what was known of key, positive or negative, unless that is the newer one."""
         with self._lock:
+            known = self._positive.get(key) or self._negative.get(key)
+            if known and known.confirmed_at > entry.confirmed_at:
+                return
             self._positive.pop(key, None)
             self._negative.pop(key, None)
             if not entry.positive and len(self._positive) >= self._max_entries:
@@ -1822,13 +1825,15 @@ class CachedDirectory:
             usernames = [value.username]
             may_be_a_lie = value.state == "missing" or value.federated
         known = self._cache.get(key)
-        if positive:
-            self._confirmed = (usernames[0], asked_at)
-            self._keep(key, value, usernames, asked_at)
-            return value
         doubtful = may_be_a_lie and self._policy.disappearance_grace_seconds > 0
         if gone:  # who may not send any more may not do so under another of his names either
             self._cache.revise(lambda entry: _take_back_login(entry, gone, Missing(0.0, asked_at) if doubtful else None))
+        if positive:
+            if gone and self._last_known:
+                self._last_known.take_back(key, gone)
+            self._confirmed = (usernames[0], asked_at)
+            self._keep(key, value, usernames, asked_at)
+            return value
         if doubtful and known and known.positive:
             self._defer_disappearance(key, known, gone, asked_at)
         until = asked_at + self._policy.negative_cache_ttl_seconds

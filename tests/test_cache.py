@@ -51,6 +51,15 @@ def test_new_answer_replaces_the_old_of_the_other_kind():
     assert (cache.get("a"), len(cache)) == ("missing", 1)
 
 
+def test_answer_that_was_asked_for_earlier_does_not_replace_a_newer_one():
+    cache, clock = make_cache()
+    late = mailcloak.Entry("found", True, clock.now, clock.now + 10, clock.now + 10)
+    clock.now += 1
+    cache.put("a", "missing", 10, positive=False)
+    mailcloak.Cache.put(cache, "a", late)
+    assert cache.get("a") == "missing"
+
+
 def test_full_cache_pushes_out_the_longest_unused():
     cache, _ = make_cache(3)
     for key in "abc":
