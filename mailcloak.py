@@ -106,7 +106,6 @@ PROBE_SECONDS = 5.0  # after which a probe is given up
 PROBE_PAUSE_SECONDS = 3.0  # at most between two probes; with the above, service is back within 8 s of Keycloak
 REFRESH_AHEAD = 0.2  # of a positive answer's life: used within this last part of it, it is asked for again in the background
 MAX_REFRESHES_WAITING = 1000  # beyond, an answer is not refreshed ahead but asked for when it has ended
-CANARY_SECONDS = 5.0  # how long an answer of the canaries makes negative answers believable
 PROOF_SECONDS = 60.0  # how long a check that we see users at all makes empty answers believable
 PROOF_RETRY_SECONDS = 2.0  # how often it is repeated while we see none
 
@@ -1568,6 +1567,19 @@ class KeycloakDirectory:
         lookup.done.set()
 
     def _search(self, session: requests.Session, lookup: _Lookup) -> Users:
+        users = self._search_once(session, lookup)
+        if any(user.enabled for user in users):
+            return users
+        answered_at = time.monotonic()
+        if not users:
+            self._prove_that_we_see_users(session, lookup.deadline)
+        if self._config.canary:
+            self._ask_canaries(session, lookup.deadline, answered_at)
+            # Of two searches at once for somebody whom Keycloak is just importing from LDAP, one is told that he does not exist.
+            users = users or self._search_once(session, lookup)
+        return users
+
+    def _search_once(self, session: requests.Session, lookup: _Lookup) -> Users:
         spellings = [lookup.value]
         if lookup.attribute == "email" and "xn--" in lookup.value:
             spellings.append(_to_unicode_domain(lookup.value))  # Keycloak stores an internationalised domain as it was typed
@@ -1585,28 +1597,22 @@ class KeycloakDirectory:
             found.update(
                 (user.username, user) for user in map(self._to_user, matches) if user.email or lookup.attribute == "username"
             )
-        if not any(user.enabled for user in found.values()):
-            answered_at = time.monotonic()
-            if not found:
-                self._prove_that_we_see_users(session, lookup.deadline)
-            if self._config.canary:
-                self._ask_canaries(session, lookup.deadline, answered_at)
         return tuple(found.values())
 
     def _ask_canaries(self, session: requests.Session, deadline: Deadline, answered_at: float) -> None:
-        """Raise DirectoryUnavailable unless every canary is there, asked after a negative answer or shortly before it.
+        """Raise DirectoryUnavailable unless every canary is there, asked after the negative answer came.
 
         While its user storage is down Keycloak may say of anybody that he is missing or disabled, and then of the canaries too. One
         thread asks, the others that need it wait.
         """
         with self._canary_turn:
-            while self._canaries_being_asked and self._canaries_there_at < answered_at - CANARY_SECONDS:
+            while self._canaries_being_asked and self._canaries_there_at < answered_at:
                 if not self._canary_turn.wait(max(0.0, deadline - time.monotonic())):
                     raise DirectoryUnavailable(self._message("timed out waiting for the canaries"))
                 asked_at, error = self._canary_failure
                 if error and asked_at >= answered_at:
                     raise DirectoryUnavailable(str(error))
-            if self._canaries_there_at >= answered_at - CANARY_SECONDS:
+            if self._canaries_there_at >= answered_at:
                 return
             self._canaries_being_asked = True
         asked_at = time.monotonic()
@@ -1695,7 +1701,7 @@ class KeycloakDirectory:
                     self._ask_for_any_user(session, deadline)
                     self._prove_that_we_see_users(session, deadline)
                     if self._config.canary:
-                        self._ask_canaries(session, deadline, time.monotonic() + CANARY_SECONDS)
+                        self._ask_canaries(session, deadline, time.monotonic())
                     email_may_be_taken = not profile_seen and self._api.users_may_edit_email(session, deadline)
                 except Exception as exc:
                     self.outage.note_failure(exc if isinstance(exc, DirectoryUnavailable) else DirectoryUnavailable(str(exc)))

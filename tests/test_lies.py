@@ -178,12 +178,21 @@ def test_negative_answer_is_believed_after_the_canaries_have_answered(canary_dae
     keycloak.forget_requests()
     assert canary_daemon.ask(recipient="alice@d1.test") == "DUNNO"
     assert canary_searches(keycloak) == []
-    for number in range(5):
+    for number in range(3):
         assert canary_daemon.ask(recipient=f"u{number}@d1.test") == REJECT
-    assert canary_searches(keycloak) in (
-        [],
-        ["canary1@d1.test", "canary2@d1.test"],
-    )  # none where those of the start are recent enough
+    emails = [query["email"] for query in keycloak.searches[1:]]
+    assert emails == [
+        email for number in range(3) for email in (f"u{number}@d1.test", "canary1@d1.test", "canary2@d1.test", f"u{number}@d1.test")
+    ]
+
+
+def test_user_who_is_just_being_imported_is_found_by_asking_again(canary_daemon, keycloak):
+    keycloak.add_user("newcomer", "newcomer@d1.test")
+    original, asked = keycloak.search, []
+    keycloak.search = lambda query: (
+        asked.append(query) or (original(query) if "newcomer" not in str(query) or len(asked) > 1 else [])
+    )
+    assert canary_daemon.ask(recipient="newcomer@d1.test") == "DUNNO"
 
 
 @pytest.mark.parametrize("fault", ["missing", "disabled"])
@@ -207,13 +216,8 @@ def test_canary_that_is_missing_or_disabled_makes_it_an_outage(make_daemon, keyc
 def test_storage_that_goes_down_later_rejects_nobody(canary_daemon, keycloak):
     assert canary_daemon.ask(recipient="stranger@d1.test") == REJECT
     users, keycloak.users = keycloak.users, keycloak.users[:1]
-    now = time.monotonic()
-    for number in range(100):
-        answer = canary_daemon.ask(recipient="alice@d1.test" if number % 2 else "bob@d1.test")
-        assert answer == DEFER or time.monotonic() - now < 5.5
-        if time.monotonic() - now > 6:
-            break
-        time.sleep(0.1)
+    for recipient in ("alice@d1.test", "bob@d1.test", "other@d1.test") * 5:
+        assert canary_daemon.ask(recipient=recipient) == DEFER
     keycloak.users = users
     wait_until(lambda: canary_daemon.ask(recipient="alice@d1.test") == "DUNNO")
 
@@ -227,7 +231,7 @@ def test_many_negative_answers_at_once_ask_the_canaries_once(make_daemon, keyclo
     for number, client in enumerate(clients):
         client.send(recipient=f"u{number}@d1.test")
     assert [client.receive() for client in clients] == [REJECT] * 30
-    assert len(canary_searches(keycloak)) <= 2
+    assert len(canary_searches(keycloak)) < 15  # not thirty: those who wait share one check
 
 
 # ---- lockout by guessed passwords
