@@ -29,6 +29,7 @@ import contextlib
 import dataclasses
 import difflib
 import errno
+import functools
 import grp
 import http.client
 import io
@@ -95,6 +96,7 @@ MAX_SOCKET_PATH_BYTES = 107  # unix(7): sun_path holds 108 bytes, a terminating 
 LISTEN_BACKLOG = 1024  # a full backlog fails Postfix's non-blocking connect at once; the kernel caps it at net.core.somaxconn
 RECEIVE_BYTES = 16 * 1024  # one recv; takes any whole request
 SEND_TIMEOUT_SECONDS = 10  # a client that does not read its answers is dropped after this
+IDLE_SECONDS = 1  # after which a connection is without its SQLite connection, of which 500 take 200 MiB, until it is asked again
 
 MAX_DIRECTORY_BODY_BYTES = 1024 * 1024  # of one HTTP answer; ten brief user records are about 4 kB
 MAX_DIRECTORY_MATCHES = 10  # asked for in one search; more users than that with one address is no answer
@@ -111,6 +113,9 @@ PROOF_RETRY_SECONDS = 2.0  # how often it is repeated while we see none
 
 LAST_KNOWN_WAITING = 10_000  # positive answers waiting to be written to last-known.db
 DATABASE_BUSY_SECONDS = 2.0  # how long a question waits for a writer's lock
+DATABASE_SETTLED_SECONDS = 3.0  # unchanged for so long, its next change shows in its times; vfat's are 2 s apart, others' less
+MAX_REMEMBERED_ANSWERS = 100_000  # each about 400 bytes; 0 makes every answer anew, and nothing but the time it takes changes
+MAX_REMEMBERED_CHARS = 600  # of one question; two addresses of the greatest length have 508
 SHUTDOWN_LOOKUP_SECONDS = 3.0  # after SIGTERM, lookups still pending at Keycloak are given up and get the failure mode
 SHUTDOWN_TOTAL_SECONDS = 4.5  # and all that is left is cut off
 
@@ -611,6 +616,7 @@ class Address(NamedTuple):
         return bool(self.local_part and self.domain) and len(text) <= MAX_ADDRESS_CHARS and text.isprintable() and " " not in text
 
 
+@functools.lru_cache(maxsize=1000)  # the sender comes with each recipient of a message
 def normalise_address(raw: str) -> Address:
     """The form in which Postfix will deliver to, or send from, the address: whatever a client writes, it cannot slip past.
 
@@ -772,6 +778,10 @@ class Cache:
             while len(self) > self._max_entries:
                 self._positive.popitem(last=False)
 
+    def holds(self, key: Any, entry: Entry) -> bool:
+        """Is entry still what is known of key? No lock: one look at a dict is atomic, and no use of the entry is noted."""
+        return self._positive.get(key) is entry
+
     def revise(self, change: Callable[[Entry], Optional[Entry]]) -> None:
         """Put in place of every positive answer what change makes of it; None forgets it."""
         with self._lock:
@@ -932,6 +942,9 @@ def _copy_database(path: str, version: int) -> str:
     return copy
 
 
+FileState = Tuple[int, int, int]  # device, inode, and when the inode changed, in ns since 1970, which no program can set
+
+
 class Database:
     """The daemon's view of the file. Every method raises DatabaseUnavailable when SQLite gives no usable answer."""
 
@@ -961,6 +974,27 @@ class Database:
     def check(self) -> None:
         """Raise DatabaseUnavailable if a question could not be answered now."""
         self._rows("SELECT 1 FROM aliases, apps, app_from LIMIT 1", ())
+
+    def state(self) -> Optional[FileState]:
+        """What tells one content of the file from the next, a commit or another file put in its place; None if there is no file."""
+        try:
+            status = os.stat(self._path)
+        except OSError:
+            return None
+        return status.st_dev, status.st_ino, status.st_ctime_ns
+
+    def shows_commits(self, state: Optional[FileState], seen_at: float) -> bool:
+        """Does every commit after seen_at, in seconds since 1970, change the state that was seen then?
+
+        So it is in rollback-journal mode, where moreover nobody can read between the first page that a commit writes and its end:
+        while the state is the same, all that was read since it was first seen still holds. Not so soon after a change, since the
+        next could bear the same time, and in WAL mode, where a commit does not change the file itself.
+        """
+        if state is None or seen_at - state[2] / 1e9 < DATABASE_SETTLED_SECONDS:
+            return False
+        with contextlib.suppress(DatabaseUnavailable):
+            return bool(self._rows("PRAGMA journal_mode", ())[0][0] != "wal")
+        return False
 
     def close(self) -> None:
         """Close this thread's connection, if it has one."""
@@ -1753,6 +1787,7 @@ class CachedDirectory:
         self._last_known = last_known
         self._clock = clock
         self._cache: Cache = Cache(policy.cache_max_entries, clock)
+        self._refresh_seconds = REFRESH_AHEAD * policy.cache_ttl_seconds
         self.closed = threading.Event()
         self._confirmed = ("", -math.inf)  # the username that Keycloak confirmed last, and when
         self._refreshes: queue.Queue[Optional[Tuple[str, str]]] = queue.Queue(MAX_REFRESHES_WAITING)
@@ -1785,6 +1820,14 @@ class CachedDirectory:
         login: Login = self._find(("login", sasl_username), deadline)
         return login
 
+    def find_entry(self, key: Tuple[str, str]) -> Optional[Entry]:
+        """What is remembered of ("holders", address) or ("login", sasl_username), fresh or not."""
+        return self._cache.get(key)
+
+    def holds(self, key: Tuple[str, str], entry: Entry) -> bool:
+        """Is entry still what is remembered of key, fresh, and not yet to be asked for again?"""
+        return self._clock() < entry.fresh_until - self._refresh_seconds and self._cache.holds(key, entry)
+
     def give_up(self) -> None:
         """Fail every lookup from now on, those pending too."""
         self._directory.give_up()
@@ -1802,7 +1845,7 @@ class CachedDirectory:
             if remaining > 0 and entry.missing:
                 raise Disappeared(f"directory: {key[1]} has disappeared")
             if remaining > 0:
-                if entry.positive and remaining < REFRESH_AHEAD * self._policy.cache_ttl_seconds:
+                if entry.positive and remaining <= self._refresh_seconds:
                     self._refresh_soon(key)
                 return entry.value
         try:
@@ -1940,7 +1983,7 @@ def resolve_login(named: Users, holders: Users) -> Login:
 
 
 class PolicyRequest(NamedTuple):
-    """The attributes of a policy request that decide or are logged, as the client sent them. Source: SMTPD_POLICY_README."""
+    """The attributes of a policy request that decide, as the client sent them. Source: SMTPD_POLICY_README."""
 
     protocol_state: str = ""
     policy_context: str = ""
@@ -1948,8 +1991,10 @@ class PolicyRequest(NamedTuple):
     sender: str = ""
     sasl_username: str = ""
     sasl_method: str = ""
-    client_address: str = ""
-    queue_id: str = ""
+    text: str = ""  # all of it, where the log finds the others
+
+
+Question = Tuple[str, ...]  # one of those that decide() answers
 
 
 class Action(NamedTuple):
@@ -1997,6 +2042,7 @@ INTERNAL_ERROR = "451 4.3.0 Temporary internal error"
 TOKEN_METHODS = frozenset({"xoauth2", "oauthbearer"})  # a Keycloak token; by any other method the login may be an app's
 
 
+@functools.lru_cache(maxsize=100)  # there are a dozen reasons
 def accept(reason: str) -> Action:
     """No objection. Never OK, which would end Postfix's restriction list and skip the checks after this one (access(5))."""
     return Action("DUNNO", reason, logging.DEBUG)
@@ -2042,8 +2088,10 @@ def decide_recipient(recipient: Address, policy: PolicyConfig, facts: Facts) -> 
     """
     # XXX: user%ours@elsewhere gets 550 if Postfix is not elsewhere and there is no such user of ours: an address form that nobody has
     # used in this century. Knowing $mydestination would end that.
-    ours = policy.domain | {policy.mailbox_domain}
-    recipient = next((step for step in routing_steps(recipient) if step.domain in ours), recipient)
+    for step in routing_steps(recipient):
+        if step.domain in policy.domain or step.domain == policy.mailbox_domain:
+            recipient = step
+            break
     if policy.mailbox_domain and recipient.domain == policy.mailbox_domain:
         return Action(NO_SUCH_USER, "mailbox-domain")
     if not is_local(recipient, policy):
@@ -2060,13 +2108,12 @@ def decide_recipient(recipient: Address, policy: PolicyConfig, facts: Facts) -> 
     return Action(NO_SUCH_USER, "unknown-recipient")
 
 
-def decide_sender(request: PolicyRequest, policy: PolicyConfig, facts: Facts) -> Action:
-    """May this client, logged in or not, use this sender?"""
-    sender = normalise_address(request.sender)
-    if not request.sasl_username:
-        return _decide_unauthenticated(sender, policy)
-    sasl_username = request.sasl_username.lower()
-    if request.sasl_method.lower() not in TOKEN_METHODS:
+def decide_sender(sender: Address, sasl_username: str, sasl_method: str, policy: PolicyConfig, facts: Facts) -> Action:
+    """May this client use this sender? sasl_username is "" where it has not logged in."""
+    if not sasl_username:
+        return decide_unauthenticated_sender(sender, policy)
+    sasl_username = sasl_username.lower()
+    if sasl_method.lower() not in TOKEN_METHODS:
         try:
             app = facts.find_app(sasl_username, sender)
         except DatabaseUnavailable:
@@ -2091,7 +2138,7 @@ def _decide_app(app: App, policy: PolicyConfig, facts: Facts) -> Action:
     return accept("app")
 
 
-def _decide_unauthenticated(sender: Address, policy: PolicyConfig) -> Action:
+def decide_unauthenticated_sender(sender: Address, policy: PolicyConfig) -> Action:
     if not is_local(sender, policy):
         return accept("sender-not-local")
     if policy.unauthenticated_local_sender == "reject":
@@ -2134,20 +2181,6 @@ def _fail_sender(policy: PolicyConfig) -> Action:
     return Action("DUNNO" if policy.keycloak_failure_mode == "dunno" else DIRECTORY_FAILED, "directory-unavailable")
 
 
-def decide_policy(request: PolicyRequest, policy: PolicyConfig, facts: Facts) -> Action:
-    """The answer to one policy request: at RCPT the recipient, then the sender; at MAIL the sender; else no objection."""
-    if request.protocol_state not in ("RCPT", "MAIL"):
-        return accept("other-state")
-    actions = []
-    if request.protocol_state == "RCPT" and request.policy_context != "sender":
-        actions.append(decide_recipient(normalise_address(request.recipient), policy, facts))
-    if request.policy_context != "recipient" and all(action.text == "DUNNO" for action in actions):
-        actions.append(decide_sender(request, policy, facts))
-    if not actions or actions[-1].text != "DUNNO":
-        return actions[-1] if actions else accept("nothing-to-check")
-    return Action("DUNNO", ",".join(action.reason for action in actions), max(action.level for action in actions))
-
-
 def decide_alias(key: str, policy: PolicyConfig, facts: Facts) -> Action:
     """The socketmap's answer for a key of the alias map: "OK mailbox", "NOTFOUND ", or "TEMP reason".
 
@@ -2175,6 +2208,44 @@ def decide_alias(key: str, policy: PolicyConfig, facts: Facts) -> Action:
     return Action(f"OK {mailbox}", owner.source, logging.DEBUG)
 
 
+def decide(question: Question, policy: PolicyConfig, facts: Facts) -> Action:
+    """The answer to ("recipient", recipient), ("sender", sender, sasl_username, sasl_method) or ("alias", key).
+
+    The texts are as the client sent them. Nothing else decides but policy and facts, so an answer holds while these do.
+    """
+    kind, text = question[:2]
+    if kind == "recipient":
+        return decide_recipient(normalise_address(text), policy, facts)
+    if kind == "sender":
+        return decide_sender(normalise_address(text), question[2], question[3], policy, facts)
+    return decide_alias(text, policy, facts)
+
+
+def decide_policy(request: PolicyRequest, ask: Callable[[Question], Action]) -> Action:
+    """The answer to one policy request: at RCPT the recipient, then the sender; at MAIL the sender; else no objection.
+
+    ask answers a question, as decide() does.
+    """
+    if request.protocol_state not in ("RCPT", "MAIL"):
+        return accept("other-state")
+    recipient = None
+    if request.protocol_state == "RCPT" and request.policy_context != "sender":
+        recipient = ask(("recipient", request.recipient))
+        if recipient.text != "DUNNO" or request.policy_context == "recipient":
+            return recipient
+    elif request.policy_context == "recipient":
+        return accept("nothing-to-check")
+    sender = ask(("sender", request.sender, request.sasl_username, request.sasl_method))
+    if not recipient or sender.text != "DUNNO":
+        return sender
+    return _accept_both(recipient, sender)
+
+
+@functools.lru_cache(maxsize=1000)
+def _accept_both(recipient: Action, sender: Action) -> Action:
+    return Action("DUNNO", f"{recipient.reason},{sender.reason}", max(recipient.level, sender.level))
+
+
 # ---------------------------------------------------------------------------------------------------------------------------------
 # 8. Wire protocols
 # Bytes to requests and answers to bytes. A stream object holds the bytes of one connection that are not a whole request yet. No I/O.
@@ -2197,6 +2268,8 @@ class PolicyStream:
 
     def next_request(self) -> Optional[PolicyRequest]:
         """The next whole request, None when there is none yet; raises ProtocolError for bytes that can never be one."""
+        if not self._buffer:
+            return None
         if self._buffer.startswith(b"\n"):
             raise ProtocolError("empty request")
         end = self._buffer.find(b"\n\n", 0, MAX_POLICY_REQUEST_BYTES)
@@ -2212,17 +2285,19 @@ class PolicyStream:
         return b"action=" + action.text.encode("utf-8", "replace") + b"\n\n"
 
 
+_DECIDING = PolicyRequest._fields[:-1]
+_ABSENT = ("",) * len(_DECIDING)
+_POLICY_ATTRIBUTE = re.compile(rf"\n(request|{'|'.join(_DECIDING)})=([^\n]*)")
+_LOGGED_ATTRIBUTE = re.compile(r"\n(client_address|queue_id)=([^\n]*)")
+
+
 def parse_policy_request(data: bytes) -> PolicyRequest:
-    """One request without its empty line; attributes that are not listed are ignored. Raises ProtocolError."""
-    attributes = {}
-    for line in _decode(data).split("\n"):
-        name, equals, value = line.partition("=")
-        if not equals:
-            raise ProtocolError("line without '='")
-        attributes[name] = value
+    """One request without its empty line. Any line but those of the attributes listed is ignored; raises ProtocolError."""
+    text = _decode(b"\n" + data)
+    attributes = dict(_POLICY_ATTRIBUTE.findall(text))
     if attributes.get("request") != "smtpd_access_policy":
         raise ProtocolError(f"request={escape_for_log(attributes.get('request', ''))}, expected smtpd_access_policy")
-    return PolicyRequest(*[attributes.get(name, "") for name in PolicyRequest._fields])
+    return PolicyRequest._make((*map(attributes.get, _DECIDING, _ABSENT), text))
 
 
 class SocketmapQuery(NamedTuple):
@@ -2241,6 +2316,8 @@ class SocketmapStream:
 
     def next_request(self) -> Optional[SocketmapQuery]:
         """The next whole query, None when there is none yet; raises ProtocolError for bytes that are not a netstring."""
+        if not self._buffer:
+            return None
         digits, colon, rest = self._buffer.partition(b":")
         if not re.fullmatch(rb"(0|[1-9][0-9]{0,4})?", digits) or (colon and not digits):
             raise ProtocolError("not a netstring")
@@ -2275,6 +2352,33 @@ def encode_netstring(payload: bytes) -> bytes:
 # ---------------------------------------------------------------------------------------------------------------------------------
 
 
+class Remembered(NamedTuple):
+    """An answer, and all that it was made from besides the configuration."""
+
+    action: Action
+    file_state: Optional[FileState]
+    entries: Sequence[Tuple[Tuple[str, str], Entry]]  # of the directory's cache, with their keys
+
+
+class RememberedAnswers:
+    """Answers by their question, the longest known pushed out first. What makes them fast is also why they may be wrong: see LiveFacts."""
+
+    def __init__(self, max_entries: int) -> None:
+        self._max_entries = max_entries
+        self._lock = threading.Lock()  # guards the order of the dict; a look-up needs none
+        self._answers: OrderedDict[Question, Remembered] = OrderedDict()
+        self.get = self._answers.get
+
+    def put(self, question: Question, remembered: Remembered) -> None:
+        with self._lock:
+            self._answers[question] = remembered
+            if len(self._answers) > self._max_entries:
+                self._answers.popitem(last=False)
+
+    def __len__(self) -> int:
+        return len(self._answers)
+
+
 class Service:
     """All that answers come from, for one configuration. A reload makes a new one and swaps it in."""
 
@@ -2291,30 +2395,77 @@ class Service:
             same = old.last_known if old else None
             self.last_known = same if same and same.identity == origin else LastKnown(*origin)
         self.directory = CachedDirectory(directory, config.policy, self.timeout_seconds, self.last_known)
+        self.remembered = RememberedAnswers(MAX_REMEMBERED_ANSWERS)
 
 
 class LiveFacts(Facts):
-    """Facts looked up for one request. All its lookups at Keycloak share one deadline, so that nobody waits twice."""
+    """Facts looked up for one request. All its lookups at Keycloak share one deadline, so that nobody waits twice.
+
+    An answer is remembered with all that it was made from: the state of the database file when the request came, and entries of the
+    directory's cache. It is given again while the file is in that state and each entry is what the cache holds, so it never outlives
+    its facts; a reload begins with none. Only positive entries count: the others end soon, and anybody can bring them about.
+    """
+
+    __slots__ = ("_deadline", "_entries", "_file_state", "_lasting", "_lookups", "_seen_at", "_service")
 
     def __init__(self, service: Service) -> None:
         self._service = service
         self._deadline: Deadline = time.monotonic() + service.timeout_seconds
+        self._file_state, self._seen_at = service.database.state(), time.time()
+
+    def decide(self, question: Question) -> Action:
+        """The remembered answer if all that it was made from still holds, else a new one."""
+        service = self._service
+        known = service.remembered.get(question)
+        if known and known.file_state == self._file_state:
+            for key, entry in known.entries:
+                if not service.directory.holds(key, entry):
+                    break
+            else:
+                return known.action
+        self._lookups = 0
+        self._lasting = 0  # of the lookups, those whose answer can be remembered
+        self._entries: List[Tuple[Tuple[str, str], Entry]] = []
+        action = decide(question, service.policy, self)
+        is_short = sum(map(len, question)) <= MAX_REMEMBERED_CHARS
+        if 0 < self._lookups == self._lasting and is_short and service.database.shows_commits(self._file_state, self._seen_at):
+            service.remembered.put(question, Remembered(action, self._file_state, tuple(self._entries)))
+        return action
 
     def find_alias(self, address: Address) -> Optional[Alias]:
-        return self._service.database.find_alias(address.text)
+        self._lookups += 1
+        alias = self._service.database.find_alias(address.text)
+        self._lasting += 1
+        return alias
 
     def find_app(self, app_id: str, sender: Address) -> Optional[App]:
         if not app_id.isprintable():
             return None
-        return self._service.database.find_app(app_id, sender.text if sender.text.isprintable() else " ")  # which is never stored
+        self._lookups += 1
+        # a sender that is not printable is never stored
+        app = self._service.database.find_app(app_id, sender.text if sender.text.isprintable() else " ")
+        self._lasting += app is None  # an app may expire without a change of the file
+        return app
 
     def find_holders(self, address: Address) -> Users:
-        return self._service.directory.find_holders(address.text, self._deadline)
+        self._lookups += 1
+        users = self._service.directory.find_holders(address.text, self._deadline)
+        self._note(("holders", address.text), users)
+        return users
 
     def find_login(self, sasl_username: str) -> Login:
         if not sasl_username.isprintable() or len(sasl_username) > MAX_ADDRESS_CHARS:
             return Login("", "missing")
-        return self._service.directory.find_login(sasl_username, self._deadline)
+        self._lookups += 1
+        login = self._service.directory.find_login(sasl_username, self._deadline)
+        self._note(("login", sasl_username), login)
+        return login
+
+    def _note(self, key: Tuple[str, str], value: Any) -> None:
+        entry = self._service.directory.find_entry(key)
+        if entry and entry.value is value and entry.positive and not entry.missing:
+            self._entries.append((key, entry))
+            self._lasting += 1
 
 
 class Handler(socketserver.BaseRequestHandler):
@@ -2326,14 +2477,17 @@ class Handler(socketserver.BaseRequestHandler):
     server: Server
 
     def setup(self) -> None:
-        # The kernel's own send timeout: unlike settimeout() it costs no further system call for each answer.
-        self.request.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, struct.pack("ll", SEND_TIMEOUT_SECONDS, 0))
+        self._set_timeout(socket.SO_SNDTIMEO, SEND_TIMEOUT_SECONDS)
+        self._set_timeout(socket.SO_RCVTIMEO, IDLE_SECONDS)
 
     def handle(self) -> None:
         stream = self.stream_class()
         try:
             while True:
-                data = self.request.recv(RECEIVE_BYTES)
+                try:
+                    data = self.request.recv(RECEIVE_BYTES)
+                except BlockingIOError:
+                    data = self._receive_after_a_rest()
                 if not data:
                     return
                 stream.feed(data)
@@ -2345,6 +2499,18 @@ class Handler(socketserver.BaseRequestHandler):
             log.warning("%s: bad request, connection closed reason=%s", self.component, f'"{exc}"')
         except OSError as exc:
             log.debug("%s: connection lost reason=%s", self.component, exc.strerror)
+
+    def _receive_after_a_rest(self) -> bytes:
+        self.server.service.database.close()
+        self._set_timeout(socket.SO_RCVTIMEO, 0)
+        data: bytes = self.request.recv(RECEIVE_BYTES)
+        self._set_timeout(socket.SO_RCVTIMEO, IDLE_SECONDS)
+        return data
+
+    def _set_timeout(self, option: int, seconds: int) -> None:
+        """The kernel's own timeout, 0 for none: unlike settimeout() it costs no further system call for each answer."""
+        timeval = "qq" if option > 60 else "ll"  # the options whose times have 64 bits where a long has 32 (socket.h)
+        self.request.setsockopt(socket.SOL_SOCKET, option, struct.pack(timeval, seconds, 0))
 
     def _answer(self, request: Any) -> Action:
         try:
@@ -2374,15 +2540,16 @@ class PolicyHandler(Handler):
     internal_error = Action(INTERNAL_ERROR, "internal-error")
 
     def decide(self, request: PolicyRequest, service: Service) -> Action:
-        return decide_policy(request, service.policy, LiveFacts(service))
+        return decide_policy(request, LiveFacts(service).decide)
 
     def describe(self, request: PolicyRequest, action: Action) -> str:
         event = {"5": "reject", "4": "defer"}.get(action.text[0], "accept")
         fields = [f"{event} state={escape_for_log(request.protocol_state)}", f"recipient=<{escape_for_log(request.recipient)}>"]
-        fields += [f"sender=<{escape_for_log(request.sender)}>", f"client={escape_for_log(request.client_address)}"]
+        others = dict(_LOGGED_ATTRIBUTE.findall(request.text))
+        fields += [f"sender=<{escape_for_log(request.sender)}>", f"client={escape_for_log(others.get('client_address', ''))}"]
         fields += [
             f"{name}={escape_for_log(value)}"
-            for name, value in (("queue_id", request.queue_id), ("sasl_username", request.sasl_username))
+            for name, value in (("queue_id", others.get("queue_id")), ("sasl_username", request.sasl_username))
             if value
         ]
         return " ".join(fields)
@@ -2398,7 +2565,7 @@ class SocketmapHandler(Handler):
             return Action(f"PERM unknown map {escape_for_log(request.name)[:64]}", "unknown-map", logging.ERROR)
         if not request.key:
             return Action("PERM no key", "no-key", logging.ERROR)
-        return decide_alias(request.key, service.policy, LiveFacts(service))
+        return LiveFacts(service).decide(("alias", request.key))
 
     def describe(self, request: SocketmapQuery, action: Action) -> str:
         status, _, text = action.text.partition(" ")

@@ -30,6 +30,7 @@ REAL_SERVERS = {
     "dovecot": ("dovecot doveadm", "dovecot-core dovecot-imapd dovecot-lmtpd dovecot-sqlite"),
     "keycloak": ("java mvn", "default-jre-headless maven"),
     "slapd": ("slapd slapadd", "slapd"),
+    "strace": ("strace", "strace"),
     "root": ("", ""),
 }
 
