@@ -41,6 +41,7 @@ import pwd
 import queue
 import random
 import re
+import resource
 import signal
 import socket
 import socketserver
@@ -95,7 +96,11 @@ MAX_ROUTED_CHARS = 4096  # twice what an SMTP line of Postfix holds (line_length
 MAX_SOCKET_PATH_BYTES = 107  # unix(7): sun_path holds 108 bytes, a terminating NUL included
 LISTEN_BACKLOG = 1024  # a full backlog fails Postfix's non-blocking connect at once; the kernel caps it at net.core.somaxconn
 RECEIVE_BYTES = 16 * 1024  # one recv; takes any whole request
+REQUEST_SECONDS = 10  # a request that was begun must be whole after this; between requests a client may rest for ever
 SEND_TIMEOUT_SECONDS = 10  # a client that does not read its answers is dropped after this
+ROOM_SECONDS = 0.05  # how often a server that has no room for a connection looks for some
+FILES_PER_CONNECTION = 4  # the socket, and SQLite's database, WAL and its index
+SPARE_FILES = 200  # for Keycloak, last-known.db, listeners, the log
 IDLE_SECONDS = 1  # after which a connection is without its SQLite connection, of which 500 take 200 MiB, until it is asked again
 
 MAX_DIRECTORY_BODY_BYTES = 1024 * 1024  # of one HTTP answer; ten brief user records are about 4 kB
@@ -399,6 +404,7 @@ class SocketsConfig:
 @dataclass(frozen=True)
 class DaemonConfig:
     user: str = _key(_daemon_user, "mailcloak")
+    max_connections: int = _key(_number(1, 100_000, whole=True, wanted="a whole number from 1 to 100000"), 1000)
 
 
 _BLOCKS: Mapping[str, Type[Any]] = MappingProxyType(
@@ -2257,14 +2263,21 @@ def _decode(data: bytes) -> str:
     return data.decode("utf-8", "surrogateescape")
 
 
-class PolicyStream:
-    """Requests of the policy protocol: lines of name=value, ended by an empty line. Source: SMTPD_POLICY_README."""
-
+class _Stream:
     def __init__(self) -> None:
         self._buffer = b""
 
     def feed(self, data: bytes) -> None:
         self._buffer += data
+
+    @property
+    def has_begun(self) -> bool:
+        """Are there bytes of a request that is not whole yet?"""
+        return self._buffer != b""
+
+
+class PolicyStream(_Stream):
+    """Requests of the policy protocol: lines of name=value, ended by an empty line. Source: SMTPD_POLICY_README."""
 
     def next_request(self) -> Optional[PolicyRequest]:
         """The next whole request, None when there is none yet; raises ProtocolError for bytes that can never be one."""
@@ -2305,14 +2318,8 @@ class SocketmapQuery(NamedTuple):
     key: str
 
 
-class SocketmapStream:
+class SocketmapStream(_Stream):
     """Queries of the socketmap protocol: netstrings that hold a map name, a space and a key. Source: socketmap_table(5)."""
-
-    def __init__(self) -> None:
-        self._buffer = b""
-
-    def feed(self, data: bytes) -> None:
-        self._buffer += data
 
     def next_request(self) -> Optional[SocketmapQuery]:
         """The next whole query, None when there is none yet; raises ProtocolError for bytes that are not a netstring."""
@@ -2477,44 +2484,66 @@ class Handler(socketserver.BaseRequestHandler):
     server: Server
 
     def setup(self) -> None:
+        self.rests = False  # between two requests, so that it may make room for another connection
+        self.used_at = time.monotonic()
         self._set_timeout(socket.SO_SNDTIMEO, SEND_TIMEOUT_SECONDS)
         self._set_timeout(socket.SO_RCVTIMEO, IDLE_SECONDS)
+        self.server.connections[self.request] = self
 
     def handle(self) -> None:
-        stream = self.stream_class()
+        stream, begun_at = self.stream_class(), 0.0
         try:
             while True:
-                try:
-                    data = self.request.recv(RECEIVE_BYTES)
-                except BlockingIOError:
-                    data = self._receive_after_a_rest()
+                request = stream.next_request()
+                if request is not None:
+                    self.request.sendall(stream.encode(self._answer(request)))
+                    begun_at = 0.0
+                    continue
+                if stream.has_begun:
+                    begun_at = begun_at or time.monotonic()
+                    data = self._receive_until(begun_at + REQUEST_SECONDS)
+                else:
+                    data = self._receive()
                 if not data:
                     return
                 stream.feed(data)
-                request = stream.next_request()
-                while request is not None:
-                    self.request.sendall(stream.encode(self._answer(request)))
-                    request = stream.next_request()
         except ProtocolError as exc:
             log.warning("%s: bad request, connection closed reason=%s", self.component, f'"{exc}"')
         except OSError as exc:
             log.debug("%s: connection lost reason=%s", self.component, exc.strerror)
 
-    def _receive_after_a_rest(self) -> bytes:
-        self.server.service.database.close()
-        self._set_timeout(socket.SO_RCVTIMEO, 0)
-        data: bytes = self.request.recv(RECEIVE_BYTES)
+    def _receive(self) -> bytes:
+        """The first bytes of a request, however long the client rests before; b"" at the connection's end."""
+        self.rests = True
+        try:
+            data: bytes = self.request.recv(RECEIVE_BYTES)
+        except BlockingIOError:
+            self.server.service.database.close()
+            self._set_timeout(socket.SO_RCVTIMEO, 0)
+            data = self.request.recv(RECEIVE_BYTES)
+            self._set_timeout(socket.SO_RCVTIMEO, IDLE_SECONDS)
+        self.rests = False
+        return data
+
+    def _receive_until(self, deadline: Deadline) -> bytes:
+        """More bytes of a request that has begun; raises ProtocolError at the deadline."""
+        self._set_timeout(socket.SO_RCVTIMEO, max(0.001, deadline - time.monotonic()))
+        try:
+            data: bytes = self.request.recv(RECEIVE_BYTES)
+        except BlockingIOError:
+            raise ProtocolError(f"request not whole after {REQUEST_SECONDS} s") from None
         self._set_timeout(socket.SO_RCVTIMEO, IDLE_SECONDS)
         return data
 
-    def _set_timeout(self, option: int, seconds: int) -> None:
+    def _set_timeout(self, option: int, seconds: float) -> None:
         """The kernel's own timeout, 0 for none: unlike settimeout() it costs no further system call for each answer."""
         timeval = "qq" if option > 60 else "ll"  # the options whose times have 64 bits where a long has 32 (socket.h)
-        self.request.setsockopt(socket.SOL_SOCKET, option, struct.pack(timeval, seconds, 0))
+        timeout = struct.pack(timeval, int(seconds), int(seconds % 1 * 1_000_000))
+        self.request.setsockopt(socket.SOL_SOCKET, option, timeout)
 
     def _answer(self, request: Any) -> Action:
         try:
-            started = time.monotonic()
+            self.used_at = started = time.monotonic()
             action = self.decide(request, self.server.service)
             if log.isEnabledFor(action.level):
                 elapsed_ms = (time.monotonic() - started) * 1000
@@ -2575,22 +2604,53 @@ class SocketmapHandler(Handler):
 
 
 class Server(socketserver.ThreadingUnixStreamServer):
-    """A listening socket, bound beforehand, and the connections that came in over it."""
+    """A listening socket, bound beforehand, and the connections that came in over it.
+
+    Where there is room for no other connection, the one that has rested longest is closed: Postfix opens a new one when it needs it.
+    """
 
     daemon_threads = True
     block_on_close = False
 
-    def __init__(self, listener: socket.socket, handler: Type[Handler], service: Service) -> None:
+    def __init__(self, listener: socket.socket, handler: Type[Handler], service: Service, max_connections: int) -> None:
         super().__init__(str(listener.getsockname()), handler, bind_and_activate=False)
         self.socket.close()
         self.socket = listener
         self.service = service  # replaced as a whole by a reload; a request uses the one it began with
-        self._connections_changed = threading.Condition()  # guards _connections
-        self._connections: Set[socket.socket] = set()
+        self._max_connections = max_connections
+        self._full_said_at = -math.inf
+        self._connections_changed = threading.Condition()  # guards the keys of connections
+        self.connections: Dict[socket.socket, Optional[Handler]] = {}  # None until its thread runs
+
+    def get_request(self) -> Tuple[socket.socket, Any]:
+        """The next connection; raises OSError where there is none or no room, upon which the server looks again."""
+        if len(self.connections) >= self._max_connections:
+            self._make_room(f"{self._max_connections} connections")
+            raise BlockingIOError
+        try:
+            return super().get_request()
+        except OSError as exc:
+            if exc.errno in (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM):
+                self._make_room(exc.strerror or type(exc).__name__)
+            raise
+
+    def _make_room(self, reason: str) -> None:
+        """Close the connection that has rested longest, and wait a moment for one to end, whichever it is."""
+        if time.monotonic() > self._full_said_at + 60:
+            self._full_said_at = time.monotonic()
+            log.warning(
+                "server: full, resting connections are closed for new ones path=%s reason=%s", self.server_address, f'"{reason}"'
+            )
+        with self._connections_changed:
+            resting = [handler for handler in self.connections.values() if handler and handler.rests]
+            if resting:
+                with contextlib.suppress(OSError):
+                    min(resting, key=lambda handler: handler.used_at).request.shutdown(socket.SHUT_RDWR)
+            self._connections_changed.wait(ROOM_SECONDS)
 
     def process_request(self, request: Any, client_address: Any) -> None:
         with self._connections_changed:
-            self._connections.add(request)
+            self.connections[request] = None
         try:
             super().process_request(request, client_address)
         except RuntimeError as exc:  # no more threads to be had
@@ -2598,11 +2658,11 @@ class Server(socketserver.ThreadingUnixStreamServer):
             self.shutdown_request(request)
 
     def shutdown_request(self, request: Any) -> None:
-        with self._connections_changed:
-            self._connections.discard(request)
-            self._connections_changed.notify_all()
         self.service.database.close()  # this thread's own
         super().shutdown_request(request)
+        with self._connections_changed:
+            self.connections.pop(request, None)
+            self._connections_changed.notify_all()
 
     def handle_error(self, request: Any, client_address: Any) -> None:
         log.error("server: internal error %s", _describe_exception(sys.exc_info()[1] or Exception()))
@@ -2612,14 +2672,14 @@ class Server(socketserver.ThreadingUnixStreamServer):
         self.shutdown()
         self.server_close()
         with self._connections_changed:
-            for connection in self._connections:
+            for connection in self.connections:
                 with contextlib.suppress(OSError):  # the client was faster
                     connection.shutdown(socket.SHUT_RD)
 
     def wait_for_connections(self, deadline: Deadline) -> bool:
         """True once no connection is left, False at the deadline."""
         with self._connections_changed:
-            return self._connections_changed.wait_for(lambda: not self._connections, max(0.0, deadline - time.monotonic()))
+            return self._connections_changed.wait_for(lambda: not self.connections, max(0.0, deadline - time.monotonic()))
 
 
 # ---------------------------------------------------------------------------------------------------------------------------------
@@ -2753,6 +2813,18 @@ def drop_privileges(user: str) -> None:
     raise StartError(f"daemon.user: root could be regained after becoming {user!r}")
 
 
+def allow_connections(wanted: int) -> int:
+    """Raise the limit of open files for so many connections to each socket; how many of them the limit then allows."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    needed = SPARE_FILES + 2 * FILES_PER_CONNECTION * wanted
+    for soft_limit, hard_limit in ((needed, max(needed, hard)), (min(needed, hard), hard)):
+        if 0 <= soft < needed:  # RLIM_INFINITY is -1
+            with contextlib.suppress(ValueError, OSError):  # only root may raise the hard limit
+                resource.setrlimit(resource.RLIMIT_NOFILE, (soft_limit, hard_limit))
+                soft = soft_limit
+    return wanted if soft < 0 else max(1, min(wanted, (soft - SPARE_FILES) // (2 * FILES_PER_CONNECTION)))
+
+
 class Daemon:
     """The running program: two servers, one service, the signals."""
 
@@ -2776,6 +2848,7 @@ class Daemon:
         try:
             for key, path in paths:
                 listeners.append(bind_socket(path, key, sockets))
+            max_connections = allow_connections(self._config.daemon.max_connections)
             drop_privileges(self._config.daemon.user)
             self._open_database()
         except MailcloakError:
@@ -2783,8 +2856,13 @@ class Daemon:
             raise
         self._warn_of_unreadable_files()
         service = Service(self._config)
+        if max_connections < self._config.daemon.max_connections:
+            log.warning(
+                "config: daemon.max_connections: lowered to %d, the limit of open files allows no more; raise that limit",
+                max_connections,
+            )
         for listener, handler in zip(listeners, (PolicyHandler, SocketmapHandler)):
-            server = Server(listener, handler, service)
+            server = Server(listener, handler, service, max_connections)
             self._servers.append(server)
             # shutdown() must be called from another thread than serve_forever() runs in, or it waits for itself
             threading.Thread(
