@@ -2000,7 +2000,7 @@ class PolicyRequest(NamedTuple):
     text: str = ""  # all of it, where the log finds the others
 
 
-Question = Tuple[str, ...]  # one of those that decide() answers
+_DECIDING = PolicyRequest._fields[:-1]
 
 
 class Action(NamedTuple):
@@ -2114,12 +2114,13 @@ def decide_recipient(recipient: Address, policy: PolicyConfig, facts: Facts) -> 
     return Action(NO_SUCH_USER, "unknown-recipient")
 
 
-def decide_sender(sender: Address, sasl_username: str, sasl_method: str, policy: PolicyConfig, facts: Facts) -> Action:
-    """May this client use this sender? sasl_username is "" where it has not logged in."""
-    if not sasl_username:
+def decide_sender(request: PolicyRequest, policy: PolicyConfig, facts: Facts) -> Action:
+    """May this client, logged in or not, use this sender?"""
+    sender = normalise_address(request.sender)
+    if not request.sasl_username:
         return decide_unauthenticated_sender(sender, policy)
-    sasl_username = sasl_username.lower()
-    if sasl_method.lower() not in TOKEN_METHODS:
+    sasl_username = request.sasl_username.lower()
+    if request.sasl_method.lower() not in TOKEN_METHODS:
         try:
             app = facts.find_app(sasl_username, sender)
         except DatabaseUnavailable:
@@ -2214,42 +2215,35 @@ def decide_alias(key: str, policy: PolicyConfig, facts: Facts) -> Action:
     return Action(f"OK {mailbox}", owner.source, logging.DEBUG)
 
 
-def decide(question: Question, policy: PolicyConfig, facts: Facts) -> Action:
-    """The answer to ("recipient", recipient), ("sender", sender, sasl_username, sasl_method) or ("alias", key).
-
-    The texts are as the client sent them. Nothing else decides but policy and facts, so an answer holds while these do.
-    """
-    kind, text = question[:2]
-    if kind == "recipient":
-        return decide_recipient(normalise_address(text), policy, facts)
-    if kind == "sender":
-        return decide_sender(normalise_address(text), question[2], question[3], policy, facts)
-    return decide_alias(text, policy, facts)
-
-
-def decide_policy(request: PolicyRequest, ask: Callable[[Question], Action]) -> Action:
-    """The answer to one policy request: at RCPT the recipient, then the sender; at MAIL the sender; else no objection.
-
-    ask answers a question, as decide() does.
-    """
+def decide_policy(request: PolicyRequest, policy: PolicyConfig, facts: Facts) -> Action:
+    """The answer to one policy request: at RCPT the recipient, then the sender; at MAIL the sender; else no objection."""
     if request.protocol_state not in ("RCPT", "MAIL"):
         return accept("other-state")
     recipient = None
     if request.protocol_state == "RCPT" and request.policy_context != "sender":
-        recipient = ask(("recipient", request.recipient))
+        recipient = decide_recipient(normalise_address(request.recipient), policy, facts)
         if recipient.text != "DUNNO" or request.policy_context == "recipient":
             return recipient
     elif request.policy_context == "recipient":
         return accept("nothing-to-check")
-    sender = ask(("sender", request.sender, request.sasl_username, request.sasl_method))
+    sender = decide_sender(request, policy, facts)
     if not recipient or sender.text != "DUNNO":
         return sender
-    return _accept_both(recipient, sender)
-
-
-@functools.lru_cache(maxsize=1000)
-def _accept_both(recipient: Action, sender: Action) -> Action:
     return Action("DUNNO", f"{recipient.reason},{sender.reason}", max(recipient.level, sender.level))
+
+
+Question = Tuple[str, ...]
+
+
+def policy_question(request: PolicyRequest, policy: PolicyConfig) -> Question:
+    """What of the request decides: requests with the same question have the same answer while policy and facts are the same.
+
+    Of a sender who has not logged in that is only whether he is one of ours, which needs no facts. Mail comes from ever new senders.
+    """
+    if request.sasl_username:
+        return request[: len(_DECIDING)]
+    sender = decide_unauthenticated_sender(normalise_address(request.sender), policy)
+    return (request.protocol_state, request.policy_context, request.recipient, sender.reason)
 
 
 # ---------------------------------------------------------------------------------------------------------------------------------
@@ -2298,7 +2292,6 @@ class PolicyStream(_Stream):
         return b"action=" + action.text.encode("utf-8", "replace") + b"\n\n"
 
 
-_DECIDING = PolicyRequest._fields[:-1]
 _ABSENT = ("",) * len(_DECIDING)
 _POLICY_ATTRIBUTE = re.compile(rf"\n(request|{'|'.join(_DECIDING)})=([^\n]*)")
 _LOGGED_ATTRIBUTE = re.compile(r"\n(client_address|queue_id)=([^\n]*)")
@@ -2377,6 +2370,9 @@ class RememberedAnswers:
         self.get = self._answers.get
 
     def put(self, question: Question, remembered: Remembered) -> None:
+        """Remember the answer, unless the question is longer than any that is asked twice."""
+        if sum(map(len, question)) > MAX_REMEMBERED_CHARS:
+            return
         with self._lock:
             self._answers[question] = remembered
             if len(self._answers) > self._max_entries:
@@ -2417,26 +2413,28 @@ class LiveFacts(Facts):
 
     def __init__(self, service: Service) -> None:
         self._service = service
+        self._seen_at = time.time()
+        self._file_state = service.database.state()
         self._deadline: Deadline = time.monotonic() + service.timeout_seconds
-        self._file_state, self._seen_at = service.database.state(), time.time()
-
-    def decide(self, question: Question) -> Action:
-        """The remembered answer if all that it was made from still holds, else a new one."""
-        service = self._service
-        known = service.remembered.get(question)
-        if known and known.file_state == self._file_state:
-            for key, entry in known.entries:
-                if not service.directory.holds(key, entry):
-                    break
-            else:
-                return known.action
         self._lookups = 0
         self._lasting = 0  # of the lookups, those whose answer can be remembered
         self._entries: List[Tuple[Tuple[str, str], Entry]] = []
-        action = decide(question, service.policy, self)
-        is_short = sum(map(len, question)) <= MAX_REMEMBERED_CHARS
-        if 0 < self._lookups == self._lasting and is_short and service.database.shows_commits(self._file_state, self._seen_at):
-            service.remembered.put(question, Remembered(action, self._file_state, tuple(self._entries)))
+
+    def recall(self, question: Question) -> Optional[Action]:
+        """The remembered answer, if all that it was made from still holds."""
+        known = self._service.remembered.get(question)
+        if known is None or known.file_state != self._file_state:
+            return None
+        for key, entry in known.entries:
+            if not self._service.directory.holds(key, entry):
+                return None
+        return known.action
+
+    def remember(self, question: Question, action: Action) -> Action:
+        """The answer itself, made from these facts; remembered if they can be held against it later."""
+        # An answer that needed no lookup is made as fast as found.
+        if 0 < self._lookups == self._lasting and self._service.database.shows_commits(self._file_state, self._seen_at):
+            self._service.remembered.put(question, Remembered(action, self._file_state, tuple(self._entries)))
         return action
 
     def find_alias(self, address: Address) -> Optional[Alias]:
@@ -2569,7 +2567,8 @@ class PolicyHandler(Handler):
     internal_error = Action(INTERNAL_ERROR, "internal-error")
 
     def decide(self, request: PolicyRequest, service: Service) -> Action:
-        return decide_policy(request, LiveFacts(service).decide)
+        facts, question = LiveFacts(service), policy_question(request, service.policy)
+        return facts.recall(question) or facts.remember(question, decide_policy(request, service.policy, facts))
 
     def describe(self, request: PolicyRequest, action: Action) -> str:
         event = {"5": "reject", "4": "defer"}.get(action.text[0], "accept")
@@ -2594,7 +2593,8 @@ class SocketmapHandler(Handler):
             return Action(f"PERM unknown map {escape_for_log(request.name)[:64]}", "unknown-map", logging.ERROR)
         if not request.key:
             return Action("PERM no key", "no-key", logging.ERROR)
-        return LiveFacts(service).decide(("alias", request.key))
+        facts, question = LiveFacts(service), ("alias", request.key)
+        return facts.recall(question) or facts.remember(question, decide_alias(request.key, service.policy, facts))
 
     def describe(self, request: SocketmapQuery, action: Action) -> str:
         status, _, text = action.text.partition(" ")

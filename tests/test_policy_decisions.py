@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 import logging
 import sqlite3
 from collections import defaultdict
@@ -73,10 +72,6 @@ def make_policy(changes):
     return policy
 
 
-def decide_policy(request, policy, facts):
-    return mailcloak.decide_policy(request, functools.partial(mailcloak.decide, policy=policy, facts=facts))
-
-
 @pytest.mark.parametrize("row", table.ROWS, ids=lambda row: row.id)
 def test_decision_is_as_the_table_says(row):
     policy, facts = make_policy(row.policy), PlainFacts(row)
@@ -87,7 +82,7 @@ def test_decision_is_as_the_table_says(row):
         assert mailcloak.decide_alias(key, policy, facts).text == row.answer
     else:
         request = mailcloak.PolicyRequest(**{"protocol_state": "RCPT", **row.ask})
-        assert decide_policy(request, policy, facts).text == row.answer
+        assert mailcloak.decide_policy(request, policy, facts).text == row.answer
 
 
 def _groups():
@@ -175,7 +170,7 @@ UP = table.Row("", {}, "")
 )
 def test_keycloak_is_asked_only_what_the_row_needs(request_, asked):
     facts = CountingFacts(UP)
-    decide_policy(mailcloak.PolicyRequest(protocol_state="RCPT", **request_), make_policy(()), facts)
+    mailcloak.decide_policy(mailcloak.PolicyRequest(protocol_state="RCPT", **request_), make_policy(()), facts)
     assert facts.asked == asked
 
 
@@ -196,5 +191,7 @@ def test_keycloak_is_asked_only_what_the_row_needs(request_, asked):
     ],
 )
 def test_level_of_the_log_line(changes, attributes, level):
-    action = decide_policy(mailcloak.PolicyRequest(protocol_state="RCPT", **attributes), make_policy(changes), PlainFacts(UP))
+    action = mailcloak.decide_policy(
+        mailcloak.PolicyRequest(protocol_state="RCPT", **attributes), make_policy(changes), PlainFacts(UP)
+    )
     assert action.level == level
