@@ -4,7 +4,9 @@ VENV := .venv
 PYTEST_OPTIONS ?=
 OTHER_PYTHONS := 3.9 3.10 3.11 3.12 3.13
 
-.PHONY: demo run test lint test-all test-debian13 real-servers clean help
+SECONDS := 60
+
+.PHONY: demo run test lint test-all test-debian13 real-servers fuzz bench clean help
 help:
 	@echo 'make demo          start mailcloak on an embedded directory, ask it a dozen questions, show the answers'
 	@echo 'make run           leave that same daemon in the foreground, to be asked by hand'
@@ -12,6 +14,8 @@ help:
 	@echo 'make lint          ruff, mypy --strict, and a check that Python 3.9 suffices'
 	@echo 'make test-all      the tests without real servers on each Python of 3.9 to 3.13 that is installed'
 	@echo 'make test-debian13 run the tests on Debian 13 and examples/dovecot-2.4, in a tree of its own (root, debootstrap)'
+	@echo 'make fuzz          search both parsers for bytes that break them, for SECONDS=60 (installs atheris; Linux with glibc)'
+	@echo 'make bench         measure, and write bench/RESULTS.md (gcc; as root with Postfix for all of it; about ten minutes)'
 	@echo 'make real-servers  install the servers that the tests can use (root, apt)'
 
 demo: $(VENV)/run.stamp
@@ -45,6 +49,16 @@ test-debian13:
 real-servers:
 	@tests/real/install
 
+fuzz:
+	@PYTHON='$(PYTHON)' tests/fuzz/run '$(VENV)-fuzz' '$(SECONDS)'
+
+bench: $(VENV)/test.stamp build/bench/load build/bench/echo
+	$(VENV)/bin/python bench/bench.py all
+
+build/bench/%: bench/%.c
+	@mkdir -p $(@D)
+	$(CC) -O2 -Wall -Wextra -std=c11 -o $@ $<
+
 $(VENV)/bin/python:
 	@PYTHON='$(PYTHON)' demo/make-venv '$(VENV)'
 
@@ -57,4 +71,4 @@ $(VENV)/%.stamp: $(VENV)/bin/python requirements.txt requirements-%.txt
 	@touch $@
 
 clean:
-	rm -rf .venv .venv-3.* build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf .venv .venv-3.* .venv-fuzz build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -25,6 +25,7 @@ codes, the OAuth 2.0 client credentials grant (RFC 6749, section 4.4) and the us
 from __future__ import annotations
 
 import argparse
+import bisect
 import contextlib
 import dataclasses
 import difflib
@@ -42,6 +43,7 @@ import queue
 import random
 import re
 import resource
+import shutil
 import signal
 import socket
 import socketserver
@@ -49,11 +51,13 @@ import sqlite3
 import ssl
 import stat
 import struct
+import subprocess
 import sys
+import syslog
 import threading
 import time
 import urllib.parse
-from collections import OrderedDict
+from collections import OrderedDict, defaultdict
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import (
@@ -71,6 +75,7 @@ from typing import (
     Set,
     Tuple,
     Type,
+    TypeVar,
 )
 
 import idna  # a dependency of requests itself, so it is there wherever requests is
@@ -92,7 +97,7 @@ DEFAULT_DATABASE_PATH = "/var/lib/mailcloak/state.db"
 MAX_POLICY_REQUEST_BYTES = 16 * 1024  # a full request of Postfix 3.7 is about 700 bytes; its longest attributes are addresses
 MAX_SOCKETMAP_QUERY_BYTES = 10_000  # Postfix itself never sends a key longer than an SMTP line
 MAX_ADDRESS_CHARS = 254  # RFC 5321, section 4.5.3.1.3: a path of 256 octets with its angle brackets
-MAX_ROUTED_CHARS = 4096  # twice what an SMTP line of Postfix holds (line_length_limit)
+MAX_ROUTES = 20  # hosts in one address, such as c!b!user@a; nobody writes more than two
 MAX_SOCKET_PATH_BYTES = 107  # unix(7): sun_path holds 108 bytes, a terminating NUL included
 LISTEN_BACKLOG = 1024  # a full backlog fails Postfix's non-blocking connect at once; the kernel caps it at net.core.somaxconn
 RECEIVE_BYTES = 16 * 1024  # one recv; takes any whole request
@@ -121,6 +126,7 @@ DATABASE_BUSY_SECONDS = 2.0  # how long a question waits for a writer's lock
 DATABASE_SETTLED_SECONDS = 3.0  # unchanged for so long, its next change shows in its times; vfat's are 2 s apart, others' less
 MAX_REMEMBERED_ANSWERS = 100_000  # each about 400 bytes; 0 makes every answer anew, and nothing but the time it takes changes
 MAX_REMEMBERED_CHARS = 600  # of one question; two addresses of the greatest length have 508
+POSTMASTER_SECONDS = 10.0  # after the start, Keycloak is asked whether each domain has a postmaster
 SHUTDOWN_LOOKUP_SECONDS = 3.0  # after SIGTERM, lookups still pending at Keycloak are given up and get the failure mode
 SHUTDOWN_TOTAL_SECONDS = 4.5  # and all that is left is cut off
 
@@ -404,6 +410,8 @@ class SocketsConfig:
 @dataclass(frozen=True)
 class DaemonConfig:
     user: str = _key(_daemon_user, "mailcloak")
+    log: str = _key(_choice("stderr", "syslog"), "stderr")
+    log_level: str = _key(_choice("debug", "info", "warning", "error"), "info")
     max_connections: int = _key(_number(1, 100_000, whole=True, wanted="a whole number from 1 to 100000"), 1000)
 
 
@@ -659,8 +667,6 @@ def routing_steps(address: Address) -> Iterator[Address]:
     """
     while address.domain:
         yield address
-        if len(address.local_part) > MAX_ROUTED_CHARS:
-            return
         address = normalise_address(address.local_part)
 
 
@@ -798,8 +804,42 @@ class Cache:
                 elif revised is not entry:
                     self._positive[key] = revised
 
+    def forget(self, is_meant: Callable[[Any, Entry], bool]) -> int:
+        """Forget the entries that are meant; how many these were."""
+        with self._lock:
+            stores = (self._positive, self._negative)
+            meant = [(store, key) for store in stores for key, entry in store.items() if is_meant(key, entry)]
+            for store, key in meant:
+                del store[key]
+        return len(meant)
+
+    def sizes(self) -> Tuple[int, int]:
+        """(positive, negative) entries."""
+        return len(self._positive), len(self._negative)
+
     def __len__(self) -> int:
-        return len(self._positive) + len(self._negative)
+        return sum(self.sizes())
+
+
+class Durations:
+    """How long something took, as a histogram. Entered by many threads without a lock: it may miss one in a great many."""
+
+    BOUNDS = (0.0001, 0.001, 0.01, 0.1, 1.0, 10.0)  # seconds
+
+    def __init__(self) -> None:
+        self.counts = [0] * (len(self.BOUNDS) + 1)  # of those up to each bound, then of those beyond
+        self.seconds = 0.0
+
+    def note(self, seconds: float) -> None:
+        self.counts[bisect.bisect_left(self.BOUNDS, seconds)] += 1
+        self.seconds += seconds
+
+    def add(self, other: Durations) -> None:
+        self.counts = [mine + theirs for mine, theirs in zip(self.counts, other.counts)]
+        self.seconds += other.seconds
+
+    def to_json(self) -> Dict[str, Any]:
+        return {"bounds": self.BOUNDS, "counts": self.counts, "sum": self.seconds}
 
 
 # ---------------------------------------------------------------------------------------------------------------------------------
@@ -981,6 +1021,11 @@ class Database:
         """Raise DatabaseUnavailable if a question could not be answered now."""
         self._rows("SELECT 1 FROM aliases, apps, app_from LIMIT 1", ())
 
+    @property
+    def works(self) -> bool:
+        """Was the last question answered?"""
+        return not self._fails
+
     def state(self) -> Optional[FileState]:
         """What tells one content of the file from the next, a commit or another file put in its place; None if there is no file."""
         try:
@@ -1108,6 +1153,18 @@ class LastKnown:
             others = "DELETE FROM known WHERE kind = 'login' AND usernames = ? AND name <> ?"
             statements = [(others, (username, name)) for username in gone]
             statements.append(("DELETE FROM known WHERE kind = ? AND name = ?", (kind, name)))
+        self._write_now(statements)
+
+    def forget(self, names: Optional[Iterable[str]]) -> None:
+        """Forget what is known by these addresses and logins, and the logins of these users; None forgets all."""
+        if names is None:
+            self._write_now([("DELETE FROM known", ())])
+        else:
+            statement = "DELETE FROM known WHERE name = ? OR (kind = 'login' AND usernames = ?)"
+            self._write_now([(statement, (name, name)) for name in names])
+
+    def _write_now(self, statements: _Statements) -> None:
+        """Returns when the file says so, or after a second."""
         written = threading.Event()
         try:
             self._steps.put((statements, written), timeout=1)
@@ -1213,6 +1270,9 @@ class StaticDirectory:
     def find_users(self, attribute: str, value: str, deadline: Deadline) -> Users:
         """All users whose "email" or "username" is value."""
         return tuple(user for user in self._users if getattr(user, attribute) == value)
+
+    def report(self) -> None:
+        """There is nothing to say of Keycloak."""
 
     def give_up(self) -> None:
         """Nothing is ever pending here."""
@@ -1331,6 +1391,8 @@ class KeycloakApi:
         realm = urllib.parse.quote(config.realm, safe="")
         self._token_url = f"{config.base_url}/realms/{realm}/protocol/openid-connect/token"
         self._users_url = f"{config.base_url}/admin/realms/{realm}/users"
+        self.took = Durations()  # of requests, the failed ones too
+        self.failed = 0  # of them; counted by several threads without a lock, so it may miss one
         self._token_turn = threading.Condition()  # guards the three below
         self._token = ""
         self._token_good_until = 0.0
@@ -1445,8 +1507,15 @@ class KeycloakApi:
         if remaining <= 0:
             raise DirectoryUnavailable(self.message("timed out"))
         _thread.deadline = deadline
-        with session.request(method, url, timeout=remaining, allow_redirects=False, stream=True, **options) as response:
-            return response.status_code, self._read_body(response)
+        started = time.monotonic()
+        try:
+            with session.request(method, url, timeout=remaining, allow_redirects=False, stream=True, **options) as response:
+                return response.status_code, self._read_body(response)
+        except Exception:
+            self.failed += 1
+            raise
+        finally:
+            self.took.note(time.monotonic() - started)
 
     def _read_body(self, response: requests.Response) -> bytes:
         body = bytearray()
@@ -1504,6 +1573,16 @@ class Outage:
         if ends:
             log.warning("%s", message(f"answers again, after {seconds:.0f} s, {kept} answers were kept ones, {deferred} deferred"))
 
+    def report(self) -> Dict[str, Any]:
+        """What the map stats says of it."""
+        with self._lock:
+            away = self.established
+            return {
+                "state": "away" if away else "answers",
+                "since_seconds": self._clock() - self._since if away else None,
+                "failure": self._said if away else "",
+            }
+
     def count_answer(self, *, kept: bool) -> None:
         """An answer that Keycloak should have given was a kept one, or there was none."""
         with self._lock:
@@ -1557,6 +1636,11 @@ class KeycloakDirectory:
         if lookup.error is not None:
             raise DirectoryUnavailable(str(lookup.error)) from lookup.error
         return lookup.users
+
+    def report(self) -> Dict[str, Any]:
+        """What the map stats says of Keycloak."""
+        took = self._api.took
+        return {**self.outage.report(), "requests": sum(took.counts), "failed": self._api.failed, "seconds": took.seconds}
 
     def give_up(self) -> None:
         """Fail every lookup from now on, those pending too: at shutdown nobody waits longer."""
@@ -1794,6 +1878,7 @@ class CachedDirectory:
         self._clock = clock
         self._cache: Cache = Cache(policy.cache_max_entries, clock)
         self._refresh_seconds = REFRESH_AHEAD * policy.cache_ttl_seconds
+        self.lookups = dict.fromkeys(("cache", "keycloak", "kept", "failed"), 0)  # no lock: it may miss one in a great many
         self.closed = threading.Event()
         self._confirmed = ("", -math.inf)  # the username that Keycloak confirmed last, and when
         self._refreshes: queue.Queue[Optional[Tuple[str, str]]] = queue.Queue(MAX_REFRESHES_WAITING)
@@ -1834,6 +1919,30 @@ class CachedDirectory:
         """Is entry still what is remembered of key, fresh, and not yet to be asked for again?"""
         return self._clock() < entry.fresh_until - self._refresh_seconds and self._cache.holds(key, entry)
 
+    def forget(self, address: Optional[str]) -> int:
+        """Forget what is known of this address or login, and of the users who have it, on disk too; None forgets all.
+
+        Returns how many answers these were.
+        """
+        if address is None:
+            if self._last_known:
+                self._last_known.forget(None)
+            return self._cache.forget(lambda key, entry: True)
+        entries = filter(None, (self._cache.get((kind, address)) for kind in ("holders", "login")))
+        users = {each.username for entry in entries for each in ((entry.value,) if isinstance(entry.value, Login) else entry.value)}
+        names = {address, *users} - {""}
+        if self._last_known:
+            self._last_known.forget(names)
+        return self._cache.forget(
+            lambda key, entry: key[1] in names or (isinstance(entry.value, Login) and entry.value.username in users - {""})
+        )
+
+    def report(self) -> Dict[str, Any]:
+        """What the map stats says of users and Keycloak."""
+        users, missing = self._cache.sizes()
+        cache = {"users": users, "missing": missing, "limit": self._policy.cache_max_entries}
+        return {"lookups": dict(self.lookups), "cache": cache, "keycloak": self._directory.report()}
+
     def give_up(self) -> None:
         """Fail every lookup from now on, those pending too."""
         self._directory.give_up()
@@ -1853,15 +1962,19 @@ class CachedDirectory:
             if remaining > 0:
                 if entry.positive and remaining <= self._refresh_seconds:
                     self._refresh_soon(key)
+                self.lookups["cache"] += 1
                 return entry.value
         try:
-            return self._ask(key, deadline)
+            value = self._ask(key, deadline)
         except DirectoryUnavailable as exc:
             kept = entry is not None and entry.positive and not entry.missing and not isinstance(exc, Disappeared)
             self._directory.outage.count_answer(kept=kept)
+            self.lookups["kept" if kept else "failed"] += 1
             if entry is not None and kept:
                 return entry.value
             raise
+        self.lookups["keycloak"] += 1
+        return value
 
     def _ask(self, key: Tuple[str, str], deadline: Deadline) -> Any:
         """Ask the directory itself, and remember the answer."""
@@ -2094,7 +2207,9 @@ def decide_recipient(recipient: Address, policy: PolicyConfig, facts: Facts) -> 
     """
     # XXX: user%ours@elsewhere gets 550 if Postfix is not elsewhere and there is no such user of ours: an address form that nobody has
     # used in this century. Knowing $mydestination would end that.
-    for step in routing_steps(recipient):
+    for number, step in enumerate(routing_steps(recipient)):
+        if number == MAX_ROUTES:
+            return Action(NO_SUCH_USER, "too-many-routes")
         if step.domain in policy.domain or step.domain == policy.mailbox_domain:
             recipient = step
             break
@@ -2473,6 +2588,87 @@ class LiveFacts(Facts):
             self._lasting += 1
 
 
+_Found = TypeVar("_Found")
+
+
+class ExplainedFacts(Facts):
+    """Facts looked up anew for a decision that is to be explained, each noted as a step: asked, value, found, source, age, error."""
+
+    def __init__(self, service: Service) -> None:
+        self._facts = LiveFacts(service)
+        self._service = service
+        self.steps: List[Dict[str, Any]] = []
+
+    def find_alias(self, address: Address) -> Optional[Alias]:
+        return self._note("alias", address.text, lambda: self._facts.find_alias(address))
+
+    def find_app(self, app_id: str, sender: Address) -> Optional[App]:
+        return self._note("app", app_id, lambda: self._facts.find_app(app_id, sender))
+
+    def find_holders(self, address: Address) -> Users:
+        return self._note("holders", address.text, lambda: self._facts.find_holders(address))
+
+    def find_login(self, sasl_username: str) -> Login:
+        return self._note("login", sasl_username, lambda: self._facts.find_login(sasl_username))
+
+    def _note(self, asked: str, value: str, find: Callable[[], _Found]) -> _Found:
+        is_directory = asked in ("holders", "login")
+        before = self._service.directory.find_entry((asked, value)) if is_directory else None
+        was_fresh = before is not None and time.monotonic() < before.fresh_until
+        source = "database" if not is_directory else "static" if self._service.config.static_users else "keycloak"
+        step: Dict[str, Any] = {"asked": asked, "value": value, "found": None, "source": source, "age_seconds": None, "error": ""}
+        self.steps.append(step)
+        try:
+            found = find()
+        except MailcloakError as exc:
+            step["error"] = str(exc)
+            raise
+        step["found"] = _to_json(found)
+        if before and found is before.value:
+            step["source"] = "cache" if was_fresh else "kept"
+            step["age_seconds"] = time.monotonic() - before.confirmed_at
+        return found
+
+
+def _to_json(found: Any) -> Any:
+    """A fact as JSON takes it: its fields by name, or a list of such, or None."""
+    if hasattr(found, "_asdict"):
+        return found._asdict()
+    return None if found is None else [_to_json(each) for each in found]
+
+
+def explain_policy(request: PolicyRequest, service: Service) -> Dict[str, Any]:
+    """The answer to a policy request and the steps that led to it, by the daemon's own decision."""
+    facts = ExplainedFacts(service)
+    action = decide_policy(request, service.policy, facts)
+    return {"answer": action.text, "reason": action.reason, "steps": facts.steps}
+
+
+def explain_alias(key: str, service: Service) -> Dict[str, Any]:
+    """The same for a query of the alias map."""
+    facts = ExplainedFacts(service)
+    action = decide_alias(key, service.policy, facts)
+    return {"answer": action.text, "reason": action.reason, "steps": facts.steps}
+
+
+ANSWERS = MappingProxyType({"DUN": "DUNNO", "OK ": "OK", "NOT": "NOTFOUND", "TEM": "TEMP", "PER": "PERM"})  # the others are codes
+
+
+class Tally:
+    """How many answers of which kind, and how long they took. Each connection has its own, so that counting needs no lock."""
+
+    def __init__(self) -> None:
+        self.answers: Dict[Tuple[str, str], int] = defaultdict(int)  # by the first three characters of the answer, and the reason
+        self.remembered = 0  # of them
+        self.took = Durations()
+
+    def add(self, other: Tally) -> None:
+        for key, count in list(other.answers.items()):
+            self.answers[key] += count
+        self.remembered += other.remembered
+        self.took.add(other.took)
+
+
 class Handler(socketserver.BaseRequestHandler):
     """One connection: request after request until the client closes it. Subclasses say what a request and an answer are."""
 
@@ -2482,6 +2678,7 @@ class Handler(socketserver.BaseRequestHandler):
     server: Server
 
     def setup(self) -> None:
+        self.tally = Tally()
         self.rests = False  # between two requests, so that it may make room for another connection
         self.used_at = time.monotonic()
         self._set_timeout(socket.SO_SNDTIMEO, SEND_TIMEOUT_SECONDS)
@@ -2507,8 +2704,10 @@ class Handler(socketserver.BaseRequestHandler):
                 stream.feed(data)
         except ProtocolError as exc:
             log.warning("%s: bad request, connection closed reason=%s", self.component, f'"{exc}"')
+        except BlockingIOError:
+            log.info("%s: client does not read its answers, connection closed", self.component)
         except OSError as exc:
-            log.debug("%s: connection lost reason=%s", self.component, exc.strerror)
+            log.debug("%s: connection lost reason=%s", self.component, f'"{exc.strerror}"')
 
     def _receive(self) -> bytes:
         """The first bytes of a request, however long the client rests before; b"" at the connection's end."""
@@ -2543,14 +2742,21 @@ class Handler(socketserver.BaseRequestHandler):
         try:
             self.used_at = started = time.monotonic()
             action = self.decide(request, self.server.service)
+            elapsed = time.monotonic() - started
             if log.isEnabledFor(action.level):
-                elapsed_ms = (time.monotonic() - started) * 1000
                 event = self.describe(request, action)
-                log.log(action.level, "%s: %s reason=%s elapsed_ms=%.0f", self.component, event, action.reason, elapsed_ms)
-            return action
+                log.log(action.level, "%s: %s reason=%s elapsed_ms=%.0f", self.component, event, action.reason, elapsed * 1000)
         except Exception as exc:  # the edge: whatever went wrong, the answer is "try later", never a permission
             log.error("%s: internal error %s", self.component, _describe_exception(exc))
-            return self.internal_error
+            action, elapsed = self.internal_error, 0.0
+        self.tally.answers[action.text[:3], action.reason] += 1
+        self.tally.took.note(elapsed)
+        return action
+
+    def _recall(self, facts: LiveFacts, question: Question) -> Optional[Action]:
+        action = facts.recall(question)
+        self.tally.remembered += action is not None
+        return action
 
     def decide(self, request: Any, service: Service) -> Action:
         """The answer to one request of the stream."""
@@ -2568,7 +2774,7 @@ class PolicyHandler(Handler):
 
     def decide(self, request: PolicyRequest, service: Service) -> Action:
         facts, question = LiveFacts(service), policy_question(request, service.policy)
-        return facts.recall(question) or facts.remember(question, decide_policy(request, service.policy, facts))
+        return self._recall(facts, question) or facts.remember(question, decide_policy(request, service.policy, facts))
 
     def describe(self, request: PolicyRequest, action: Action) -> str:
         event = {"5": "reject", "4": "defer"}.get(action.text[0], "accept")
@@ -2589,17 +2795,40 @@ class SocketmapHandler(Handler):
     internal_error = Action("TEMP internal error", "internal-error")
 
     def decide(self, request: SocketmapQuery, service: Service) -> Action:
-        if request.name != "alias":
+        if request.name not in ("alias", "stats", "explain", "flush"):
             return Action(f"PERM unknown map {escape_for_log(request.name)[:64]}", "unknown-map", logging.ERROR)
         if not request.key:
             return Action("PERM no key", "no-key", logging.ERROR)
+        if request.name != "alias":
+            return self._administer(request, service)
         facts, question = LiveFacts(service), ("alias", request.key)
-        return facts.recall(question) or facts.remember(question, decide_alias(request.key, service.policy, facts))
+        return self._recall(facts, question) or facts.remember(question, decide_alias(request.key, service.policy, facts))
+
+    def _administer(self, request: SocketmapQuery, service: Service) -> Action:
+        """The maps that mailcloakctl asks: stats for everybody who may connect, the others for who could change the answers anyway."""
+        if request.name == "stats":
+            return Action(f"OK {json.dumps(self.server.daemon.report())}", "stats", logging.DEBUG)
+        peer = struct.unpack("3i", self.request.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i")))
+        if peer[1] not in (0, os.geteuid(), os.stat(str(self.server.server_address)).st_uid):
+            return Action(
+                f"PERM {request.name} is for root, daemon.user and the owner of the socket", "not-permitted", logging.WARNING
+            )
+        if request.name == "flush":
+            address = None if request.key == "*" else normalise_address(request.key).text
+            return Action(f"OK {json.dumps({'forgotten': service.directory.forget(address)})}", "flush")
+        try:
+            question = json.loads(request.key)
+            if "alias" in question:
+                return Action(f"OK {json.dumps(explain_alias(str(question['alias']), service))}", "explain", logging.DEBUG)
+            asked = PolicyRequest(**{name: str(value) for name, value in question["policy"].items()})
+            return Action(f"OK {json.dumps(explain_policy(asked, service))}", "explain", logging.DEBUG)
+        except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
+            return Action("PERM not a question", "bad-question", logging.WARNING)
 
     def describe(self, request: SocketmapQuery, action: Action) -> str:
         status, _, text = action.text.partition(" ")
         event = {"OK": "found", "NOTFOUND": "not-found", "TEMP": "defer"}.get(status, "error")
-        mailbox = f" mailbox=<{escape_for_log(text)}>" if status == "OK" else ""
+        mailbox = f" mailbox=<{escape_for_log(text)}>" if status == "OK" and request.name == "alias" else ""
         return f"{event} map={escape_for_log(request.name)} key=<{escape_for_log(request.key)}>{mailbox}"
 
 
@@ -2612,20 +2841,25 @@ class Server(socketserver.ThreadingUnixStreamServer):
     daemon_threads = True
     block_on_close = False
 
-    def __init__(self, listener: socket.socket, handler: Type[Handler], service: Service, max_connections: int) -> None:
+    def __init__(
+        self, listener: socket.socket, handler: Type[Handler], service: Service, max_connections: int, daemon: Daemon
+    ) -> None:
         super().__init__(str(listener.getsockname()), handler, bind_and_activate=False)
         self.socket.close()
         self.socket = listener
         self.service = service  # replaced as a whole by a reload; a request uses the one it began with
-        self._max_connections = max_connections
+        self.component = handler.component
+        self.daemon = daemon
+        self.max_connections = max_connections
+        self.ended = Tally()  # of connections that have ended; guarded by _connections_changed
         self._full_said_at = -math.inf
         self._connections_changed = threading.Condition()  # guards the keys of connections
         self.connections: Dict[socket.socket, Optional[Handler]] = {}  # None until its thread runs
 
     def get_request(self) -> Tuple[socket.socket, Any]:
         """The next connection; raises OSError where there is none or no room, upon which the server looks again."""
-        if len(self.connections) >= self._max_connections:
-            self._make_room(f"{self._max_connections} connections")
+        if len(self.connections) >= self.max_connections:
+            self._make_room(f"{self.max_connections} connections")
             raise BlockingIOError
         try:
             return super().get_request()
@@ -2661,8 +2895,18 @@ class Server(socketserver.ThreadingUnixStreamServer):
         self.service.database.close()  # this thread's own
         super().shutdown_request(request)
         with self._connections_changed:
-            self.connections.pop(request, None)
+            handler = self.connections.pop(request, None)
+            if handler:
+                self.ended.add(handler.tally)
             self._connections_changed.notify_all()
+
+    def tally(self) -> Tally:
+        """Of all connections so far."""
+        total = Tally()
+        with self._connections_changed:
+            for tally in (self.ended, *(handler.tally for handler in self.connections.values() if handler)):
+                total.add(tally)
+        return total
 
     def handle_error(self, request: Any, client_address: Any) -> None:
         log.error("server: internal error %s", _describe_exception(sys.exc_info()[1] or Exception()))
@@ -2793,6 +3037,35 @@ def _socket_hint(exc: OSError, path: str) -> str:
     return f", as user {pwd.getpwuid(os.geteuid()).pw_name!r}" if exc.errno == errno.EACCES else ""
 
 
+def take_over_sockets() -> Dict[str, socket.socket]:
+    """The listening sockets that a service manager hands over, by name, {} if none; raises StartError for others than ours.
+
+    Source: sd_listen_fds(3): descriptors from 3 on, LISTEN_PID, LISTEN_FDS, LISTEN_FDNAMES.
+    """
+    if os.environ.get("LISTEN_PID") != str(os.getpid()):
+        return {}
+    names = os.environ.pop("LISTEN_FDNAMES", "").split(":")
+    count = int(os.environ.pop("LISTEN_FDS", "0"))
+    if sorted(names) != ["policy", "socketmap"] or count != len(names):
+        raise StartError(f"sockets: expected two handed over, named policy and socketmap, got {count} named {':'.join(names)!r}")
+    listeners = {name: socket.socket(fileno=number) for number, name in enumerate(names, 3)}
+    for name, listener in listeners.items():
+        listener.set_inheritable(False)
+        if (listener.family, listener.type) != (socket.AF_UNIX, socket.SOCK_STREAM):
+            raise StartError(f"sockets: the one handed over as {name} is not a Unix stream socket")
+    return listeners
+
+
+def notify(**state: object) -> None:
+    """Tell the service manager that started us, if it wants to know. Source: sd_notify(3)."""
+    path = os.environ.get("NOTIFY_SOCKET", "")
+    if path:
+        with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as manager:
+            manager.setblocking(False)
+            lines = "\n".join(f"{name}={value}" for name, value in state.items())
+            manager.sendto(lines.encode(), "\0" + path[1:] if path.startswith("@") else path)
+
+
 def drop_privileges(user: str) -> None:
     """Become user for good, with its groups; raises StartError if root could be regained."""
     if os.geteuid() != 0 or not user:
@@ -2825,6 +3098,20 @@ def allow_connections(wanted: int) -> int:
     return wanted if soft < 0 else max(1, min(wanted, (soft - SPARE_FILES) // (2 * FILES_PER_CONNECTION)))
 
 
+def warn_of_missing_postmasters(service: Service) -> None:
+    """One line for the domains whose postmaster nobody is, as far as can be told now (RFC 5321, section 4.5.1)."""
+    facts = LiveFacts(service)
+    missing = [
+        f"postmaster@{domain}"
+        for domain in sorted(service.policy.domain)
+        if find_owner(Address("postmaster", domain), service.policy, facts).source == "nobody"
+    ]
+    if missing:
+        remedy = f"mailcloakctl aliases add {missing[0]} USERNAME"
+        log.warning("config: policy.domain: nobody has %s, which RFC 5321 asks for: %s", " or ".join(missing), remedy)
+    service.database.close()
+
+
 class Daemon:
     """The running program: two servers, one service, the signals."""
 
@@ -2833,6 +3120,10 @@ class Daemon:
     def __init__(self, config: Config) -> None:
         self._config = config
         self._servers: List[Server] = []
+        self._listeners: Dict[str, socket.socket] = {}  # by the component that serves it
+        self._owns_sockets = True
+        self._started, self._started_at = time.monotonic(), time.time()
+        self._last_reload: Optional[Dict[str, Any]] = None  # {"at": seconds since 1970, "ok": bool}
         self._retired: List[CachedDirectory] = []  # of configurations that a reload replaced, until they are closed
 
     def run(self) -> None:
@@ -2842,17 +3133,19 @@ class Daemon:
         )  # before any thread, so that each inherits it and only sigwait() sees them
         for warning in self._config.warnings:
             log.warning("%s", warning)
+        self._listeners = take_over_sockets()
+        self._owns_sockets = not self._listeners  # those that were handed over stay for the next daemon
         sockets = self._config.sockets
-        paths = (("sockets.policy_socket", sockets.policy_socket), ("sockets.socketmap_socket", sockets.socketmap_socket))
-        listeners: List[socket.socket] = []
+        paths = {"policy": sockets.policy_socket, "socketmap": sockets.socketmap_socket}
         try:
-            for key, path in paths:
-                listeners.append(bind_socket(path, key, sockets))
+            if self._owns_sockets:
+                for name, path in paths.items():
+                    self._listeners[name] = bind_socket(path, f"sockets.{name}_socket", sockets)
             max_connections = allow_connections(self._config.daemon.max_connections)
             drop_privileges(self._config.daemon.user)
             self._open_database()
         except MailcloakError:
-            self._remove_sockets(listeners)
+            self._remove_sockets()
             raise
         self._warn_of_unreadable_files()
         service = Service(self._config)
@@ -2861,8 +3154,8 @@ class Daemon:
                 "config: daemon.max_connections: lowered to %d, the limit of open files allows no more; raise that limit",
                 max_connections,
             )
-        for listener, handler in zip(listeners, (PolicyHandler, SocketmapHandler)):
-            server = Server(listener, handler, service, max_connections)
+        for handler in (PolicyHandler, SocketmapHandler):
+            server = Server(self._listeners[handler.component], handler, service, max_connections, self)
             self._servers.append(server)
             # shutdown() must be called from another thread than serve_forever() runs in, or it waits for itself
             threading.Thread(
@@ -2874,14 +3167,52 @@ class Daemon:
             __version__,
             os.getpid(),
             user,
-            *(path for _, path in paths),
+            *(str(self._listeners[name].getsockname()) for name in paths),
         )
+        # Not at once: Keycloak may be starting with us, and the first minute belongs to those who ask.
+        timer = threading.Timer(POSTMASTER_SECONDS if self._config.keycloak else 0, warn_of_missing_postmasters, [service])
+        timer.daemon = True
+        timer.start()
+        notify(READY=1, STATUS=f"serving, configuration {self._config.path}")
         while True:
             received = signal.Signals(signal.sigwait(self.SIGNALS))
             if received != signal.SIGHUP:
                 break
-            self._reload()
-        self._stop(received, listeners)
+            notify(RELOADING=1, MONOTONIC_USEC=time.clock_gettime_ns(time.CLOCK_MONOTONIC) // 1000)
+            is_good = self._reload()
+            self._last_reload = {"at": time.time(), "ok": is_good}
+            notify(READY=1, STATUS="reloaded" if is_good else "reload refused, the old configuration stays in force")
+        notify(STOPPING=1, STATUS=f"stopping on {received.name}")
+        self._stop(received)
+
+    def report(self) -> Dict[str, Any]:
+        """What the map stats answers: counters since the start, and the state of things. No address and no name is in it."""
+        service = self._servers[0].service
+        tallies = {server.component: server.tally() for server in self._servers}
+        return {
+            "version": __version__,
+            "pid": os.getpid(),
+            "config": self._config.path,
+            "started_at": self._started_at,
+            "uptime_seconds": time.monotonic() - self._started,
+            "last_reload": self._last_reload,
+            "answers": [
+                {"service": name, "answer": ANSWERS.get(answer, answer), "reason": reason, "count": count}
+                for name, tally in tallies.items()
+                for (answer, reason), count in sorted(tally.answers.items())
+            ],
+            "remembered_answers": {
+                "given": sum(tally.remembered for tally in tallies.values()),
+                "kept": len(service.remembered),
+            },
+            "seconds": {name: tally.took.to_json() for name, tally in tallies.items()},
+            **service.directory.report(),
+            "database": {"path": service.config.sqlite.path, "works": service.database.works},
+            "connections": {
+                **{server.component: len(server.connections) for server in self._servers},
+                "limit": self._servers[0].max_connections,
+            },
+        }
 
     def _open_database(self) -> None:
         path = self._config.sqlite.path
@@ -2889,7 +3220,8 @@ class Daemon:
             done = prepare_database(path, DATABASE_BUSY_SECONDS)
             if done:
                 log.warning("database: %s path=%s", "created, there was none" if done == "created" else done, path)
-            Database(path).check()
+            with contextlib.closing(Database(path)) as database:
+                database.check()
         except DatabaseUnavailable as exc:
             log.error("%s; answers that need it are deferred until it is mended", exc)
 
@@ -2900,26 +3232,28 @@ class Daemon:
             if not os.access(path, os.R_OK):
                 log.warning("config: %s: not readable by user %r, a reload will fail", path, pwd.getpwuid(os.geteuid()).pw_name)
 
-    def _reload(self) -> None:
-        """Read the config again and put it in force as a whole; a bad one changes nothing."""
+    def _reload(self) -> bool:
+        """Read the config again and put it in force as a whole; False for a bad one, which changes nothing."""
         try:
             config = load_config(self._config.path)
         except ConfigError as exc:
             for problem in exc.problems:
                 log.error("%s", problem)
             log.error("daemon: reload refused, the old configuration stays in force")
-            return
+            return False
         for warning in config.warnings:
             log.warning("%s", warning)
         for block in ("sockets", "daemon"):
-            if getattr(config, block) != getattr(self._config, block):
-                log.warning("config: %s: a change here needs a restart", block)
+            for field in dataclasses.fields(getattr(config, block)):
+                old, new = (getattr(getattr(each, block), field.name) for each in (self._config, config))
+                if old != new and field.name != "log_level":
+                    log.warning("config: %s.%s: a change here needs a restart", block, field.name)
         old_service = self._servers[0].service
         try:
             service = Service(config, old_service)
         except RuntimeError as exc:  # no more threads to be had
             log.error("daemon: reload refused, the old configuration stays in force reason=%s", f'"{exc}"')
-            return
+            return False
         self._config = config
         for server in self._servers:
             server.service = service
@@ -2930,15 +3264,17 @@ class Daemon:
         timer.start()
         if old_service.last_known and old_service.last_known is not service.last_known:
             old_service.last_known.close()
+        log.setLevel(config.daemon.log_level)
         log.info("daemon: reloaded config=%s", config.path)
+        return True
 
-    def _stop(self, received: signal.Signals, listeners: Sequence[socket.socket]) -> None:
+    def _stop(self, received: signal.Signals) -> None:
         log.info("daemon: stopping signal=%s", received.name)
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, signal.SIG_DFL)
         signal.pthread_sigmask(signal.SIG_UNBLOCK, (signal.SIGTERM, signal.SIGINT))  # a second one ends the program at once
         started = time.monotonic()
-        self._remove_sockets(listeners, close=False)
+        self._remove_sockets()
         for server in self._servers:
             server.stop_accepting()
         if not all(server.wait_for_connections(started + SHUTDOWN_LOOKUP_SECONDS) for server in self._servers):
@@ -2951,16 +3287,14 @@ class Daemon:
             last_known.close()
         log.info("daemon: stopped")
 
-    @staticmethod
-    def _remove_sockets(listeners: Sequence[socket.socket], close: bool = True) -> None:
-        for listener in listeners:
+    def _remove_sockets(self) -> None:
+        """Take our sockets' names away, so that nobody connects any more."""
+        for listener in self._listeners.values() if self._owns_sockets else ():
             path = str(listener.getsockname())
             try:
                 os.unlink(path)
             except OSError as exc:  # daemon.user may not write there; the next start removes it
                 log.info("server: socket left behind path=%s reason=%s", path, f'"{exc.strerror}"')
-            if close:
-                listener.close()
 
 
 # ---------------------------------------------------------------------------------------------------------------------------------
@@ -2991,15 +3325,52 @@ def _parse_arguments(argv: Optional[Sequence[str]]) -> argparse.Namespace:
     return options
 
 
-def _configure_logging() -> None:
-    handler = logging.StreamHandler()
-    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+class _Syslog(logging.Handler):
+    """The host's syslog, facility mail, ident mailcloak."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        if not os.path.exists("/dev/log"):
+            raise StartError("daemon.log: there is no /dev/log, start a syslog daemon or set it to stderr")
+        syslog.openlog("mailcloak", syslog.LOG_PID, syslog.LOG_MAIL)
+
+    def emit(self, record: logging.LogRecord) -> None:
+        priorities = {logging.DEBUG: syslog.LOG_DEBUG, logging.INFO: syslog.LOG_INFO, logging.WARNING: syslog.LOG_WARNING}
+        syslog.syslog(priorities.get(record.levelno, syslog.LOG_ERR), self.format(record))
+
+
+def configure_logging(config: DaemonConfig) -> None:
+    """Log to stderr, each line with its time, or to syslog, which has its own; raises StartError where there is no syslog."""
+    handler = _Syslog() if config.log == "syslog" else logging.StreamHandler()
+    handler.setFormatter(
+        logging.Formatter("%(asctime)s %(levelname)s %(message)s" if config.log == "stderr" else "%(levelname)s %(message)s")
+    )
     for level in (logging.DEBUG, logging.INFO, logging.WARNING, logging.ERROR):
         logging.addLevelName(level, logging.getLevelName(level).lower())
     log.addHandler(handler)
     log.propagate = False
-    wanted = os.environ.get("MAILCLOAK_LOG_LEVEL", "")
-    log.setLevel(wanted if wanted in ("debug", "info", "warning", "error") else "info")
+    log.setLevel(config.log_level)
+
+
+def postfix_warnings(config: Config) -> Iterator[str]:
+    """What does not fit the Postfix of this host, if there is one. Source: postconf(1)."""
+    postconf = shutil.which("postconf", path=f"{os.environ.get('PATH', '')}:/usr/sbin")
+    if not postconf:
+        return
+    try:
+        command = [postconf, "-h", "queue_directory", "recipient_delimiter"]
+        output = subprocess.run(command, check=True, capture_output=True, text=True, timeout=10).stdout
+        queue_directory, delimiter = output.splitlines()
+    except (OSError, ValueError, subprocess.SubprocessError) as exc:
+        yield f"config: postconf could not be asked whether this fits Postfix: {type(exc).__name__}"
+        return
+    for key in ("policy_socket", "socketmap_socket"):
+        path = getattr(config.sockets, key)
+        if os.path.commonpath([path, queue_directory]) != queue_directory:
+            yield f"config: sockets.{key}: {path} is not below Postfix's queue_directory {queue_directory}, where a chrooted smtpd looks"
+    if delimiter != config.policy.recipient_delimiter:
+        ours = config.policy.recipient_delimiter
+        yield f"config: policy.recipient_delimiter: {ours!r} here, {delimiter!r} in Postfix's main.cf; both must be the same"
 
 
 def main(argv: Optional[Sequence[str]] = None) -> int:
@@ -3011,13 +3382,16 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
         print("\n".join(exc.problems), file=sys.stderr)
         return EXIT_CONFIG
     if options.check_config:
-        print("\n".join((*config.warnings, f"config: {config.path}: good")), file=sys.stderr)
+        print("\n".join((*config.warnings, *postfix_warnings(config), f"config: {config.path}: good")), file=sys.stderr)
         return EXIT_OK
-    _configure_logging()
     try:
+        configure_logging(config.daemon)
         Daemon(config).run()
     except StartError as exc:
-        log.error("%s", exc)
+        if log.handlers:
+            log.error("%s", exc)
+        else:
+            print(exc, file=sys.stderr)
         return EXIT_FAILED
     return EXIT_OK
 

@@ -77,9 +77,8 @@ def write_config(directory: Path) -> Path:
 
 
 def start_daemon(config: Path, log: Path) -> subprocess.Popen[bytes]:
-    environment = {**os.environ, "MAILCLOAK_LOG_LEVEL": "debug"}
     with open(log, "wb") as file:
-        daemon = subprocess.Popen([sys.executable, str(ROOT / "mailcloak.py"), str(config)], stderr=file, env=environment)
+        daemon = subprocess.Popen([sys.executable, str(ROOT / "mailcloak.py"), str(config)], stderr=file)
     deadline = time.monotonic() + 15
     while "daemon: started" not in log.read_text():
         if daemon.poll() is not None or time.monotonic() > deadline:
@@ -200,7 +199,6 @@ The daemon runs until Ctrl-C, with users alice@demo.test and bob@demo.test. From
   postmap -q info+x@demo.test socketmap:unix:{RUN_DIR}/socketmap:alias      (where Postfix is installed)
 """)
     sys.stdout.flush()
-    os.environ["MAILCLOAK_LOG_LEVEL"] = "debug"
     os.execv(sys.executable, [sys.executable, str(ROOT / "mailcloak.py"), str(config)])
     return 1
 

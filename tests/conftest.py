@@ -190,11 +190,11 @@ class Daemon:
     def __init__(self, directory, config, python=sys.executable, level="debug", environment=None):
         self.directory = Path(directory)
         self.config_path = self.directory / "config.yaml"
-        self.config = config
+        self.config = {**config, "daemon": {"log_level": level, **config.get("daemon", {})}}
         self.log_path = self.directory / "log"
         self.process = None
         self._command = [python, str(ROOT / "mailcloak.py"), "--config", str(self.config_path)]
-        self._environment = {**os.environ, "MAILCLOAK_LOG_LEVEL": level, **(environment or {})}
+        self._environment = {**os.environ, **(environment or {})}
         self._clients = []
 
     @property

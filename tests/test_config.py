@@ -698,9 +698,26 @@ def test_check_config_of_a_good_file_warns_and_exits_0(load, arguments):
     load(with_key("sockets.socket_mode", "0666"))
     result = run(*(argument.replace("PATH", str(load.path)) for argument in arguments))
     assert (result.returncode, result.stdout) == (0, "")
-    warning, good = result.stderr.splitlines()
+    warning, *of_postfix, good = result.stderr.splitlines()
     assert warning.startswith("config: sockets.socket_mode: ")
+    assert all("Postfix" in line for line in of_postfix)  # of this host
     assert good == f"config: {load.path}: good"
+
+
+@pytest.mark.real("postfix")
+def test_check_config_warns_of_what_does_not_fit_postfix(load):
+    queue_directory, delimiter = subprocess.run(
+        ["postconf", "-h", "queue_directory", "recipient_delimiter"], check=True, capture_output=True, text=True
+    ).stdout.splitlines()
+    load(with_key("policy.recipient_delimiter", "#"))
+    warnings = run("--check-config", load.path).stderr
+    assert f"sockets.policy_socket: {GOOD['sockets']['policy_socket']} is not below Postfix's queue_directory" in warnings
+    assert f"policy.recipient_delimiter: '#' here, {delimiter!r} in Postfix's main.cf" in warnings
+    raw = with_key("policy.recipient_delimiter", delimiter)
+    raw["sockets"] = {**raw["sockets"], "policy_socket": f"{queue_directory}/private/mailcloak"}
+    raw["sockets"]["socketmap_socket"] = f"{queue_directory}/private/mailcloak-socketmap"
+    load(raw)
+    assert "Postfix" not in run("--check-config", load.path).stderr
 
 
 @pytest.mark.parametrize("check", [["--check-config"], []], ids=["check", "start"])

@@ -296,7 +296,7 @@ def test_reload_of_a_bad_config_changes_nothing(static_daemon):
 def test_reload_names_what_needs_a_restart(static_daemon):
     static_daemon.config["sockets"]["policy_socket"] += "-other"
     static_daemon.reload()
-    assert "warning config: sockets: a change here needs a restart" in static_daemon.log()
+    assert "warning config: sockets.policy_socket: a change here needs a restart" in static_daemon.log()
     static_daemon.config["sockets"]["policy_socket"] = static_daemon.config["sockets"]["policy_socket"][: -len("-other")]
     assert static_daemon.ask(recipient="alice@d1.test") == "DUNNO"
 

@@ -62,12 +62,11 @@ def settle():
     time.sleep(0.1)
 
 
-HANDLERS = {handler: handler.__new__(handler) for handler in (mailcloak.PolicyHandler, mailcloak.SocketmapHandler)}
-
-
 def ask(service, request):
-    handler = mailcloak.SocketmapHandler if isinstance(request, mailcloak.SocketmapQuery) else mailcloak.PolicyHandler
-    return HANDLERS[handler].decide(request, service).text
+    kind = mailcloak.SocketmapHandler if isinstance(request, mailcloak.SocketmapQuery) else mailcloak.PolicyHandler
+    handler = kind.__new__(kind)  # without a connection
+    handler.tally = mailcloak.Tally()
+    return handler.decide(request, service).text
 
 
 def recipient(address):

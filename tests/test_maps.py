@@ -1,0 +1,213 @@
+"""The maps that mailcloakctl asks: stats, explain and flush."""
+
+from __future__ import annotations
+
+import json
+import time
+
+import decision_table as table
+import pytest
+from conftest import USERS, SocketmapClient, as_nobody, wait_until
+from test_policy_decisions import _groups, fill_database
+
+import mailcloak
+
+
+def ask(daemon, query):
+    """The JSON that a map answers."""
+    answer = daemon.ask_map(query)
+    assert answer.startswith("OK "), answer
+    return json.loads(answer[3:])
+
+
+def counted(stats, service):
+    return {(each["answer"], each["reason"]): each["count"] for each in stats["answers"] if each["service"] == service}
+
+
+# ---- stats
+
+
+def test_stats_count_every_answer_by_kind_and_reason(static_daemon):
+    static_daemon.ctl("aliases", "add", "info@d1.test", "alice")
+    client = static_daemon.policy()
+    for _ in range(3):
+        client.ask(recipient="alice@d1.test")
+    client.ask(recipient="stranger@d1.test")
+    client.close()
+    other = static_daemon.policy()
+    other.ask(sender="alice@d1.test")
+    map_client = static_daemon.socketmap()
+    map_client.ask("alias info@d1.test")
+    map_client.ask("aliases info@d1.test")
+    stats = ask(static_daemon, "stats *")
+    assert counted(stats, "policy") == {
+        ("DUNNO", "primary,sender-not-local"): 3,
+        ("550", "unknown-recipient"): 1,
+        ("553", "local-sender-unauthenticated"): 1,
+    }
+    assert counted(stats, "socketmap") == {("OK", "alias"): 1, ("PERM", "unknown-map"): 1}
+    assert sum(stats["seconds"]["policy"]["counts"]) == 5
+    assert 0 < stats["seconds"]["policy"]["sum"] < 5
+    assert (stats["version"], stats["pid"]) == (mailcloak.__version__, static_daemon.process.pid)
+    assert stats["connections"] == {"policy": 1, "socketmap": 2, "limit": 1000}
+    assert stats["database"] == {"path": str(static_daemon.database), "works": True}
+    assert stats["keycloak"] is None
+    assert 0 < stats["uptime_seconds"] < time.time() - stats["started_at"] + 1
+
+
+def test_stats_count_remembered_answers(static_daemon):
+    time.sleep(3.2)  # mailcloak.DATABASE_SETTLED_SECONDS of the daemon
+    client = static_daemon.policy()
+    for _ in range(5):
+        client.ask(recipient="alice@d1.test")
+    assert ask(static_daemon, "stats *")["remembered_answers"] == {"given": 4, "kept": 1}
+
+
+def test_stats_tell_where_users_were_found_and_how_keycloak_is(make_daemon, keycloak):
+    keycloak.add_user("alice", "alice@d1.test")
+    daemon = make_daemon(keycloak=keycloak.config(), policy={"cache_ttl_seconds": 0.5}).start()
+    client = daemon.policy()
+    for _ in range(3):
+        assert client.ask(recipient="alice@d1.test") == "DUNNO"
+    stats = ask(daemon, "stats *")
+    assert stats["lookups"] == {"cache": 2, "keycloak": 1, "kept": 0, "failed": 0}
+    assert stats["cache"]["users"] == 1
+    assert stats["keycloak"]["state"] == "answers"
+    assert stats["keycloak"]["requests"] >= 2
+    keycloak.fault = "status-503"
+    time.sleep(0.6)
+    for _ in range(4):
+        assert client.ask(recipient="alice@d1.test") == "DUNNO"
+        assert client.ask(recipient="bob@d1.test").startswith("451")
+    wait_until(lambda: ask(daemon, "stats *")["keycloak"]["state"] == "away", what="outage")
+    stats = ask(daemon, "stats *")
+    assert stats["lookups"]["kept"] == 4
+    assert stats["lookups"]["failed"] == 4
+    assert "HTTP 503" in stats["keycloak"]["failure"]
+    assert stats["keycloak"]["since_seconds"] > 0
+
+
+def test_stats_hold_the_last_reload(static_daemon):
+    assert ask(static_daemon, "stats *")["last_reload"] is None
+    static_daemon.reload()
+    wait_until(lambda: (ask(static_daemon, "stats *")["last_reload"] or {}).get("ok") is True)
+    static_daemon.config["policy"]["domain"] = "not a domain"
+    static_daemon.reload()
+    wait_until(lambda: ask(static_daemon, "stats *")["last_reload"]["ok"] is False)
+
+
+# ---- explain
+
+
+@pytest.mark.parametrize(("state", "rows"), _groups(), ids=lambda value: "" if isinstance(value, list) else str(value))
+def test_explanation_is_of_the_answer_that_is_given(state, rows, make_daemon, keycloak):
+    policy, keycloak_state, database_state = state
+    for username, email, enabled in table.USERS:
+        keycloak.add_user(username, email, enabled)
+    daemon = make_daemon(keycloak=keycloak.config(), policy={**table.POLICY, **dict(policy)}).start()
+    fill_database(daemon.database)
+    if keycloak_state == "down":
+        keycloak.fault = "status-503"
+    if database_state == "broken":
+        daemon.database.write_bytes(b"not a database" * 1000)
+    client = daemon.socketmap()
+    explained = {}
+    for row in rows:
+        name, _, key = row.ask.get("query", "").partition(" ")
+        if "query" in row.ask and (name != "alias" or not key):
+            explained[row.id] = row.answer
+            continue
+        question = {"alias": key} if name else {"policy": {"protocol_state": "RCPT", **row.ask}}
+        answer = client.ask(f"explain {json.dumps(question)}")
+        assert answer.startswith("OK "), (row.id, answer)
+        explained[row.id] = json.loads(answer[3:])["answer"]
+    assert explained == {row.id: row.answer for row in rows}
+
+
+def test_steps_name_what_was_asked_what_was_found_and_where(make_daemon, keycloak):
+    keycloak.add_user("alice", "alice@d1.test")
+    daemon = make_daemon(keycloak=keycloak.config(), policy={"cache_ttl_seconds": 0.5}).start()
+    daemon.ctl("aliases", "add", "info@d1.test", "alice")
+    question = "explain " + json.dumps({"policy": {"protocol_state": "RCPT", "recipient": "ALICE@d1.test"}})
+
+    def steps():
+        return [(step["asked"], step["value"], step["source"], step["error"]) for step in ask(daemon, question)["steps"]]
+
+    alias = ("alias", "alice@d1.test", "database", "")
+    assert steps() == [alias, ("holders", "alice@d1.test", "keycloak", "")]
+    assert steps() == [alias, ("holders", "alice@d1.test", "cache", "")]
+    explained = ask(daemon, question)
+    assert explained["reason"] == "primary,sender-not-local"
+    assert explained["steps"][0]["found"] is None
+    assert explained["steps"][1]["found"][0]["username"] == "alice"
+    assert 0 <= explained["steps"][1]["age_seconds"] < 5
+    keycloak.fault = "status-503"
+    time.sleep(0.6)
+    assert steps() == [alias, ("holders", "alice@d1.test", "kept", "")]
+    (step,) = ask(daemon, "explain " + json.dumps({"alias": "info@d1.test"}))["steps"][-1:]
+    assert step["found"] == {"username": "alice", "enabled": True}
+    stranger = ask(daemon, "explain " + json.dumps({"policy": {"protocol_state": "RCPT", "recipient": "bob@d1.test"}}))
+    assert "HTTP 503" in stranger["steps"][-1]["error"] or "away" in stranger["steps"][-1]["error"]
+
+
+@pytest.mark.parametrize(
+    "question", ["x", "[]", "{}", '{"policy": 1}', '{"policy": {"no_such_attribute": "x"}}', "[" * 5000, '"alias"', "null", "1"]
+)
+def test_what_is_no_question_is_said_so(static_daemon, question):
+    assert static_daemon.ask_map(f"explain {question}") == "PERM not a question"
+    assert "internal error" not in static_daemon.log()
+
+
+# ---- flush
+
+
+def test_flush_forgets_a_user_in_memory_and_on_disk(make_daemon, keycloak):
+    for name in ("alice", "bob"):
+        keycloak.add_user(name, f"{name}@d1.test")
+    daemon = make_daemon(keycloak=keycloak.config()).start()
+    for name in ("alice", "bob"):
+        assert daemon.ask(recipient=f"{name}@d1.test") == "DUNNO"
+        assert daemon.ask(sender=f"{name}@d1.test", sasl_username=name) == "DUNNO"
+    assert ask(daemon, "flush Alice@D1.test") == {"forgotten": 2}
+    assert ask(daemon, "flush nobody@d1.test") == {"forgotten": 0}
+    keycloak.users.clear()
+    keycloak.add_user("carol", "carol@d1.test")
+    assert daemon.ask(recipient="alice@d1.test") == "550 5.1.1 No such user"
+    assert daemon.ask(recipient="bob@d1.test") == "DUNNO"
+    daemon.stop()
+    keycloak.fault = "status-503"
+    daemon.start()
+    assert daemon.ask(recipient="alice@d1.test").startswith("451")
+    assert daemon.ask(recipient="bob@d1.test") == "DUNNO"
+    assert ask(daemon, "flush *")["forgotten"] >= 2
+    assert daemon.ask(recipient="bob@d1.test").startswith("451")
+    daemon.stop()
+    daemon.start()
+    assert daemon.ask(recipient="bob@d1.test").startswith("451")
+
+
+def test_flush_makes_a_removed_user_count_where_the_answer_was_remembered(make_daemon, keycloak):
+    keycloak.add_user("alice", "alice@d1.test")
+    keycloak.add_user("bob", "bob@d1.test")
+    daemon = make_daemon(keycloak=keycloak.config()).start()
+    time.sleep(3.2)
+    client = daemon.policy()
+    for _ in range(3):
+        assert client.ask(recipient="alice@d1.test") == "DUNNO"
+    keycloak.users.remove(keycloak.user("alice"))
+    assert client.ask(recipient="alice@d1.test") == "DUNNO"
+    ask(daemon, "flush alice@d1.test")
+    assert client.ask(recipient="alice@d1.test") == "550 5.1.1 No such user"
+
+
+# ---- who may ask
+
+
+@pytest.mark.real("root")
+def test_stats_are_for_all_who_may_connect_and_the_others_for_the_owner(make_daemon):
+    daemon = make_daemon(static_users=USERS, sockets={"socket_mode": "0666"}).start()
+    path = daemon.config["sockets"]["socketmap_socket"]
+    assert as_nobody(lambda: SocketmapClient(path).ask("stats *")[:3]) == "OK "
+    for query in ('explain {"alias": "info@d1.test"}', "flush *"):
+        assert "PERM" in as_nobody(lambda query=query: SocketmapClient(path).ask(query))
+    assert "warning socketmap: error map=flush key=<*> reason=not-permitted" in daemon.log()
