@@ -6,12 +6,14 @@ Postfix asks over two Unix sockets:
 
   policy      smtpd access policy delegation (SMTPD_POLICY_README). At RCPT: is there such a recipient, and may this client use this
               sender? At MAIL: the sender alone. Answers DUNNO, 550, 553 or 451.
-  socketmap   virtual_alias_maps (socketmap_table(5)), map name "alias": the mailbox that an alias leads to.
+  socketmap   virtual_alias_maps (socketmap_table(5)), map name "alias": the mailbox that an alias leads to. The maps "stats",
+              "explain" and "flush" are mailcloakctl's.
 
 Read at start:  the configuration, /etc/mailcloak/config.yaml unless another is named; config.yaml.sample explains each key.
 Asked:          Keycloak, by its admin REST interface, for users: their username, primary e-mail, and whether they are enabled;
                 one SQLite file, written by mailcloakctl, for aliases and for apps (logins that may only send).
 Signals:        SIGTERM and SIGINT answer what was read and end; SIGHUP reads the configuration again.
+Environment:    LISTEN_FDS and NOTIFY_SOCKET of a service manager (sd_listen_fds(3), sd_notify(3)).
 Exit codes:     0 ended by a signal, or the configuration is good; 64 usage; 78 configuration; 1 anything else.
 
 Security: started as root, the daemon binds its sockets and becomes daemon.user. It never answers OK or any other permission, only
@@ -936,13 +938,19 @@ def _create_database_file(path: str) -> bool:
     return True
 
 
-def prepare_database(path: str, busy_seconds: float) -> str:
-    """Create the file and its schema where missing, migrate an older one; says what was done, "" if nothing.
+def prepare_database(path: str, busy_seconds: float, *, create: bool = True) -> str:
+    """Create the file with its schema if it is missing, migrate an older one; says what was done, "" if nothing.
 
-    Raises StartError where it cannot be made or belongs to a newer mailcloak; DatabaseUnavailable where it is there and cannot be read.
+    Raises StartError where it cannot be made or belongs to a newer mailcloak; DatabaseUnavailable where it is there and cannot be used,
+    or is missing and must not be created.
     """
-    created = _create_database_file(path)
+    if create and not os.path.lexists(path) and _create_database(path):
+        return "created"
     try:
+        if os.stat(path).st_size == 0:  # somebody has emptied it, and a new one in its place would say that there are no aliases
+            raise DatabaseUnavailable(
+                f"database: {path!r} is empty: restore it from a backup, or remove it so that a new one is made"
+            )
         with contextlib.closing(connect_database(path, busy_seconds)) as connection:
             version = connection.execute("PRAGMA user_version").fetchone()[0]
             if version > SCHEMA_VERSION:
@@ -950,11 +958,28 @@ def prepare_database(path: str, busy_seconds: float) -> str:
                     f"sqlite.path: {path!r} has schema version {version}, this mailcloak knows {SCHEMA_VERSION}: install a newer one"
                 )
             copy = _migrate(connection, path) if version < SCHEMA_VERSION else ""
-    except sqlite3.Error as exc:
+    except (sqlite3.Error, OSError) as exc:
         raise DatabaseUnavailable(f"database: {path!r}: {exc}") from exc
-    if copy:
-        return f"migrated to schema version {SCHEMA_VERSION}, the file as it was is {copy}"
-    return "created" if created else ""
+    return f"migrated to schema version {SCHEMA_VERSION}, the file as it was is {copy}" if copy else ""
+
+
+def _create_database(path: str) -> bool:
+    """Put a new database at path, which nobody ever sees without its schema; False if there is one meanwhile."""
+    new = f"{path}.new-{os.getpid()}"
+    with contextlib.suppress(FileNotFoundError):
+        os.unlink(new)
+    _create_database_file(new)
+    try:
+        with contextlib.closing(connect_database(new, 0)) as connection:
+            _migrate(connection, new)
+        os.link(new, path)
+    except FileExistsError:
+        return False
+    except (sqlite3.Error, OSError) as exc:
+        raise StartError(f"sqlite.path: {path!r} cannot be created: {exc}") from exc
+    finally:
+        os.unlink(new)
+    return True
 
 
 def _migrate(connection: sqlite3.Connection, path: str) -> str:
@@ -997,7 +1022,7 @@ class Database:
     def __init__(self, path: str, busy_seconds: float = DATABASE_BUSY_SECONDS) -> None:
         self._path = path
         self._busy_seconds = busy_seconds
-        self._local = threading.local()  # .connection and .identity, of this thread alone
+        self._local = threading.local()  # .connection, .state and .page_bytes, of this thread alone
         self._lock = threading.Lock()  # guards _fails
         self._fails = False  # for one line in the log when it begins and one when it ends
 
@@ -1057,6 +1082,8 @@ class Database:
     def _rows(self, statement: str, parameters: Tuple[str, ...]) -> List[Any]:
         try:
             rows = self._connection().execute(statement, parameters).fetchall()
+            if os.stat(self._path).st_size % self._local.page_bytes:  # SQLite reads zeros behind the end of such a file
+                raise DatabaseUnavailable("the file ends within a page, it was truncated")
         except (sqlite3.Error, OSError, StartError, DatabaseUnavailable) as exc:
             self.close()  # a fresh connection next time: the file may have been replaced or mended meanwhile
             error = DatabaseUnavailable(f"database: {self._path!r}: {exc}")
@@ -1073,15 +1100,19 @@ class Database:
         return turns
 
     def _connection(self) -> sqlite3.Connection:
-        """This thread's connection, to the file that has the name now: a file put in its place by rename is noticed."""
-        status = os.stat(self._path)
-        identity = (status.st_dev, status.st_ino)
-        if getattr(self._local, "connection", None) is None or self._local.identity != identity:
+        """This thread's connection, made anew when the file has changed.
+
+        SQLite itself notices a commit, but neither a file put in place by rename nor a copy written over it whose change counter
+        happens to be the one it knows.
+        """
+        state = self.state()
+        if getattr(self._local, "connection", None) is None or self._local.state != state:
             self.close()
             self._local.connection = connect_database(self._path, self._busy_seconds)
-            self._local.identity = identity
+            self._local.state = state
+            self._local.page_bytes = self._local.connection.execute("PRAGMA page_size").fetchone()[0]
             if 0 < self._local.connection.execute("PRAGMA user_version").fetchone()[0] < SCHEMA_VERSION:
-                prepare_database(self._path, self._busy_seconds)  # an older file was put in place of ours
+                prepare_database(self._path, self._busy_seconds, create=False)  # an older file was put in place of ours
             self._local.connection.execute("PRAGMA query_only = ON")
         connection: sqlite3.Connection = self._local.connection
         return connection

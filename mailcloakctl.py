@@ -217,7 +217,8 @@ def transaction(database: sqlite3.Connection) -> Iterator[None]:
     try:
         yield
     except BaseException:
-        database.execute("ROLLBACK")
+        if database.in_transaction:  # on a full disk SQLite has rolled back by itself
+            database.execute("ROLLBACK")
         raise
     database.execute("COMMIT")
 
@@ -232,7 +233,7 @@ def open_database(path: str, *, create: bool) -> sqlite3.Connection:
     except OSError as exc:
         raise Refused(f"database {path!r}: {exc.strerror}{database_hint(exc, path)}") from exc
     try:
-        done = mailcloak.prepare_database(path, BUSY_SECONDS)
+        done = mailcloak.prepare_database(path, BUSY_SECONDS, create=create)
         if done:
             say(f"database {path} {done}")
         database = mailcloak.connect_database(path, BUSY_SECONDS)
@@ -250,7 +251,9 @@ def database_hint(exc: BaseException, path: str) -> str:
         return "; another program is writing, try again when it is done"
     if os.path.isdir(path):
         return "; this is a directory, name the file in it with --db or sqlite.path"
-    if "full" in str(exc):
+    if "is empty" in str(exc):
+        return ""
+    if "full" in str(exc) or not os.statvfs(os.path.dirname(path)).f_favail:
         return "; make room on its disk and try again"
     readable = os.access(path, os.R_OK | os.W_OK) and os.access(os.path.dirname(path), os.W_OK | os.X_OK)
     if not readable:
