@@ -108,7 +108,7 @@ SEND_TIMEOUT_SECONDS = 10  # a client that does not read its answers is dropped 
 ROOM_SECONDS = 0.05  # how often a server that has no room for a connection looks for some
 FILES_PER_CONNECTION = 4  # the socket, and SQLite's database, WAL and its index
 SPARE_FILES = 200  # for Keycloak, last-known.db, listeners, the log
-IDLE_SECONDS = 1  # after which a connection is without its SQLite connection, of which 500 take 200 MiB, until it is asked again
+IDLE_SECONDS = 1  # after which a connection is without its SQLite connection until it is asked again
 
 MAX_DIRECTORY_BODY_BYTES = 1024 * 1024  # of one HTTP answer; ten brief user records are about 4 kB
 MAX_DIRECTORY_MATCHES = 10  # asked for in one search; more users than that with one address is no answer
@@ -124,6 +124,7 @@ PROOF_SECONDS = 60.0  # how long a check that we see users at all makes empty an
 PROOF_RETRY_SECONDS = 2.0  # how often it is repeated while we see none
 
 LAST_KNOWN_WAITING = 10_000  # positive answers waiting to be written to last-known.db
+DATABASE_KEPT_CONNECTIONS = 64  # beyond, a thread's connection ends with its question; each takes about 150 KiB
 DATABASE_BUSY_SECONDS = 2.0  # how long a question waits for a writer's lock
 DATABASE_SETTLED_SECONDS = 3.0  # unchanged for so long, its next change shows in its times; vfat's are 2 s apart, others' less
 MAX_REMEMBERED_ANSWERS = 100_000  # each about 400 bytes; 0 makes every answer anew, and nothing but the time it takes changes
@@ -1023,7 +1024,8 @@ class Database:
         self._path = path
         self._busy_seconds = busy_seconds
         self._local = threading.local()  # .connection, .state and .page_bytes, of this thread alone
-        self._lock = threading.Lock()  # guards _fails
+        self._lock = threading.Lock()  # guards the two below
+        self._connections = 0  # that are open, of all threads
         self._fails = False  # for one line in the log when it begins and one when it ends
 
     def find_alias(self, address: str) -> Optional[Alias]:
@@ -1078,6 +1080,8 @@ class Database:
         self._local.connection = None
         if connection is not None:
             connection.close()
+            with self._lock:
+                self._connections -= 1
 
     def _rows(self, statement: str, parameters: Tuple[str, ...]) -> List[Any]:
         try:
@@ -1090,6 +1094,8 @@ class Database:
             if self._turns(fails=True):
                 log.error("%s; answers that need it are deferred until it is mended", error)
             raise error from exc
+        if self._connections > DATABASE_KEPT_CONNECTIONS:
+            self.close()
         if self._fails and self._turns(fails=False):
             log.warning("database: works again path=%s", self._path)
         return rows
@@ -1109,6 +1115,8 @@ class Database:
         if getattr(self._local, "connection", None) is None or self._local.state != state:
             self.close()
             self._local.connection = connect_database(self._path, self._busy_seconds)
+            with self._lock:
+                self._connections += 1
             self._local.state = state
             self._local.page_bytes = self._local.connection.execute("PRAGMA page_size").fetchone()[0]
             if 0 < self._local.connection.execute("PRAGMA user_version").fetchone()[0] < SCHEMA_VERSION:
