@@ -246,10 +246,10 @@ def _socket_path(value: Any) -> str:
 
 
 def _url(value: Any) -> str:
-    parts = urllib.parse.urlsplit(_text(value))
-    if parts.username or parts.password:
+    if "@" in _text(value):
         raise ValueError("expected a URL without user and password; put the secret into keycloak.client_secret")
-    with contextlib.suppress(ValueError):  # .port raises when it is not a number
+    with contextlib.suppress(ValueError):  # urlsplit() quotes parts of the URL in it; .port raises it when it is not a number
+        parts = urllib.parse.urlsplit(value)
         is_plain = re.fullmatch(r"[^<>\s?#]+", value) and re.fullmatch(r"[\w.:\[\]-]+", parts.netloc)
         if parts.scheme in ("http", "https") and parts.hostname and parts.port != 0 and is_plain:
             return str(value).rstrip("/")
@@ -446,7 +446,7 @@ def _construct_mapping(loader: _StrictLoader, node: yaml.MappingNode) -> Dict[An
     for key, _ in node.value:
         name = key.value if isinstance(key, yaml.ScalarNode) else key
         if name in seen:
-            raise yaml.constructor.ConstructorError(None, None, f"key given twice: {name}", key.start_mark)
+            raise yaml.constructor.ConstructorError(None, None, f"key given twice: {_shown_key(name)}", key.start_mark)
         seen.add(name)
     return loader.construct_mapping(node, deep=True)
 
@@ -460,9 +460,21 @@ def _near_miss(value: Any, choices: Sequence[str]) -> str:
 
 
 def _shown(value: Any) -> str:
-    """A value of the file, short enough for a message, without the password of a URL."""
-    text = "nothing" if value is None else re.sub(r"//[^/@]*@", "//...@", repr(value))
+    """A value of the file, short enough for a message, without the password of a URL and without a secret from the next line.
+
+    A line with too much indentation, or behind a quote that is not closed, becomes part of the value of the line before it.
+    """
+    text = "nothing" if value is None else re.sub(r".*[:/].*@", "'...@", repr(value))
+    if isinstance(value, dict) or "secret" in text:
+        return _kind(value)
     return text if len(text) <= 60 else text[:57] + "..."
+
+
+def _shown_key(key: Any) -> str:
+    """A key of the file without what follows where the space after its colon was forgotten."""
+    text = str(key)
+    name = re.match(r"[\w.-]*", text)
+    return text if not name or name[0] == text else f"{name[0]}..."
 
 
 def _kind(value: Any) -> str:
@@ -480,10 +492,10 @@ def read_yaml(path: str) -> Dict[str, Any]:
         raise ConfigError([f"config: {path}: cannot be read: {exc.strerror}"]) from exc
     except yaml.MarkedYAMLError as exc:  # not str(exc), which quotes the line and so might show a secret
         line = exc.problem_mark.line + 1 if exc.problem_mark else 1
-        problem = re.sub(r"(alias|tag) '.*'", r"\1 '...'", exc.problem or "not YAML")
+        problem = re.sub(r"(alias|tag|handle) '.*'", r"\1 '...'", exc.problem or "not YAML")
         raise ConfigError([f"config: {path}: line {line}: {problem}"]) from exc
-    except (yaml.YAMLError, UnicodeDecodeError, RecursionError, ValueError, KeyError, AttributeError, TypeError) as exc:
-        # the last four are what PyYAML lets out for values such as "!!bool x"
+    except (yaml.YAMLError, RecursionError, ValueError, LookupError, AttributeError, TypeError, ArithmeticError) as exc:
+        # the last five are what PyYAML lets out for values such as "!!bool x" and "!!int ''"; UnicodeDecodeError is a ValueError
         raise ConfigError([f"config: {path}: not YAML in UTF-8 ({type(exc).__name__})"]) from exc
     if not isinstance(raw, dict):
         raise ConfigError([f"config: {path}: expected blocks such as policy: and sockets:, got {_kind(raw)}"])
@@ -499,7 +511,7 @@ def read_block(cls: Type[Any], name: str, raw: Any, problems: List[str]) -> Any:
     fields = {field.name: field for field in dataclasses.fields(cls)}
     for key in raw:
         if key not in fields:
-            problems.append(f"config: {name}.{key}: unknown key{_near_miss(key, list(fields))}")
+            problems.append(f"config: {name}.{_shown_key(key)}: unknown key{_near_miss(key, list(fields))}")
     values: Dict[str, Any] = {}
     for key, field in fields.items():
         if key not in raw and field.default is dataclasses.MISSING:
@@ -543,7 +555,10 @@ def _check_secret(raw: Mapping[str, Any], values: Dict[str, Any]) -> Iterator[st
         with open(path, encoding="utf-8") as file:
             secret = file.readline(4096).strip()
     except (OSError, UnicodeDecodeError) as exc:
-        yield f"client_secret_file: {path}: cannot be read: {exc.strerror if isinstance(exc, OSError) else 'not UTF-8'}"
+        # A secret may begin with a slash; a file that is there, or could be, is none.
+        is_path = os.path.exists(path) or (os.path.dirname(path) != "/" and os.path.isdir(os.path.dirname(path)))
+        shown = path if is_path else "a path that is not shown"
+        yield f"client_secret_file: {shown}: cannot be read: {exc.strerror if isinstance(exc, OSError) else 'not UTF-8'}"
         return
     if not secret or not secret.isprintable():
         yield f"client_secret_file: {path}: expected the secret in the first line"
@@ -586,7 +601,7 @@ def load_config(path: str) -> Config:
     raw = read_yaml(path)
     problems: List[str] = []
     known = [*_BLOCKS, "static_users"]
-    problems.extend(f"config: {key}: unknown key{_near_miss(key, known)}" for key in raw if key not in known)
+    problems.extend(f"config: {_shown_key(key)}: unknown key{_near_miss(key, known)}" for key in raw if key not in known)
     blocks = {
         name: read_block(cls, name, raw.get(name, {}), problems)
         for name, cls in _BLOCKS.items()
@@ -1375,9 +1390,14 @@ def _system_ca() -> Any:
     return paths.cafile or paths.capath or True
 
 
+class _Session(requests.Session):
+    def get_redirect_target(self, resp: requests.Response) -> None:
+        """Nowhere, ever: even without allow_redirects requests would read the whole body of a redirect, whatever its length."""
+
+
 def _new_session(ca_file: str) -> requests.Session:
     """An HTTP session for one thread, deaf to proxies and .netrc of the environment: requests does not promise thread safety."""
-    session = requests.Session()
+    session = _Session()
     session.trust_env = False
     session.verify = ca_file or _system_ca()
     session.headers.update({"User-Agent": f"mailcloak/{__version__}", "Accept": "application/json", "Accept-Encoding": "identity"})
@@ -1407,6 +1427,18 @@ def _describe_failure(exc: BaseException) -> str:
 EMAIL_MAY_BE_TAKEN = (
     "users may change their own e-mail and so take over any address: in the realm's user profile let only admins edit the attribute"
     " email, or turn on Verify email and set keycloak.require_verified_email"
+)
+
+
+# RFC 6749, section 5.2, and what Keycloak says of a realm that is turned off; any other text could be anything, a secret included
+TOKEN_ERRORS = (
+    "invalid_request",
+    "invalid_client",
+    "invalid_grant",
+    "unauthorized_client",
+    "unsupported_grant_type",
+    "invalid_scope",
+    "access_denied",
 )
 
 
@@ -1512,9 +1544,10 @@ class KeycloakApi:
         if status in (400, 401):
             reason = ""
             with contextlib.suppress(DirectoryUnavailable, AttributeError, TypeError):
-                reason = " " + "".join(re.findall(r"^[a-z_]{1,40}$", self._json(body).get("error")))
+                error = self._json(body).get("error")
+                reason = f" {error}" if error in TOKEN_ERRORS else ""
             remedy = "check keycloak.client_id and keycloak.client_secret"
-            raise DirectoryMisconfigured(self.message(f"token refused (HTTP {status}{reason.rstrip()}), {remedy}"))
+            raise DirectoryMisconfigured(self.message(f"token refused (HTTP {status}{reason}), {remedy}"))
         if status != 200:
             raise DirectoryUnavailable(self.message(f"no token (HTTP {status})"))
         answer = self._json(body)
@@ -1524,7 +1557,7 @@ class KeycloakApi:
             not isinstance(token, str)
             or not re.fullmatch(r"[!-~]+", token)
             or not isinstance(life, (int, float))
-            or not 0 < life < math.inf
+            or not 0 < life < 1e12
         ):
             raise DirectoryUnavailable(self.message("the answer to the token request holds no token"))
         return token, float(life)
@@ -1867,7 +1900,10 @@ class KeycloakDirectory:
                         self._ask_canaries(session, deadline, time.monotonic())
                     email_may_be_taken = not profile_seen and self._api.users_may_edit_email(session, deadline)
                 except Exception as exc:
-                    self.outage.note_failure(exc if isinstance(exc, DirectoryUnavailable) else DirectoryUnavailable(str(exc)))
+                    if not isinstance(exc, DirectoryUnavailable):
+                        log.error("directory: internal error %s", _describe_exception(exc))
+                        exc = DirectoryUnavailable(self._message("internal error"))
+                    self.outage.note_failure(exc)
                     pause = min(PROBE_PAUSE_SECONDS, pause * 2 or 0.25)
                     self._closed.wait(pause * random.uniform(0.5, 1))  # noqa: S311  jitter, so that many hosts do not ask at once
                     continue
@@ -3029,6 +3065,13 @@ def _hand_over_socket(path: str, uid: int, gid: int, mode: int) -> None:
         os.close(descriptor)
 
 
+def _bind_in_group(listener: socket.socket, path: str, gid: int) -> None:
+    """Bind as an ordinary user, who can give away only what is his own; a directory with setgid makes files of its own group."""
+    listener.bind(path)
+    if os.lstat(path).st_gid != gid:
+        os.chown(path, -1, gid, follow_symlinks=False)
+
+
 def bind_socket(path: str, key: str, sockets: SocketsConfig) -> socket.socket:
     """A listening socket with its owner, group and mode; raises StartError.
 
@@ -3047,13 +3090,11 @@ def bind_socket(path: str, key: str, sockets: SocketsConfig) -> socket.socket:
     old_umask = os.umask(0o777 & ~sockets.socket_mode)
     try:
         if os.geteuid() != 0:
-            listener.bind(path)
-            if gid != os.getegid():
-                os.chown(path, -1, gid, follow_symlinks=False)
+            _bind_in_group(listener, path, gid)
         else:
             try:
                 with _acting_as(uid, gid):
-                    listener.bind(path)
+                    _bind_in_group(listener, path, gid)
             except PermissionError:
                 os.umask(0o777)
                 listener.bind(path)
@@ -3341,14 +3382,20 @@ class Daemon:
 # ---------------------------------------------------------------------------------------------------------------------------------
 
 
-class _ArgumentParser(argparse.ArgumentParser):
+class ArgumentParser(argparse.ArgumentParser):
+    """A parser whose errors repeat no argument: one of them may be a secret in the wrong place."""
+
+    usage_exit_code = EXIT_USAGE
+
     def error(self, message: str) -> Any:
+        message = re.sub(r"(unrecognized arguments|ignored explicit argument).*", r"\1", message, flags=re.DOTALL)
+        message = re.sub(r"(invalid choice|ambiguous option).*?( \(choose from| could match|$)", r"\1\2", message, flags=re.DOTALL)
         self.print_usage(sys.stderr)
-        self.exit(EXIT_USAGE, f"{self.prog}: {message}\n")
+        self.exit(self.usage_exit_code, f"{self.prog}: {message}\n")
 
 
 def _parse_arguments(argv: Optional[Sequence[str]]) -> argparse.Namespace:
-    parser = _ArgumentParser(
+    parser = ArgumentParser(
         prog="mailcloak",
         description="Answer Postfix from Keycloak and SQLite: who may receive, who may send, where an alias leads.",
         epilog="Stays in the foreground and logs to stderr. SIGHUP reads the configuration again.",
@@ -3388,6 +3435,8 @@ def configure_logging(config: DaemonConfig) -> None:
         logging.addLevelName(level, logging.getLevelName(level).lower())
     log.addHandler(handler)
     log.propagate = False
+    for library in ("urllib3", "requests"):  # whoever listens at the root logger: urllib3 quotes the headers of a server there
+        logging.getLogger(library).propagate = False
     log.setLevel(config.log_level)
 
 

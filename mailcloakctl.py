@@ -96,7 +96,8 @@ def read_username(text: str) -> str:
 def read_app_id(text: str) -> str:
     """Dovecot lets no other characters of a username through to its query (auth_username_chars)."""
     if not re.fullmatch(r"[A-Za-z0-9._@-]{1,254}", text):
-        raise Refused(f"{text!r} is not an app id: it takes 1 to 254 letters a-z, digits and . _ - @")
+        # without showing what may be a TOKEN that changed places with APP_ID
+        raise Refused("APP_ID is not an app id: it takes 1 to 254 letters a-z, digits and . _ - @")
     return text.lower()
 
 
@@ -566,17 +567,19 @@ _ARGUMENT_HELP = {
 }
 
 
+class ArgumentParser(mailcloak.ArgumentParser):
+    usage_exit_code = 2  # argparse's own
+
+
 def build_parser() -> argparse.ArgumentParser:
-    common = argparse.ArgumentParser(
-        add_help=False, argument_default=argparse.SUPPRESS
-    )  # so that they stand before or after the verb
+    common = ArgumentParser(add_help=False, argument_default=argparse.SUPPRESS)  # so that they stand before or after the verb
     place = common.add_mutually_exclusive_group()
     place.add_argument(
         "--config", metavar="FILE", help=f"the daemon's configuration, {mailcloak.DEFAULT_CONFIG_PATH} if it is there"
     )
     place.add_argument("--db", metavar="FILE", help="the database itself")
     common.add_argument("--json", action="store_true", help="lists as one JSON array of objects")
-    parser = argparse.ArgumentParser(prog="mailcloakctl", description=(__doc__ or "").split("\n", 1)[0], parents=[common])
+    parser = ArgumentParser(prog="mailcloakctl", description=(__doc__ or "").split("\n", 1)[0], parents=[common])
     parser.add_argument("--version", action="version", version=f"mailcloakctl {mailcloak.__version__}")
     nouns = parser.add_subparsers(metavar="NOUN", dest="noun", required=True)
     for noun, verbs in COMMANDS.items():
@@ -638,7 +641,7 @@ def read_policy(options: argparse.Namespace) -> Optional[mailcloak.PolicyConfig]
 def take_late_token(parser: argparse.ArgumentParser, options: argparse.Namespace, rest: Sequence[str]) -> None:
     """apps add APP_ID --json TOKEN: argparse lets an optional argument stand only directly after the one before it."""
     if (options.noun, options.verb) != ("apps", "add"):
-        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+        parser.error("unrecognized arguments")
     if len(rest) > 1 or rest[0].startswith("-"):
         # without showing what may be the token
         parser.error("an unknown option or a second TOKEN; a TOKEN that begins with - goes after --")
