@@ -6,7 +6,7 @@ OTHER_PYTHONS := 3.9 3.10 3.11 3.12 3.13
 
 SECONDS := 60
 
-.PHONY: demo run test lint test-all test-debian13 real-servers fuzz bench clean help
+.PHONY: demo run test lint test-all test-debian13 real-servers fuzz soak bench clean help
 help:
 	@echo 'make demo          start mailcloak on an embedded directory, ask it a dozen questions, show the answers'
 	@echo 'make run           leave that same daemon in the foreground, to be asked by hand'
@@ -15,6 +15,7 @@ help:
 	@echo 'make test-all      the tests without real servers on each Python of 3.9 to 3.13 that is installed'
 	@echo 'make test-debian13 run the tests on Debian 13 and examples/dovecot-2.4, in a tree of its own (root, debootstrap)'
 	@echo 'make fuzz          search both parsers for bytes that break them, for SECONDS=60 (installs atheris; Linux with glibc)'
+	@echo 'make soak          ten minutes of mixed load with outages, commits and reloads, each answer checked'
 	@echo 'make bench         measure, and write bench/RESULTS.md (gcc; as root with Postfix for all of it; about ten minutes)'
 	@echo 'make real-servers  install the servers that the tests can use (root, apt)'
 
@@ -51,6 +52,9 @@ real-servers:
 
 fuzz:
 	@PYTHON='$(PYTHON)' tests/fuzz/run '$(VENV)-fuzz' '$(SECONDS)'
+
+soak: $(VENV)/test.stamp
+	$(VENV)/bin/python tests/soak.py 600
 
 bench: $(VENV)/test.stamp build/bench/load build/bench/echo
 	$(VENV)/bin/python bench/bench.py all

@@ -1,0 +1,63 @@
+"""The soak of `make soak`, for a minute; and that it ends when it is told to."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+import uuid
+from pathlib import Path
+
+import pytest
+from conftest import ROOT, wait_until
+
+pytestmark = [pytest.mark.long, pytest.mark.timeout(300)]
+
+COMMAND = [sys.executable, str(ROOT / "tests" / "soak.py"), "--json"]
+
+
+def test_minute_of_mixed_load_gives_no_wrong_answer_and_leaves_nothing_behind():
+    result = subprocess.run([*COMMAND, "60"], capture_output=True, text=True, check=False, stdin=subprocess.DEVNULL)
+    assert result.returncode == 0, result.stderr
+    figures = json.loads(result.stdout)
+    assert (figures["wrong"], figures["problems"]) == (0, [])
+    assert figures["answers"] > 5000
+    assert figures["answers_with_one_right"] > 0.8  # else nearly anything would have been right
+    assert figures["commits"] > 100
+    assert figures["runs_of_mailcloakctl"] >= 5
+    assert figures["reloads"] >= 5
+    assert len(figures["outages"]) >= 3
+    assert figures["deferred"]["Keycloak away"] > 10
+    assert figures["keycloak_slow_seconds"] < 20  # a machine too busy for the soak to show anything
+
+
+def processes_with(text):
+    """The commands of all processes whose environment holds this."""
+    found = []
+    for entry in Path("/proc").glob("[0-9]*/environ"):
+        try:
+            if text.encode() in entry.read_bytes():
+                found.append(entry.with_name("cmdline").read_bytes().replace(b"\0", b" ").decode())
+        except OSError:
+            pass  # it has ended, or it is somebody else's
+    return found
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL], ids=["SIGINT", "SIGKILL"])
+def test_soak_that_is_interrupted_takes_everything_with_it(number):
+    mark = f"SOAK_OF_THIS_TEST={uuid.uuid4()}"
+    environment = {**os.environ, **dict([mark.split("=")])}
+    with subprocess.Popen([*COMMAND, "600"], env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as soak:
+        wait_until(lambda: any("mailcloakctl.py" in command for command in processes_with(mark)), 60, "a soak under way")
+        assert len(processes_with(mark)) >= 5  # itself, two that ask, Keycloak, the daemon
+        started = time.monotonic()
+        soak.send_signal(number)
+        output, _ = soak.communicate(timeout=120)
+    assert soak.returncode == (130 if number == signal.SIGINT else -number)
+    wait_until(lambda: not processes_with(mark), 30, "end of its processes")
+    assert time.monotonic() - started < 60
+    if number == signal.SIGINT:
+        assert json.loads(output)["problems"] == []
