@@ -1,15 +1,19 @@
-# mailcloak. Targets for people: demo, run, test; for developers: lint, test-all, and as root real-servers (apt), test-debian13.
+# mailcloak. Targets for people: demo, run, install, uninstall, test; for developers: lint, test-all, fuzz, soak, bench, and as root
+# real-servers (apt), test-debian13.
 PYTHON ?= python3
+PREFIX ?= /usr/local
+DESTDIR ?=
 VENV := .venv
 PYTEST_OPTIONS ?=
 OTHER_PYTHONS := 3.9 3.10 3.11 3.12 3.13
 
 SECONDS := 60
 
-.PHONY: demo run test lint test-all test-debian13 real-servers fuzz soak bench clean help
+.PHONY: demo run install uninstall test lint test-all test-debian13 real-servers fuzz soak bench clean help
 help:
 	@echo 'make demo          start mailcloak on an embedded directory, ask it a dozen questions, show the answers'
 	@echo 'make run           leave that same daemon in the foreground, to be asked by hand'
+	@echo 'make install       programs, service files and man pages below PREFIX ($(PREFIX)) and DESTDIR; make uninstall'
 	@echo 'make test          run the tests; those of real servers where they are installed'
 	@echo 'make lint          ruff, mypy --strict, and a check that Python 3.9 suffices'
 	@echo 'make test-all      the tests without real servers on each Python of 3.9 to 3.13 that is installed'
@@ -25,6 +29,10 @@ demo: $(VENV)/run.stamp
 run: $(VENV)/run.stamp
 	@exec $(VENV)/bin/python demo/demo.py run
 
+# PYTHON: the interpreter that the programs will run on, with PyYAML and requests.
+install uninstall:
+	@PREFIX='$(PREFIX)' DESTDIR='$(DESTDIR)' PYTHON='$(PYTHON)' ./install $@
+
 test: $(VENV)/test.stamp
 	$(VENV)/bin/python -m pytest $(PYTEST_OPTIONS)
 
@@ -33,7 +41,8 @@ lint: $(VENV)/lint.stamp
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
 	$(VENV)/bin/vermin --target=3.9- --violations --eval-annotations --no-tips --no-parse-comments mailcloak.py mailcloakctl.py
-	sh -n openrc/mailcloak.initd
+	for script in install openrc/mailcloak.initd tests/fuzz/run; do sh -n $$script || exit 1; done
+	bash -n completions/mailcloak.bash && bash -n completions/mailcloakctl.bash
 
 test-all:
 	@for version in $(OTHER_PYTHONS); do \

@@ -2884,7 +2884,8 @@ class SocketmapHandler(Handler):
         if request.name == "stats":
             return Action(f"OK {json.dumps(self.server.daemon.report())}", "stats", logging.DEBUG)
         peer = struct.unpack("3i", self.request.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i")))
-        if peer[1] not in (0, os.geteuid(), os.stat(str(self.server.server_address)).st_uid):
+        owner = service.config.sockets.socket_owner_user
+        if peer[1] not in (0, os.geteuid(), *([pwd.getpwnam(owner).pw_uid] if owner else [])):
             return Action(
                 f"PERM {request.name} is for root, daemon.user and the owner of the socket", "not-permitted", logging.WARNING
             )

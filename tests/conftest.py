@@ -31,6 +31,11 @@ REAL_SERVERS = {
     "keycloak": ("java mvn", "default-jre-headless maven"),
     "slapd": ("slapd slapadd", "slapd"),
     "strace": ("strace", "strace"),
+    "openrc": ("rc-service supervise-daemon", "openrc"),
+    "systemd": ("systemd-socket-activate systemd-analyze", "systemd"),
+    "mandoc": ("mandoc", "mandoc"),
+    "zsh": ("zsh", "zsh"),
+    "make": ("make", "make"),
     "root": ("", ""),
 }
 

@@ -1,0 +1,267 @@
+"""make install and make uninstall, into a directory."""
+
+from __future__ import annotations
+
+import ast
+import importlib.util
+import marshal
+import os
+import re
+import subprocess
+import sys
+
+import pytest
+import yaml
+from conftest import ROOT, USERS
+
+PREFIXES = ("/usr/local", "/usr")
+BELOW_PREFIX = {
+    "lib/mailcloak/mailcloak.py",
+    "lib/mailcloak/mailcloakctl.py",
+    "lib/systemd/system/mailcloak.service",
+    "lib/systemd/system/mailcloak.socket",
+    "lib/systemd/system/mailcloak-socketmap.socket",
+    "lib/sysusers.d/mailcloak.conf",
+    "sbin/mailcloak",
+    "sbin/mailcloakctl",
+    "share/bash-completion/completions/mailcloak",
+    "share/bash-completion/completions/mailcloakctl",
+    "share/mailcloak/schema.sql",
+    "share/mailcloak/without-sockets.conf",
+    "share/man/man5/mailcloak.yaml.5",
+    "share/man/man8/mailcloak.8",
+    "share/man/man8/mailcloakctl.8",
+    "share/zsh/site-functions/_mailcloak",
+    "share/zsh/site-functions/_mailcloakctl",
+}
+BELOW_ETC = {"conf.d/mailcloak", "init.d/mailcloak", "mailcloak/config.yaml.sample"}
+EXECUTABLE = {
+    "lib/mailcloak/mailcloak.py",
+    "lib/mailcloak/mailcloakctl.py",
+    "sbin/mailcloak",
+    "sbin/mailcloakctl",
+    "init.d/mailcloak",
+}
+
+
+def run(target, directory, prefix="/usr/local", python=sys.executable, check=True):
+    """What make install and make uninstall run."""
+    environment = {**os.environ, "DESTDIR": str(directory), "PREFIX": str(prefix), "PYTHON": str(python)}
+    result = subprocess.run(
+        ["./install", target], cwd=ROOT, env=environment, capture_output=True, text=True, check=False, timeout=60
+    )
+    assert not check or result.returncode == 0, result.stdout + result.stderr
+    return result
+
+
+def files(directory):
+    """Every file and link below directory but for compiled modules."""
+    found = (path for path in directory.rglob("*") if path.is_symlink() or not path.is_dir())
+    return {str(path.relative_to(directory)) for path in found if path.suffix != ".pyc"}
+
+
+def text(path):
+    return path.read_text(encoding="utf-8")
+
+
+@pytest.fixture(scope="module", params=PREFIXES)
+def installed(request, tmp_path_factory):
+    """(DESTDIR, PREFIX, what make install said); not to be changed."""
+    directory = tmp_path_factory.mktemp("dest dir")
+    directory.chmod(0o755)
+    return directory, request.param, run("install", directory, request.param).stdout
+
+
+def test_everything_is_where_it_belongs_with_its_mode(installed):
+    directory, prefix, _ = installed
+    below_prefix = {f"{prefix[1:]}/{name}": name for name in BELOW_PREFIX}
+    below_etc = {f"etc/{name}": name for name in BELOW_ETC}
+    assert files(directory) == {*below_prefix, *below_etc}
+    for path, name in {**below_prefix, **below_etc}.items():
+        assert (directory / path).stat().st_mode & 0o777 == (0o755 if name in EXECUTABLE else 0o644), path
+
+
+def test_programs_name_their_interpreter_and_are_otherwise_as_they_were(installed):
+    directory, prefix, _ = installed
+    for name in ("mailcloak.py", "mailcloakctl.py"):
+        first, _, rest = text(directory / prefix[1:] / "lib/mailcloak" / name).partition("\n")
+        assert first == f"#!{sys.executable}"
+        assert rest == text(ROOT / name).partition("\n")[2]
+
+
+def test_compiled_modules_name_the_path_without_destdir(installed):
+    directory, prefix, _ = installed
+    compiled = list((directory / prefix[1:] / "lib/mailcloak/__pycache__").glob("mailcloak.*.pyc"))
+    assert [marshal.loads(path.read_bytes()[16:]).co_filename for path in compiled] == [f"{prefix}/lib/mailcloak/mailcloak.py"]
+
+
+def test_programs_run_from_there(installed, make_config, short_dir):
+    directory, prefix, _ = installed
+    config = short_dir / "c.yaml"
+    config.write_text(yaml.safe_dump(make_config(static_users=USERS)))
+
+    def start(program, *words):
+        command = [str(directory / prefix[1:] / "sbin" / program), *words]
+        return subprocess.run(command, capture_output=True, text=True, check=False, timeout=30, cwd="/")
+
+    for program in ("mailcloak", "mailcloakctl"):
+        assert re.fullmatch(rf"{program} \d+\.\d+\.\d+\n", start(program, "--version").stdout)
+    checked = start("mailcloak", "--config", str(config), "--check-config")
+    assert (checked.returncode, f"config: {config}: good" in checked.stderr) == (0, True)
+    assert start("mailcloakctl", "--config", str(config), "aliases", "add", "info@d1.test", "alice").returncode == 0
+
+
+def test_texts_name_paths_below_the_prefix_alone(installed):
+    directory, prefix, _ = installed
+    other = {"/usr/local": r"/usr/(?:s?bin|lib|share)/[\w/-]*mailcloak", "/usr": "/usr/local"}[prefix]
+    for name in sorted(files(directory)):
+        if not name.endswith((".py", "sbin/mailcloak", "sbin/mailcloakctl")):
+            assert not re.search(other, text(directory / name)), name
+    service = text(directory / prefix[1:] / "lib/systemd/system/mailcloak.service")
+    assert f"\nExecStart={prefix}/sbin/mailcloak\n" in service
+    assert f'mailcloak_command:={prefix}/sbin/mailcloak}}"' in text(directory / "etc/init.d/mailcloak")
+
+
+def test_manual_pages_name_files_that_were_installed(installed):
+    directory, prefix, _ = installed
+    for page in (directory / prefix[1:] / "share/man").rglob("*.?"):
+        for path in re.findall(rf"(?<![\w.]){prefix}/[\w./-]*\w", text(page)):
+            assert os.path.lexists(f"{directory}{path}"), f"{page.name}: {path}"
+
+
+def test_next_steps_say_how_to_make_the_user_and_the_configuration(installed):
+    _, prefix, said = installed
+    for step in (
+        f"systemd-sysusers {prefix}/lib/sysusers.d/mailcloak.conf",
+        "useradd --system --user-group --home-dir /var/lib/mailcloak --shell /usr/sbin/nologin mailcloak",
+        "install -m 640 -g mailcloak /etc/mailcloak/config.yaml.sample /etc/mailcloak/config.yaml",
+        "systemctl daemon-reload && systemctl enable --now mailcloak",
+        "rc-service mailcloak start",
+    ):
+        assert step in said
+
+
+@pytest.mark.real("make")
+def test_make_hands_its_variables_on(tmp_path):
+    command = ["make", "--no-print-directory", "install", f"DESTDIR={tmp_path}/a b", "PREFIX=/opt/x", f"PYTHON={sys.executable}"]
+    said = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True, timeout=60).stdout
+    assert {"opt/x/sbin/mailcloak", "etc/init.d/mailcloak"} <= files(tmp_path / "a b")
+    assert "systemctl link /opt/x/lib/systemd/system/mailcloak" in said
+    subprocess.run([*command[:2], "uninstall", *command[3:]], cwd=ROOT, capture_output=True, check=True, timeout=60)
+    assert files(tmp_path) == set()
+
+
+@pytest.mark.real("systemd")
+def test_systemd_makes_the_user_from_its_file(installed, tmp_path):
+    directory, prefix, _ = installed
+    (tmp_path / "etc").mkdir()
+    command = ["systemd-sysusers", f"--root={tmp_path}", str(directory / prefix[1:] / "lib/sysusers.d/mailcloak.conf")]
+    subprocess.run(command, check=True, timeout=30, capture_output=True)
+    (line,) = [line.split(":") for line in text(tmp_path / "etc/passwd").splitlines() if line.startswith("mailcloak:")]
+    assert (line[5], line[6].rpartition("/")[2]) == ("/var/lib/mailcloak", "nologin")
+    assert "mailcloak:" in text(tmp_path / "etc/group")
+
+
+# ---- again, and away
+
+
+def test_second_install_renews_programs_and_leaves_what_an_administrator_wrote(tmp_path):
+    run("install", tmp_path)
+    config, settings = tmp_path / "etc/mailcloak/config.yaml", tmp_path / "etc/conf.d/mailcloak"
+    config.write_text("precious: 1\n")
+    settings.write_text('mailcloak_log="/var/log/mail"\n')
+    program, sample = tmp_path / "usr/local/lib/mailcloak/mailcloak.py", tmp_path / "etc/mailcloak/config.yaml.sample"
+    program.write_text("old")
+    sample.write_text("old")
+    said = run("install", tmp_path).stdout
+    assert (text(config), text(settings)) == ("precious: 1\n", 'mailcloak_log="/var/log/mail"\n')
+    assert f"kept {settings}" in said
+    assert "config.yaml.sample /etc" not in said  # the step that would make one
+    assert text(program).startswith(f"#!{sys.executable}\n# mailcloak: ")
+    assert text(sample) == text(ROOT / "config.yaml.sample")
+
+
+def test_second_install_says_nothing_of_settings_that_were_not_changed(tmp_path):
+    run("install", tmp_path)
+    assert "kept" not in run("install", tmp_path).stdout
+
+
+def test_uninstall_leaves_configuration_and_database_alone(tmp_path):
+    run("install", tmp_path)
+    mine = ["etc/mailcloak/config.yaml", "etc/conf.d/mailcloak", "var/lib/mailcloak/state.db", "usr/local/sbin/another"]
+    for name in mine:
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text("mine\n")
+    said = run("uninstall", tmp_path).stdout
+    assert files(tmp_path) == set(mine)
+    assert not (tmp_path / "usr/local/lib/mailcloak").exists()
+    for name in ("etc/mailcloak", "etc/conf.d/mailcloak", "var/lib/mailcloak"):
+        assert f"left {tmp_path}/{name}, " in said
+
+
+def test_uninstall_of_what_was_not_changed_leaves_no_file(tmp_path):
+    run("install", tmp_path, "/usr")
+    run("uninstall", tmp_path, "/usr")
+    assert files(tmp_path) == set()
+    assert not (tmp_path / "etc/mailcloak").exists()
+    run("uninstall", tmp_path, "/usr")  # and again
+
+
+# ---- what cannot be installed
+
+
+def test_interpreter_without_the_modules_is_refused_naming_them_and_their_packages(tmp_path):
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", tmp_path / "bare"], check=True, timeout=60)
+    result = run("install", tmp_path / "dest", python=tmp_path / "bare/bin/python", check=False)
+    assert result.returncode != 0
+    assert f"{tmp_path}/bare/bin/python lacks yaml and requests, which mailcloak needs" in result.stderr
+    assert re.search(r"install what is missing: .*yaml .*requests", result.stderr)
+    assert "make install PYTHON=" in result.stderr
+    assert not (tmp_path / "dest").exists()
+
+
+@pytest.mark.parametrize(
+    ("script", "message"),
+    [
+        ("exit 127", "cannot be run: mailcloak needs Python 3.9 or later"),
+        (
+            'case "$*" in *executable*) echo "$0";; *version_info*) exit 1;; *) echo Python 3.8.1;; esac',
+            "is Python 3.8.1: mailcloak needs",
+        ),
+        (
+            f'case "$*" in *sqlite3*) exit 1;; *executable*) echo "$0";; *) exec {sys.executable} "$@";; esac',
+            "SQLite 3.34 or later",
+        ),
+    ],
+    ids=["none", "old", "old-sqlite"],
+)
+def test_interpreter_that_is_not_fit_is_refused_with_the_reason(tmp_path, script, message):
+    python = tmp_path / "python"
+    python.write_text(f"#!/bin/sh\n{script}\n")
+    python.chmod(0o755)
+    result = run("install", tmp_path / "dest", python=python, check=False)
+    assert result.returncode != 0
+    assert message in result.stderr
+    assert not (tmp_path / "dest").exists()
+
+
+@pytest.mark.parametrize("prefix", ["usr/local", "/", "/opt/my programs", "/opt/$(id)"])
+def test_prefix_that_cannot_be_one_is_refused(tmp_path, prefix):
+    result = run("install", tmp_path, prefix, check=False)
+    assert result.returncode != 0
+    assert "PREFIX" in result.stderr
+    assert files(tmp_path) == set()
+
+
+def test_modules_that_are_checked_are_those_that_the_programs_import():
+    imported = set()
+    for name in ("mailcloak.py", "mailcloakctl.py"):
+        for node in ast.walk(ast.parse(text(ROOT / name))):
+            if isinstance(node, (ast.Import, ast.ImportFrom)):
+                names = [node.module] if isinstance(node, ast.ImportFrom) else [each.name for each in node.names]
+                imported.update(each.partition(".")[0] for each in names)
+    origins = {name: importlib.util.find_spec(name).origin or "" for name in imported - {"mailcloak"}}
+    installed = {name for name, origin in origins.items() if re.search("/(site|dist)-packages/", origin)}
+    brought_by_requests = {"idna", "urllib3"}
+    (checked,) = re.findall(r"for module in (.*); do", text(ROOT / "install"))
+    assert installed - brought_by_requests == set(checked.split())
