@@ -1383,6 +1383,12 @@ class _DeadlineAdapter(requests.adapters.HTTPAdapter):
         super().init_poolmanager(*args, **kwargs)
         self.poolmanager.pool_classes_by_scheme = {"http": _HTTPPool, "https": _HTTPSPool}
 
+    def close(self) -> None:
+        """Close the connections now: urllib3 2 leaves that to the garbage collector, which a daemon at rest does not reach."""
+        for key in self.poolmanager.pools.keys():  # noqa: SIM118  the container cannot be iterated otherwise
+            self.poolmanager.pools[key].close()
+        super().close()
+
 
 def _system_ca() -> Any:
     """The host's own CA bundle or folder rather than the one that pip may have brought with requests."""

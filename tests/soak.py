@@ -5,8 +5,9 @@
 
 For SECONDS (600) two processes of five clients each ask over both sockets: recipients, senders and aliases, one by one, several at
 once, in two pieces, over kept connections and new ones; some go away without reading or talk nonsense. Meanwhile aliases and apps
-are changed every 100 ms by direct commits and now and then by mailcloakctl.py, the configuration is read again every 5 s (two that
-differ in foreign_sender and domain, by turns), and Keycloak is killed, stopped or answers nonsense for some seconds.
+are changed every 100 ms by direct commits and now and then by mailcloakctl.py, with rests in which the daemon may remember answers; the
+configuration is read again every 5 s (two that differ in foreign_sender and domain, by turns); and Keycloak is killed, stopped or answers
+nonsense for some seconds.
 
 What is right is known by number. Commit n of either writer and reload n make a state that follows from n alone. A number is counted
 as begun before anything is done and as done after all is; so between sending a question and receiving its answer the states from
@@ -64,7 +65,7 @@ RELOAD_SECONDS = 5
 UP_SECONDS, DOWN_SECONDS = 14, (5, 1, 3)
 FAULTS = ("killed", "stopped", "status-503", "not-json", "close", "truncated")
 
-KEYCLOAK_TIMEOUT_SECONDS = 3  # keycloak.timeout_seconds; half its default, so that outages are through sooner
+KEYCLOAK_TIMEOUT_SECONDS = 3  # keycloak.timeout_seconds; less than its default, so that outages are through sooner
 CACHE_TTL_SECONDS = 2  # so that users are asked for again all the time
 CACHE_MAX_ENTRIES = 2000  # full after some seconds, so that memory has no reason to grow from then on
 TOKEN_SECONDS = 10
@@ -82,8 +83,8 @@ VERDICT_SECONDS = KEYCLOAK_TIMEOUT_SECONDS + 2 * PULSE_SECONDS + 1  # a deferral
 # One lookup deadline and two waits for a writer's lock (recipient, sender); the rest is for a busy machine.
 ANSWER_SECONDS = KEYCLOAK_TIMEOUT_SECONDS + 2 * mailcloak.DATABASE_BUSY_SECONDS + 8
 SETTLE_SECONDS = 2 * KEYCLOAK_TIMEOUT_SECONDS + BACK_SECONDS + 10  # until what a reload replaced has ended
-# 1.5 MiB were measured from the first minute to the fourth: the allocator, as threads come and go. The bound is 4 bytes an answer, 130 a
-# connection or 40 KiB a reload over the ten minutes. A short run is still filling its caches when it begins to measure.
+# 1.6 MiB were measured from the first minute to the fifth: the allocator, as threads come and go. Over the ten minutes the bound is some
+# 4 bytes an answer, 170 a connection or 60 KiB a reload. A short run is still filling its caches when it begins to measure.
 GROWTH_KIB, SHORT_GROWTH_KIB = 4 * 1024, 8 * 1024
 
 DUNNO, REJECT = "DUNNO", "550 5.1.1 No such user"
@@ -848,6 +849,8 @@ class Daemon:
         if self.process.poll() is None:
             self.process.kill()
             self.process.wait()
+        self._reader.join(5)
+        self.process.stderr.close()
 
 
 # ---- the run
@@ -873,6 +876,7 @@ class Soak:
         self._daemon: Optional[Daemon] = None
         self._resident: List[Tuple[float, int]] = []  # (seconds since the beginning, KiB)
         self._outages: List[str] = []
+        self._reloads_rest = False
         self._slow_seconds = self._slowest_pulse = self._slowest_commit = 0.0
         fork = multiprocessing.get_context("fork")
         # before there are threads and pipes, of which a copy must not live on in them
@@ -1030,15 +1034,20 @@ class Soak:
     def _reload(self) -> None:
         assert self._daemon
         while not self._stop.wait(RELOAD_SECONDS):
+            if self._reloads_rest:
+                continue
             with self._world.numbered(RELOAD) as number:
                 self._write_config(number)
                 self._daemon.reload()
 
     def _disturb_keycloak(self) -> None:
-        pauses = itertools.chain([UP_SECONDS / 2], itertools.repeat(UP_SECONDS))
+        after_seconds = BACK_SECONDS + 2
+        pauses = itertools.chain([UP_SECONDS / 2 + after_seconds], itertools.repeat(UP_SECONDS))
         for fault, down_seconds, up_seconds in zip(itertools.cycle(FAULTS), itertools.cycle(DOWN_SECONDS), pauses):
-            if self._stop.wait(up_seconds):
+            if self._stop.wait(up_seconds - after_seconds):
                 return
+            # A reload begins with no outage known: around every other one there is none, so that the daemon must notice its end itself.
+            self._reloads_rest = len(self._outages) % 2 == 0
             place = self._world.begin_trouble(OUTAGE, time.monotonic())
             try:
                 self._outages.append(fault)
@@ -1047,6 +1056,8 @@ class Soak:
                 self._keycloak.come_back()
             finally:
                 self._world.end_trouble(place, time.monotonic())
+            self._stop.wait(after_seconds)
+            self._reloads_rest = False
 
     def _feel_pulse(self) -> None:
         """Ask Keycloak as anybody might, and note when it is slow though nobody disturbs it."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import ast
 import contextlib
 import copy
 import dataclasses
@@ -203,7 +204,8 @@ def test_commands_are_those_of_the_reference():
     assert [
         *(f"aliases {verb}" for verb in ("add", "list", "del", "enable", "disable")),
         *(f"apps {verb}" for verb in ("add", "set", "list", "allow", "disallow", "del", "enable", "disable")),
-    ] == VERBS
+        *(f"ask {verb}" for verb in ("recipient", "sender", "alias")),
+    ] == [verb for verb in VERBS if " " in verb]
     assert {"--config", "--db", "--json", "--replace", "--force", "--token-stdin", "--generate"} <= set(OPTIONS)
 
 
@@ -227,3 +229,20 @@ def test_help_of_every_command_has_an_example_that_parses(verb):
     example = parser.epilog.removeprefix("example: mailcloakctl ").split()
     options = mailcloakctl.build_parser().parse_args(example, argparse.Namespace(config=None, db=None, json=False))
     assert f"{options.noun} {options.verb}" == verb
+
+
+def security_rows():
+    """(threat, defence, tests) of each row of the tables of threats in SECURITY.md."""
+    text = (ROOT / "SECURITY.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| (.+) \| (.+) \| (.+) \|$", text[text.index("\n## Threats") :], re.MULTILINE)
+    return [row for row in rows if row[0] != "threat"]
+
+
+@pytest.mark.parametrize("row", security_rows(), ids=[row[0] for row in security_rows()])
+def test_security_names_tests_that_exist_for_each_threat(row):
+    named = re.findall(r"`(test_\w+\.py)::(test_\w+)`", row[2])
+    assert named
+    assert re.sub(r"`test_\w+\.py::test_\w+`", "", row[2]).strip() == "", "anything but the names of tests"
+    for file, name in named:
+        tree = ast.parse((ROOT / "tests" / file).read_text(encoding="utf-8"))
+        assert name in {node.name for node in tree.body if isinstance(node, ast.FunctionDef)}, f"{file}::{name}"

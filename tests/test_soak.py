@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -52,12 +54,17 @@ def test_soak_that_is_interrupted_takes_everything_with_it(number):
     environment = {**os.environ, **dict([mark.split("=")])}
     with subprocess.Popen([*COMMAND, "600"], env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as soak:
         wait_until(lambda: any("mailcloakctl.py" in command for command in processes_with(mark)), 60, "a soak under way")
-        assert len(processes_with(mark)) >= 5  # itself, two that ask, Keycloak, the daemon
+        commands = processes_with(mark)
+        assert len(commands) >= 5  # itself, two that ask, Keycloak, the daemon
+        directory = re.search(r"--config (/tmp/mc\w+)/config.yaml", "".join(commands)).group(1)
         started = time.monotonic()
         soak.send_signal(number)
         output, _ = soak.communicate(timeout=120)
     assert soak.returncode == (130 if number == signal.SIGINT else -number)
     wait_until(lambda: not processes_with(mark), 30, "end of its processes")
     assert time.monotonic() - started < 60
-    if number == signal.SIGINT:
+    if number == signal.SIGKILL:
+        shutil.rmtree(directory)  # all that nobody is left to remove
+    else:
+        assert not os.path.exists(directory)
         assert json.loads(output)["problems"] == []

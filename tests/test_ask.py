@@ -1,0 +1,521 @@
+"""mailcloakctl ask: the answer that Postfix would get, and why, of the running daemon and of fakes that misbehave."""
+
+from __future__ import annotations
+
+import ast
+import contextlib
+import io
+import json
+import os
+import pwd
+import re
+import shutil
+import socket
+import tempfile
+import threading
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+from conftest import ROOT, USERS, Daemon, as_nobody, run_ctl
+from keycloak_stand_in import KeycloakStandIn
+
+import mailcloakctl
+
+EXPLAINED = {
+    "answer": "550 5.1.1 No such user",
+    "reason": "unknown-recipient",
+    "steps": [
+        {"asked": "alias", "value": "ghost@d1.test", "found": None, "source": "database", "age_seconds": None, "error": ""},
+        {"asked": "holders", "value": "ghost@d1.test", "found": [], "source": "cache", "age_seconds": 3.2, "error": ""},
+    ],
+}
+NO_SUCH_USER = "550 5.1.1 No such user"
+
+
+class FakeDaemon:
+    """The two sockets of a configuration; policy and maps say what is answered: text, bytes that are sent as they are, or "hang"."""
+
+    def __init__(self, config):
+        self.policy = "DUNNO"
+        self.maps = {
+            "alias": "NOTFOUND ",
+            "explain": f"OK {json.dumps(EXPLAINED)}",
+            "stats": "OK {}",
+            "flush": 'OK {"forgotten": 0}',
+        }
+        self.asked = []  # (socket, question) in the order in which they came
+        self._paths = {name: config["sockets"][f"{name}_socket"] for name in ("policy", "socketmap")}
+        self._listeners = []
+        self._ending = threading.Event()
+
+    def __enter__(self):
+        for name, path in self._paths.items():
+            listener = socket.socket(socket.AF_UNIX)
+            listener.bind(path)
+            listener.listen()
+            self._listeners.append(listener)
+            threading.Thread(target=self._serve, args=(name, listener), daemon=True).start()
+        return self
+
+    def __exit__(self, *_):
+        self._ending.set()
+        for listener, path in zip(self._listeners, self._paths.values()):
+            listener.close()
+            os.unlink(path)
+
+    def _serve(self, name, listener):
+        with contextlib.suppress(OSError):
+            while True:
+                connection, _ = listener.accept()
+                with contextlib.closing(connection), contextlib.suppress(OSError):
+                    self._answer(name, connection)
+
+    def _answer(self, name, connection):
+        question = connection.recv(65536).decode()
+        if not question:  # somebody who only looked whether he may connect
+            return
+        self.asked.append((name, question))
+        if name == "policy":
+            answer, frame = self.policy, "action={}\n\n".format
+        else:
+            answer, frame = self.maps[question.partition(":")[2].partition(" ")[0]], self._netstring
+        if answer == "hang":
+            self._ending.wait(20)
+        elif isinstance(answer, bytes):
+            connection.sendall(answer)
+        else:
+            connection.sendall(frame(answer).encode())
+
+    @staticmethod
+    def _netstring(text):
+        return f"{len(text.encode())}:{text},"
+
+
+@pytest.fixture
+def config_path(short_dir, make_config):
+    """The path of a configuration whose sockets nobody has made yet."""
+    path = short_dir / "config.yaml"
+    path.write_text(yaml.safe_dump(make_config(static_users=USERS)))
+    return path
+
+
+@pytest.fixture
+def fake(config_path):
+    with FakeDaemon(yaml.safe_load(config_path.read_text())) as fake:
+        yield fake
+
+
+@pytest.fixture
+def ctl(config_path, capsys, monkeypatch):
+    """The command in this process: (exit code, standard output, standard error)."""
+    monkeypatch.setattr(mailcloakctl, "ANSWER_SECONDS", 1.0)
+
+    def ctl(*arguments):
+        code = mailcloakctl.main(["--config", str(config_path), *arguments])
+        return (code, *capsys.readouterr())
+
+    return ctl
+
+
+def asked_json(daemon, *arguments):
+    return json.loads(run_ctl("--config", daemon.config_path, "ask", *arguments, "--json").stdout)
+
+
+# ---- every reason of the daemon is explained
+
+# What stands in the daemon's f-strings: App.state, Login.state, Owner.source, as far as the code lets them get there.
+IN_BRACES = {
+    "app-": ("disabled", "expired"),
+    "app-owner-": ("disabled", "missing", "ambiguous"),
+    "login-": ("disabled", "missing"),
+    "own-": ("alias", "primary"),
+}
+
+
+def constants(node):
+    """The texts that an expression may be."""
+    if isinstance(node, ast.Constant):
+        return {node.value}
+    if isinstance(node, ast.IfExp):
+        return constants(node.body) | constants(node.orelse)
+    return set()
+
+
+def reasons_of(source):
+    """Every reason that this text of the daemon can give: of Action(...), accept(...) and, for owner.source, Owner(...)."""
+    found = set()
+    for node in ast.walk(ast.parse(source)):
+        if (
+            not isinstance(node, ast.Call)
+            or not isinstance(node.func, ast.Name)
+            or node.func.id not in ("Action", "accept", "Owner")
+        ):
+            continue
+        position = 0 if node.func.id == "accept" else 1
+        reason = node.args[position]
+        if isinstance(reason, ast.JoinedStr) and isinstance(reason.values[0], ast.Constant):
+            prefix = reason.values[0].value
+            assert prefix in IN_BRACES, f"line {node.lineno}: which reasons begin with {prefix!r}?"
+            found |= {prefix + rest for rest in IN_BRACES[prefix]}
+        elif isinstance(reason, ast.JoinedStr):  # the two reasons of a whole request, both found elsewhere
+            assert ast.unparse(reason) == "f'{recipient.reason},{sender.reason}'", f"line {node.lineno}"
+        else:
+            texts = constants(reason)
+            assert texts or ast.unparse(reason) in ("reason", "owner.source"), f"line {node.lineno}: {ast.unparse(reason)}"
+            found |= texts
+    return found - {"nobody"}  # of an owner, and never the reason of an answer
+
+
+def test_reasons_of_the_daemon_are_all_explained_and_no_others():
+    reasons = reasons_of((ROOT / "mailcloak.py").read_text(encoding="utf-8"))
+    assert {"alias", "unknown-recipient", "app-owner-missing", "own-alias", "directory-unavailable"} <= reasons
+    assert set(mailcloakctl.REASONS) == reasons
+
+
+def test_reason_that_is_not_explained_would_be_found():
+    assert reasons_of('Action(X, "new")\naccept("fresh")\nOwner("", "x" if y else "nobody")\nAction(T, f"app-{app.state}")') == {
+        "new",
+        "fresh",
+        "x",
+        "app-disabled",
+        "app-expired",
+    }
+    with pytest.raises(AssertionError, match="which reasons begin with"):
+        reasons_of('Action(X, f"user-{state}")')
+
+
+@pytest.mark.parametrize("name", mailcloakctl.REASONS)
+def test_explanation_of_a_reason_can_be_filled_in(name):
+    shown = mailcloakctl.describe_reasons(name, "two words@d1.test", "bob", [])
+    assert shown["reason"] == name
+    assert shown["rule"]
+    assert not re.search(r"[{}]", shown["rule"] + shown["change"])
+
+
+def test_reason_that_is_not_known_is_shown_as_it_is():
+    assert mailcloakctl.describe_reasons("from-the-future", "x@d1.test", "", [])["rule"] == (
+        "a rule that this mailcloakctl does not know"
+    )
+
+
+# ---- what is asked
+
+
+def test_recipient_is_asked_as_postfix_asks_and_explained_by_the_same_question(fake, ctl):
+    fake.policy = NO_SUCH_USER
+    code, shown, said = ctl("ask", "recipient", "<Ghost@D1.test>")
+    assert (code, said) == (0, "")
+    (_, explain), (name, policy) = fake.asked
+    assert json.loads(explain.partition(" ")[2].rstrip(",")) == {
+        "policy": {"protocol_state": "RCPT", "policy_context": "recipient", "recipient": "Ghost@D1.test"}
+    }
+    assert (name, set(policy.split("\n"))) == (
+        "policy",
+        {"request=smtpd_access_policy", "protocol_state=RCPT", "policy_context=recipient", "recipient=Ghost@D1.test", ""},
+    )
+    assert "answer         550 5.1.1 No such user (refused for good)\n" in shown
+
+
+def test_sender_is_asked_with_login_and_method(fake, ctl):
+    ctl("ask", "sender", "x@d1.test", "--user", "Alice", "--method", "xoauth2")
+    ctl("ask", "sender", "x@d1.test", "--user", "printer")
+    ctl("ask", "sender", "<>")
+    asked = [question for name, question in fake.asked if name == "policy"]
+    assert "sender=x@d1.test\nsasl_username=alice\nsasl_method=XOAUTH2\n" in asked[0]
+    assert "sasl_username=printer\nsasl_method=PLAIN\n" in asked[1]
+    assert "sender=\nsasl_username=\nsasl_method=\n" in asked[2]
+
+
+def test_recipient_that_may_come_in_is_shown_with_where_it_leads(fake, ctl):
+    fake.maps["alias"] = "OK alice@d1.test"
+    assert "leads to       alice@d1.test\n" in ctl("ask", "recipient", "info@d1.test")[1]
+    fake.maps["alias"] = "NOTFOUND "
+    assert "leads to" not in ctl("ask", "recipient", "info@d1.test")[1]
+    fake.maps["alias"] = "TEMP lookup failed"
+    assert "leads to       TEMP lookup failed\n" in ctl("ask", "recipient", "info@d1.test")[1]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["recipient", "<>"], "'<>' receives no mail"),
+        (["alias", ""], "'<>' is no alias"),
+        (["recipient", "a@d1.test\nsender=x"], "holds control characters"),
+        (["sender", "a" * 2001], "is too long"),
+        (["sender", "a@d1.test", "--user", "a\nb"], "is not a username"),
+        (["sender", "a@d1.test", "--user", "a", "--method", "PLAIN\nrequest=x"], "is not a SASL mechanism"),
+    ],
+    ids=["null recipient", "null alias", "newline", "long", "newline in user", "newline in method"],
+)
+def test_what_cannot_be_asked_is_refused_and_not_sent(fake, ctl, arguments, says):
+    code, shown, said = ctl("ask", *arguments)
+    assert (code, shown) == (1, "")
+    assert says in said
+    assert fake.asked == []
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("ask",),
+        ("ask", "user", "alice"),
+        ("ask", "recipient"),
+        ("ask", "recipient", "x@d1.test", "--user", "alice"),
+        ("ask", "sender", "x@d1.test", "--method", "PLAIN"),
+    ],
+    ids=" ".join,
+)
+def test_usage_error_of_ask_exits_2(arguments):
+    result = run_ctl(*arguments, check=False)
+    assert (result.returncode, result.stdout) == (2, "")
+    assert result.stderr.startswith("usage: mailcloakctl")
+
+
+# ---- what is shown
+
+
+def test_explanation_names_steps_sources_and_what_would_have_to_change(fake, ctl):
+    fake.policy = NO_SUCH_USER
+    lines = ctl("ask", "recipient", "ghost@d1.test")[1].splitlines()
+    assert "reason         unknown-recipient" in lines
+    assert "change         mailcloakctl aliases add ghost@d1.test USERNAME, or give a user this e-mail in Keycloak" in lines
+    assert [re.split(r"  +", line) for line in lines[-3:]] == [
+        ["", "ASKED", "FOUND", "FROM"],
+        ["1.", "is there an alias ghost@d1.test", "no", "database"],
+        ["2.", "whose e-mail is ghost@d1.test", "nobody's", "remembered, 3.2 s old"],
+    ]
+
+
+STEPS = {
+    "disabled alias": (
+        {"asked": "alias", "value": "x", "found": {"username": "bob", "enabled": False}, "source": "database"},
+        ("is there an alias x", "leads to bob, but is disabled", "database"),
+    ),
+    "app": (
+        {"asked": "app", "value": "p", "found": {"state": "expired", "may_send": True, "owner": "bob"}, "source": "database"},
+        ("is there an app p", "expired, may use the sender, owner bob", "database"),
+    ),
+    "holders": (
+        {
+            "asked": "holders",
+            "value": "x",
+            "found": [
+                {"username": "a", "enabled": True, "federated": True},
+                {"username": "b", "enabled": False, "locked_out": True},
+                {"username": "c", "enabled": False, "locked_out": False},
+            ],
+            "source": "keycloak",
+        },
+        ("whose e-mail is x", "a, enabled, federated, b, locked out, c, disabled", "Keycloak, just now"),
+    ),
+    "login": (
+        {"asked": "login", "value": "x", "found": {"username": "a", "state": "enabled"}, "source": "kept", "age_seconds": 7200},
+        ("whose login is x", "a, enabled", "kept for outages, 2 h 0 min old"),
+    ),
+    "ambiguous login": (
+        {"asked": "login", "value": "x", "found": {"username": "", "state": "ambiguous"}, "source": "static"},
+        ("whose login is x", "ambiguous", "static_users"),
+    ),
+    "no answer": (
+        {"asked": "login", "value": "x", "found": None, "source": "keycloak", "error": "directory: realm 'mail': away"},
+        ("whose login is x", "no answer: directory: realm 'mail': away", "Keycloak, just now"),
+    ),
+    "of the future": ({"asked": "oracle", "value": 7, "found": 3, "source": 5}, ("oracle 7", "no", "5")),
+    "nothing": ({}, ("None None", "no", "")),
+}
+
+
+@pytest.mark.parametrize(("step", "shown"), STEPS.values(), ids=STEPS)
+def test_step_in_words(step, shown):
+    assert mailcloakctl.describe_step(step) == shown
+
+
+def test_what_would_have_to_change_names_the_alias_that_decided(fake, ctl):
+    steps = [
+        {"asked": "alias", "value": "info+x@d1.test", "found": None, "error": ""},
+        {"asked": "alias", "value": "info@d1.test", "found": {"username": "alice", "enabled": True}, "error": ""},
+    ]
+    fake.maps["explain"] = f"OK {json.dumps({'answer': 'DUNNO', 'reason': 'alias', 'steps': steps})}"
+    assert "mailcloakctl aliases disable info@d1.test, " in ctl("ask", "recipient", "info+x@d1.test")[1]
+
+
+def test_step_that_was_asked_twice_is_shown_once(fake, ctl):
+    steps = [{"asked": "alias", "value": value, "found": None, "source": "database"} for value in ("b", "a", "b")]
+    fake.maps["explain"] = f"OK {json.dumps({'answer': 'NOTFOUND ', 'reason': 'no-alias', 'steps': steps})}"
+    lines = ctl("ask", "alias", "x@d1.test")[1].splitlines()
+    assert [re.split("  +", line)[:2] for line in lines[-2:]] == [["1.", "is there an alias a"], ["2.", "is there an alias b"]]
+
+
+def test_answer_that_differs_from_its_explanation_is_shown_with_a_note(fake, ctl):
+    fake.policy = "451 4.3.0 Temporary internal error"
+    shown = ctl("ask", "recipient", "ghost@d1.test")[1]
+    assert "answer         451 4.3.0 Temporary internal error (deferred, the other side tries again)\n" in shown
+    assert f"note           the answer to the very same question was {NO_SUCH_USER} a moment before" in shown
+    fake.policy = NO_SUCH_USER
+    assert "note" not in ctl("ask", "recipient", "ghost@d1.test")[1]
+
+
+@pytest.mark.parametrize(
+    ("explained", "says"),
+    [
+        ("PERM explain is for root", "why is told to root, to the daemon's own user and to the sockets' owner alone"),
+        (
+            "PERM unknown map explain",
+            "why cannot be told: the running daemon does not know 'explain': it is of an older version; restart",
+        ),
+        ("PERM not a question", "why cannot be told: the running daemon does not understand the question"),
+        ("TEMP internal error", "why cannot be told: the daemon says: internal error"),
+        ("OK [1]", "why cannot be told: the answer at "),
+        ("OK {", "why cannot be told: the answer at "),
+        (b"", "closed the connection without an answer"),
+    ],
+    ids=["not allowed", "older", "not understood", "TEMP", "no object", "no JSON", "closed"],
+)
+def test_answer_is_shown_alone_where_it_is_not_explained(fake, ctl, explained, says):
+    fake.maps["explain"] = explained
+    fake.policy = NO_SUCH_USER
+    code, shown, _ = ctl("ask", "recipient", "ghost@d1.test")
+    assert code == 0
+    assert NO_SUCH_USER in shown
+    assert says in shown
+    assert "change" not in shown
+    code, shown, _ = ctl("ask", "recipient", "ghost@d1.test", "--json")
+    assert (code, json.loads(shown)["answer"], json.loads(shown)["steps"]) == (0, NO_SUCH_USER, [])
+
+
+def test_explanation_without_what_is_expected_is_no_fault(fake, ctl):
+    fake.policy = NO_SUCH_USER
+    for text in ("{}", '{"steps": 7, "reason": [], "answer": null}', '{"steps": [1, {}]}'):
+        fake.maps["explain"] = f"OK {text}"
+        assert ctl("ask", "recipient", "ghost@d1.test")[0] == 0
+
+
+def test_text_of_the_daemon_moves_no_cursor(fake, ctl):
+    fake.policy = "550 \x1b[2J"
+    steps = [{"asked": "holders", "value": "\x1b[2J", "found": [{"username": "\x1b]0;x\x07"}], "source": "\x1b[1m"}]
+    fake.maps["explain"] = "OK " + json.dumps({"answer": "x", "reason": "a\x1bb", "steps": steps})
+    shown = ctl("ask", "recipient", "x@d1.test")[1]
+    assert "550 \\x1b[2J" in shown
+    assert "\x1b" not in shown
+
+
+# ---- the real daemon
+
+ASKED = {
+    "alias with a tag": (["recipient", "Info+Tag@D1.test"], "DUNNO", "alias", "alice+tag@d1.test"),
+    "primary": (["recipient", "bob@d1.test"], "DUNNO", "primary", None),
+    "stranger": (["recipient", "ghost@d1.test"], NO_SUCH_USER, "unknown-recipient", None),
+    "elsewhere": (["recipient", "x@elsewhere.test"], "DUNNO", "recipient-not-local", None),
+    "sender elsewhere": (["sender", "x@elsewhere.test"], "DUNNO", "sender-not-local", None),
+    "sender of ours": (
+        ["sender", "bob@d1.test"],
+        "553 5.7.1 Sending from local domains requires authentication",
+        "local-sender-unauthenticated",
+        None,
+    ),
+    "own alias": (["sender", "info@d1.test", "--user", "alice"], "DUNNO", "own-alias", None),
+    "own primary": (
+        ["sender", "alice@d1.test", "--user", "alice@d1.test", "--method", "OAUTHBEARER"],
+        "DUNNO",
+        "own-primary",
+        None,
+    ),
+    "somebody else's": (
+        ["sender", "bob@d1.test", "--user", "alice"],
+        "553 5.7.1 Sender not owned by authenticated user",
+        "sender-not-owned",
+        None,
+    ),
+    "app": (["sender", "scan@d1.test", "--user", "printer"], "DUNNO", "app", None),
+    "app's name with a token": (
+        ["sender", "scan@d1.test", "--user", "printer", "--method", "XOAUTH2"],
+        "553 5.7.1 Sender not owned by authenticated user",
+        "login-missing",
+        None,
+    ),
+    "alias": (["alias", "info+tag@d1.test"], "OK alice+tag@d1.test", "alias", None),
+    "no alias": (["alias", "bob@d1.test"], "NOTFOUND", "no-alias", None),
+}
+
+
+@pytest.fixture(scope="module")
+def filled_daemon():
+    """A running daemon on the stand-in, with an alias and an app."""
+    directory = Path(tempfile.mkdtemp(prefix="mc", dir="/tmp"))
+    with KeycloakStandIn() as keycloak:
+        for username, email in USERS.items():
+            keycloak.add_user(username, email)
+        config = {
+            "keycloak": keycloak.config(),
+            "policy": {"domain": ["d1.test", "d2.test"], "recipient_delimiter": "+"},
+            "sqlite": {"path": str(directory / "state.db")},
+            "sockets": {
+                "policy_socket": str(directory / "policy"),
+                "socketmap_socket": str(directory / "socketmap"),
+                "socket_owner_user": pwd.getpwuid(os.geteuid()).pw_name,
+                "socket_owner_group": "",
+                "socket_mode": "0666",
+            },
+            "daemon": {"user": ""},
+        }
+        daemon = Daemon(directory, config)
+        directory.chmod(0o755)
+        try:
+            daemon.start()
+            daemon.ctl("aliases", "add", "info@d1.test", "alice")
+            daemon.ctl("apps", "add", "printer", "--generate")
+            daemon.ctl("apps", "allow", "printer", "scan@d1.test")
+            yield daemon
+        finally:
+            daemon.close()
+            shutil.rmtree(directory)
+
+
+@pytest.mark.parametrize(("arguments", "answer", "reason", "leads_to"), ASKED.values(), ids=ASKED)
+def test_answer_and_reason_of_the_daemon(filled_daemon, arguments, answer, reason, leads_to):
+    shown = asked_json(filled_daemon, *arguments)
+    assert (shown["answer"], shown["reason"], shown["leads_to"]) == (answer, reason, leads_to)
+    assert "note" not in shown
+    assert shown["rule"] == mailcloakctl.REASONS[reason].rule
+
+
+def test_steps_of_the_daemon_say_where_each_fact_comes_from(filled_daemon):
+    shown = run_ctl("--config", filled_daemon.config_path, "ask", "sender", "carol@d2.test", "--user", "carol").stdout
+    assert "is there an app carol" in shown
+    assert re.search(r"whose login is carol +carol, enabled +Keycloak, just now", shown)
+    shown = run_ctl("--config", filled_daemon.config_path, "ask", "sender", "carol@d2.test", "--user", "carol").stdout
+    assert re.search(r"whose login is carol +carol, enabled +remembered, [0-9.]+ m?s old", shown)
+
+
+def test_what_keycloak_said_in_an_outage_is_shown(keycloak_daemon, keycloak):
+    keycloak.fault = "status-500"
+    shown = asked_json(keycloak_daemon, "recipient", "bob@d1.test")
+    assert (shown["answer"][:3], shown["reason"]) == ("451", "directory-unavailable")
+    assert "search failed (HTTP 500)" in shown["steps"][-1]["error"]
+
+
+@pytest.mark.real("root")
+def test_user_who_may_only_connect_is_told_the_answer_alone(filled_daemon):
+    def ask():
+        said = io.StringIO()
+        with contextlib.redirect_stdout(said):
+            code = mailcloakctl.main(["--config", str(filled_daemon.config_path), "ask", "recipient", "ghost@d1.test"])
+        return f"{code} {said.getvalue()}"
+
+    filled_daemon.config_path.chmod(0o644)
+    outcome = as_nobody(ask)
+    assert outcome.startswith("0 ")
+    assert NO_SUCH_USER in outcome
+    assert "why is told to root, to the daemon's own user and to the sockets' owner alone" in outcome
+    assert "unknown-recipient" not in outcome
+
+
+def test_hanging_daemon_is_given_up(fake, ctl):
+    fake.maps["alias"] = "hang"
+    started = time.monotonic()
+    code, shown, said = ctl("ask", "alias", "x@d1.test")
+    assert (code, shown) == (1, "")
+    assert "within 6 s; look at the daemon's log" in said  # ANSWER_SECONDS and keycloak.timeout_seconds
+    assert time.monotonic() - started < 15

@@ -1,0 +1,1628 @@
+"""mailcloakctl doctor: each mistake, made on purpose, is found by its name with its remedy; a sound installation has no finding."""
+
+from __future__ import annotations
+
+import argparse
+import base64
+import contextlib
+import json
+import os
+import pwd
+import re
+import shutil
+import socket
+import sqlite3
+import tempfile
+import time
+from email.utils import formatdate
+from pathlib import Path
+
+import pytest
+import yaml
+from conftest import ROOT, USERS, Daemon, as_nobody, run_ctl
+from keycloak_stand_in import CLIENT_SECRET, KeycloakStandIn
+from real.dovecot import PrivateDovecot
+from real.dovecot24 import PrivateDovecot24, installed_version
+from real.keycloak import service_client
+from real.keycloak import user as real_user
+from real.postfix import PrivatePostfix
+from test_ask import FakeDaemon
+from test_status import STATS, Terminal
+
+import mailcloak
+import mailcloakctl
+
+ROLE_ALIASES = {f"{name}@{domain}": "alice" for name in ("postmaster", "abuse") for domain in ("d1.test", "d2.test")}
+
+
+class Realm(KeycloakStandIn):
+    """The stand-in with what doctor asks besides: pages of users, user federations, tokens that name roles, a clock of its own."""
+
+    def __init__(self):
+        super().__init__()
+        self.components = None  # None: may not be read
+        self.honours_first = True
+        self.token_roles = None  # None: a token that cannot be read
+        self.ahead_seconds = 0
+        original = self._server.RequestHandlerClass
+
+        class Handler(original):
+            def date_time_string(self, timestamp=None):
+                return formatdate(time.time() + self.keycloak.ahead_seconds, usegmt=True)
+
+            def _get(self):
+                path, _, query = self.path.partition("?")
+                if path != f"/admin/realms/{self.keycloak.realm}/components":
+                    super()._get()
+                elif self.keycloak.components is None:
+                    self._send(403, {"error": "HTTP 403 Forbidden"})
+                else:
+                    assert query == "type=org.keycloak.storage.UserStorageProvider"
+                    self._send(200, self.keycloak.components)
+
+        self._server.RequestHandlerClass = Handler
+
+    def search(self, query):
+        if "first" not in query or not self.honours_first:
+            return super().search(query)
+        return super().search({**query, "max": str(int(query["first"]) + int(query["max"]))})[int(query["first"]) :]
+
+    def issue_token(self):
+        token = super().issue_token()
+        if self.token_roles is None:
+            return token
+        claims = {"resource_access": {"realm-management": {"roles": self.token_roles}}}
+        readable = f"e30.{base64.urlsafe_b64encode(json.dumps(claims).encode()).decode().rstrip('=')}.{token}"
+        with self._lock:
+            self._tokens[readable] = self._tokens.pop(token)
+        return readable
+
+
+@pytest.fixture
+def realm():
+    """A realm with alice, bob and carol."""
+    with Realm() as realm:
+        for username, email in USERS.items():
+            realm.add_user(username, email)
+        yield realm
+
+
+class Site:
+    """A configuration and a database, and the findings of the checks that are named, after that of the configuration."""
+
+    def __init__(self, directory, config):
+        self.config_path = directory / "config.yaml"
+        self.config = config
+        self.database = Path(config["sqlite"]["path"])
+        assert mailcloak.prepare_database(str(self.database), 5)
+        for address, username in ROLE_ALIASES.items():
+            self.insert("aliases", alias_email=address, username=username)
+
+    def execute(self, statement, *parameters):
+        with contextlib.closing(sqlite3.connect(self.database)) as database, database:
+            return database.execute(statement, parameters).fetchall()
+
+    def insert(self, table, **columns):
+        marks = ", ".join("?" * len(columns))
+        self.execute(f"INSERT INTO {table} ({', '.join(columns)}) VALUES ({marks})", *columns.values())
+
+    def write_config(self):
+        self.config_path.write_text(yaml.safe_dump(self.config))
+        self.config_path.chmod(0o600)
+
+    def findings(self, *checks, write=True, **options):
+        if write:
+            self.write_config()
+        return run_checks(self.config_path, *checks, **options)
+
+
+def run_checks(config_path, *checks, **options):
+    names = {"config": str(config_path), "db": None, "json": True, "postfix_config": None, "dovecot_config": None}
+    host = mailcloakctl.Installation(argparse.Namespace(**{**names, **options}))
+    return [finding for check in (mailcloakctl.check_config, *checks) for finding in mailcloakctl.run_check(check, host)]
+
+
+def the_only(findings, state, check):
+    """The one finding of that name, and nothing else that is not ok."""
+    wrong = [finding for finding in findings if finding.state != "ok"]
+    assert [(finding.state, finding.check) for finding in wrong] == [(state, check)], wrong
+    assert wrong[0].remedy
+    return wrong[0]
+
+
+def nothing(findings):
+    """Nothing but good findings."""
+    assert findings
+    assert all(finding.state == "ok" and not finding.remedy for finding in findings), findings
+
+
+def named(findings, check):
+    found = [finding for finding in findings if finding.check == check]
+    assert found, findings
+    return found
+
+
+@pytest.fixture
+def site(short_dir, make_config):
+    """A sound site on static_users: alice, bob, carol."""
+    return Site(short_dir, make_config(static_users=USERS))
+
+
+@pytest.fixture
+def keycloak_site(short_dir, make_config, realm):
+    """A sound site on the stand-in."""
+    return Site(short_dir, make_config(keycloak=realm.config()))
+
+
+@pytest.fixture(autouse=True)
+def no_long_waits(monkeypatch):
+    monkeypatch.setattr(mailcloakctl, "ANSWER_SECONDS", 5.0)
+
+
+# ---- the configuration
+
+
+def test_good_configuration_has_no_finding(site):
+    nothing(site.findings(mailcloakctl.check_config_files))
+
+
+def test_bad_configuration_is_a_problem_for_each_of_its_lines(site):
+    site.config["policy"]["recipient_delimeter"] = "+"
+    site.config["policy"]["cache_ttl_seconds"] = -1
+    first, second = site.findings()
+    assert {first.check, second.check} == {"config"}
+    assert "policy.cache_ttl_seconds: expected a positive number, got -1" in first.text + second.text
+    assert "unknown key; did you mean 'recipient_delimiter'?" in first.text + second.text
+    assert first.remedy == "mend it; mailcloak.py --check-config says when it is good"
+
+
+def test_good_blocks_of_a_bad_configuration_serve_the_other_checks(site):
+    site.config["policy"]["domain"] = 7
+    found = site.findings(mailcloakctl.check_database, mailcloakctl.check_daemon, mailcloakctl.check_postfix)
+    assert named(found, "database")[0].text == f"{site.database} has 4 aliases and 0 apps"
+    assert "there is no socket at" in named(found, "daemon")[0].text
+    assert named(found, "postfix")[0].text.startswith("not checked")
+
+
+def test_configuration_that_is_missing_is_a_problem(tmp_path):
+    found = run_checks(tmp_path / "absent.yaml", *mailcloakctl.CHECKS[1:])
+    assert "cannot be read: No such file or directory" in named(found, "config")[0].text
+    assert not named(found, "postfix")[0].text.startswith("the check")
+    assert all(finding.check != "doctor" for finding in found), found
+
+
+@pytest.mark.real("root")
+def test_configuration_that_this_user_may_not_read_asks_for_root(site):
+    site.write_config()
+    outcome = as_nobody(lambda: run_checks(site.config_path)[0])
+    assert "Permission denied" in outcome
+    assert mailcloakctl.AS_ROOT in outcome
+
+
+def test_secret_that_every_user_can_read_is_a_problem(keycloak_site):
+    keycloak_site.write_config()
+    keycloak_site.config_path.chmod(0o644)
+    found = the_only(keycloak_site.findings(mailcloakctl.check_config_files, write=False), "problem", "config-mode")
+    assert found.remedy.startswith(f"chmod o-r {keycloak_site.config_path}")
+    assert CLIENT_SECRET not in str(found)
+
+
+def test_secret_file_that_every_user_can_read_is_a_problem(keycloak_site, short_dir):
+    secret = short_dir / "secret"
+    secret.write_text(CLIENT_SECRET)
+    del keycloak_site.config["keycloak"]["client_secret"]
+    keycloak_site.config["keycloak"]["client_secret_file"] = str(secret)
+    assert (
+        f"chmod o-r {secret}" in the_only(keycloak_site.findings(mailcloakctl.check_config_files), "problem", "config-mode").remedy
+    )
+    secret.chmod(0o600)
+    nothing(keycloak_site.findings(mailcloakctl.check_config_files))
+
+
+@pytest.mark.parametrize("mode", [0o620, 0o602])
+def test_configuration_that_others_can_change_is_a_problem(site, mode):
+    site.write_config()
+    site.config_path.chmod(mode)
+    found = the_only(site.findings(mailcloakctl.check_config_files, write=False), "problem", "config-mode")
+    assert found.remedy == f"chmod go-w {site.config_path}"
+
+
+@pytest.mark.real("root")
+def test_configuration_that_a_reload_cannot_read_is_a_warning(site):
+    site.config["daemon"]["user"] = "nobody"
+    found = the_only(site.findings(mailcloakctl.check_config_files), "warning", "config-access")
+    assert f"user nobody, whom the daemon becomes, may not read {site.config_path}" in found.text
+    assert found.remedy.startswith("chgrp nobody ")
+
+
+@pytest.mark.real("root")
+def test_access_of_the_daemon_is_not_checked_by_another_user(site):
+    site.config["daemon"]["user"] = "daemon"
+    site.write_config()
+    site.config_path.chmod(0o644)
+    site.database.chmod(0o644)
+
+    def run():
+        found = run_checks(site.config_path, mailcloakctl.check_config_files, mailcloakctl.check_database)
+        return [(finding.state, finding.check, finding.remedy) for finding in found if finding.check.endswith("-access")]
+
+    assert as_nobody(run) == str([("warning", name, mailcloakctl.AS_ROOT) for name in ("config-access", "database-access")])
+
+
+def test_warnings_of_the_configuration_are_shown_with_their_remedy(keycloak_site):
+    nothing(keycloak_site.findings())  # http to this very host
+    keycloak_site.config["keycloak"]["base_url"] = "http://sso.example.org"
+    found = the_only(keycloak_site.findings(), "warning", "config")
+    assert found.text == "keycloak.base_url: http sends the client secret unencrypted"
+    assert found.remedy == "use https beyond this host"
+
+
+# ---- the database
+
+
+def test_good_database_has_no_finding(site):
+    nothing(site.findings(mailcloakctl.check_database))
+
+
+def files(directory):
+    """Every file with its content, mode and times."""
+    return {
+        str(path): (path.read_bytes(), path.stat().st_mode, path.stat().st_mtime_ns, path.stat().st_ino)
+        for path in directory.iterdir()
+        if path.is_file()
+    }
+
+
+@pytest.mark.parametrize("mode", ["DELETE", "WAL"])
+def test_doctor_leaves_everything_as_it_was(site, mode):
+    assert site.execute(f"PRAGMA journal_mode = {mode}") == [(mode.lower(),)]
+    site.write_config()
+    before = files(site.database.parent)
+    assert "-wal" not in str(before.keys())
+    found = run_checks(site.config_path, *mailcloakctl.CHECKS[1:])
+    assert named(found, "database")[0].state == "ok"
+    assert files(site.database.parent) == before
+
+
+def test_wal_mode_is_a_warning(site):
+    site.execute("PRAGMA journal_mode = WAL")
+    found = the_only(site.findings(mailcloakctl.check_database), "warning", "database-journal")
+    assert f"stop the daemon, then sqlite3 {site.database} 'PRAGMA journal_mode = DELETE'" in found.remedy
+    assert "sqlite_readonly = yes" in found.remedy
+
+
+def test_database_that_is_missing_is_a_problem_and_is_not_made(site):
+    site.database.unlink()
+    assert "start the daemon, which makes it" in the_only(site.findings(mailcloakctl.check_database), "problem", "database").remedy
+    assert not site.database.exists()
+
+
+def test_file_that_is_no_database_is_a_problem(site):
+    site.database.write_bytes(b"a letter to my aunt\n" * 100)
+    found = the_only(site.findings(mailcloakctl.check_database), "problem", "database")
+    assert "file is not a database" in found.text
+    assert "restore this one from a backup" in found.remedy
+
+
+def test_database_that_is_damaged_is_a_problem(site):
+    for number in range(2000):
+        site.insert("aliases", alias_email=f"{number}@d1.test", username="alice")
+    content = bytearray(site.database.read_bytes())
+    pages = [content[start : start + 4096] for start in range(0, len(content), 4096)]
+    leaves = [index for index, page in enumerate(pages) if page[0] == 10 and index]  # leaf pages of an index
+    content[leaves[-1] * 4096 + 3 : leaves[-1] * 4096 + 5] = b"\x00\x01"  # says that it holds one row alone
+    site.database.write_bytes(content)
+    found = [finding for finding in site.findings(mailcloakctl.check_database) if finding.state == "problem"]
+    assert [finding.check for finding in found] == ["database"]
+    assert found[0].remedy == "restore it from a backup"
+
+
+def test_database_of_another_version(site):
+    site.execute("PRAGMA user_version = 4711")
+    found = the_only(site.findings(mailcloakctl.check_database), "problem", "database")
+    assert "schema version 4711" in found.text
+    assert "install the newer mailcloak again" in found.remedy
+    site.execute("DROP TABLE apps")
+    site.execute("CREATE TABLE apps (app_id TEXT PRIMARY KEY, secret_hash TEXT NOT NULL, enabled INTEGER NOT NULL DEFAULT 1)")
+    site.execute("PRAGMA user_version = 1")
+    site.execute("INSERT INTO apps (app_id, secret_hash) VALUES ('printer', 'x')")
+    found = the_only(site.findings(mailcloakctl.check_database, mailcloakctl.check_apps), "warning", "database")
+    assert "restart the daemon: it migrates the file" in found.remedy
+    assert site.execute("PRAGMA user_version") == [(1,)]
+
+
+def test_database_that_strangers_may_use(site):
+    site.database.chmod(0o644)
+    found = the_only(site.findings(mailcloakctl.check_database), "warning", "database-mode")
+    assert found.remedy == f"chmod o-r {site.database}"
+    site.database.chmod(0o646)
+    assert the_only(site.findings(mailcloakctl.check_database), "problem", "database-mode").remedy.startswith("chmod o-rwx ")
+
+
+@pytest.mark.real("root")
+def test_database_that_the_daemon_may_not_write_is_a_problem(site):
+    site.config["daemon"]["user"] = "nobody"
+    found = the_only(site.findings(mailcloakctl.check_database), "problem", "database-access")
+    assert "may not read" in found.text
+    site.database.chmod(0o640)
+    shutil.chown(site.database, "nobody")
+    found = the_only(site.findings(mailcloakctl.check_database), "problem", "database-access")
+    assert f"may not write {site.database.parent}" in found.text
+    shutil.chown(site.database.parent, "nobody")
+    nothing(site.findings(mailcloakctl.check_database))
+
+
+@pytest.mark.real("root")
+def test_database_that_this_user_may_not_read_is_not_checked(site):
+    site.write_config()
+    site.config_path.chmod(0o644)
+    outcome = as_nobody(lambda: run_checks(site.config_path, mailcloakctl.check_database)[1])
+    assert "not checked" in outcome
+    assert mailcloakctl.AS_ROOT in outcome
+
+
+# ---- the daemon and its sockets
+
+
+@pytest.fixture
+def running(site):
+    """A daemon that answers, with statistics that the test changes: (findings, stats, fake)."""
+    site.write_config()
+    with FakeDaemon(site.config) as fake:
+        for path in (site.config["sockets"]["policy_socket"], site.config["sockets"]["socketmap_socket"]):
+            os.chmod(path, 0o660)
+        stats = {
+            **STATS,
+            "version": mailcloak.__version__,
+            "config": str(site.config_path),
+            "started_at": time.time() + 5,
+            "last_reload": None,
+            "database": {"path": str(site.database), "works": True},
+        }
+
+        def findings(*checks):
+            fake.maps["stats"] = f"OK {json.dumps(stats)}"
+            return site.findings(*(checks or (mailcloakctl.check_daemon,)), write=False)
+
+        yield findings, stats, fake
+
+
+def test_good_daemon_has_no_finding(running):
+    findings, _, _ = running
+    nothing(findings(mailcloakctl.check_daemon, mailcloakctl.check_sockets))
+
+
+def test_daemon_that_is_not_running_is_a_problem(site):
+    found = site.findings(mailcloakctl.check_daemon, mailcloakctl.check_sockets)
+    assert "there is no socket at" in named(found, "daemon")[0].text
+    assert "rc-service mailcloak start" in named(found, "daemon")[0].remedy
+    assert [finding.check for finding in found if finding.state == "problem"] == ["daemon", "socket-policy", "socket-aliases"]
+
+
+def change(stats, **changes):
+    stats.update(changes)
+
+
+DAEMONS = {
+    "older version": (lambda stats: change(stats, version="0.0.9"), "warning", "daemon", "restart the daemon"),
+    "another configuration": (
+        lambda stats: change(stats, config="/other.yaml"),
+        "warning",
+        "daemon-config",
+        "name that file with --config",
+    ),
+    "refused reload": (
+        lambda stats: change(stats, last_reload={"at": 1.0, "ok": False}),
+        "problem",
+        "daemon-config",
+        "mend the configuration, and reload the daemon",
+    ),
+    "changed since": (lambda stats: change(stats, started_at=1.0), "warning", "daemon-config", "reload the daemon (rc-service"),
+    "changed since a reload": (
+        lambda stats: change(stats, started_at=1.0, last_reload={"at": 2.0, "ok": True}),
+        "warning",
+        "daemon-config",
+        "reload the daemon (rc-service",
+    ),
+    "database": (
+        lambda stats: change(stats, database={"path": stats["database"]["path"], "works": False}),
+        "problem",
+        "daemon-database",
+        "look at the findings about the database",
+    ),
+    "another database": (
+        lambda stats: change(stats, database={"path": "/other.db", "works": True}),
+        "warning",
+        "daemon-database",
+        "reload it, so that it uses",
+    ),
+    "Keycloak": (
+        lambda stats: change(stats, keycloak={"state": "away", "failure": "timed out"}),
+        "problem",
+        "daemon-keycloak",
+        "look at the findings about Keycloak",
+    ),
+}
+
+
+@pytest.mark.parametrize(("mistake", "state", "check", "remedy"), DAEMONS.values(), ids=DAEMONS)
+def test_daemon_that_is_not_well(running, mistake, state, check, remedy):
+    findings, stats, _ = running
+    mistake(stats)
+    assert remedy in the_only(findings(), state, check).remedy
+
+
+def test_configuration_that_was_reloaded_after_its_change_is_no_finding(running):
+    findings, stats, _ = running
+    stats.update(started_at=1.0, last_reload={"at": time.time() + 5, "ok": True})
+    nothing(findings())
+
+
+def test_daemon_that_hangs_is_given_up(running, monkeypatch):
+    findings, _, fake = running
+    monkeypatch.setattr(mailcloakctl, "ANSWER_SECONDS", 0.5)
+    fake.policy = "hang"
+    started = time.monotonic()
+    found = findings(mailcloakctl.check_sockets)
+    assert "no answer at" in the_only(found, "problem", "socket-policy").text
+    assert time.monotonic() - started < 10
+
+
+def test_socket_that_is_something_else_is_a_problem(site):
+    path = Path(site.config["sockets"]["policy_socket"])
+    path.write_text("")
+    found = named(site.findings(mailcloakctl.check_sockets), "socket-policy")[0]
+    assert (found.state, found.text) == ("problem", f"{path} is not a socket")
+
+
+@pytest.mark.parametrize(("service", "check"), [("policy", "socket-policy"), ("socketmap", "socket-aliases")])
+def test_socket_that_objects_to_nothing_asked_is_a_problem(running, service, check):
+    findings, _, fake = running
+    fake.policy = "OK" if service == "policy" else "DUNNO"
+    fake.maps["alias"] = "OK x@y" if service == "socketmap" else "NOTFOUND "
+    assert the_only(findings(mailcloakctl.check_sockets), "problem", check).remedy == "restart the daemon"
+
+
+def test_socket_of_another_mode_than_configured_is_a_warning(running, site):
+    findings, _, _ = running
+    os.chmod(site.config["sockets"]["policy_socket"], 0o600)
+    assert "restart the daemon" in the_only(findings(mailcloakctl.check_sockets), "warning", "socket-policy").remedy
+
+
+@pytest.mark.real("root")
+def test_socket_of_another_owner_than_configured_is_a_warning(running, site):
+    findings, _, _ = running
+    shutil.chown(site.config["sockets"]["socketmap_socket"], "nobody")
+    assert the_only(findings(mailcloakctl.check_sockets), "warning", "socket-aliases")
+
+
+# ---- Postfix, by the real postconf on a private instance
+
+
+@pytest.fixture(scope="module")
+def instance():
+    """Postfix on the sample settings, not started."""
+    postfix = PrivatePostfix(ports=["submission", "submissions"])
+    yield postfix
+    postfix.close()
+
+
+@pytest.fixture
+def postfix(instance):
+    """The instance, on the sample settings again."""
+    instance.configure()
+    return instance
+
+
+@pytest.fixture
+def mail_site(short_dir, make_config, postfix):
+    """A site whose sockets are where the sample settings of Postfix look for them, served by a fake."""
+    paths = {"policy_socket": str(postfix.private / "mailcloak"), "socketmap_socket": str(postfix.private / "mailcloak-socketmap")}
+    site = Site(short_dir, make_config(static_users=USERS, sockets=paths))
+    with FakeDaemon(site.config):
+        for path in paths.values():
+            if os.geteuid() == 0:
+                shutil.chown(path, "postfix", "postfix")
+            os.chmod(path, 0o660)
+        yield site
+
+
+@pytest.fixture
+def ask_postfix(mail_site, postfix):
+    def ask(**options):
+        return mail_site.findings(mailcloakctl.check_postfix, **{"postfix_config": [str(postfix.config)], **options})
+
+    return ask
+
+
+ASK = "check_policy_service { unix:private/mailcloak, policy_context=%s }"
+RECIPIENTS, SENDERS = "smtpd_recipient_restrictions", "smtpd_sender_restrictions"
+SAMPLE_ACTION = "default_action = 451 4.3.0 Temporary lookup failure"
+real_postfix = pytest.mark.real("postfix", "root")
+
+
+@real_postfix
+def test_sample_settings_of_postfix_have_no_finding(ask_postfix, postfix):
+    found = ask_postfix()
+    nothing(found)
+    assert named(found, "postfix")[0].text == f"{postfix.config} has 3 smtpd services"
+    assert [finding.text.partition("/inet ")[2] for finding in named(found, "postfix-smtpd")] == [
+        "asks mailcloak about each recipient and each sender"
+    ] * 3
+    assert [finding.text for finding in named(found, "postfix-access")] == [
+        f"user postfix can connect to {postfix.private / name} from its chroot" for name in ("mailcloak", "mailcloak-socketmap")
+    ]
+    assert named(found, "postfix-domains")[0].text == "Postfix takes mail for d1.test, d2.test"
+
+
+MAIN_MISTAKES = {
+    "permit_mynetworks before recipients": (
+        {RECIPIENTS: f"permit_mynetworks, {ASK % 'recipient'}"},
+        "problem",
+        "postfix-permit",
+        f"main.cf, {RECIPIENTS}: move check_policy_service before permit_mynetworks",
+    ),
+    "permit_sasl_authenticated before recipients": (
+        {RECIPIENTS: f"reject_non_fqdn_recipient permit_sasl_authenticated {ASK % 'recipient'}"},
+        "problem",
+        "postfix-permit",
+        "before permit_sasl_authenticated",
+    ),
+    "permit before senders": ({SENDERS: f"permit, {ASK % 'sender'}"}, "problem", "postfix-permit", f"main.cf, {SENDERS}: move"),
+    "permit_mynetworks before senders": (
+        {SENDERS: f"permit_mynetworks, {ASK % 'sender'}"},
+        "warning",
+        "postfix-permit",
+        f"main.cf, {SENDERS}: move",
+    ),
+    "permit in a class": (
+        {"smtpd_restriction_classes": "ours", "ours": "permit_mynetworks", RECIPIENTS: f"ours, {ASK % 'recipient'}"},
+        "problem",
+        "postfix-permit",
+        "before permit_mynetworks",
+    ),
+    "recipients not asked": (
+        {RECIPIENTS: "reject_non_fqdn_recipient"},
+        "problem",
+        "postfix-smtpd",
+        f"main.cf: put {ASK % 'recipient'} into {RECIPIENTS}",
+    ),
+    "senders not asked": ({SENDERS: ""}, "problem", "postfix-smtpd", f"main.cf: put {ASK % 'sender'} into {SENDERS}"),
+    "another policy service": (
+        {RECIPIENTS: "check_policy_service unix:private/greylist"},
+        "problem",
+        "postfix-smtpd",
+        f"into {RECIPIENTS}",
+    ),
+    "contexts exchanged": ({RECIPIENTS: ASK % "sender"}, "problem", "postfix-smtpd", f"into {RECIPIENTS}"),
+    "at DATA": (
+        {RECIPIENTS: "", "smtpd_data_restrictions": ASK % "recipient"},
+        "problem",
+        "postfix-smtpd",
+        f"into {RECIPIENTS}",
+    ),
+    "too early": (
+        {"smtpd_delay_reject": "no", RECIPIENTS: "", "smtpd_helo_restrictions": ASK % "recipient"},
+        "problem",
+        "postfix-smtpd",
+        f"into {RECIPIENTS}",
+    ),
+    "absolute path in a chroot": (
+        {RECIPIENTS: "check_policy_service unix:/QUEUE/private/mailcloak"},
+        "problem",
+        "postfix-smtpd",
+        f"into {RECIPIENTS}",
+    ),
+    "trial": (
+        {RECIPIENTS: f"warn_if_reject {ASK % 'recipient'}"},
+        "warning",
+        "postfix-trial",
+        "take warn_if_reject out, then postfix reload",
+    ),
+    "permission by default": (
+        {RECIPIENTS: "check_policy_service { unix:private/mailcloak, { default_action = DUNNO } }"},
+        "problem",
+        "postfix-default-action",
+        SAMPLE_ACTION,
+    ),
+    "refusal by default": (
+        {RECIPIENTS: "check_policy_service unix:private/mailcloak", "smtpd_policy_service_default_action": "550 5.3.0 Gone"},
+        "problem",
+        "postfix-default-action",
+        SAMPLE_ACTION,
+    ),
+    "short timeout": (
+        {RECIPIENTS: "check_policy_service { unix:private/mailcloak, timeout=1s }"},
+        "warning",
+        "postfix-timeout",
+        "timeout=30s in check_policy_service",
+    ),
+    "no alias map": (
+        {"virtual_alias_maps": "texthash:/etc/aliases"},
+        "problem",
+        "postfix-aliases",
+        "virtual_alias_maps = socketmap:unix:private/mailcloak-socketmap:alias",
+    ),
+    "misspelled alias map": (
+        {"virtual_alias_maps": "socketmap:unix:private/mailcloak-socketmap:aliases"},
+        "problem",
+        "postfix-aliases",
+        "socketmap:unix:private/mailcloak-socketmap:alias",
+    ),
+    "alias map on the policy socket": (
+        {"virtual_alias_maps": "socketmap:unix:private/mailcloak:alias"},
+        "problem",
+        "postfix-aliases",
+        "socketmap:unix:private/mailcloak-socketmap:alias",
+    ),
+    "alias map by proxy": (
+        {"virtual_alias_maps": "proxy:socketmap:unix:private/mailcloak-socketmap:alias"},
+        "warning",
+        "postfix-aliases",
+        "virtual_alias_maps = socketmap:unix:",
+    ),
+    "domain missing": (
+        {"virtual_mailbox_domains": "d1.test"},
+        "problem",
+        "postfix-domains",
+        "main.cf: add d2.test to virtual_mailbox_domains",
+    ),
+    "domain twice": ({"mydestination": "d1.test"}, "problem", "postfix-domains", "leave it in virtual_mailbox_domains alone"),
+    "domain without mailboxes": (
+        {"virtual_mailbox_domains": "d1.test", "virtual_alias_domains": "d2.test"},
+        "problem",
+        "postfix-domains",
+        "move it to virtual_mailbox_domains",
+    ),
+    "domain that nobody checks": (
+        {"virtual_mailbox_domains": "d1.test, d2.test, d3.test"},
+        "warning",
+        "postfix-domains",
+        "add them to policy.domain, or take them out",
+    ),
+    "other delimiter": ({"recipient_delimiter": "-"}, "problem", "postfix-delimiter", 'policy.recipient_delimiter: "-"'),
+    "no delimiter": ({"recipient_delimiter": ""}, "problem", "postfix-delimiter", 'policy.recipient_delimiter: ""'),
+    "rewriting": ({"append_dot_mydomain": "yes"}, "warning", "postfix-rewriting", "main.cf: append_dot_mydomain = no"),
+    "typing error": (
+        {"smtpd_recipient_restrictons": "reject"},
+        "warning",
+        "postfix-settings",
+        "look for typing errors in these names",
+    ),
+}  # fmt: skip
+
+
+def different(findings):
+    """(state, check) and remedies of what is not ok, each once: there are three smtpd."""
+    wrong = [finding for finding in findings if finding.state != "ok"]
+    return {(finding.state, finding.check) for finding in wrong}, " ".join(finding.remedy for finding in wrong)
+
+
+@real_postfix
+@pytest.mark.parametrize(("settings", "state", "check", "remedy"), MAIN_MISTAKES.values(), ids=MAIN_MISTAKES)
+def test_mistake_in_main_cf(ask_postfix, postfix, settings, state, check, remedy):
+    settings = {name: value.replace("/QUEUE", str(postfix.queue_directory)) for name, value in settings.items()}
+    postfix.set(**settings)
+    found, remedies = different(ask_postfix())
+    assert (state, check) in found
+    assert found <= {(state, check), ("warning", "postfix-smtpd")}, "a mistake has one name; at DATA there is a warning besides"
+    assert remedy in remedies
+
+
+SOUND_SETTINGS = {
+    "one service for both": {SENDERS: "", RECIPIENTS: "check_policy_service unix:private/mailcloak"},
+    "in the relay list": {RECIPIENTS: "", "smtpd_relay_restrictions": f"{ASK % 'recipient'}, reject_unauth_destination"},
+    "at MAIL": {"smtpd_delay_reject": "no"},
+    "delayed helo list": {SENDERS: "", "smtpd_helo_restrictions": ASK % "sender"},
+    "permit behind it": {RECIPIENTS: f"{ASK % 'recipient'} permit_mynetworks permit"},
+    "permit in another list": {
+        "smtpd_relay_restrictions": "permit_mynetworks, permit_sasl_authenticated, reject_unauth_destination"
+    },
+    "by a name of one's own": {
+        "mailcloak_recipients": ASK % "recipient",
+        RECIPIENTS: "reject_non_fqdn_recipient $mailcloak_recipients",
+    },
+    "in a class": {"smtpd_restriction_classes": "ours", "ours": ASK % "recipient", RECIPIENTS: "ours"},
+    "alias map among others": {
+        "virtual_alias_maps": "texthash:/etc/other, socketmap:unix:private/mailcloak-socketmap:alias",
+    },
+    "domains in a table": {"virtual_mailbox_domains": "texthash:/etc/postfix/domains"},
+    "default action of all": {
+        RECIPIENTS: "check_policy_service unix:private/mailcloak",
+        "smtpd_policy_service_default_action": "defer_if_permit try later",
+    },
+}
+
+
+@real_postfix
+@pytest.mark.parametrize("settings", SOUND_SETTINGS.values(), ids=SOUND_SETTINGS)
+def test_other_sound_settings_have_no_finding(ask_postfix, postfix, settings):
+    postfix.set(**settings)
+    nothing(ask_postfix())
+
+
+def add_to_service(postfix, name, option):
+    """Put an -o option behind the first line of a service in master.cf."""
+    path = postfix.config / "master.cf"
+    text, count = re.subn(
+        rf"^(127\.0\.0\.1:{postfix.ports[name]} .*)$", rf"\1\n  -o {option}", path.read_text(), flags=re.MULTILINE
+    )
+    assert count == 1
+    path.write_text(text)
+    postfix._age_files()
+
+
+@real_postfix
+@pytest.mark.parametrize(
+    ("option", "check", "remedy"),
+    [
+        (f"{RECIPIENTS}=permit_sasl_authenticated,reject", "postfix-smtpd", f"master.cf: take -o {RECIPIENTS} out of the lines of"),
+        (f"{SENDERS}=", "postfix-smtpd", f"master.cf: take -o {SENDERS} out of the lines of"),
+        (
+            f"{{ {RECIPIENTS} = permit_sasl_authenticated, {ASK % 'recipient'} }}",
+            "postfix-permit",
+            f"master.cf, -o {RECIPIENTS} of",
+        ),
+    ],
+    ids=["recipients", "senders", "permit"],
+)
+def test_mistake_in_master_cf_is_that_of_one_service(ask_postfix, postfix, option, check, remedy):
+    add_to_service(postfix, "submission", option)
+    found = the_only(ask_postfix(), "problem", check)
+    assert found.text.startswith(f"127.0.0.1:{postfix.ports['submission']}/inet")
+    assert remedy in found.remedy
+
+
+@real_postfix
+def test_re_entry_port_of_a_filter_need_not_ask(ask_postfix, postfix):
+    with open(postfix.config / "master.cf", "a") as master:
+        master.write(f"localhost:10026 inet n - n - 10 smtpd\n  -o content_filter=\n  -o {RECIPIENTS}=permit_mynetworks,reject\n")
+        master.write(f"  -o {SENDERS}=\n")
+    found = ask_postfix()
+    nothing(found)
+    assert "localhost:10026/inet does not ask mailcloak, as a filter's re-entry port may" in [finding.text for finding in found]
+    path = postfix.config / "master.cf"
+    path.write_text(path.read_text().replace("localhost:10026", "10026"))
+    assert ("problem", "postfix-smtpd") in different(ask_postfix())[0]
+
+
+@real_postfix
+def test_cleanup_without_the_alias_map_is_a_problem(ask_postfix, postfix):
+    path = postfix.config / "master.cf"
+    path.write_text(re.sub(r"^(cleanup .*)$", r"\1\n  -o virtual_alias_maps=", path.read_text(), flags=re.MULTILINE))
+    assert the_only(ask_postfix(), "problem", "postfix-aliases").text.startswith("master.cf, cleanup/unix: ")
+
+
+@real_postfix
+def test_socket_that_postfix_may_not_use_is_a_problem(ask_postfix, mail_site):
+    path = mail_site.config["sockets"]["policy_socket"]
+    os.chmod(path, 0o600)
+    shutil.chown(path, "root")
+    found = the_only(ask_postfix(), "problem", "postfix-access")
+    assert found.text == f"user postfix cannot connect to {path}: permission denied"
+    assert found.remedy.startswith("sockets.socket_owner_user: postfix")
+
+
+@real_postfix
+def test_socket_outside_the_queue_directory_is_a_problem_for_a_chroot_alone(site, postfix):
+    with FakeDaemon(site.config):
+        for path in list(site.config["sockets"].values())[:2]:
+            os.chmod(path, 0o666)
+        policy, socketmap = site.config["sockets"]["policy_socket"], site.config["sockets"]["socketmap_socket"]
+        postfix.set(
+            virtual_alias_maps=f"socketmap:unix:{socketmap}:alias",
+            **{SENDERS: "", RECIPIENTS: f"check_policy_service unix:{policy}"},
+        )
+        ask = {"postfix_config": [str(postfix.config)]}
+        found = [each for each in site.findings(mailcloakctl.check_postfix, **ask) if each.check == "postfix-access"]
+        assert [each.state for each in found] == ["problem"] * 2
+        assert f"sockets: put both below {postfix.queue_directory}/private" in found[0].remedy
+        postfix._run("postconf", "-F", "*/*/chroot=n")
+        nothing(site.findings(mailcloakctl.check_postfix, **ask))
+
+
+@real_postfix
+def test_each_instance_that_is_named_is_checked(ask_postfix, postfix, tmp_path):
+    other = tmp_path / "other"
+    shutil.copytree(postfix.config, other)
+    (other / "main.cf").write_text((other / "main.cf").read_text() + "recipient_delimiter = -\n")
+    found = ask_postfix(postfix_config=[str(postfix.config), str(other)])
+    assert len(named(found, "postfix")) == 2
+    assert the_only(found, "problem", "postfix-delimiter")
+
+
+@real_postfix
+def test_mailbox_domain_must_be_taken_by_postfix(ask_postfix, mail_site):
+    mail_site.config["policy"]["mailbox_domain"] = "mailbox.internal"
+    found = the_only(ask_postfix(), "problem", "postfix-domains")
+    assert found.text == "Postfix takes no mail for mailbox.internal"
+
+
+@real_postfix
+def test_who_is_not_root_is_told_what_was_not_checked(mail_site, postfix):
+    mail_site.write_config()
+    mail_site.config_path.chmod(0o644)
+
+    def run():
+        found = run_checks(mail_site.config_path, mailcloakctl.check_postfix, postfix_config=[str(postfix.config)])
+        return [(finding.state, finding.check, finding.remedy) for finding in found if finding.state != "ok"]
+
+    assert as_nobody(run) == str([("warning", "postfix-access", mailcloakctl.AS_ROOT)] * 2)
+
+
+@pytest.mark.real("postfix")
+def test_folder_that_is_no_configuration_of_postfix_is_a_warning(site, tmp_path):
+    found = the_only(site.findings(mailcloakctl.check_postfix, postfix_config=[str(tmp_path)]), "warning", "postfix")
+    assert found.text.startswith("not checked: postconf failed: ")
+    assert "--postfix-config" in found.remedy
+
+
+def test_host_without_postfix_is_a_warning(site, monkeypatch, tmp_path):
+    monkeypatch.setattr(mailcloakctl, "SYSTEM_PATH", str(tmp_path))
+    found = the_only(site.findings(mailcloakctl.check_postfix), "warning", "postfix")
+    assert found.text == "not checked: there is no postconf in the PATH"
+    nothing(site.findings(mailcloakctl.check_dovecot))
+
+
+def test_program_that_hangs_is_given_up(site, monkeypatch, tmp_path):
+    program = tmp_path / "postconf"
+    program.write_text("#!/bin/sh\nexec sleep 60\n")
+    program.chmod(0o755)
+    monkeypatch.setattr(mailcloakctl, "SYSTEM_PATH", f"{tmp_path}:/bin:/usr/bin")
+    monkeypatch.setattr(mailcloakctl, "ANSWER_SECONDS", 0.5)
+    found = the_only(site.findings(mailcloakctl.check_postfix), "warning", "postfix")
+    assert "postconf gave no answer within" in found.text
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("", []),
+        (" a,b  c,,d ", ["a", "b", "c", "d"]),
+        ("a { b, c { d e } } f", ["a", "{ b, c { d e } }", "f"]),
+        ("a{b c}d", ["a{b c}d"]),
+    ],
+)
+def test_list_of_postfix_is_split_outside_braces(text, words):
+    assert mailcloakctl.split_list(text) == words
+
+
+@pytest.mark.parametrize(
+    ("text", "endpoint", "options"),
+    [
+        ("unix:private/x", "unix:private/x", {}),
+        ("{ unix:x, timeout=30s }", "unix:x", {"timeout": "30s"}),
+        (
+            "{unix:x {default_action = 451 4.3.0 a b}, policy_context=sender}",
+            "unix:x",
+            {"default_action": "451 4.3.0 a b", "policy_context": "sender"},
+        ),
+        ("{}", "", {}),
+        ("", "", {}),
+    ],
+)
+def test_policy_service_of_postfix_is_understood(text, endpoint, options):
+    assert mailcloakctl.read_policy_service(text) == (endpoint, options)
+
+
+# ---- Dovecot
+
+
+def sample_query_23():
+    text = (ROOT / "examples" / "dovecot-2.3" / "dovecot-sql.conf.ext").read_text(encoding="utf-8")
+    return mailcloakctl.PasswordQuery("sample", mailcloakctl.read_sql_options(text)["password_query"], "", True)
+
+
+def sample_query_24():
+    text = (ROOT / "examples" / "dovecot-2.4" / "dovecot.conf").read_text(encoding="utf-8")
+    lines = re.search(r"^passdb sql \{\n.*?^\}\n", text, re.MULTILINE | re.DOTALL)[0]
+    joined = re.sub(r"\\\n\s*", "", "\n".join(line for line in lines.splitlines() if not line.strip().startswith("#")))
+    (found,) = mailcloakctl.find_password_queries(f"sql_driver = sqlite\nsqlite_path = /x.db\n{joined}\n")
+    assert (found.place, found.database, found.percent_doubled) == ("passdb sql", "/x.db", False)
+    return found
+
+
+SAMPLE_QUERIES = {"2.3": sample_query_23, "2.4": sample_query_24}
+
+
+@pytest.mark.parametrize("sample", SAMPLE_QUERIES.values(), ids=SAMPLE_QUERIES)
+def test_query_of_the_sample_has_no_finding(sample):
+    nothing(list(mailcloakctl.check_query(sample())))
+
+
+QUERY_MISTAKES = {
+    "disabled apps": (r" AND enabled = 1", "", "lets disabled apps log in"),
+    "expired apps": (r"AND \(expires_at IS NULL.*$", "", "lets expired apps log in"),
+    "other services": (r"AND '%\S+ IN \('smtp', 'submission'\)", "", "lets apps log in to read mail"),
+    "no service": (
+        r"'smtp', 'submission'",
+        "'imap'",
+        "does not give the hash of an app that sends and lets apps log in to read mail",
+    ),
+    "anybody": (r"app_id = '[^']*'", "1 = 1", "lets anybody log in"),
+    "no hash": (r"secret_hash AS password", "'x' AS password", "does not give the hash"),
+    "misspelled column": (r"secret_hash", "secret", "its query fails: no such column: secret"),
+    "misspelled SQL": (r"SELECT", "SELCT", "its query fails: near"),
+}
+
+
+@pytest.mark.parametrize("sample", SAMPLE_QUERIES.values(), ids=SAMPLE_QUERIES)
+@pytest.mark.parametrize(("old", "new", "says"), QUERY_MISTAKES.values(), ids=QUERY_MISTAKES)
+def test_mistake_in_the_query_is_a_problem(sample, old, new, says):
+    query = re.sub(old, new, sample().query)
+    assert query != sample().query
+    if says.startswith("does not give the hash") and "x" in new:
+        query = query.replace("app_id AS user", "'u' AS user")
+    found = the_only(list(mailcloakctl.check_query(sample()._replace(query=query))), "problem", "dovecot-query")
+    assert says in found.text
+    assert "examples/dovecot-2.3/dovecot-sql.conf.ext" in found.remedy
+
+
+@pytest.mark.parametrize(("sample", "variable"), [(sample_query_23, "%r"), (sample_query_24, "%{remote_ip}")])
+def test_query_with_a_variable_that_is_not_known_is_not_checked(sample, variable):
+    query = sample().query + f" AND '{variable}' <> ''"
+    found = the_only(list(mailcloakctl.check_query(sample()._replace(query=query))), "warning", "dovecot-query")
+    assert f"uses {variable}, which is not known here" in found.text
+
+
+@pytest.mark.parametrize("variable", ["%u", "%Lu", "%n", "%{user}", "%{username}", "%L{user}"])
+def test_names_of_the_login_in_a_query_of_dovecot_2_3(variable):
+    query = mailcloakctl.PasswordQuery("", f"'{variable}' 100%%", "", True)
+    assert mailcloakctl.fill_query(query, "bob", "smtp") == "'bob' 100%"
+
+
+@pytest.fixture(scope="module")
+def dovecot_factory():
+    """Make a private Dovecot's configuration of the samples; nothing is started."""
+    made = []
+
+    def make(database, changes=()):
+        kind = PrivateDovecot24 if installed_version() >= (2, 4) else PrivateDovecot
+        made.append(kind("/nowhere", "http://127.0.0.1:1/realms/mail", database, changes))
+        return made[-1]
+
+    yield make
+    for instance in made:
+        instance.close()
+
+
+real_dovecot = pytest.mark.real("dovecot", "root")
+
+
+def ask_dovecot(site, instance):
+    return site.findings(
+        mailcloakctl.check_database, mailcloakctl.check_dovecot, dovecot_config=str(instance.config / "dovecot.conf")
+    )
+
+
+@pytest.fixture
+def readable_site(site):
+    """As in a real installation: the database belongs to a group of its own."""
+    shutil.chown(site.database, group="daemon")
+    return site
+
+
+@real_dovecot
+def test_sample_settings_of_dovecot_have_no_finding(readable_site, dovecot_factory):
+    found = ask_dovecot(readable_site, dovecot_factory(readable_site.database))
+    nothing(found)
+    assert "Dovecot's auth-worker can read the database as user dovecot" in named(found, "dovecot-access")[0].text
+    assert "apps log in to send, while they are enabled and not expired" in named(found, "dovecot-query")[0].text
+
+
+@real_dovecot
+def test_dovecot_on_another_database_is_a_problem(readable_site, dovecot_factory, short_dir):
+    other = short_dir / "other.db"
+    shutil.copy(readable_site.database, other)
+    shutil.chown(other, group="daemon")
+    found = the_only(ask_dovecot(readable_site, dovecot_factory(other)), "problem", "dovecot")
+    assert f"reads {other}, not {readable_site.database}" in found.text
+    assert "doveadm reload" in found.remedy
+
+
+@real_dovecot
+def test_dovecot_that_may_not_read_the_database_is_a_problem(readable_site, dovecot_factory):
+    instance = dovecot_factory(readable_site.database)
+    shutil.chown(readable_site.database, group="root")
+    found = the_only(ask_dovecot(readable_site, instance), "problem", "dovecot-access")
+    assert f"runs as user dovecot, who may not read {readable_site.database}" in found.text
+    assert "extra_groups = mailcloak" in found.remedy
+
+
+@real_dovecot
+def test_dovecot_with_a_wrong_query_is_a_problem(readable_site, dovecot_factory):
+    instance = dovecot_factory(readable_site.database, [("AND enabled = 1", "AND 1 = 1")])
+    assert "lets disabled apps log in" in the_only(ask_dovecot(readable_site, instance), "problem", "dovecot-query").text
+
+
+@real_dovecot
+def test_dovecot_without_the_database_matters_only_where_there_are_apps(site, tmp_path):
+    first = "dovecot_config_version = 2.4.0\ndovecot_storage_version = 2.4.0\n" if installed_version() >= (2, 4) else ""
+    path = tmp_path / "dovecot.conf"
+    path.write_text(f"{first}ssl = no\n")
+    ask = (mailcloakctl.check_database, mailcloakctl.check_dovecot)
+    nothing(site.findings(*ask, dovecot_config=str(path)))
+    site.insert("apps", app_id="printer", secret_hash="x")
+    assert "1 app cannot log in" in the_only(site.findings(*ask, dovecot_config=str(path)), "warning", "dovecot").text
+
+
+@real_dovecot
+def test_dovecot_whose_configuration_is_bad_is_a_warning(site, tmp_path):
+    path = tmp_path / "dovecot.conf"
+    path.write_text("passdb {\n")
+    found = the_only(site.findings(mailcloakctl.check_dovecot, dovecot_config=str(path)), "warning", "dovecot")
+    assert found.text.startswith("not checked: doveconf failed")
+    assert "--dovecot-config" in found.remedy
+
+
+# ---- Keycloak
+
+
+def ask_keycloak(site):
+    return site.findings(mailcloakctl.check_database, mailcloakctl.check_keycloak)
+
+
+def test_good_keycloak_has_no_finding(keycloak_site, realm):
+    found = ask_keycloak(keycloak_site)
+    nothing(found)
+    assert named(found, "keycloak-users")[0].text == "4 users"
+    assert CLIENT_SECRET not in str(found)
+
+
+KEYCLOAKS = {
+    "wrong secret": (
+        lambda site, realm: site.config["keycloak"].update(client_secret="wrong"),
+        "problem",
+        "keycloak-token",
+        "check keycloak.client_id and keycloak.client_secret",
+    ),
+    "wrong realm": (
+        lambda site, realm: site.config["keycloak"].update(realm="other"),
+        "problem",
+        "keycloak-token",
+        "check keycloak.realm and keycloak.base_url",
+    ),
+    "not there": (lambda site, realm: realm.stop(), "problem", "keycloak-token", "look whether Keycloak runs"),
+    "no role": (
+        lambda site, realm: setattr(realm, "role", ""),
+        "problem",
+        "keycloak-role",
+        "give the service account of client 'mailcloak' the realm-management role view-users",
+    ),
+    "sees nobody": (
+        lambda site, realm: setattr(realm, "role", "query-users"),
+        "problem",
+        "keycloak-role",
+        "the role view-users of realm-management, and no other",
+    ),
+    "more roles": (
+        lambda site, realm: setattr(realm, "token_roles", ["view-users", "query-users", "query-groups", "manage-users"]),
+        "warning",
+        "keycloak-role",
+        "the role view-users of realm-management, and no other",
+    ),
+    "clock ahead": (lambda site, realm: setattr(realm, "ahead_seconds", 200), "warning", "keycloak-clock", "timedatectl"),
+    "clock behind": (lambda site, realm: setattr(realm, "ahead_seconds", -200), "warning", "keycloak-clock", "chronyc"),
+    "e-mail by users": (
+        lambda site, realm: setattr(realm, "profile_edit", ["admin", "user"]),
+        "problem",
+        "keycloak-email",
+        "examples/keycloak/setup email-by-administrators",
+    ),
+    "server fault": (lambda site, realm: setattr(realm, "fault", "status-500"), "problem", "keycloak-token", "look whether"),
+    "canary missing": (
+        lambda site, realm: site.config["keycloak"].update(canary="canary@d1.test"),
+        "problem",
+        "keycloak-canary",
+        "make that user in Keycloak, or enable him",
+    ),
+    "federation without canary": (
+        lambda site, realm: realm.user("bob").update(federationLink="ldap-1"),
+        "warning",
+        "keycloak-canary",
+        "keycloak.canary: the address of a user of the federation",
+    ),
+    "federation without users": (
+        lambda site, realm: setattr(realm, "components", [{"id": "ldap-1", "name": "ldap"}]),
+        "warning",
+        "keycloak-canary",
+        "cache policy in Keycloak: NO_CACHE",
+    ),
+}
+
+
+@pytest.mark.parametrize(("mistake", "state", "check", "remedy"), KEYCLOAKS.values(), ids=KEYCLOAKS)
+def test_keycloak_that_is_not_well(keycloak_site, realm, mistake, state, check, remedy):
+    mistake(keycloak_site, realm)
+    found = the_only(ask_keycloak(keycloak_site), state, check)
+    assert remedy in found.remedy
+    assert CLIENT_SECRET not in str(found)
+
+
+def test_keycloak_that_hangs_is_given_up(keycloak_site, realm, monkeypatch):
+    monkeypatch.setattr(mailcloakctl, "ANSWER_SECONDS", 0.5)
+    for fault in ("stall", "drip"):
+        realm.fault = fault
+        started = time.monotonic()
+        assert "timed out" in the_only(ask_keycloak(keycloak_site), "problem", "keycloak-token").text
+        assert time.monotonic() - started < 5
+
+
+def test_name_resolution_that_hangs_is_given_up(keycloak_site, monkeypatch):
+    monkeypatch.setattr(mailcloakctl, "ANSWER_SECONDS", 0.5)
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: time.sleep(8) or [])
+    started = time.monotonic()
+    assert "no answer within" in the_only(ask_keycloak(keycloak_site), "problem", "keycloak-token").text
+    assert time.monotonic() - started < 6
+
+
+def test_rights_that_are_needed_are_no_finding(keycloak_site, realm):
+    realm.token_roles = ["view-users", "query-users", "query-groups", "view-realm"]
+    nothing(ask_keycloak(keycloak_site))
+
+
+def test_email_that_must_be_verified_may_be_changed_by_users(keycloak_site, realm):
+    realm.profile_edit = ["admin", "user"]
+    keycloak_site.config["keycloak"]["require_verified_email"] = True
+    nothing(ask_keycloak(keycloak_site))
+
+
+def test_profile_that_cannot_be_read_is_not_checked(keycloak_site, realm):
+    realm.profile_edit = None
+    found = ask_keycloak(keycloak_site)
+    nothing(found)
+    assert named(found, "keycloak-email")[0].text.startswith("not checked")
+
+
+@pytest.fixture
+def federated(keycloak_site, realm):
+    """bob comes from LDAP, and so does the canary."""
+    realm.user("bob")["federationLink"] = "ldap-1"
+    realm.add_user("canary", "canary@d1.test", federationLink="ldap-1")
+    keycloak_site.config["keycloak"]["canary"] = ["canary@d1.test"]
+    return keycloak_site
+
+
+def provider(name="ldap", policy=None, **config):
+    return {"id": f"{name}-1", "name": name, "config": {**({"cachePolicy": [policy]} if policy else {}), **config}}
+
+
+def test_cache_policy_of_a_federation_that_cannot_be_read_is_said(federated):
+    found = ask_keycloak(federated)
+    nothing(found)
+    assert "not checked: a canary protects only where the federation's cache policy in Keycloak is NO_CACHE" in (
+        named(found, "keycloak-cache-policy")[0].text
+    )
+
+
+@pytest.mark.parametrize("policy", [None, "DEFAULT", "EVICT_DAILY"])
+def test_cache_policy_by_which_a_canary_protects_nobody_is_a_warning(federated, realm, policy):
+    realm.components = [provider(policy=policy)]
+    found = the_only(ask_keycloak(federated), "warning", "keycloak-cache-policy")
+    assert found.remedy == "Keycloak, User federation, ldap: Cache policy NO_CACHE"
+
+
+def test_cache_policy_no_cache_has_no_finding(federated, realm):
+    realm.components = [provider(policy="NO_CACHE"), provider("unused", enabled=["false"])]
+    found = ask_keycloak(federated)
+    nothing(found)
+    assert named(found, "keycloak-cache-policy")[0].text == "federation ldap: NO_CACHE, so a canary is seen to be gone"
+
+
+def test_second_federation_without_a_canary_is_a_warning(federated, realm):
+    realm.components = [provider(policy="NO_CACHE"), provider("other", policy="NO_CACHE")]
+    assert "1 of 2 federations have no canary" in the_only(ask_keycloak(federated), "warning", "keycloak-canary").text
+
+
+def test_canary_that_is_disabled_is_a_problem(federated, realm):
+    realm.user("canary")["enabled"] = False
+    assert "canary canary@d1.test is missing or disabled" in the_only(ask_keycloak(federated), "problem", "keycloak-canary").text
+
+
+def add_users(realm, number):
+    for index in range(number):
+        realm.add_user(f"u{index:04}", f"u{index:04}@d1.test")
+
+
+def test_users_are_read_page_by_page(keycloak_site, realm, monkeypatch):
+    monkeypatch.setattr(mailcloakctl, "PAGE_USERS", 10)
+    add_users(realm, 26)  # and four others
+    assert named(ask_keycloak(keycloak_site), "keycloak-users")[0].text == "30 users"
+    assert [query["first"] for query in realm.searches if "first" in query] == ["0", "10", "20", "30"]
+
+
+def test_server_that_gives_the_same_page_again_is_not_asked_for_ever(keycloak_site, realm, monkeypatch):
+    monkeypatch.setattr(mailcloakctl, "PAGE_USERS", 10)
+    realm.honours_first = False
+    add_users(realm, 26)
+    assert "more than can be read: the first 10 were looked at" in named(ask_keycloak(keycloak_site), "keycloak-users")[0].text
+    assert len([query for query in realm.searches if "first" in query]) == 2
+
+
+def test_of_too_many_users_those_are_looked_up_whom_aliases_and_apps_name(keycloak_site, realm, monkeypatch):
+    monkeypatch.setattr(mailcloakctl, "PAGE_USERS", 10)
+    monkeypatch.setattr(mailcloakctl, "MAX_USERS", 20)
+    monkeypatch.setattr(mailcloakctl, "MAX_SINGLE_LOOKUPS", 2)
+    add_users(realm, 50)
+    keycloak_site.execute("DELETE FROM aliases WHERE alias_email LIKE 'abuse@%'")
+    realm.add_user("late", "abuse@d1.test")
+    for username in ("u0049", "x1gone", "x2unknown"):
+        keycloak_site.insert("aliases", alias_email=f"of-{username}@d1.test", username=username)
+    checks = (
+        mailcloakctl.check_database,
+        mailcloakctl.check_keycloak,
+        mailcloakctl.check_role_addresses,
+        mailcloakctl.check_aliases,
+    )
+    found = keycloak_site.findings(*checks)
+    assert (
+        "more than can be read: the first 20 were looked at, and 2 more whom aliases and apps name; not checked: 1 others of these"
+        in (named(found, "keycloak-users")[0].text)
+    )
+    assert named(found, "alias-user-missing")[0].items == ("of-x1gone@d1.test (x1gone)",)
+    assert named(found, "abuse")[0].items == ("abuse@d2.test",)
+
+
+@pytest.mark.real("keycloak")
+def test_real_keycloak_is_understood(short_dir, make_config, real_keycloak, monkeypatch):
+    monkeypatch.setattr(mailcloakctl, "ANSWER_SECONDS", 20.0)
+    monkeypatch.setattr(mailcloakctl, "PAGE_USERS", 5)
+    users = [real_user(f"u{number:02}", f"u{number:02}@d1.test") for number in range(12)]
+    clients, accounts = zip(
+        service_client("seeing", "s" * 20, "view-users"),
+        service_client("reading", "s" * 20, "view-users", "view-realm"),
+        service_client("mighty", "s" * 20, "view-users", "manage-users"),
+        service_client("blind", "s" * 20, "query-users"),
+    )
+    real_keycloak.create_realm("doctor", [*users, *accounts], clients)
+    keycloak = {"base_url": real_keycloak.url, "realm": "doctor", "client_secret": "s" * 20, "canary": "u00@d1.test"}
+    site = Site(short_dir, make_config(keycloak=keycloak))
+
+    def wrong(client_id):
+        site.config["keycloak"]["client_id"] = client_id
+        found = ask_keycloak(site)
+        return {(finding.state, finding.check) for finding in found if finding.state != "ok"}, found
+
+    states, found = wrong("seeing")
+    assert states == {("problem", "keycloak-email")}  # of a stock realm
+    assert named(found, "keycloak-users")[0].text == "12 users"
+    assert wrong("mighty")[0] == {("problem", "keycloak-email"), ("warning", "keycloak-role")}
+    assert wrong("blind")[0] == {("problem", "keycloak-role")}
+    real_keycloak.setup("doctor", "email-by-administrators")
+    nothing(wrong("seeing")[1])
+    config = {"vendor": ["other"], "connectionUrl": ["ldap://127.0.0.1:1"], "enabled": ["true"], "editMode": ["READ_ONLY"]}
+    config.update(
+        {"usersDn": ["ou=people"], "usernameLDAPAttribute": ["uid"], "rdnLDAPAttribute": ["uid"], "uuidLDAPAttribute": ["uid"]}
+    )
+    config.update({"userObjectClasses": ["person"], "bindDn": [""], "authType": ["none"], "importEnabled": ["true"]})
+    federation = {
+        "name": "ldap",
+        "providerId": "ldap",
+        "providerType": "org.keycloak.storage.UserStorageProvider",
+        "config": config,
+    }
+    real_keycloak.admin("POST", "/doctor/components", federation)
+    assert {("warning", "keycloak-canary"), ("warning", "keycloak-cache-policy")} <= wrong("reading")[0]
+
+
+# ---- addresses, users, apps
+
+
+def ask_all(site):
+    checks = (mailcloakctl.check_role_addresses, mailcloakctl.check_aliases, mailcloakctl.check_users, mailcloakctl.check_apps)
+    return site.findings(mailcloakctl.check_database, mailcloakctl.check_keycloak, *checks)
+
+
+def alias(address, username, **more):
+    return lambda site, realm: site.insert("aliases", alias_email=address, username=username, **more)
+
+
+def app(app_id, **more):
+    return lambda site, realm: site.insert("apps", app_id=app_id, secret_hash="{X}secret", **more)
+
+
+def user(username, email=None, **more):
+    return lambda site, realm: realm.add_user(username, email, **more)
+
+
+def both(*mistakes):
+    return lambda site, realm: [mistake(site, realm) for mistake in mistakes]
+
+
+DATA = {
+    "no postmaster": (
+        lambda site, realm: site.execute("DELETE FROM aliases WHERE alias_email = 'postmaster@d2.test'"),
+        "warning",
+        "postmaster",
+        ("postmaster@d2.test",),
+        "mailcloakctl aliases add postmaster@d2.test USERNAME",
+    ),
+    "no abuse": (
+        lambda site, realm: site.execute("DELETE FROM aliases WHERE alias_email LIKE 'abuse@%'"),
+        "warning",
+        "abuse",
+        ("abuse@d1.test", "abuse@d2.test"),
+        "mailcloakctl aliases add abuse@d1.test USERNAME",
+    ),
+    "postmaster disabled": (
+        lambda site, realm: site.execute("UPDATE aliases SET enabled = 0 WHERE alias_email = 'postmaster@d1.test'"),
+        "warning",
+        "postmaster",
+        ("postmaster@d1.test",),
+        "USERNAME",
+    ),
+    "user of an alias missing": (
+        alias("info@d1.test", "Gone"),
+        "warning",
+        "alias-user-missing",
+        ("info@d1.test (gone)",),
+        "mailcloakctl aliases add ADDRESS USERNAME --replace",
+    ),
+    "user of an alias disabled": (
+        both(user("dora", "dora@d1.test", enabled=False), alias("info@d1.test", "dora")),
+        "warning",
+        "alias-user-disabled",
+        ("info@d1.test (dora)",),
+        "aliases disable ADDRESS",
+    ),
+    "alias over a primary": (
+        alias("bob@d1.test", "alice"),
+        "warning",
+        "alias-shadow",
+        ("bob@d1.test (alias of alice, e-mail of bob)",),
+        "mailcloakctl aliases del ADDRESS",
+    ),
+    "chain": (
+        both(user("sales", "sales@d1.test"), alias("info@d1.test", "sales"), alias("sales@d1.test", "alice")),
+        "problem",
+        "alias-chain",
+        ("info@d1.test -> sales@d1.test -> alice@d1.test",),
+        "or set policy.mailbox_domain",
+    ),
+    "circle": (
+        both(alias("carol@d1.test", "bob"), alias("bob@d1.test", "carol")),
+        "problem",
+        "alias-chain",
+        ("bob@d1.test -> carol@d1.test -> bob@d1.test", "carol@d1.test -> bob@d1.test -> carol@d1.test"),
+        "with the last user",
+    ),
+    "alias elsewhere": (alias("info@other.test", "alice"), "warning", "alias-domain", ("info@other.test",), "policy.domain"),
+    "alias in upper case": (alias("Info@d1.test", "alice"), "warning", "alias-spelling", ("Info@d1.test",), "aliases add"),
+    "two with one e-mail": (
+        user("bobby", "Bob@D1.test"),
+        "warning",
+        "primary-shared",
+        ("bob@d1.test (bob, bobby)",),
+        "give all of them but one another e-mail",
+    ),
+    "username is another's e-mail": (
+        user("bob@d1.test", "bob@d2.test"),
+        "problem",
+        "login-ambiguous",
+        ("bob@d1.test (e-mail of bob)",),
+        "rename the users",
+    ),
+    "e-mail begins with another's name": (
+        user("smith", "bob@d2.test"),
+        "problem",
+        "primary-name",
+        ("bob@d2.test (smith)",),
+        "set policy.mailbox_domain",
+    ),
+    "e-mail begins otherwise": (
+        user("c.smith", "christine@d1.test"),
+        "warning",
+        "mailbox-name",
+        ("christine@d1.test (c.smith)",),
+        "set policy.mailbox_domain",
+    ),
+    "delimiter in a username": (
+        user("x+y", "x+y@d1.test"),
+        "warning",
+        "username-delimiter",
+        ("x+y",),
+        "take the character out of recipient_delimiter",
+    ),
+    "app expired": (app("printer", expires_at=1), "warning", "app-expired", ("printer",), "apps set APP_ID --expires 90d"),
+    "app called like a user": (app("bob"), "warning", "app-name", ("bob",), "mailcloakctl apps add under another name"),
+    "owner of an app missing": (
+        app("printer", owner="Gone"),
+        "warning",
+        "app-owner-missing",
+        ("printer (gone)",),
+        "--owner USERNAME",
+    ),
+    "owner of an app disabled": (
+        both(user("dora", "dora@d1.test", enabled=False), app("printer", owner="dora")),
+        "warning",
+        "app-owner-disabled",
+        ("printer (dora)",),
+        "--owner USERNAME",
+    ),
+}
+
+
+def test_good_addresses_and_apps_have_no_finding(keycloak_site, realm):
+    keycloak_site.insert("aliases", alias_email="info@d1.test", username="alice")
+    keycloak_site.insert("aliases", alias_email="off@d1.test", username="gone", enabled=0)
+    keycloak_site.insert("apps", app_id="printer", secret_hash="x", owner="alice", expires_at=2**40)
+    keycloak_site.insert("apps", app_id="old", secret_hash="x", expires_at=1, enabled=0)
+    realm.add_user("erin@d1.test", "erin@d1.test")
+    realm.add_user("service-account-x", "bob@d1.test")
+    realm.add_user("locked", "locked@d1.test", enabled=False, attributes={"disabledReason": ["permanentLockout"]})
+    nothing(ask_all(keycloak_site))
+
+
+@pytest.mark.parametrize(("mistake", "state", "check", "items", "remedy"), DATA.values(), ids=DATA)
+def test_mistake_in_addresses_users_or_apps(keycloak_site, realm, mistake, state, check, items, remedy):
+    mistake(keycloak_site, realm)
+    (found,) = [finding for finding in ask_all(keycloak_site) if finding.check == check]
+    assert (found.state, found.items) == (state, items)
+    assert remedy in found.remedy
+    others = {finding.check for finding in ask_all(keycloak_site) if finding.state != "ok"} - {check}
+    assert others <= {"alias-shadow", "primary-name"}, "a circle shadows, and a name that is an e-mail begins with another's"
+
+
+def test_mailbox_domain_makes_chains_and_names_harmless(keycloak_site, realm):
+    keycloak_site.config["policy"]["mailbox_domain"] = "mailbox.internal"
+    for name in ("chain", "e-mail begins with another's name"):
+        DATA[name][0](keycloak_site, realm)
+    assert {finding.check for finding in ask_all(keycloak_site) if finding.state != "ok"} == {"alias-shadow"}
+
+
+def test_postmaster_may_be_a_primary_email(keycloak_site, realm):
+    keycloak_site.execute("DELETE FROM aliases WHERE alias_email = 'postmaster@d1.test'")
+    realm.add_user("postmaster", "postmaster@d1.test")
+    nothing(ask_all(keycloak_site))
+
+
+def test_without_keycloak_the_rest_is_checked(keycloak_site, realm):
+    realm.stop()
+    keycloak_site.insert("aliases", alias_email="info@other.test", username="gone")
+    keycloak_site.execute("DELETE FROM aliases WHERE alias_email = 'abuse@d1.test'")
+    found = ask_all(keycloak_site)
+    assert {finding.check for finding in found if finding.state != "ok"} == {"keycloak-token", "alias-domain"}
+    assert [finding.text for finding in named(found, "abuse")] == ["not checked, since Keycloak cannot be asked: abuse@d1.test"]
+    assert "not checked, since Keycloak cannot be asked" in named(found, "aliases")[0].text
+
+
+def test_static_users_are_checked_like_others(site):
+    site.insert("aliases", alias_email="info@d1.test", username="gone")
+    found = ask_all(site)
+    assert named(found, "alias-user-missing")[0].items == ("info@d1.test (gone)",)
+    assert "static_users" in named(found, "keycloak")[0].text
+
+
+def test_many_are_shown_in_part_to_people_and_whole_to_programs(keycloak_site):
+    for number in range(25):
+        keycloak_site.insert("aliases", alias_email=f"a{number:02}@d1.test", username="gone")
+    found = named(ask_all(keycloak_site), "alias-user-missing")[0]
+    assert len(found.items) == 25
+    assert found.text.endswith("a09@d1.test (gone) and 15 more")
+
+
+# ---- the whole of it
+
+
+@pytest.fixture(scope="module")
+def whole(instance, dovecot_factory):
+    """A sound installation: a daemon that was started as root and became nobody, Postfix, Dovecot and a realm: what doctor is called with."""
+    instance.configure()
+    home = Path(tempfile.mkdtemp(prefix="mc", dir="/tmp"))
+    home.chmod(0o755)
+    state = home / "state"
+    state.mkdir()
+    shutil.chown(state, "nobody", "daemon")
+    state.chmod(0o2750)
+    with Realm() as realm:
+        for username, email in USERS.items():
+            realm.add_user(username, email)
+        paths = {
+            "policy_socket": str(instance.private / "mailcloak"),
+            "socketmap_socket": str(instance.private / "mailcloak-socketmap"),
+        }
+        config = {
+            "keycloak": realm.config(),
+            "policy": {"domain": ["d1.test", "d2.test"], "recipient_delimiter": "+"},
+            "sqlite": {"path": str(state / "state.db")},
+            "sockets": paths,
+            "daemon": {"user": "nobody"},
+        }
+        daemon = Daemon(home, config)
+        daemon.write_config()
+        shutil.chown(daemon.config_path, "root", pwd.getpwnam("nobody").pw_gid)
+        daemon.config_path.chmod(0o640)
+        try:
+            daemon.start()
+            for address, username in ROLE_ALIASES.items():
+                daemon.ctl("aliases", "add", address, username)
+            token = daemon.ctl("apps", "add", "printer", "--generate").stdout.strip()
+            dovecot = dovecot_factory(daemon.database)
+            yield daemon, realm, token, ["--postfix-config", instance.config, "--dovecot-config", dovecot.config / "dovecot.conf"]
+        finally:
+            daemon.close()
+            shutil.rmtree(home)
+
+
+whole_host = pytest.mark.real("postfix", "dovecot", "root")
+
+
+def doctor(daemon, *arguments, **options):
+    return run_ctl("--config", daemon.config_path, "doctor", *arguments, check=False, **options)
+
+
+@whole_host
+def test_sound_installation_exits_0_and_says_that_there_is_nothing_to_do(whole):
+    daemon, _, token, options = whole
+    result = doctor(daemon, *options)
+    assert (result.returncode, result.stderr) == (0, ""), result.stdout
+    lines = result.stdout.splitlines()
+    assert lines[-1] == "next           nothing; mailcloakctl ask recipient ADDRESS shows what becomes of mail for an address"
+    assert re.fullmatch(r"\d+ ok", lines[-2])
+    assert all(line.startswith("ok ") for line in lines[:-3])
+    (secret_hash,) = sqlite3.connect(daemon.database).execute("SELECT secret_hash FROM apps").fetchone()
+    shown = doctor(daemon, *options, "--json").stdout + result.stdout
+    for secret in (CLIENT_SECRET, token, secret_hash, secret_hash.rpartition(",")[2]):
+        assert secret not in shown
+
+
+@whole_host
+def test_warning_exits_1_and_problem_exits_2_with_the_first_problem_as_next_step(whole):
+    daemon, realm, _, options = whole
+    daemon.ctl("aliases", "add", "info@d1.test", "gone")
+    result = doctor(daemon, *options)
+    assert result.returncode == 1, result.stdout
+    assert "\nnext           alias-user-missing: mailcloakctl aliases add ADDRESS USERNAME --replace" in result.stdout
+    realm.profile_edit = ["admin", "user"]
+    result = doctor(daemon, *options)
+    assert result.returncode == 2
+    assert "\nnext           keycloak-email: examples/keycloak/setup" in result.stdout
+    assert result.stdout.rstrip().endswith("; then mailcloakctl doctor again")
+    shown = json.loads(doctor(daemon, *options, "--json").stdout)
+    wrong = {finding["check"]: finding for finding in shown if finding["state"] != "ok"}
+    assert set(wrong) == {"alias-user-missing", "keycloak-email"}
+    assert wrong["alias-user-missing"]["items"] == ["info@d1.test (gone)"]
+    assert all(set(finding) == {"check", "state", "text", "remedy", "items"} for finding in shown)
+    realm.profile_edit = ["admin"]
+    daemon.ctl("aliases", "del", "info@d1.test")
+
+
+@whole_host
+def test_doctor_fits_a_terminal_and_shows_its_progress_there(whole):
+    daemon, _, _, options = whole
+    code, shown = Terminal("--config", daemon.config_path, "doctor", *options, columns=70).end()
+    assert code == 0, shown
+    assert "\x1b[32mok      \x1b[0m " in shown
+    assert "users of Keycloak read ..." in shown
+    plain = re.sub(r"[^\n]*\r", "", re.sub(r"\x1b\[[\d;]*[A-Za-z]", "", shown))
+    assert max(map(len, plain.splitlines())) <= 70
+
+
+def test_check_that_fails_itself_does_not_end_the_others(site, capsys, monkeypatch):
+    def check_nothing(host):
+        yield mailcloakctl.ok("first", "before")
+        raise ZeroDivisionError("for \x1b once")
+
+    def check_more(host):
+        yield mailcloakctl.ok("second", "after")
+
+    monkeypatch.setattr(mailcloakctl, "CHECKS", (check_nothing, check_more))
+    assert mailcloakctl.main(["--config", str(site.config_path), "doctor"]) == 2
+    shown = capsys.readouterr().out
+    assert "problem  doctor                 check_nothing failed: error=ZeroDivisionError text=" in shown
+    assert "\x1b" not in shown
+    assert "ok       second                 after" in shown
+
+
+def test_names_of_findings_are_of_one_form():
+    source = (ROOT / "mailcloakctl.py").read_text(encoding="utf-8")
+    names = set(re.findall(r'(?:ok|warning|problem)\(\s*"([^"]*)",', source))
+    assert len(names) > 30
+    assert all(re.fullmatch(r"[a-z]+(-[a-z]+)*", name) and len(name) <= 22 for name in names), names
+
+
+def test_doctor_with_another_database(site, capsys, tmp_path, monkeypatch):
+    monkeypatch.setattr(mailcloakctl, "CHECKS", (mailcloakctl.check_database,))
+    assert mailcloakctl.main(["--db", str(site.database), "doctor", "--json"]) == 0
+    assert f"{site.database} has 4 aliases" in capsys.readouterr().out
+    assert mailcloakctl.main(["--db", str(tmp_path / "absent.db"), "doctor", "--json"]) == 2

@@ -1,0 +1,588 @@
+"""mailcloakctl status and flush, what becomes of a daemon that does not answer, and how tables and colours fit a terminal."""
+
+# ruff: noqa: F811  the fixtures of test_ask are used here as well
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import os
+import pty
+import re
+import select
+import signal
+import socket
+import sqlite3
+import struct
+import sys
+import termios
+import time
+from fcntl import ioctl
+
+import pytest
+import yaml
+from conftest import ROOT, USERS, as_nobody, run_ctl, wait_until
+from prometheus_client.parser import text_string_to_metric_families
+from test_ask import FakeDaemon, config_path, ctl, fake  # noqa: F401  fixtures
+
+import mailcloakctl
+
+STATS = {
+    "version": "0.1.0",
+    "pid": 4711,
+    "config": "/etc/mailcloak/config.yaml",
+    "started_at": 1763900000.0,
+    "uptime_seconds": 274980.5,
+    "last_reload": {"at": 1763990000.0, "ok": True},
+    "answers": [
+        {"service": "policy", "answer": "DUNNO", "reason": "primary,sender-not-local", "count": 30},
+        {"service": "policy", "answer": "550", "reason": "unknown-recipient", "count": 700},
+        {"service": "socketmap", "answer": "OK", "reason": "alias", "count": 5},
+    ],
+    "remembered_answers": {"given": 10, "kept": 4},
+    "seconds": {
+        "policy": {"bounds": [0.0001, 0.001, 0.01, 0.1, 1.0, 10.0], "counts": [600, 100, 27, 2, 1, 0, 0], "sum": 1.46},
+        "socketmap": {"bounds": [0.0001, 0.001, 0.01, 0.1, 1.0, 10.0], "counts": [0, 0, 0, 0, 0, 0, 5], "sum": 60.0},
+    },
+    "lookups": {"cache": 11, "keycloak": 7, "kept": 2, "failed": 1},
+    "cache": {"users": 812, "missing": 3, "limit": 100000},
+    "keycloak": {"state": "answers", "since_seconds": None, "failure": "", "requests": 30, "failed": 2, "seconds": 0.6},
+    "database": {"path": "/var/lib/mailcloak/state.db", "works": True},
+    "connections": {"policy": 3, "socketmap": 2, "limit": 1000},
+}
+
+
+def changed(**changes):
+    return {**STATS, **changes}
+
+
+def status_lines(stats, width=None):
+    return "\n".join(mailcloakctl.format_status(stats, width))
+
+
+# ---- for people
+
+
+def test_status_shows_how_the_daemon_is_and_its_answers_most_frequent_first(fake, ctl):
+    fake.maps["stats"] = f"OK {json.dumps(STATS)}"
+    code, shown, said = ctl("status")
+    assert (code, said) == (0, "")
+    assert fake.asked == [("socketmap", "7:stats *,")]
+    lines = shown.splitlines()
+    assert lines[0] == "mailcloak 0.1.0, pid 4711, up 3 d 4 h"
+    assert lines[1] == f"configuration  /etc/mailcloak/config.yaml, reloaded {mailcloakctl.shown_time(1763990000)}"
+    assert lines[2] == "Keycloak       answers; 30 requests, 2 failed, 20 ms each"
+    assert lines[3] == "database       /var/lib/mailcloak/state.db, works"
+    assert lines[4] == "connections    policy 3, socketmap 2; at most 1000 each"
+    assert lines[5] == "remembered     812 users, 3 who do not exist; at most 100000"
+    assert lines[6] == "lookups        remembered 11, from Keycloak 7, kept for outages 2, without an answer 1"
+    assert lines[7] == "answers        735, of which 10 were given again from memory, which holds 4"
+    assert lines[8] == "policy time    2 ms on average, 99 of 100 within 10 ms"
+    assert lines[9] == "socketmap time 12 s on average, more than 1 of 100 longer than 10 s"
+    assert [re.split("  +", line) for line in lines[11:]] == [
+        ["SERVICE", "ANSWER", "COUNT", "REASON"],
+        ["policy", "550", "700", "unknown-recipient"],
+        ["policy", "DUNNO", "30", "primary,sender-not-local"],
+        ["socketmap", "OK", "5", "alias"],
+    ]
+
+
+def test_status_names_what_is_wrong():
+    stats = changed(
+        last_reload={"at": 1763990000.0, "ok": False},
+        keycloak={**STATS["keycloak"], "state": "away", "since_seconds": 130.0, "failure": "timed out"},
+        database={"path": "/x.db", "works": False},
+    )
+    shown = status_lines(stats)
+    assert ": refused, the one before it is in force\n" in shown
+    assert "Keycloak       away for 2 min 10 s: timed out; 30 requests" in shown
+    assert "/x.db, cannot be used\n" in shown
+
+
+def test_status_of_a_daemon_that_was_never_reloaded_and_asks_no_keycloak():
+    shown = status_lines(changed(last_reload=None, keycloak=None))
+    assert f", read at start, {mailcloakctl.shown_time(1763900000)}\n" in shown
+    assert "Keycloak       not asked: static_users" in shown
+
+
+@pytest.mark.parametrize(
+    "stats",
+    [
+        {},
+        dict.fromkeys(STATS),
+        {name: [7] for name in STATS},
+        {name: {"at": "x", "policy": [], "state": {}, "counts": 7} for name in STATS},
+        changed(seconds={"policy": {"bounds": [1, "x"], "counts": [1]}, "socketmap": {"bounds": [1], "counts": [1]}}),
+        changed(answers=[{}, 7, {"count": "x"}]),
+        changed(uptime_seconds=float("inf"), started_at=1e300),
+    ],
+    ids=["empty", "null", "lists", "objects", "histograms", "answers", "infinite"],
+)
+def test_status_of_a_daemon_of_another_version_is_shown_as_far_as_it_goes(stats):
+    assert "mailcloak" in status_lines(stats, 40)
+    parsed(mailcloakctl.format_metrics(stats))
+
+
+def test_status_escapes_what_the_daemon_says():
+    stats = changed(config="/etc/\x1b[2J", keycloak={**STATS["keycloak"], "state": "away", "failure": "\x1b]0;x\x07"})
+    assert "\x1b" not in status_lines({**stats, "version": "\x1b", "answers": [{"reason": "\x1b"}]})
+
+
+def test_status_as_json_is_what_the_daemon_says(fake, ctl):
+    fake.maps["stats"] = f"OK {json.dumps(STATS)}"
+    assert json.loads(ctl("status", "--json")[1]) == STATS
+
+
+@pytest.mark.parametrize(
+    ("seconds", "shown"),
+    [
+        (0.00012, "0.12 ms"),
+        (1.5, "1.5 s"),
+        (59.99, "60 s"),
+        (60, "1 min 0 s"),
+        (3599, "59 min 59 s"),
+        (7230, "2 h 0 min"),
+        (90000, "1 d 1 h"),
+        (None, "-"),
+        (True, "-"),
+        ("x", "-"),
+    ],
+)
+def test_span_of_time_in_words(seconds, shown):
+    assert mailcloakctl.shown_seconds(seconds) == shown
+
+
+# ---- for Prometheus
+
+
+def parsed(text):
+    """The families by name, by the reference parser; each must be there once."""
+    families = list(text_string_to_metric_families(text))
+    names = [family.name for family in families]
+    assert len(names) == len(set(names))
+    samples = [(sample.name, tuple(sorted(sample.labels.items()))) for family in families for sample in family.samples]
+    assert len(samples) == len(set(samples)), "a sample is there twice"
+    assert all(name.startswith("mailcloak_") for name in names)
+    assert all(family.documentation and family.type != "unknown" for family in families)
+    return {family.name: family for family in families}
+
+
+def values(family):
+    return {(sample.name.partition(family.name)[2], *sample.labels.values()): sample.value for sample in family.samples}
+
+
+def test_metrics_are_valid_and_complete():
+    families = parsed(mailcloakctl.format_metrics(STATS))
+    assert values(families["mailcloak_up"]) == {("",): 1}
+    assert values(families["mailcloak_info"]) == {("", "0.1.0"): 1}
+    assert families["mailcloak_answers"].type == "counter"
+    assert values(families["mailcloak_answers"]) == {
+        ("_total", "policy", "DUNNO", "primary,sender-not-local"): 30,
+        ("_total", "policy", "550", "unknown-recipient"): 700,
+        ("_total", "socketmap", "OK", "alias"): 5,
+    }
+    assert values(families["mailcloak_lookups"]) == {
+        ("_total", "cache"): 11,
+        ("_total", "keycloak"): 7,
+        ("_total", "kept"): 2,
+        ("_total", "failed"): 1,
+    }
+    singles = {name: next(iter(values(family).values())) for name, family in families.items() if len(family.samples) == 1}
+    expected = {
+        "start_time_seconds": 1763900000,
+        "last_reload_time_seconds": 1763990000,
+        "last_reload_success": 1,
+        "remembered_answers_given": 10,
+        "remembered_answers": 4,
+        "cache_users": 812,
+        "cache_missing": 3,
+        "cache_limit": 100000,
+        "keycloak_up": 1,
+        "keycloak_requests": 30,
+        "keycloak_failed_requests": 2,
+        "keycloak_request_seconds": 0.6,
+        "database_up": 1,
+        "connections_limit": 1000,
+    }
+    assert {
+        name[len("mailcloak_") :]: value for name, value in singles.items() if name not in ("mailcloak_up", "mailcloak_info")
+    } == (expected)
+    assert values(families["mailcloak_connections"]) == {("", "policy"): 3, ("", "socketmap"): 2}
+
+
+def test_histogram_is_cumulative_and_ends_in_infinity():
+    family = parsed(mailcloakctl.format_metrics(STATS))["mailcloak_answer_seconds"]
+    assert family.type == "histogram"
+    policy = [(sample.labels.get("le"), sample.value) for sample in family.samples if sample.labels["service"] == "policy"]
+    assert policy == [
+        ("0.0001", 600),
+        ("0.001", 700),
+        ("0.01", 727),
+        ("0.1", 729),
+        ("1.0", 730),
+        ("10.0", 730),
+        ("+Inf", 730),
+        (None, 1.46),
+        (None, 730),
+    ]
+
+
+def test_no_label_holds_text_that_is_not_the_daemons_own():
+    answers = [
+        {"service": "alice", "answer": "alice@d1.test", "reason": "alice", "count": 1},
+        {"service": "policy", "answer": "550", "reason": "alice@d1.test", "count": 2},
+        {"service": "policy", "answer": "550", "reason": 'x"} 1\nevil 1', "count": 4},
+        {"service": "policy", "answer": "550", "reason": "alias,alice", "count": 8},
+    ]
+    text = mailcloakctl.format_metrics(changed(answers=answers, version='1"\n', config="/home/alice"))
+    families = parsed(text)
+    assert "alice" not in text
+    assert values(families["mailcloak_answers"]) == {
+        ("_total", "other", "other", "other"): 1,
+        ("_total", "policy", "550", "other"): 14,
+    }
+    assert values(families["mailcloak_info"]) == {("", "other"): 1}
+
+
+def test_metrics_of_an_outage_and_of_static_users():
+    away = {**STATS["keycloak"], "state": "away", "since_seconds": 12.5}
+    families = parsed(mailcloakctl.format_metrics(changed(keycloak=away, last_reload=None, database={"works": False})))
+    assert values(families["mailcloak_keycloak_up"]) == {("",): 0}
+    assert values(families["mailcloak_keycloak_state_seconds"]) == {("",): 12.5}
+    assert values(families["mailcloak_database_up"]) == {("",): 0}
+    assert not any("reload" in name for name in families)
+    assert not any("keycloak_" in name for name in parsed(mailcloakctl.format_metrics(changed(keycloak=None))))
+
+
+def test_metrics_say_that_the_daemon_is_down(ctl):
+    code, shown, said = ctl("status", "--prometheus")
+    assert code == 1
+    assert values(parsed(shown)["mailcloak_up"]) == {("",): 0}
+    assert "the daemon is not running" in said
+    assert ctl("status", "--json")[1] == ""
+
+
+# ---- flush
+
+
+def test_flush_forgets_all_or_one_and_says_how_much(fake, ctl):
+    fake.maps["flush"] = 'OK {"forgotten": 3}'
+    assert ctl("flush") == (0, "", "flush: 3 remembered answers forgotten, Keycloak is asked anew\n")
+    fake.maps["flush"] = 'OK {"forgotten": 1}'
+    assert ctl("flush", "Alice@Bücher.Test")[2] == (
+        "flush: 1 remembered answer of alice@xn--bcher-kva.test forgotten, Keycloak is asked anew\n"
+    )
+    fake.maps["flush"] = 'OK {"forgotten": 0}'
+    assert ctl("flush", "Bob") == (0, "", "flush: nothing of bob was remembered\n")
+    assert [question.partition(":")[2] for _, question in fake.asked] == [
+        "flush *,",
+        "flush alice@xn--bcher-kva.test,",
+        "flush bob,",
+    ]
+
+
+def test_flush_as_json(fake, ctl):
+    fake.maps["flush"] = 'OK {"forgotten": 3}'
+    for arguments in (("flush", "--json", "bob"), ("flush", "bob", "--json")):
+        code, shown, said = ctl(*arguments)
+        assert (code, json.loads(shown), said) == (0, {"forgotten": 3}, "")
+
+
+@pytest.mark.parametrize("text", ["", "  ", "alice@", "a\nb", "a@b@c"])
+def test_flush_of_what_is_no_address_is_refused(fake, ctl, text):
+    assert ctl("flush", text)[:2] == (1, "")
+    assert fake.asked == []
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("status", "x"),
+        ("status", "--watch", "--json"),
+        ("status", "--prometheus", "--json"),
+        ("status", "--prometheus", "--watch"),
+        ("flush", "a@b.test", "c@d.test"),
+        ("flush", "--all"),
+    ],
+    ids=" ".join,
+)
+def test_usage_error_of_status_and_flush_exits_2(arguments):
+    result = run_ctl(*arguments, check=False)
+    assert (result.returncode, result.stdout) == (2, "")
+    assert result.stderr.startswith("usage: mailcloakctl")
+
+
+# ---- a daemon that does not answer
+
+COMMANDS = {"status": ("status",), "flush": ("flush",), "ask": ("ask", "alias", "x@d1.test")}
+BROKEN = {
+    "bad JSON": ("OK {", "makes no sense; something else listens there, or a daemon of another version: restart it"),
+    "deep JSON": ("OK " + "[" * 100_000, "makes no sense"),
+    "no object": ("OK 7", "makes no sense"),
+    "not found": ("NOTFOUND ", "makes no sense"),
+    "unknown status": ("YES {}", "makes no sense"),
+    "no netstring": (b"action=DUNNO\n\n", "makes no sense"),
+    "no comma": (b"4:OK 7;", "makes no sense"),
+    "no end": (b"9" * 10, "makes no sense"),
+    "closed": (b"", "closed the connection without an answer; its log says why, or something else listens there"),
+    "half": (b"100:OK ", "closed the connection without an answer"),
+    "refused": (
+        "PERM stats is for root",
+        "the daemon says: stats is for root; run mailcloakctl as root, as the daemon's own user or",
+    ),
+    "older": ("PERM unknown map stats", "does not know 'stats': it is of an older version; restart it"),
+    "not now": ("TEMP internal error", "the daemon says: internal error; its log says why"),
+    "hangs": ("hang", "within 6 s; look at the daemon's log, and restart it"),
+}
+
+
+@pytest.mark.parametrize(("answer", "says"), BROKEN.values(), ids=BROKEN)
+def test_answer_that_makes_no_sense_exits_1_and_names_the_next_step(fake, ctl, answer, says):
+    fake.maps["stats"] = answer
+    code, shown, said = ctl("status")
+    assert (code, shown) == (1, "")
+    assert says in said
+    assert said.startswith("mailcloakctl: ")
+    assert said.count("\n") == 1
+
+
+@pytest.mark.parametrize("command", COMMANDS.values(), ids=COMMANDS)
+def test_daemon_that_is_not_running_exits_1_and_names_the_next_step(ctl, command):
+    code, shown, said = ctl(*command)
+    assert (code, shown) == (1, "")
+    assert "there is no socket at " in said
+    assert "start it (rc-service mailcloak start, systemctl start mailcloak), or name its configuration with --config" in said
+
+
+@pytest.mark.parametrize("command", COMMANDS.values(), ids=COMMANDS)
+def test_socket_that_a_killed_daemon_left_behind_is_named(config_path, ctl, command):
+    for path in yaml.safe_load(config_path.read_text())["sockets"].values():
+        if path.startswith("/"):
+            with contextlib.closing(socket.socket(socket.AF_UNIX)) as dead:
+                dead.bind(path)
+    code, _, said = ctl(*command)
+    assert code == 1
+    assert "nobody listens at " in said
+    assert "the daemon is not running" in said
+
+
+@pytest.mark.real("root")
+@pytest.mark.parametrize("command", COMMANDS.values(), ids=COMMANDS)
+def test_socket_that_may_not_be_connected_to_names_who_may(fake, config_path, command):
+    for path in yaml.safe_load(config_path.read_text())["sockets"].values():
+        if path.startswith("/"):
+            os.chmod(path, 0o600)
+
+    def run():
+        said = io.StringIO()
+        with contextlib.redirect_stderr(said):
+            code = mailcloakctl.main(["--config", str(config_path), *command])
+        return f"{code} {said.getvalue()}"
+
+    outcome = as_nobody(run)
+    assert outcome.startswith("1 ")
+    assert "this user may not connect to " in outcome
+    assert "run mailcloakctl as root or as user root" in outcome
+
+
+def test_policy_answer_that_makes_no_sense_is_refused(fake, ctl):
+    fake.policy = b"HTTP/1.1 400 Bad Request\r\n\r\n\n\n"
+    code, _, said = ctl("ask", "recipient", "x@d1.test")
+    assert code == 1
+    assert "makes no sense" in said
+
+
+def test_configuration_that_cannot_be_used_names_the_way_out(tmp_path, capsys):
+    path = tmp_path / "config.yaml"
+    assert mailcloakctl.main(["--config", str(path), "status"]) == 1
+    assert "cannot be read: No such file or directory" in capsys.readouterr().err
+    path.write_text("sockets: {policy_socket: relative, socketmap: /x}\n")
+    assert mailcloakctl.main(["--config", str(path), "status"]) == 1
+    said = capsys.readouterr().err
+    assert "config: sockets.policy_socket: expected an absolute path, got 'relative'\n" in said
+    assert "config: sockets.socketmap: unknown key; did you mean 'socketmap_socket'?\n" in said
+    assert said.endswith(
+        "mailcloakctl: the configuration names the daemon's sockets; mend it, name another with --config, or run this as root\n"
+    )
+
+
+# ---- the real daemon
+
+
+def test_status_of_the_real_daemon(keycloak_daemon):
+    keycloak_daemon.ask(recipient="alice@d1.test")
+    keycloak_daemon.ask(recipient="ghost@d1.test", policy_context="recipient")
+    shown = run_ctl("--config", keycloak_daemon.config_path, "status").stdout
+    assert shown.startswith(f"mailcloak {mailcloakctl.mailcloak.__version__}, pid {keycloak_daemon.process.pid}, up ")
+    assert "Keycloak       answers; " in shown
+    assert re.search(r"\npolicy +550 +1 +unknown-recipient\n", shown)
+    assert "- " not in shown.replace("-> ", ""), "something is not known"
+    families = parsed(run_ctl("--config", keycloak_daemon.config_path, "status", "--prometheus").stdout)
+    assert values(families["mailcloak_answers"])["_total", "policy", "550", "unknown-recipient"] == 1
+    assert values(families["mailcloak_answers"])["_total", "policy", "DUNNO", "primary,sender-not-local"] == 1
+    assert "other" not in {label for family in families.values() for sample in family.samples for label in sample.labels.values()}
+    assert "mailcloak_answer_seconds" in families
+    stats = json.loads(run_ctl("--config", keycloak_daemon.config_path, "status", "--json").stdout)
+    assert set(stats) == set(STATS)
+    assert {name: set(stats[name]) for name in ("cache", "connections", "database", "keycloak", "lookups", "seconds")} == {
+        name: set(STATS[name]) for name in ("cache", "connections", "database", "keycloak", "lookups", "seconds")
+    }
+
+
+def test_reload_of_the_real_daemon_is_shown(static_daemon):
+    assert ", read at start, " in run_ctl("--config", static_daemon.config_path, "status").stdout
+    static_daemon.reload()
+    wait_until(lambda: "reloaded 2" in run_ctl("--config", static_daemon.config_path, "status").stdout, what="reload shown")
+    static_daemon.config["policy"]["domain"] = 7
+    static_daemon.reload()
+    assert ": refused, the one before it is in force" in run_ctl("--config", static_daemon.config_path, "status").stdout
+
+
+def test_flush_has_the_daemon_ask_again(keycloak_daemon, keycloak):
+    flush = ("--config", keycloak_daemon.config_path, "flush")
+    for address in ("alice@d1.test", "bob@d1.test"):
+        assert keycloak_daemon.ask(recipient=address) == "DUNNO"
+    keycloak.user("alice")["enabled"] = False
+    assert keycloak_daemon.ask(recipient="alice@d1.test") == "DUNNO"
+    assert "of alice@d1.test forgotten" in run_ctl(*flush, "Alice@D1.test").stderr
+    assert keycloak_daemon.ask(recipient="alice@d1.test")[:3] == "550"
+    keycloak.user("bob")["enabled"] = False
+    assert keycloak_daemon.ask(recipient="bob@d1.test") == "DUNNO"
+    assert "Keycloak is asked anew" in run_ctl(*flush).stderr
+    assert keycloak_daemon.ask(recipient="bob@d1.test")[:3] == "550"
+
+
+def test_flush_forgets_what_is_kept_on_disk(keycloak_daemon, keycloak):
+    keycloak_daemon.ask(recipient="alice@d1.test")
+    path = keycloak_daemon.database.parent / "last-known.db"
+
+    def known():
+        with contextlib.closing(sqlite3.connect(path)) as database:
+            return database.execute("SELECT count(*) FROM known").fetchone()[0]
+
+    wait_until(lambda: path.exists() and known() == 1, what="answer on disk")
+    run_ctl("--config", keycloak_daemon.config_path, "flush")
+    assert known() == 0
+    keycloak.stop()
+    assert keycloak_daemon.ask(recipient="alice@d1.test")[:3] == "451"
+
+
+@pytest.mark.real("root")
+def test_flush_is_refused_to_a_user_who_may_only_connect(make_daemon):
+    daemon = make_daemon(static_users=USERS, sockets={"socket_mode": "0666"}).start()
+    daemon.config_path.chmod(0o644)
+
+    def run():
+        said = io.StringIO()
+        with contextlib.redirect_stderr(said):
+            code = mailcloakctl.main(["--config", str(daemon.config_path), "flush"])
+        return f"{code} {said.getvalue()}"
+
+    assert re.match(
+        r"1 mailcloakctl: the daemon says: .*; run mailcloakctl as root, as the daemon's own user or as ", as_nobody(run)
+    )
+
+
+# ---- terminals
+
+
+class Terminal:
+    """The command on a terminal of its own, of a size of its own."""
+
+    def __init__(self, *arguments, columns=80, rows=24, **environment):
+        self.output = ""
+        self._pid, self._terminal = pty.fork()
+        if self._pid == 0:
+            signal.signal(signal.SIGINT, signal.SIG_DFL)  # ignored where the tests run in the background
+            ioctl(0, termios.TIOCSWINSZ, struct.pack("4H", rows, columns, 0, 0))
+            inherited = {name: value for name, value in os.environ.items() if name not in ("NO_COLOR", "COLUMNS", "LINES")}
+            command = [sys.executable, str(ROOT / "mailcloakctl.py"), *map(str, arguments)]
+            # not os.execv, which would also hand on what readline has put into the C library's own environment: COLUMNS
+            os.execve(command[0], command, {**inherited, "TERM": "xterm", **environment})
+
+    def read_until(self, is_enough, seconds=30):
+        deadline = time.monotonic() + seconds
+        while not is_enough(self.output):
+            assert select.select([self._terminal], [], [], max(0.0, deadline - time.monotonic()))[0], self.output
+            try:
+                data = os.read(self._terminal, 65536)
+            except OSError:  # EIO: the other side is closed
+                break
+            self.output += data.decode()
+        return self.output.replace("\r\n", "\n")
+
+    def type(self, text):
+        os.write(self._terminal, text.encode())
+
+    def end(self):
+        """(exit code, all that was shown)."""
+        shown = self.read_until(lambda _: False)
+        os.close(self._terminal)
+        return os.waitstatus_to_exitcode(os.waitpid(self._pid, 0)[1]), shown
+
+
+def test_table_is_as_wide_as_the_terminal_and_loses_nothing(tmp_path):
+    path = tmp_path / "state.db"
+    address, username = f"{'long' * 20}@d1.test", "user" * 15
+    run_ctl("--db", path, "aliases", "add", address, username)
+    code, shown = Terminal("--db", path, "aliases", "list", columns=60).end()
+    assert code == 0
+    lines = shown.splitlines()
+    assert max(map(len, lines)) <= 60
+    cells = [re.match(r"(\S*) +(\S*)|(\S+)$", line) for line in lines[1:]]
+    assert "".join(cell[1] or cell[3] or "" for cell in cells) == address
+    assert address in run_ctl("--db", path, "aliases", "list").stdout, "cut although it is no terminal"
+    assert address in Terminal("--db", path, "aliases", "list", columns=300).end()[1]
+
+
+def test_tables_of_every_width_keep_their_text():
+    table = [["A", "BB", "A LONG HEADING"], ["x" * 30, "two words", "y"], ["", "z " * 30, ""]]
+    whole = "".join("".join(row) for row in table).replace(" ", "")
+    for width in (None, 1, 10, 30, 40, 60, 200):
+        lines = list(mailcloakctl.format_table(table, width))
+        assert sorted("".join(lines).replace(" ", "")) == sorted(whole)
+        assert width is None or width < 30 or max(map(len, lines)) <= width
+
+
+def test_colours_are_for_terminals_that_want_them(fake, config_path):
+    fake.maps["stats"] = f"OK {json.dumps(changed(database={'path': '/x', 'works': False}))}"
+    status = ("--config", config_path, "status")
+    assert "\x1b[31m/x, cannot be used\x1b[0m" in Terminal(*status).end()[1]
+    assert "\x1b" not in Terminal(*status, NO_COLOR="1").end()[1]
+    assert "\x1b" not in Terminal(*status, TERM="dumb").end()[1]
+    assert "\x1b" not in run_ctl(*status).stdout
+    assert "\x1b[31m/x" in Terminal(*status, NO_COLOR="").end()[1], "an empty NO_COLOR is none (https://no-color.org)"
+
+
+def test_answer_is_coloured_on_a_terminal(fake, config_path):
+    fake.policy = "550 5.1.1 No such user"
+    shown = Terminal("--config", config_path, "ask", "recipient", "ghost@d1.test", columns=60).end()[1]
+    assert "\x1b[31m550 5.1.1 No such user (refused for good)\x1b[0m" in shown
+    assert max(len(line) for line in re.sub(r"\x1b\[\d*m", "", shown).splitlines()) <= 60
+
+
+def test_watch_refreshes_in_place_and_outlives_a_restart(config_path):
+    with FakeDaemon(yaml.safe_load(config_path.read_text())) as fake:
+        fake.maps["stats"] = f"OK {json.dumps(changed(answers=STATS['answers'] * 20))}"
+        terminal = Terminal("--config", config_path, "status", "--watch", columns=70, rows=20)
+        first = terminal.read_until(lambda text: text.count("\x1b[H") == 1 and text.endswith("\x1b[J"))
+        lines = re.sub(r"\x1b\[[\d;]*[A-Za-z]", "", first).splitlines()
+        assert len(lines) < 20
+        assert max(map(len, lines)) <= 70
+        assert re.fullmatch(r"\(\d+ more lines\)", lines[-1])
+        terminal.read_until(lambda text: text.count("\x1b[H") == 2)
+    terminal.read_until(lambda text: "there is no socket at" in text)
+    with FakeDaemon(yaml.safe_load(config_path.read_text())) as fake:
+        fake.maps["stats"] = f"OK {json.dumps(changed(pid=4712))}"
+        terminal.read_until(lambda text: "pid 4712" in text)
+        terminal.type("\x03")
+        code, shown = terminal.end()
+    assert code == 0
+    assert "Traceback" not in shown
+    assert "nothing was changed" not in shown
+
+
+def test_watch_without_a_terminal_is_refused(fake, ctl):
+    code, shown, said = ctl("status", "--watch")
+    assert (code, shown) == (1, "")
+    assert "--watch needs a terminal; --json and --prometheus are for programs" in said
