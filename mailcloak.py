@@ -39,6 +39,7 @@ import io
 import json
 import logging
 import math
+import operator
 import os
 import pwd
 import queue
@@ -1996,9 +1997,13 @@ class CachedDirectory:
         """What is remembered of ("holders", address) or ("login", sasl_username), fresh or not."""
         return self._cache.get(key)
 
-    def holds(self, key: Tuple[str, str], entry: Entry) -> bool:
-        """Is entry still what is remembered of key, fresh, and not yet to be asked for again?"""
-        return self._clock() < entry.fresh_until - self._refresh_seconds and self._cache.holds(key, entry)
+    def holds(self, entries: Iterable[Tuple[Tuple[str, str], Entry]]) -> bool:
+        """Is each entry still what is remembered of its key, fresh, and not yet to be asked for again?"""
+        end = self._clock() + self._refresh_seconds
+        for key, entry in entries:  # noqa: SIM110  all() of a generator takes twice as long
+            if end >= entry.fresh_until or not self._cache.holds(key, entry):
+                return False
+        return True
 
     def forget(self, address: Optional[str]) -> int:
         """Forget what is known of this address or login, and of the users who have it, on disk too; None forgets all.
@@ -2488,7 +2493,7 @@ class PolicyStream(_Stream):
         return b"action=" + action.text.encode("utf-8", "replace") + b"\n\n"
 
 
-_ABSENT = ("",) * len(_DECIDING)
+_values_of = operator.itemgetter(*_DECIDING)
 _POLICY_ATTRIBUTE = re.compile(rf"\n(request|{'|'.join(_DECIDING)})=([^\n]*)")
 _LOGGED_ATTRIBUTE = re.compile(r"\n(client_address|queue_id)=([^\n]*)")
 
@@ -2499,7 +2504,10 @@ def parse_policy_request(data: bytes) -> PolicyRequest:
     attributes = dict(_POLICY_ATTRIBUTE.findall(text))
     if attributes.get("request") != "smtpd_access_policy":
         raise ProtocolError(f"request={escape_for_log(attributes.get('request', ''))}, expected smtpd_access_policy")
-    return PolicyRequest._make((*map(attributes.get, _DECIDING, _ABSENT), text))
+    try:
+        return PolicyRequest._make((*_values_of(attributes), text))
+    except KeyError:  # Postfix sends them all
+        return PolicyRequest(**{name: value for name, value in attributes.items() if name != "request"}, text=text)
 
 
 class SocketmapQuery(NamedTuple):
@@ -2596,6 +2604,13 @@ class Service:
         self.directory = CachedDirectory(directory, config.policy, self.timeout_seconds, self.last_known)
         self.remembered = RememberedAnswers(MAX_REMEMBERED_ANSWERS)
 
+    def recall(self, question: Question, file_state: Optional[FileState]) -> Optional[Action]:
+        """The remembered answer, if all that it was made from still holds: see LiveFacts."""
+        known = self.remembered.get(question)
+        if known is not None and known.file_state == file_state and self.directory.holds(known.entries):
+            return known.action
+        return None
+
 
 class LiveFacts(Facts):
     """Facts looked up for one request. All its lookups at Keycloak share one deadline, so that nobody waits twice.
@@ -2607,24 +2622,14 @@ class LiveFacts(Facts):
 
     __slots__ = ("_deadline", "_entries", "_file_state", "_lasting", "_lookups", "_seen_at", "_service")
 
-    def __init__(self, service: Service) -> None:
+    def __init__(self, service: Service, file_state: Optional[FileState] = None) -> None:
         self._service = service
         self._seen_at = time.time()
-        self._file_state = service.database.state()
+        self._file_state = file_state or service.database.state()
         self._deadline: Deadline = time.monotonic() + service.timeout_seconds
         self._lookups = 0
         self._lasting = 0  # of the lookups, those whose answer can be remembered
         self._entries: List[Tuple[Tuple[str, str], Entry]] = []
-
-    def recall(self, question: Question) -> Optional[Action]:
-        """The remembered answer, if all that it was made from still holds."""
-        known = self._service.remembered.get(question)
-        if known is None or known.file_state != self._file_state:
-            return None
-        for key, entry in known.entries:
-            if not self._service.directory.holds(key, entry):
-                return None
-        return known.action
 
     def remember(self, question: Question, action: Action) -> Action:
         """The answer itself, made from these facts; remembered if they can be held against it later."""
@@ -2740,14 +2745,21 @@ class Tally:
 
     def __init__(self) -> None:
         self.answers: Dict[Tuple[str, str], int] = defaultdict(int)  # by the first three characters of the answer, and the reason
-        self.remembered = 0  # of them
-        self.took = Durations()
+        self.remembered = 0  # of them; each took some microseconds
+        self.took = Durations()  # of the others
 
     def add(self, other: Tally) -> None:
         for key, count in list(other.answers.items()):
             self.answers[key] += count
         self.remembered += other.remembered
         self.took.add(other.took)
+
+    def all_took(self) -> Durations:
+        """The times of all answers: a remembered one counts as within the least bound, without a clock's being asked."""
+        took = Durations()
+        took.add(self.took)
+        took.counts[0] += self.remembered
+        return took
 
 
 class Handler(socketserver.BaseRequestHandler):
@@ -2820,23 +2832,29 @@ class Handler(socketserver.BaseRequestHandler):
         self.request.setsockopt(socket.SOL_SOCKET, option, timeout)
 
     def _answer(self, request: Any) -> Action:
+        self.used_at = started = time.monotonic()
         try:
-            self.used_at = started = time.monotonic()
             action = self.decide(request, self.server.service)
-            elapsed = time.monotonic() - started
             if log.isEnabledFor(action.level):
+                elapsed_ms = (time.monotonic() - started) * 1000
                 event = self.describe(request, action)
-                log.log(action.level, "%s: %s reason=%s elapsed_ms=%.0f", self.component, event, action.reason, elapsed * 1000)
+                log.log(action.level, "%s: %s reason=%s elapsed_ms=%.0f", self.component, event, action.reason, elapsed_ms)
         except Exception as exc:  # the edge: whatever went wrong, the answer is "try later", never a permission
             log.error("%s: internal error %s", self.component, _describe_exception(exc))
-            action, elapsed = self.internal_error, 0.0
+            action = self.internal_error
         self.tally.answers[action.text[:3], action.reason] += 1
-        self.tally.took.note(elapsed)
         return action
 
-    def _recall(self, facts: LiveFacts, question: Question) -> Optional[Action]:
-        action = facts.recall(question)
-        self.tally.remembered += action is not None
+    def _recall_or(self, decide: Callable[[LiveFacts], Action], question: Question, service: Service) -> Action:
+        """The remembered answer to the question, else that of decide, which is remembered if it can be."""
+        file_state = service.database.state()
+        action = service.recall(question, file_state)
+        if action is not None:
+            self.tally.remembered += 1
+            return action
+        facts = LiveFacts(service, file_state)
+        action = facts.remember(question, decide(facts))
+        self.tally.took.note(time.monotonic() - self.used_at)
         return action
 
     def decide(self, request: Any, service: Service) -> Action:
@@ -2854,8 +2872,8 @@ class PolicyHandler(Handler):
     internal_error = Action(INTERNAL_ERROR, "internal-error")
 
     def decide(self, request: PolicyRequest, service: Service) -> Action:
-        facts, question = LiveFacts(service), policy_question(request, service.policy)
-        return self._recall(facts, question) or facts.remember(question, decide_policy(request, service.policy, facts))
+        question = policy_question(request, service.policy)
+        return self._recall_or(lambda facts: decide_policy(request, service.policy, facts), question, service)
 
     def describe(self, request: PolicyRequest, action: Action) -> str:
         event = {"5": "reject", "4": "defer"}.get(action.text[0], "accept")
@@ -2882,8 +2900,7 @@ class SocketmapHandler(Handler):
             return Action("PERM no key", "no-key", logging.ERROR)
         if request.name != "alias":
             return self._administer(request, service)
-        facts, question = LiveFacts(service), ("alias", request.key)
-        return self._recall(facts, question) or facts.remember(question, decide_alias(request.key, service.policy, facts))
+        return self._recall_or(lambda facts: decide_alias(request.key, service.policy, facts), ("alias", request.key), service)
 
     def _administer(self, request: SocketmapQuery, service: Service) -> Action:
         """The maps that mailcloakctl asks: stats for everybody who may connect, the others for who could change the answers anyway."""
@@ -3292,7 +3309,7 @@ class Daemon:
                 "given": sum(tally.remembered for tally in tallies.values()),
                 "kept": len(service.remembered),
             },
-            "seconds": {name: tally.took.to_json() for name, tally in tallies.items()},
+            "seconds": {name: tally.all_took().to_json() for name, tally in tallies.items()},
             **service.directory.report(),
             "database": {"path": service.config.sqlite.path, "works": service.database.works},
             "connections": {

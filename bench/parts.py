@@ -57,16 +57,16 @@ def main():
         action = handler._answer(request)
         text = "\n" + request_bytes[:-2].decode()
         question = mailcloak.policy_question(request, service.policy)
-        facts = mailcloak.LiveFacts(service)
-        assert facts.recall(question) == action, "the answer is not remembered"
+        state = service.database.state()
+        assert service.recall(question, state) == action, "the answer is not remembered"
         parts = [
             ("take the request from the stream", read),
             ("- parse it", lambda: mailcloak.parse_policy_request(request_bytes[:-2])),
             ("- - search for the attributes that decide", lambda: mailcloak._POLICY_ATTRIBUTE.findall(text)),
             ("answer it", lambda: handler._answer(request)),
-            ("- begin: clocks, state of the file", lambda: mailcloak.LiveFacts(service)),
-            ("- - the system call stat and its result", service.database.state),
-            ("- recall: find the answer, look at its facts", lambda: facts.recall(question)),
+            ("- the state of the file: a system call", service.database.state),
+            ("- what decides", lambda: mailcloak.policy_question(request, service.policy)),
+            ("- recall: find the answer, look at its facts", lambda: service.recall(question, state)),
             ("- not remembered: decide from SQLite and the cache", lambda: decide_anew(request, service)),
             ("encode the answer", lambda: stream.encode(action)),
         ]

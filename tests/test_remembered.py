@@ -65,7 +65,7 @@ def settle():
 def ask(service, request):
     kind = mailcloak.SocketmapHandler if isinstance(request, mailcloak.SocketmapQuery) else mailcloak.PolicyHandler
     handler = kind.__new__(kind)  # without a connection
-    handler.tally = mailcloak.Tally()
+    handler.tally, handler.used_at = mailcloak.Tally(), time.monotonic()
     return handler.decide(request, service).text
 
 
