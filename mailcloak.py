@@ -3273,11 +3273,13 @@ class Daemon:
             user,
             *(str(self._listeners[name].getsockname()) for name in paths),
         )
-        # Not at once: Keycloak may be starting with us, and the first minute belongs to those who ask.
-        timer = threading.Timer(POSTMASTER_SECONDS if self._config.keycloak else 0, warn_of_missing_postmasters, [service])
-        timer.daemon = True
-        timer.start()
         notify(READY=1, STATUS=f"serving, configuration {self._config.path}")
+        if self._config.keycloak:  # not at once: it may be starting with us, and the first minute belongs to those who ask
+            timer = threading.Timer(POSTMASTER_SECONDS, warn_of_missing_postmasters, [service])
+            timer.daemon = True
+            timer.start()
+        else:
+            warn_of_missing_postmasters(service)
         while True:
             received = signal.Signals(signal.sigwait(self.SIGNALS))
             if received != signal.SIGHUP:
