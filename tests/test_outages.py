@@ -11,6 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from conftest import wait_until
+from test_lifecycle import wait_for_self_check
 
 import mailcloak
 
@@ -193,7 +194,7 @@ def test_nobody_waits_for_a_renewal(make_daemon, keycloak):
 
 def test_established_outage_is_answered_at_once_and_ends_soon_after_keycloak_returns(make_daemon, keycloak):
     daemon = short_daemon(make_daemon, keycloak).start()
-    wait_until(lambda: keycloak.self_checks)
+    wait_for_self_check(keycloak)
     keycloak.fault = "stall"
     for number in range(3):
         assert daemon.ask(recipient=f"u{number}@d1.test") == DEFER
@@ -210,7 +211,7 @@ def test_established_outage_is_answered_at_once_and_ends_soon_after_keycloak_ret
 
 def test_outage_is_probed_one_request_at_a_time(make_daemon, keycloak):
     daemon = short_daemon(make_daemon, keycloak).start()
-    wait_until(lambda: keycloak.self_checks)
+    wait_for_self_check(keycloak)
     keycloak.fault = "status-503"
     for number in range(3):
         daemon.ask(recipient=f"u{number}@d1.test")
