@@ -48,29 +48,57 @@ def _find_program(name):
     return shutil.which(name, path=os.environ.get("PATH", "") + ":/usr/sbin:/sbin")
 
 
-def pytest_runtest_setup(item):
-    if item.get_closest_marker("long") and not (os.environ.get("CI") or item.config.getoption("--long")):
-        _leave_out(item, "long", "takes minutes: pytest --long, or set CI")
+def _lacks(item):
+    """(what, how to get it) of the first thing that the test needs and that is not here; None if nothing is lacking."""
     for marker in item.iter_markers("real"):
         for name in marker.args:
-            program, package = REAL_SERVERS[name]
-            missing = os.geteuid() != 0 if name == "root" else not all(map(_find_program, program.split()))
-            if missing:
-                how = "run the tests as root" if name == "root" else f"make real-servers, or: apt-get install {package}"
-                if os.environ.get("CI"):
-                    pytest.fail(f"{name} is missing and CI is set: {how}", pytrace=False)
-                _leave_out(item, name, how)
+            programs, package = REAL_SERVERS[name]
+            if name == "root" and os.geteuid() != 0:
+                return name, "run the tests as root"
+            if not all(map(_find_program, programs.split())):
+                return name, f"make real-servers, or: apt-get install {package}"
+    return None
 
 
-def _leave_out(item, name, how):
-    pytest.skip(f"needs {name}: {how}")
+@pytest.hookimpl(trylast=True)  # after -k and -m
+def pytest_collection_modifyitems(config, items):
+    """Take out what cannot run here, or takes minutes; where CI is set everything stays, and fails where something is lacking."""
+    config.left_out = []
+    if os.environ.get("CI"):
+        return
+    kept, deselected = [], []
+    for item in items:
+        lacks = _lacks(item)
+        if not lacks and item.get_closest_marker("long") and not config.getoption("--long"):
+            lacks = "long", "takes minutes: pytest --long, or set CI"
+        if lacks:
+            config.left_out.append((f"needs {lacks[0]}: {lacks[1]}", item.nodeid))
+        (deselected if lacks else kept).append(item)
+    items[:] = kept
+    config.hook.pytest_deselected(items=deselected)
 
 
-def pytest_terminal_summary(terminalreporter):
+def pytest_runtest_setup(item):
+    lacks = _lacks(item)
+    if lacks:
+        pytest.fail(f"{lacks[0]} is missing and CI is set: {lacks[1]}", pytrace=False)
+
+
+def pytest_sessionfinish(session):
+    if hasattr(session.config, "workeroutput"):  # one of pytest-xdist's workers, each of which has collected the same
+        session.config.workeroutput["left_out"] = session.config.left_out
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node):
+    node.config.left_out = [tuple(each) for each in node.workeroutput.get("left_out", ())]
+
+
+def pytest_terminal_summary(terminalreporter, config):
     """What did not run, by name, and how to make it run."""
     left_out = defaultdict(list)
-    for report in terminalreporter.stats.get("skipped", []):
-        left_out[str(report.longrepr[2]).replace("Skipped: ", "")].append(report.nodeid)
+    for reason, test in getattr(config, "left_out", ()):
+        left_out[reason].append(test)
     if left_out:
         terminalreporter.section("not run")
     for reason, tests in sorted(left_out.items()):
