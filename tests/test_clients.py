@@ -30,6 +30,12 @@ def processor_seconds(daemon):
     return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
+def all_threads_sleep(daemon):
+    """None runs or waits for a processor: each has taken note of what it did last."""
+    tasks = Path(f"/proc/{daemon.process.pid}/task").glob("*/stat")
+    return all(task.read_text().rpartition(")")[2].split()[0] == "S" for task in tasks)
+
+
 def is_closed(client):
     """Has the daemon closed this connection, on which no answer is due?"""
     client.socket.setblocking(False)
@@ -123,6 +129,7 @@ def test_at_the_limit_the_connection_that_has_rested_longest_makes_room(make_dae
     for client in clients:
         assert client.ask(recipient="alice@d1.test") == "DUNNO"
     assert clients[0].ask(recipient="alice@d1.test") == "DUNNO"  # so that the second has rested longest
+    wait_until(lambda: all_threads_sleep(daemon) and all_threads_sleep(daemon), what="the rest of all connections")
     assert daemon.ask(recipient="alice@d1.test") == "DUNNO"
     wait_until(lambda: is_closed(clients[1]), what="the end of the second")
     for client in (clients[0], *clients[2:]):
