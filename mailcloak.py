@@ -29,6 +29,7 @@ from __future__ import annotations
 import argparse
 import bisect
 import contextlib
+import ctypes
 import dataclasses
 import difflib
 import errno
@@ -137,6 +138,18 @@ SHUTDOWN_TOTAL_SECONDS = 4.5  # and all that is left is cut off
 EXIT_OK, EXIT_FAILED, EXIT_USAGE, EXIT_CONFIG = 0, 1, 64, 78  # the last two from sysexits.h
 
 log = logging.getLogger("mailcloak")
+
+
+def call_with_lock(name: str, *argument_types: Any) -> Optional[Callable[..., int]]:
+    """A function of the C library to be called without giving up Python's global lock; None if the library lacks it.
+
+    For system calls that never wait: with many busy connections, to get that lock back takes longer than all the rest of an answer
+    (bench/NOTES.md).
+    """
+    function = getattr(ctypes.PyDLL(None), name, None)
+    if function:
+        function.argtypes = argument_types
+    return function
 
 
 def escape_for_log(text: str) -> str:
@@ -1030,7 +1043,23 @@ def _copy_database(path: str, version: int) -> str:
     return copy
 
 
-FileState = Tuple[int, int, int]  # device, inode, and when the inode changed, in ns since 1970, which no program can set
+# What tells one content of the file from the next: inode, when it changed (s since 1970 and ns; no program can set that), device.
+FileState = Tuple[int, int, int, int, int]
+
+_statx = call_with_lock("statx", ctypes.c_int, ctypes.c_char_p, ctypes.c_int, ctypes.c_uint, ctypes.c_char_p)  # not in old musl
+_AT_FDCWD, _STATX_INO_CTIME, _STATX_BYTES = -100, 0x180, 256  # statx(2)
+_STATX_STATE = struct.Struct("=32xQ56xqI28xII")  # stx_ino, stx_ctime, stx_dev_major, stx_dev_minor; the same on each architecture
+
+
+class _ThreadsOwn(threading.local):
+    """What a thread keeps of the database."""
+
+    connection: Optional[sqlite3.Connection] = None
+    state: Optional[FileState] = None  # of the file that it was opened on
+    page_bytes = 0
+
+    def __init__(self) -> None:
+        self.status = ctypes.create_string_buffer(_STATX_BYTES)
 
 
 class Database:
@@ -1038,8 +1067,9 @@ class Database:
 
     def __init__(self, path: str, busy_seconds: float = DATABASE_BUSY_SECONDS) -> None:
         self._path = path
+        self._path_bytes = os.fsencode(path)
         self._busy_seconds = busy_seconds
-        self._local = threading.local()  # .connection, .state and .page_bytes, of this thread alone
+        self._local = _ThreadsOwn()
         self._lock = threading.Lock()  # guards the two below
         self._connections = 0  # that are open, of all threads
         self._fails = False  # for one line in the log when it begins and one when it ends
@@ -1071,11 +1101,14 @@ class Database:
 
     def state(self) -> Optional[FileState]:
         """What tells one content of the file from the next, a commit or another file put in its place; None if there is no file."""
+        status = self._local.status
+        if _statx and _statx(_AT_FDCWD, self._path_bytes, 0, _STATX_INO_CTIME, status) == 0:
+            return _STATX_STATE.unpack_from(status)
         try:
-            status = os.stat(self._path)
+            found = os.stat(self._path)
         except OSError:
             return None
-        return status.st_dev, status.st_ino, status.st_ctime_ns
+        return found.st_ino, *divmod(found.st_ctime_ns, 10**9), os.major(found.st_dev), os.minor(found.st_dev)
 
     def shows_commits(self, state: Optional[FileState], seen_at: float) -> bool:
         """Does every commit after seen_at, in seconds since 1970, change the state that was seen then?
@@ -1084,7 +1117,7 @@ class Database:
         while the state is the same, all that was read since it was first seen still holds. Not so soon after a change, since the
         next could bear the same time, and in WAL mode, where a commit does not change the file itself.
         """
-        if state is None or seen_at - state[2] / 1e9 < DATABASE_SETTLED_SECONDS:
+        if state is None or seen_at - (state[1] + state[2] / 1e9) < DATABASE_SETTLED_SECONDS:
             return False
         with contextlib.suppress(DatabaseUnavailable):
             return bool(self._rows("PRAGMA journal_mode", ())[0][0] != "wal")
@@ -1092,8 +1125,7 @@ class Database:
 
     def close(self) -> None:
         """Close this thread's connection, if it has one."""
-        connection = getattr(self._local, "connection", None)
-        self._local.connection = None
+        connection, self._local.connection = self._local.connection, None
         if connection is not None:
             connection.close()
             with self._lock:
@@ -1128,17 +1160,17 @@ class Database:
         happens to be the one it knows.
         """
         state = self.state()
-        if getattr(self._local, "connection", None) is None or self._local.state != state:
+        connection = self._local.connection
+        if connection is None or self._local.state != state:
             self.close()
-            self._local.connection = connect_database(self._path, self._busy_seconds)
+            self._local.connection = connection = connect_database(self._path, self._busy_seconds)
             with self._lock:
                 self._connections += 1
             self._local.state = state
-            self._local.page_bytes = self._local.connection.execute("PRAGMA page_size").fetchone()[0]
-            if 0 < self._local.connection.execute("PRAGMA user_version").fetchone()[0] < SCHEMA_VERSION:
+            self._local.page_bytes = connection.execute("PRAGMA page_size").fetchone()[0]
+            if 0 < connection.execute("PRAGMA user_version").fetchone()[0] < SCHEMA_VERSION:
                 prepare_database(self._path, self._busy_seconds, create=False)  # an older file was put in place of ours
-            self._local.connection.execute("PRAGMA query_only = ON")
-        connection: sqlite3.Connection = self._local.connection
+            connection.execute("PRAGMA query_only = ON")
         return connection
 
 
@@ -2762,6 +2794,10 @@ class Tally:
         return took
 
 
+_send = call_with_lock("send", ctypes.c_int, ctypes.c_char_p, ctypes.c_size_t, ctypes.c_int)
+_SEND_FLAGS = socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL
+
+
 class Handler(socketserver.BaseRequestHandler):
     """One connection: request after request until the client closes it. Subclasses say what a request and an answer are."""
 
@@ -2784,7 +2820,7 @@ class Handler(socketserver.BaseRequestHandler):
             while True:
                 request = stream.next_request()
                 if request is not None:
-                    self.request.sendall(stream.encode(self._answer(request)))
+                    self._send(stream.encode(self._answer(request)))
                     begun_at = 0.0
                     continue
                 if stream.has_begun:
@@ -2824,6 +2860,12 @@ class Handler(socketserver.BaseRequestHandler):
             raise ProtocolError(f"request not whole after {REQUEST_SECONDS} s") from None
         self._set_timeout(socket.SO_RCVTIMEO, IDLE_SECONDS)
         return data
+
+    def _send(self, data: bytes) -> None:
+        """Send all of it; raises BlockingIOError where the client does not make room for it in time."""
+        sent = _send(self.request.fileno(), data, len(data), _SEND_FLAGS) if _send else 0
+        if sent != len(data):
+            self.request.sendall(data[max(0, sent) :])
 
     def _set_timeout(self, option: int, seconds: float) -> None:
         """The kernel's own timeout, 0 for none: unlike settimeout() it costs no further system call for each answer."""

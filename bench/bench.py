@@ -1,14 +1,15 @@
 #!/usr/bin/env python3
 """Measure mailcloak, and write what comes out to bench/RESULTS.md.
 
-bench.py all        the four below, one after another; make bench does this
+bench.py all        the five below, one after another; make bench does this
 bench.py table      requests a second beside those of a bare server (bench/bare.py)
+bench.py lock       what one system call more costs that bare server, if it gives up Python's global lock and if it keeps it
 bench.py growth     many aliases, many users, many connections: rate, p99, memory, start-up
 bench.py postfix    messages a second through a private Postfix, with mailcloak and without; needs root and postfix
 bench.py cold       users whom mailcloak does not know yet
 bench.py profile    where the time goes, on the terminal alone; needs py-spy or perf
 
-Each of the four writes its own section of RESULTS.md and leaves the others as they are. Exits 0 also where a goal is missed; the section
+Each of the five writes its own section of RESULTS.md and leaves the others as they are. Exits 0 also where a goal is missed; the section
 says so beside each figure. Questions are asked by build/bench/load, made of load.c: a compiled program, so that it is not what is measured.
 """
 
@@ -372,7 +373,7 @@ TITLE = """\
 Written by `make bench` (`bench/bench.py`, which says what it does); bench/NOTES.md says what the figures mean. Each section names what it
 was taken on and with which command. Every figure that has a goal stands beside it.
 """
-SECTIONS = ("table", "growth", "postfix", "cold")
+SECTIONS = ("table", "lock", "growth", "postfix", "cold")
 
 
 def write_section(name: str, text: str, preamble: str) -> None:
@@ -527,6 +528,44 @@ of the first question.
 The questions come from a compiled program (bench/load.c, one thread, epoll). It is not what is measured: on a C echo server
 (bench/echo.c) it goes as far as the last three rows, and beside the bare server its processor is idle for part of the time. On one
 connection server and load take turns, so that neither can be busy all the time.
+
+{markdown_table(header, lines)}"""
+
+
+# ---- lock
+
+
+def lock(quick: bool) -> str:
+    """What system calls cost beside the bare server, by whether they give up Python's global lock."""
+    rounds, seconds = (2, 0.5) if quick else (5, 1.5)
+    all_connections = (1, 10, 50)
+    calls = [(name, count) for name in ("stat", "statx") for count in (1, 2)]
+    ratios: dict[tuple[str, int, int], list[float]] = {}
+    with directory() as home, contextlib.ExitStack() as servers:
+        questions = write_questions(home / "q", (ask_policy(n, f"user{n % TABLE_USERS}@{DOMAIN}") for n in range(REPEATED)))
+        command = [sys.executable, str(BENCH / "bare.py")]
+        bare = servers.enter_context(listening(home / "bare", *command, str(home / "bare")))
+        others = {}
+        for name, count in calls:
+            path = home / f"{name}{count}"
+            others[name, count] = servers.enter_context(listening(path, *command, str(path), str(count), name))
+        for number, connections in itertools.product(range(rounds), all_connections):
+            before = ask(bare, connections, seconds, questions).rate
+            for (name, count), server in others.items():
+                rate = ask(server, connections, seconds, questions).rate
+                after = ask(bare, connections, seconds, questions).rate
+                ratios.setdefault((name, count, connections), []).append(2 * rate / (before + after))
+                before = after
+            say(f"lock: round {number + 1} of {rounds}, {connections} connections")
+    header = ["more system calls an answer", *(f"share of bare, {connections} connections" for connections in all_connections)]
+    lines = [
+        [f"{count}, which {does} the lock", *(spread(ratios[name, count, connections], ".2f") for connections in all_connections)]
+        for (name, does), count in itertools.product((("stat", "give up"), ("statx", "keep")), (1, 2))
+    ]
+    return f"""## A system call more
+
+{rounds} interleaved rounds of {seconds} s a measurement: the bare server, and the same with one or two more system calls an answer (bench/bare.py),
+os.stat, which gives up Python's global lock, or statx by ctypes.PyDLL, which keeps it. Medians, in brackets the least and the greatest.
 
 {markdown_table(header, lines)}"""
 
@@ -1006,7 +1045,7 @@ def show_stacks(output: Path) -> None:
 
 
 def main() -> int:
-    parts = {"table": table, "growth": growth, "postfix": postfix, "cold": cold, "profile": profile}
+    parts = {"table": table, "lock": lock, "growth": growth, "postfix": postfix, "cold": cold, "profile": profile}
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("part", choices=[*parts, "all"])
     parser.add_argument(

@@ -5,10 +5,12 @@ from __future__ import annotations
 import contextlib
 import os
 import re
+import socket
 import sqlite3
 import subprocess
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import decision_table as table
 import pytest
@@ -157,7 +159,7 @@ def test_commits_that_bear_the_same_time_are_all_seen(make_service, monkeypatch)
     service = make_service(static_users=USERS)
     add_alias(service)
     exact = service.database.state
-    monkeypatch.setattr(service.database, "state", lambda: (*exact()[:2], exact()[2] // 10**9 * 10**9))
+    monkeypatch.setattr(service.database, "state", lambda: (*exact()[:2], 0, *exact()[3:]))
     times = set()
     for number in range(100):
         write(service, "UPDATE aliases SET username = ?", f"user{number}")
@@ -345,6 +347,37 @@ def test_change_by_mailcloakctl_is_seen_where_the_answer_was_remembered(static_d
     static_daemon.ctl("aliases", "disable", "info@d1.test")
     assert client.ask(recipient="info@d1.test") == "550 5.1.1 No such user"
     assert map_client.ask("alias info@d1.test") == "NOTFOUND "
+
+
+def test_state_of_the_file_is_the_same_without_the_librarys_call(make_service, monkeypatch):
+    service = make_service(static_users=USERS)
+    state = service.database.state()
+    status = os.stat(service.config.sqlite.path)
+    assert state == (status.st_ino, *divmod(status.st_ctime_ns, 10**9), os.major(status.st_dev), os.minor(status.st_dev))
+    monkeypatch.setattr(mailcloak, "_statx", None)
+    assert service.database.state() == state
+    os.unlink(service.config.sqlite.path)
+    assert service.database.state() is None
+    monkeypatch.undo()
+    assert service.database.state() is None
+
+
+@pytest.mark.parametrize("with_library", [True, False])
+@pytest.mark.parametrize("size", [1, 14, 5_000_000])
+def test_answer_is_sent_whole(monkeypatch, with_library, size):
+    if not with_library:
+        monkeypatch.setattr(mailcloak, "_send", None)
+    handler = mailcloak.Handler.__new__(mailcloak.Handler)
+    answer = (b"0123456789abcdef" * (size // 16 + 1))[:size]
+    handler.request, client = socket.socketpair()
+    with client:
+        with handler.request, ThreadPoolExecutor(1) as pool:
+            sending = pool.submit(handler._send, answer)
+            assert client.recv(size, socket.MSG_WAITALL) == answer
+            sending.result(10)
+        assert client.recv(1) == b""
+    with pytest.raises(OSError, match="file descriptor"):
+        handler._send(answer)
 
 
 SYSTEM_CALLS_OF_A_REMEMBERED_ANSWER = 3  # recv of the request, stat of the database file, send of the answer
