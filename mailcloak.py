@@ -207,9 +207,8 @@ class StartError(MailcloakError):
 # ---------------------------------------------------------------------------------------------------------------------------------
 
 _REQUIRED: Any = object()
-_Reader = Callable[
-    [Any], Any
-]  # a YAML value to the field's value; raises ValueError("expected ...") or ValueError("expected ...", hint)
+# A YAML value to the field's value; raises ValueError("expected ...") or ValueError("expected ...", hint).
+_Reader = Callable[[Any], Any]
 _DOMAIN = re.compile(r"[a-z0-9_]([a-z0-9_-]*[a-z0-9_])?(\.[a-z0-9_]([a-z0-9_-]*[a-z0-9_])?)*")
 
 
@@ -758,8 +757,9 @@ def format_mailbox(username: str, extension: str, domain: str) -> str:
 
 # ---------------------------------------------------------------------------------------------------------------------------------
 # 4. Cache
-# Answers of the directory: fresh for their time to live, positive ones kept longer for an outage. Bounded; negative answers have a tenth of the room and are pushed out first, so that
-# a dictionary attack cannot make the daemon forget the users it knows. All handler threads enter here.
+# Answers of the directory: fresh for their time to live, positive ones kept longer for an outage. Bounded; negative answers have a
+# tenth of the room and are pushed out first, so that a dictionary attack cannot make the daemon forget the users it knows. All handler
+# threads enter here.
 # ---------------------------------------------------------------------------------------------------------------------------------
 
 
@@ -876,8 +876,9 @@ class Durations:
 
 # ---------------------------------------------------------------------------------------------------------------------------------
 # 5. Database
-# Every SQL statement of the daemon. One connection a thread, since sqlite3 connections must not be shared. Nothing read here is
-# ever kept beyond the answer it was read for, so a change by mailcloakctl counts from the next request on.
+# Every SQL statement of the daemon. One connection a thread, since sqlite3 connections must not be shared. No row is kept beyond the
+# answer it was read for, and no answer beyond the state of the file it was made from (section 9), so a change by mailcloakctl counts
+# from the next request on.
 # ---------------------------------------------------------------------------------------------------------------------------------
 
 SCHEMA_VERSION = 2
@@ -1297,9 +1298,8 @@ class LastKnown:
                     steps.append(self._steps.get_nowait())
             try:
                 with contextlib.closing(self._open()) as connection:
-                    urgent = any(
-                        step and step[1] for step in steps
-                    )  # somebody lost a right, and a power failure must not undo that
+                    # where somebody waits, somebody else lost a right, and a power failure must not undo that
+                    urgent = any(step and step[1] for step in steps)
                     connection.execute(f"PRAGMA synchronous = {'FULL' if urgent else 'OFF'}")
                     connection.execute("BEGIN IMMEDIATE")
                     for statements, _ in filter(None, steps):
@@ -3274,9 +3274,8 @@ class Daemon:
 
     def run(self) -> None:
         """Serve until a signal says stop; raises StartError if that cannot begin."""
-        signal.pthread_sigmask(
-            signal.SIG_BLOCK, self.SIGNALS
-        )  # before any thread, so that each inherits it and only sigwait() sees them
+        # before any thread, so that each inherits it and only sigwait() sees them
+        signal.pthread_sigmask(signal.SIG_BLOCK, self.SIGNALS)
         for warning in self._config.warnings:
             log.warning("%s", warning)
         self._listeners = take_over_sockets()
