@@ -3191,8 +3191,8 @@ def take_over_sockets() -> Dict[str, socket.socket]:
     if os.environ.get("LISTEN_PID") != str(os.getpid()):
         return {}
     names = os.environ.pop("LISTEN_FDNAMES", "").split(":")
-    count = int(os.environ.pop("LISTEN_FDS", "0"))
-    if sorted(names) != ["policy", "socketmap"] or count != len(names):
+    count = os.environ.pop("LISTEN_FDS", "0")
+    if sorted(names) != ["policy", "socketmap"] or count != str(len(names)):
         raise StartError(f"sockets: expected two handed over, named policy and socketmap, got {count} named {':'.join(names)!r}")
     listeners = {name: socket.socket(fileno=number) for number, name in enumerate(names, 3)}
     for name, listener in listeners.items():

@@ -141,6 +141,12 @@ def test_next_steps_say_how_to_make_the_user_and_the_configuration(installed):
         assert step in said
 
 
+@pytest.mark.parametrize(("path", "program"), [("/opt/x/sbin", "mailcloak"), ("/opt/x", "/opt/x/sbin/mailcloak")])
+def test_program_is_named_in_full_where_its_folder_is_not_in_path(tmp_path, monkeypatch, path, program):
+    monkeypatch.setenv("PATH", f"{os.environ['PATH']}:{path}")
+    assert f"  {program} --check-config" in run("install", tmp_path, "/opt/x").stdout
+
+
 @pytest.mark.real("make")
 def test_make_hands_its_variables_on(tmp_path):
     command = ["make", "--no-print-directory", "install", f"DESTDIR={tmp_path}/a b", "PREFIX=/opt/x", f"PYTHON={sys.executable}"]

@@ -278,6 +278,14 @@ def test_handed_over_sockets_of_other_names_are_refused_with_the_reason(activate
     assert "Traceback" not in activated.log()
 
 
+@pytest.mark.parametrize("count", ["3", "", "two"])
+def test_handed_over_sockets_of_another_number_than_their_names_are_refused(monkeypatch, count):
+    for name, value in {"PID": os.getpid(), "FDS": count, "FDNAMES": "policy:socketmap"}.items():
+        monkeypatch.setenv(f"LISTEN_{name}", str(value))
+    with pytest.raises(mailcloak.StartError, match=f"got {count} named 'policy:socketmap'"):
+        mailcloak.take_over_sockets()
+
+
 def test_sockets_meant_for_another_process_are_not_taken(make_daemon):
     daemon = make_daemon(
         static_users=USERS, environment={"LISTEN_PID": "1", "LISTEN_FDS": "2", "LISTEN_FDNAMES": "policy:socketmap"}
