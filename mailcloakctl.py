@@ -109,14 +109,34 @@ class Context:
         self.options, self._create = options, create
 
     @functools.cached_property
+    def _raw_config(self) -> Dict[str, Any]:
+        return mailcloak.read_yaml(self.options.config or mailcloak.DEFAULT_CONFIG_PATH)
+
+    def _block(self, name: str, cls: type) -> Any:
+        """One block of the configuration, whatever is wrong with the others. Raises ConfigError."""
+        problems: List[str] = []
+        block = mailcloak.read_block(cls, name, self._raw_config.get(name, {}), problems)
+        if block is None:
+            raise mailcloak.ConfigError(problems)
+        return block
+
+    @functools.cached_property
     def path(self) -> str:
-        """The path of the database. Raises ConfigError."""
-        return find_database(self.options)
+        """The path of the database: --db, else sqlite.path of the configuration, else the default. Raises ConfigError."""
+        if self.options.db:
+            return str(os.path.abspath(self.options.db))
+        if not self.options.config and not os.path.exists(mailcloak.DEFAULT_CONFIG_PATH):
+            return mailcloak.DEFAULT_DATABASE_PATH
+        return str(self._block("sqlite", mailcloak.SqliteConfig).path)
 
     @functools.cached_property
     def policy(self) -> Optional[mailcloak.PolicyConfig]:
-        """None where no configuration says which domains are ours."""
-        return read_policy(self.options)
+        """None where no configuration says which domains are ours; what is wrong with it is the daemon's to report."""
+        policy: Optional[mailcloak.PolicyConfig] = None
+        with contextlib.suppress(mailcloak.ConfigError):
+            if self.options.config or (not self.options.db and os.path.exists(mailcloak.DEFAULT_CONFIG_PATH)):
+                policy = self._block("policy", mailcloak.PolicyConfig)
+        return policy
 
     @functools.cached_property
     def database(self) -> sqlite3.Connection:
@@ -126,13 +146,8 @@ class Context:
     @functools.cached_property
     def daemon(self) -> RunningDaemon:
         """The daemon whose sockets the configuration names. Raises ConfigError."""
-        path = self.options.config or mailcloak.DEFAULT_CONFIG_PATH
-        problems: List[str] = []
-        raw = mailcloak.read_yaml(path)
-        sockets = mailcloak.read_block(mailcloak.SocketsConfig, "sockets", raw.get("sockets", {}), problems)
-        if sockets is None:
-            raise mailcloak.ConfigError(problems)
-        return RunningDaemon(sockets, ANSWER_SECONDS + (number(raw, "keycloak", "timeout_seconds") or 5))
+        sockets = self._block("sockets", mailcloak.SocketsConfig)
+        return RunningDaemon(sockets, ANSWER_SECONDS + (number(self._raw_config, "keycloak", "timeout_seconds") or 5))
 
     def close(self) -> None:
         if "database" in self.__dict__:
@@ -1566,22 +1581,20 @@ def check_config(host: Installation) -> Findings:
 
 
 def read_good_blocks(host: Installation) -> None:
-    with contextlib.suppress(mailcloak.ConfigError):
+    try:
         raw = mailcloak.read_yaml(host.config_path)
-        blocks = {
-            name: mailcloak.read_block(cls, name, raw.get(name, {}), [])
-            for name, cls in (
-                ("policy", mailcloak.PolicyConfig),
-                ("sockets", mailcloak.SocketsConfig),
-                ("keycloak", mailcloak.KeycloakConfig),
-                ("sqlite", mailcloak.SqliteConfig),
-                ("daemon", mailcloak.DaemonConfig),
-            )
-        }
-        host.policy, host.sockets, host.keycloak = blocks["policy"], blocks["sockets"], blocks["keycloak"]
-        host.daemon_user = blocks["daemon"].user if blocks["daemon"] else ""
-        if blocks["sqlite"] and not host.options.db:
-            host.database_path = blocks["sqlite"].path
+    except mailcloak.ConfigError:
+        return
+
+    def good(name: str, cls: type) -> Any:
+        return mailcloak.read_block(cls, name, raw.get(name, {}), [])
+
+    host.policy, host.sockets = good("policy", mailcloak.PolicyConfig), good("sockets", mailcloak.SocketsConfig)
+    host.keycloak, daemon = good("keycloak", mailcloak.KeycloakConfig), good("daemon", mailcloak.DaemonConfig)
+    sqlite = good("sqlite", mailcloak.SqliteConfig)
+    host.daemon_user = daemon.user if daemon else ""
+    if sqlite and not host.options.db:
+        host.database_path = sqlite.path
 
 
 def check_config_files(host: Installation) -> Findings:
@@ -3182,32 +3195,6 @@ def add_command(parsers: Any, common: argparse.ArgumentParser, noun: str, verb: 
             help="Postfix's configuration, else postconf's own; once for each instance",
         )
         parser.add_argument("--dovecot-config", metavar="FILE", help="Dovecot's configuration, else doveconf's own")
-
-
-def find_database(options: argparse.Namespace) -> str:
-    """--db, else sqlite.path of the configuration, else the default."""
-    if options.db:
-        return str(os.path.abspath(options.db))
-    if not options.config and not os.path.exists(mailcloak.DEFAULT_CONFIG_PATH):
-        return mailcloak.DEFAULT_DATABASE_PATH
-    problems: List[str] = []
-    raw = mailcloak.read_yaml(options.config or mailcloak.DEFAULT_CONFIG_PATH)
-    block = mailcloak.read_block(mailcloak.SqliteConfig, "sqlite", raw.get("sqlite", {}), problems)
-    if block is None:
-        raise mailcloak.ConfigError(problems)
-    return str(block.path)
-
-
-def read_policy(options: argparse.Namespace) -> Optional[mailcloak.PolicyConfig]:
-    """The policy block of the configuration where there is one; its problems are the daemon's to report, not ours."""
-    with contextlib.suppress(mailcloak.ConfigError):
-        if options.config or (not options.db and os.path.exists(mailcloak.DEFAULT_CONFIG_PATH)):
-            raw = mailcloak.read_yaml(options.config or mailcloak.DEFAULT_CONFIG_PATH)
-            policy: Optional[mailcloak.PolicyConfig] = mailcloak.read_block(
-                mailcloak.PolicyConfig, "policy", raw.get("policy", {}), []
-            )
-            return policy
-    return None
 
 
 def take_late_argument(parser: argparse.ArgumentParser, options: argparse.Namespace, rest: Sequence[str]) -> None:
