@@ -187,11 +187,6 @@ def read_app_id(text: str) -> str:
     return text.lower()
 
 
-def read_owner(text: str) -> Optional[str]:
-    """The Keycloak user whom an app belongs to; "" takes the owner away."""
-    return read_username(text) if text else None
-
-
 def read_expiry(text: str) -> Optional[int]:
     """Seconds since 1970 from which an app no longer counts: after so many days, or after the day named; "never" takes it away."""
     if text == "never":
@@ -419,7 +414,16 @@ def owner_name(path: str) -> str:
     return "root"
 
 
-def set_enabled(context: Context, table: str, column: str, key: str, enabled: bool) -> None:
+def named_row(context: Context) -> Tuple[str, str, str]:
+    """Table, key column and key of the alias or app that the arguments name."""
+    if context.options.noun == "aliases":
+        return "aliases", "alias_email", read_address(context.options.address)
+    return "apps", "app_id", read_app_id(context.options.app_id)
+
+
+def set_enabled(context: Context) -> None:
+    table, column, key = named_row(context)
+    enabled = context.options.verb == "enable"
     word = "enabled" if enabled else "disabled"
     touch = ", updated_at = strftime('%s', 'now')" if table == "aliases" else ""
     with transaction(context.database):
@@ -431,7 +435,8 @@ def set_enabled(context: Context, table: str, column: str, key: str, enabled: bo
     say(f"{table}: {key} {'is ' + word + ' already' if row['enabled'] == enabled else word}")
 
 
-def delete(context: Context, table: str, column: str, key: str) -> None:
+def delete(context: Context) -> None:
+    table, column, key = named_row(context)
     with transaction(context.database):
         if not context.database.execute(f"DELETE FROM {table} WHERE {column} = ?", (key,)).rowcount:  # noqa: S608
             raise Refused(f"{table}: {key} does not exist, {table} list shows what does")
@@ -515,18 +520,6 @@ def aliases_list(context: Context) -> None:
     print_list(context.options, [dict(row) for row in rows], columns)
 
 
-def aliases_del(context: Context) -> None:
-    delete(context, "aliases", "alias_email", read_address(context.options.address))
-
-
-def aliases_enable(context: Context) -> None:
-    set_enabled(context, "aliases", "alias_email", read_address(context.options.address), True)
-
-
-def aliases_disable(context: Context) -> None:
-    set_enabled(context, "aliases", "alias_email", read_address(context.options.address), False)
-
-
 # ---------------------------------------------------------------------------------------------------------------------------------
 # apps
 # ---------------------------------------------------------------------------------------------------------------------------------
@@ -573,7 +566,7 @@ def read_app_changes(options: argparse.Namespace) -> Dict[str, Any]:
     """The columns that --owner and --expires set, with their values; None takes a value away."""
     changes: Dict[str, Any] = {}
     if options.owner is not None:
-        changes["owner"] = read_owner(options.owner)
+        changes["owner"] = read_username(options.owner) if options.owner else None
     if options.expires is not None:
         changes["expires_at"] = read_expiry(options.expires)
     return changes
@@ -652,18 +645,6 @@ def apps_disallow(context: Context) -> None:
 def require_app(context: Context, app_id: str) -> None:
     if not context.database.execute("SELECT 1 FROM apps WHERE app_id = ?", (app_id,)).fetchone():
         raise Refused(f"apps: {app_id} does not exist, apps add {app_id} --generate makes it")
-
-
-def apps_del(context: Context) -> None:
-    delete(context, "apps", "app_id", read_app_id(context.options.app_id))
-
-
-def apps_enable(context: Context) -> None:
-    set_enabled(context, "apps", "app_id", read_app_id(context.options.app_id), True)
-
-
-def apps_disable(context: Context) -> None:
-    set_enabled(context, "apps", "app_id", read_app_id(context.options.app_id), False)
 
 
 # ---------------------------------------------------------------------------------------------------------------------------------
@@ -3084,11 +3065,9 @@ COMMANDS: Dict[str, Dict[str, Command]] = {  # the verb is "" where there is non
             aliases_add, "let an address lead to a user", "aliases add info@example.org alice", ("address", "username"), True
         ),
         "list": Command(aliases_list, "show all aliases", "aliases list --json", ()),
-        "del": Command(aliases_del, "delete an alias", "aliases del info@example.org", ("address",)),
-        "enable": Command(aliases_enable, "let a disabled alias count again", "aliases enable info@example.org", ("address",)),
-        "disable": Command(
-            aliases_disable, "keep an alias, but let it lead nowhere", "aliases disable info@example.org", ("address",)
-        ),
+        "del": Command(delete, "delete an alias", "aliases del info@example.org", ("address",)),
+        "enable": Command(set_enabled, "let a disabled alias count again", "aliases enable info@example.org", ("address",)),
+        "disable": Command(set_enabled, "keep an alias, but let it lead nowhere", "aliases disable info@example.org", ("address",)),
     },
     "apps": {
         "add": Command(apps_add, "make an app, or give one a new token", "apps add printer --generate", ("app_id",), True),
@@ -3098,9 +3077,9 @@ COMMANDS: Dict[str, Dict[str, Command]] = {  # the verb is "" where there is non
         "disallow": Command(
             apps_disallow, "take an address from an app", "apps disallow printer scan@example.org", ("app_id", "address")
         ),
-        "del": Command(apps_del, "delete an app and its addresses", "apps del printer", ("app_id",)),
-        "enable": Command(apps_enable, "let a disabled app in again", "apps enable printer", ("app_id",)),
-        "disable": Command(apps_disable, "keep an app, but let it neither log in nor send", "apps disable printer", ("app_id",)),
+        "del": Command(delete, "delete an app and its addresses", "apps del printer", ("app_id",)),
+        "enable": Command(set_enabled, "let a disabled app in again", "apps enable printer", ("app_id",)),
+        "disable": Command(set_enabled, "keep an app, but let it neither log in nor send", "apps disable printer", ("app_id",)),
     },
     "ask": {
         "recipient": Command(
