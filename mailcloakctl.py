@@ -71,6 +71,7 @@ from typing import (
     Sized,
     Tuple,
     TypeVar,
+    Union,
 )
 
 sys.path.insert(0, os.path.dirname(os.path.realpath(__file__)))  # mailcloak.py lies beside this file, also behind a symlink
@@ -1068,7 +1069,7 @@ def describe_step(step: Dict[str, Any]) -> Tuple[str, str, str]:
 
 def describe_found(kind: str, found: Any) -> str:
     if kind == "holders":
-        return ", ".join(map(describe_holder, objects({"found": found}, "found"))) or "nobody's"
+        return ", ".join(map(describe_holder, objects(found))) or "nobody's"
     if not isinstance(found, dict):
         return "no"
     if kind == "alias":
@@ -1162,7 +1163,7 @@ def status_fields(stats: Dict[str, Any]) -> Iterator[Tuple[str, str, str]]:
     yield ("Keycloak", *describe_keycloak(stats))
     works = pick(stats, "database", "works") is True
     yield "database", f"{pick(stats, 'database', 'path')}, {'works' if works else 'cannot be used'}", "" if works else RED
-    open_now = ", ".join(f"{name} {count(stats, 'connections', name)}" for name in ("policy", "socketmap"))
+    open_now = ", ".join(f"{name} {count(stats, 'connections', name)}" for name in SERVICES)
     yield "connections", f"{open_now}; at most {count(stats, 'connections', 'limit')} each", ""
     users, missing, limit = (count(stats, "cache", name) for name in ("users", "missing", "limit"))
     yield "remembered", f"{users} users, {missing} who do not exist; at most {limit}", ""
@@ -1171,10 +1172,11 @@ def status_fields(stats: Dict[str, Any]) -> Iterator[Tuple[str, str, str]]:
     total = sum(number(answer, "count") or 0 for answer in objects(stats, "answers"))
     given, kept = (count(stats, "remembered_answers", name) for name in ("given", "kept"))
     yield "answers", f"{total:.0f}, of which {given} were given again from memory, which holds {kept}", ""
-    for service in ("policy", "socketmap"):
+    for service in SERVICES:
         yield f"{service} time", describe_times(pick(stats, "seconds", service)), ""
 
 
+SERVICES = ("policy", "socketmap")
 LOOKUPS = {"cache": "remembered", "keycloak": "from Keycloak", "kept": "kept for outages", "failed": "without an answer"}
 
 
@@ -1208,7 +1210,7 @@ def describe_times(histogram: Any) -> str:
 def numbers(value: Any, name: str) -> List[float]:
     """The numbers in the list at that place of a JSON value; [] if it holds anything else."""
     found = pick(value, name)
-    values = [number({"": each}, "") for each in found] if isinstance(found, list) else []
+    values = [number(each) for each in found] if isinstance(found, list) else []
     return [each for each in values if each is not None] if None not in values else []
 
 
@@ -1219,74 +1221,61 @@ def count(value: Any, *path: str) -> str:
 
 
 class Metric(NamedTuple):
-    """One family of numbers: its name without the prefix, its type, what it says, and (suffix, labels, value) of each number."""
+    """One family of numbers: its name without the prefix, its type and what it says."""
 
     name: str
     kind: str
     help: str
-    samples: Sequence[Tuple[str, Mapping[str, str], Optional[float]]]  # None: not known, left out
+    value: Union[float, Mapping[str, Optional[float]], None]  # or values, by suffix and labels; None: not known, left out
 
 
 def format_metrics(stats: Optional[Dict[str, Any]]) -> str:
     """The statistics in the text format of Prometheus, version 0.0.4; None: the daemon is down."""
     lines: List[str] = []
-    metrics = itertools.chain(
-        [gauge("up", "Whether the daemon answers.", stats is not None)], daemon_metrics(stats) if stats else []
-    )
-    for metric in metrics:
-        samples = [sample for sample in metric.samples if sample[2] is not None]
+    up = Metric("up", "gauge", "Whether the daemon answers.", stats is not None)
+    for metric in (up, *(daemon_metrics(stats) if stats else ())):
+        name = f"mailcloak_{metric.name}"
+        values = metric.value if isinstance(metric.value, dict) else {"": metric.value}
+        samples = [f"{name}{behind} {float(value)!r}" for behind, value in values.items() if value is not None]
         if samples:
-            name = f"mailcloak_{metric.name}"
-            lines += [f"# HELP {name} {metric.help}", f"# TYPE {name} {metric.kind}"]
-        for suffix, labels, value in samples:
-            inside = ",".join(f'{label}="{text}"' for label, text in labels.items())
-            lines.append(f"{name}{suffix}{f'{{{inside}}}' if inside else ''} {float(value or 0)!r}")
+            lines += [f"# HELP {name} {metric.help}", f"# TYPE {name} {metric.kind}", *samples]
     return "\n".join(lines) + "\n"
 
 
 def daemon_metrics(stats: Dict[str, Any]) -> Iterator[Metric]:
     """No label holds an address, the name of a user or any other text from outside, but words of the daemon's own alone."""
-    version = own_word(pick(stats, "version"), r"[0-9][0-9a-z.+-]{0,40}")
-    yield Metric("info", "gauge", "The version that runs.", [("", {"version": version}, 1)])
-    yield gauge("start_time_seconds", "When the daemon started, in seconds since 1970.", number(stats, "started_at"))
-    yield gauge("last_reload_time_seconds", "When it was last told to reload.", number(stats, "last_reload", "at"))
-    yield gauge("last_reload_success", "Whether that reload was done.", flag(stats, "last_reload", "ok"))
-    yield labelled("answers_total", "counter", "Answers, and why.", count_answers(stats))
-    given = number(stats, "remembered_answers", "given")
-    yield Metric("remembered_answers_given_total", "counter", "Answers given again from memory.", [("", {}, given)])
-    yield gauge("remembered_answers", "Answers in memory.", number(stats, "remembered_answers", "kept"))
-    yield Metric("answer_seconds", "histogram", "How long an answer took.", list(histogram_samples(stats)))
-    lookups: Dict[Labels, Optional[float]] = {(("source", name),): number(stats, "lookups", name) for name in LOOKUPS}
-    yield labelled("lookups_total", "counter", "Users looked up, by where the answer came from.", lookups)
-    yield gauge("cache_users", "Users in memory.", number(stats, "cache", "users"))
-    yield gauge("cache_missing", "Users in memory who do not exist.", number(stats, "cache", "missing"))
-    yield gauge("cache_limit", "Entries that memory may hold.", number(stats, "cache", "limit"))
-    if isinstance(pick(stats, "keycloak"), dict):
-        yield gauge("keycloak_up", "Whether Keycloak answers.", pick(stats, "keycloak", "state") == "answers")
-        yield gauge("keycloak_state_seconds", "For how long it has done so, or not.", number(stats, "keycloak", "since_seconds"))
-        for name, key, text in (
-            ("keycloak_requests_total", "requests", "Requests to Keycloak."),
-            ("keycloak_failed_requests_total", "failed", "Requests to Keycloak that got no usable answer."),
-            ("keycloak_request_seconds_total", "seconds", "The time that requests to Keycloak took."),
-        ):
-            yield Metric(name, "counter", text, [("", {}, number(stats, "keycloak", key))])
-    yield gauge("database_up", "Whether the database can be used.", flag(stats, "database", "works"))
-    connections: Dict[Labels, Optional[float]] = {
-        (("service", name),): number(stats, "connections", name) for name in ("policy", "socketmap")
-    }
-    yield labelled("connections", "gauge", "Open connections.", connections)
-    yield gauge("connections_limit", "Connections that each service takes.", number(stats, "connections", "limit"))
+    version = labels(version=own_word(pick(stats, "version"), r"[0-9][0-9a-z.+-]{0,40}"))
+    yield Metric("info", "gauge", "The version that runs.", {version: 1})
+    yield Metric("start_time_seconds", "gauge", "When the daemon started, in seconds since 1970.", number(stats, "started_at"))
+    yield Metric("last_reload_time_seconds", "gauge", "When it was last told to reload.", number(stats, "last_reload", "at"))
+    yield Metric("last_reload_success", "gauge", "Whether that reload was done.", flag(stats, "last_reload", "ok"))
+    yield Metric("answers_total", "counter", "Answers, and why.", count_answers(stats))
+    memory = pick(stats, "remembered_answers")
+    yield Metric("remembered_answers_given_total", "counter", "Answers given again from memory.", number(memory, "given"))
+    yield Metric("remembered_answers", "gauge", "Answers in memory.", number(memory, "kept"))
+    yield Metric("answer_seconds", "histogram", "How long an answer took.", dict(histogram_samples(stats)))
+    lookups = {labels(source=name): number(stats, "lookups", name) for name in LOOKUPS}
+    yield Metric("lookups_total", "counter", "Users looked up, by where the answer came from.", lookups)
+    yield Metric("cache_users", "gauge", "Users in memory.", number(stats, "cache", "users"))
+    yield Metric("cache_missing", "gauge", "Users in memory who do not exist.", number(stats, "cache", "missing"))
+    yield Metric("cache_limit", "gauge", "Entries that memory may hold.", number(stats, "cache", "limit"))
+    keycloak = pick(stats, "keycloak")
+    if isinstance(keycloak, dict):
+        yield Metric("keycloak_up", "gauge", "Whether Keycloak answers.", pick(keycloak, "state") == "answers")
+        since, failed = number(keycloak, "since_seconds"), number(keycloak, "failed")
+        yield Metric("keycloak_state_seconds", "gauge", "For how long it has done so, or not.", since)
+        yield Metric("keycloak_requests_total", "counter", "Requests to Keycloak.", number(keycloak, "requests"))
+        yield Metric("keycloak_failed_requests_total", "counter", "Requests to Keycloak that got no usable answer.", failed)
+        seconds = number(keycloak, "seconds")
+        yield Metric("keycloak_request_seconds_total", "counter", "The time that requests to Keycloak took.", seconds)
+    yield Metric("database_up", "gauge", "Whether the database can be used.", flag(stats, "database", "works"))
+    connections = {labels(service=name): number(stats, "connections", name) for name in SERVICES}
+    yield Metric("connections", "gauge", "Open connections.", connections)
+    yield Metric("connections_limit", "gauge", "Connections that each service takes.", number(stats, "connections", "limit"))
 
 
-Labels = Tuple[Tuple[str, str], ...]
-
-
-def gauge(name: str, text: str, value: Optional[float]) -> Metric:
-    return Metric(name, "gauge", text, [("", {}, value)])
-
-
-def labelled(name: str, kind: str, text: str, values: Mapping[Labels, Optional[float]]) -> Metric:
-    return Metric(name, kind, text, [("", dict(labels), value) for labels, value in values.items()])
+def labels(**texts: str) -> str:
+    return "{" + ",".join(f'{name}="{text}"' for name, text in texts.items()) + "}"
 
 
 def flag(value: Any, *path: str) -> Optional[float]:
@@ -1303,27 +1292,27 @@ def own_word(text: Any, form: str) -> str:
 ONE_REASON = "({0})(,({0}))?".format("|".join(map(re.escape, REASONS)))
 
 
-def count_answers(stats: Dict[str, Any]) -> Dict[Labels, Optional[float]]:
-    counts: Dict[Labels, Optional[float]] = {}
+def count_answers(stats: Dict[str, Any]) -> Dict[str, float]:
+    counts: Dict[str, float] = defaultdict(float)
     for answer in objects(stats, "answers"):
-        labels = (
-            ("service", own_word(pick(answer, "service"), "policy|socketmap")),
-            ("answer", own_word(pick(answer, "answer"), "[A-Z]{2,8}|[245][0-9]{2}")),
-            ("reason", own_word(pick(answer, "reason"), ONE_REASON)),
+        key = labels(
+            service=own_word(pick(answer, "service"), "policy|socketmap"),
+            answer=own_word(pick(answer, "answer"), "[A-Z]{2,8}|[245][0-9]{2}"),
+            reason=own_word(pick(answer, "reason"), ONE_REASON),
         )
-        counts[labels] = (counts.get(labels) or 0) + (number(answer, "count") or 0)
+        counts[key] += number(answer, "count") or 0
     return counts
 
 
-def histogram_samples(stats: Dict[str, Any]) -> Iterator[Tuple[str, Dict[str, str], Optional[float]]]:
-    for service in ("policy", "socketmap"):
+def histogram_samples(stats: Dict[str, Any]) -> Iterator[Tuple[str, Optional[float]]]:
+    for service in SERVICES:
         histogram = pick(stats, "seconds", service)
         bounds, counts = numbers(histogram, "bounds"), numbers(histogram, "counts")
         if len(counts) == len(bounds) + 1:
             for bound, so_far in zip((*map(repr, bounds), "+Inf"), itertools.accumulate(counts)):
-                yield "_bucket", {"service": service, "le": bound}, so_far
-            yield "_sum", {"service": service}, number(histogram, "sum")
-            yield "_count", {"service": service}, sum(counts)
+                yield f"_bucket{labels(service=service, le=bound)}", so_far
+            yield f"_sum{labels(service=service)}", number(histogram, "sum")
+            yield f"_count{labels(service=service)}", sum(counts)
 
 
 def flush(context: Context) -> None:
@@ -2658,9 +2647,7 @@ def note_users(
 def check_canaries(host: Installation, config: mailcloak.KeycloakConfig, reader: KeycloakReader) -> Findings:
     """Are the canaries there, is there one for each federation, and would they be seen to be gone?"""
     status, components = reader.get("components", type="org.keycloak.storage.UserStorageProvider")
-    providers = (
-        [each for each in objects({"": components}, "") if pick(each, "config", "enabled") != ["false"]] if status == 200 else []
-    )
+    providers = [each for each in objects(components) if pick(each, "config", "enabled") != ["false"]] if status == 200 else []
     federations = set(host.federations) | {str(pick(provider, "id")) for provider in providers}
     watched = set()
     for address in config.canary:
