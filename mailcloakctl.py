@@ -293,8 +293,7 @@ def print_list(options: argparse.Namespace, rows: Sequence[Dict[str, Any]], colu
         return
     table = [[name.upper().replace("_", " ") for name in columns]]
     table += [[shown_text(show(row[name])) for name, show in columns.items()] for row in rows]
-    for line in format_table(table, terminal_width()) if rows else []:
-        print(line)
+    print_table(table)
 
 
 def print_json(value: Any) -> None:
@@ -305,6 +304,12 @@ def print_json(value: Any) -> None:
 def terminal_width() -> Optional[int]:
     """The width of the terminal that standard output is; None where it is none: what programs read is never cut."""
     return shutil.get_terminal_size().columns if sys.stdout.isatty() else None
+
+
+def print_table(table: Sequence[Sequence[str]]) -> None:
+    """Nothing where there is only a heading."""
+    for line in format_table(table, terminal_width()) if len(table) > 1 else ():
+        print(line)
 
 
 def format_table(table: Sequence[Sequence[str]], width: Optional[int]) -> Iterator[str]:
@@ -325,21 +330,24 @@ def wrap(text: str, width: Optional[int]) -> List[str]:
     return lines or [""]
 
 
+def hang(head: str, text: str, width: Optional[int]) -> List[str]:
+    """Lines of the head and its text, which goes on below itself where the terminal ends."""
+    first, *rest = wrap(shown_text(text), max(20, width - len(head)) if width else None)
+    return [head + first, *(" " * len(head) + line for line in rest)]
+
+
 def print_fields(fields: Iterable[Tuple[str, str]]) -> None:
-    """Lines of a label and its text, which goes on below itself where the terminal ends."""
-    width = terminal_width()
     for label, text in fields:
-        lines = wrap(shown_text(text), max(20, width - 15) if width else None)
-        print("\n".join([f"{label:<15}{lines[0]}", *(" " * 15 + line for line in lines[1:])]))
+        print("\n".join(hang(f"{label:<15}", text, terminal_width())))
 
 
 GREEN, YELLOW, RED, BOLD = "32", "33", "31", "1"
 
 
 def paint(text: str, colour: str) -> str:
-    """The text in a colour, on a terminal that wants colours (https://no-color.org)."""
-    plain = not sys.stdout.isatty() or os.environ.get("NO_COLOR") or os.environ.get("TERM") in (None, "dumb")
-    return text if plain else f"\x1b[{colour}m{text}\x1b[0m"
+    """The text in a colour ("" for none), on a terminal that wants colours (https://no-color.org)."""
+    wanted = colour and sys.stdout.isatty() and not os.environ.get("NO_COLOR") and os.environ.get("TERM", "dumb") != "dumb"
+    return f"\x1b[{colour}m{text}\x1b[0m" if wanted else text
 
 
 def yes_no(value: Any) -> str:
@@ -1036,8 +1044,7 @@ def show_answer(context: Context, asked: str, answer: str, leads_to: Optional[st
     steps = dict.fromkeys(reversed([describe_step(step) for step in why["steps"]]))  # of what was asked twice, the last counts
     table = [["", "ASKED", "FOUND", "FROM"]]
     table += [[f"{index}.", *map(shown_text, step)] for index, step in enumerate(reversed(list(steps)), 1)]
-    for line in format_table(table, terminal_width()) if steps else []:
-        print(line)
+    print_table(table)
 
 
 def describe_reasons(reasons: str, address: str, user: str, steps: Sequence[Dict[str, Any]]) -> Dict[str, str]:
@@ -1137,17 +1144,13 @@ def format_status(stats: Dict[str, Any], width: Optional[int]) -> List[str]:
     version, up = shown_text(pick(stats, "version")), shown_seconds(number(stats, "uptime_seconds"))
     lines = [paint(f"mailcloak {version}, pid {count(stats, 'pid')}, up {up}", BOLD)]
     for label, text, colour in status_fields(stats):
-        first, *rest = wrap(shown_text(text), max(20, width - 15) if width else None)
-        lines += [f"{label:<15}{paint(first, colour) if colour else first}", *(" " * 15 + line for line in rest)]
-    answers = objects(stats, "answers")
-    answers.sort(key=lambda answer: -(number(answer, "count") or 0))
-    if answers:
-        table = [["SERVICE", "ANSWER", "COUNT", "REASON"]]
-        for answer in answers:
-            service, given, reason = (shown_text(pick(answer, name)) for name in ("service", "answer", "reason"))
-            table.append([service, given, count(answer, "count"), reason])
-        lines += ["", *format_table(table, width)]
-    return lines
+        first, *rest = hang(f"{label:<15}", text, width)
+        lines += [first[:15] + paint(first[15:], colour), *rest]
+    table = [["SERVICE", "ANSWER", "COUNT", "REASON"]]
+    for answer in sorted(objects(stats, "answers"), key=lambda answer: -(number(answer, "count") or 0)):
+        service, given, reason = (shown_text(pick(answer, name)) for name in ("service", "answer", "reason"))
+        table.append([service, given, count(answer, "count"), reason])
+    return [*lines, "", *format_table(table, width)] if len(table) > 1 else lines
 
 
 def status_fields(stats: Dict[str, Any]) -> Iterator[Tuple[str, str, str]]:
@@ -3008,14 +3011,9 @@ def run_check(check: Callable[[Installation], Findings], host: Installation) -> 
 
 def print_finding(finding: Finding) -> None:
     width = terminal_width()
-    indent = " " * 32
-    room = max(20, width - len(indent)) if width else None
-    first, *rest = wrap(shown_text(finding.text), room)
-    print(f"{paint(f'{finding.state:<8}', STATES[finding.state])} {finding.check:<22} {first}".rstrip())
-    for line in rest:
-        print(indent + line)
-    for index, line in enumerate(wrap(shown_text(finding.remedy), room and room - 3) if finding.remedy else []):
-        print(indent + ("-> " if index == 0 else "   ") + line, flush=True)
+    first, *rest = hang(f"{finding.state:<8} {finding.check:<22} ", finding.text, width)
+    rest += hang(" " * 32 + "-> ", finding.remedy, width) if finding.remedy else []
+    print("\n".join([paint(first[:8], STATES[finding.state]) + first[8:].rstrip(), *rest]), flush=True)
 
 
 def print_summary(findings: Sequence[Finding]) -> None:
