@@ -1585,11 +1585,8 @@ def check_config_files(host: Installation) -> Findings:
             yield problem("config-mode", f"{path} can be changed by others than its owner", f"chmod go-w {shlex.quote(path)}")
         if path == secret_file and mode & 0o004:
             well = False
-            yield problem(
-                "config-mode",
-                f"{path} holds the client secret, and every user of this host can read it",
-                f"chmod o-r {shlex.quote(path)}, and make a new secret in Keycloak if others have had an account here",
-            )
+            remedy = f"chmod o-r {shlex.quote(path)}, and make a new secret in Keycloak if others have had an account here"
+            yield problem("config-mode", f"{path} holds the client secret, and every user of this host can read it", remedy)
         for was_tried, why in access_of_daemon(host, functools.partial(why_not, path, os.R_OK)):
             well = False
             remedy = f"chgrp {host.daemon_user} {shlex.quote(path)}; chmod g+r {shlex.quote(path)}"
@@ -1617,9 +1614,8 @@ def check_database(host: Installation) -> Findings:
     try:
         status = os.stat(path)
     except FileNotFoundError:
-        yield problem(
-            "database", f"{path} does not exist", "start the daemon, which makes it; or name the right one in sqlite.path"
-        )
+        remedy = "start the daemon, which makes it; or name the right one in sqlite.path"
+        yield problem("database", f"{path} does not exist", remedy)
         return
     except OSError as exc:
         yield problem("database", f"{path}: {exc.strerror}", AS_ROOT if os.geteuid() else "mend the path in sqlite.path")
@@ -1635,11 +1631,8 @@ def check_database(host: Installation) -> Findings:
     if status.st_mode & 0o002:
         yield problem("database-mode", f"every user of this host can change {path}", f"chmod o-rwx {shlex.quote(path)}")
     elif status.st_mode & 0o004:
-        yield warning(
-            "database-mode",
-            f"every user of this host can read {path}, with the hashes of the apps' tokens",
-            f"chmod o-r {shlex.quote(path)}",
-        )
+        remedy = f"chmod o-r {shlex.quote(path)}"
+        yield warning("database-mode", f"every user of this host can read {path}, with the hashes of the apps' tokens", remedy)
     else:
         yield ok("database-mode", f"{path} is closed to strangers")
     directory = os.path.dirname(path)
@@ -1653,18 +1646,12 @@ def read_database(host: Installation, database: sqlite3.Connection) -> Findings:
     database.execute("PRAGMA query_only = ON")
     version = database.execute("PRAGMA user_version").fetchone()[0]
     if version > mailcloak.SCHEMA_VERSION:
-        yield problem(
-            "database",
-            f"{path} has schema version {version}, this mailcloak knows {mailcloak.SCHEMA_VERSION}",
-            "install the newer mailcloak again, or restore the database of before",
-        )
+        remedy = "install the newer mailcloak again, or restore the database of before"
+        yield problem("database", f"{path} has schema version {version}, this mailcloak knows {mailcloak.SCHEMA_VERSION}", remedy)
         return
     if version < mailcloak.SCHEMA_VERSION:
-        yield warning(
-            "database",
-            f"{path} has schema version {version}, older than {mailcloak.SCHEMA_VERSION}",
-            "restart the daemon: it migrates the file, and leaves a copy of it as it was",
-        )
+        remedy = "restart the daemon: it migrates the file, and leaves a copy of it as it was"
+        yield warning("database", f"{path} has schema version {version}, older than {mailcloak.SCHEMA_VERSION}", remedy)
     journal_mode = database.execute("PRAGMA journal_mode").fetchone()[0]
     columns = {row[1] for row in database.execute("PRAGMA table_info(apps)")}
     host.aliases = [
@@ -1718,47 +1705,36 @@ def check_daemon(host: Installation) -> Findings:
         yield ok("daemon", f"it runs: {running}")
     yield from check_read_config(host, stats, config)
     if pick(stats, "database", "works") is False:
-        yield problem(
-            "daemon-database", "the daemon cannot use the database", "look at the findings about the database, and at its log"
-        )
+        remedy = "look at the findings about the database, and at its log"
+        yield problem("daemon-database", "the daemon cannot use the database", remedy)
     elif pick(stats, "database", "path") not in (None, host.database_path):
-        yield warning(
-            "daemon-database",
-            f"the daemon uses {pick(stats, 'database', 'path')}",
-            f"reload it, so that it uses {host.database_path}",
-        )
+        remedy = f"reload it, so that it uses {host.database_path}"
+        yield warning("daemon-database", f"the daemon uses {pick(stats, 'database', 'path')}", remedy)
     if pick(stats, "keycloak", "state") == "away":
-        yield problem(
-            "daemon-keycloak", f"for the daemon Keycloak is {describe_keycloak(stats)[0]}", "look at the findings about Keycloak"
-        )
+        remedy = "look at the findings about Keycloak"
+        yield problem("daemon-keycloak", f"for the daemon Keycloak is {describe_keycloak(stats)[0]}", remedy)
 
 
 def check_read_config(host: Installation, stats: Dict[str, Any], config: str) -> Findings:
     """Did the daemon read the file that is there now?"""
     reloaded_at, went_well = number(stats, "last_reload", "at"), pick(stats, "last_reload", "ok")
     if os.path.realpath(config) != os.path.realpath(host.config_path):
-        yield warning(
-            "daemon-config",
-            f"the daemon reads {config}, not {host.config_path}",
-            "name that file with --config, or restart the daemon",
-        )
+        remedy = "name that file with --config, or restart the daemon"
+        yield warning("daemon-config", f"the daemon reads {config}, not {host.config_path}", remedy)
         return
     if reloaded_at is not None and went_well is False:
-        yield problem(
-            "daemon-config",
-            f"the reload of {shown_time(reloaded_at)} was refused, the configuration of before is in force",
-            "mend the configuration, and reload the daemon",
-        )
+        text = f"the reload of {shown_time(reloaded_at)} was refused, the configuration of before is in force"
+        yield problem("daemon-config", text, "mend the configuration, and reload the daemon")
         return
     read_at = max(filter(None, (number(stats, "started_at"), reloaded_at)), default=math.inf)
     with contextlib.suppress(OSError):
         changed_at = os.stat(host.config_path).st_mtime
         if changed_at > read_at:
-            yield warning(
-                "daemon-config",
-                f"{host.config_path} was changed at {shown_time(changed_at)}, after the daemon read it",
-                "reload the daemon (rc-service mailcloak reload, systemctl reload mailcloak); sockets and daemon need a restart",
+            text = f"{host.config_path} was changed at {shown_time(changed_at)}, after the daemon read it"
+            remedy = (
+                "reload the daemon (rc-service mailcloak reload, systemctl reload mailcloak); sockets and daemon need a restart"
             )
+            yield warning("daemon-config", text, remedy)
             return
     yield ok("daemon-config", "the daemon has read the configuration as it is now")
 
@@ -1985,11 +1961,8 @@ def check_postfix(host: Installation) -> Findings:
             continue
         yield ok("postfix", f"{postfix.directory} has {counted(postfix.smtpds, 'smtpd service')}")
         if not postfix.smtpds:
-            yield problem(
-                "postfix-smtpd",
-                f"{postfix.directory}/master.cf has no smtpd: no mail comes in",
-                "compare examples/postfix/master.cf",
-            )
+            remedy = "compare examples/postfix/master.cf"
+            yield problem("postfix-smtpd", f"{postfix.directory}/master.cf has no smtpd: no mail comes in", remedy)
         yield from check_postfix_access(host, host.sockets, postfix)
         for smtpd in postfix.smtpds:
             yield from check_smtpd(host, host.sockets, postfix, smtpd)
@@ -2005,11 +1978,8 @@ def check_postfix_access(host: Installation, sockets: mailcloak.SocketsConfig, p
         inside = os.path.realpath(os.path.dirname(path)).startswith(f"{queue_directory}/")
         chrooted = [smtpd.name for smtpd in postfix.smtpds if smtpd.chroot]
         if chrooted and not inside:
-            yield problem(
-                "postfix-access",
-                f"{path} is not below the queue directory {queue_directory}, where {chrooted[0]} is confined",
-                f"sockets: put both below {queue_directory}/private, then restart the daemon",
-            )
+            text = f"{path} is not below the queue directory {queue_directory}, where {chrooted[0]} is confined"
+            yield problem("postfix-access", text, f"sockets: put both below {queue_directory}/private, then restart the daemon")
             continue
         seen = os.path.join("/", os.path.relpath(os.path.realpath(path), queue_directory)) if inside and chrooted else path
         try:
@@ -2021,11 +1991,8 @@ def check_postfix_access(host: Installation, sockets: mailcloak.SocketsConfig, p
             yield problem("postfix-access", f"mail_owner = {user}: there is no such user", "compare main.cf with Postfix's own")
             continue
         if why:
-            yield problem(
-                "postfix-access",
-                f"user {user} cannot connect to {path}: {why.lower()}",
-                f"sockets.socket_owner_user: {user}; its directory must let {user} in; then restart the daemon",
-            )
+            remedy = f"sockets.socket_owner_user: {user}; its directory must let {user} in; then restart the daemon"
+            yield problem("postfix-access", f"user {user} cannot connect to {path}: {why.lower()}", remedy)
         else:
             yield ok("postfix-access", f"user {user} can connect to {path}{' from its chroot' if inside and chrooted else ''}")
 
@@ -2082,61 +2049,42 @@ def check_aspect(smtpd: PostfixService, aspect: str, uses: Sequence[PolicyUse], 
     list_name = f"smtpd_{aspect}_restrictions"
     wanted = f"check_policy_service {{ {endpoint}, policy_context={aspect} }}"
     if not uses and list_name in smtpd.overrides:
-        return problem(
-            "postfix-smtpd",
-            f"{smtpd.name} does not ask mailcloak about the {aspect}: its own -o {list_name} takes the place of main.cf's",
-            f"master.cf: take -o {list_name} out of the lines of {smtpd.name}, then postfix reload",
-        )
+        text = f"{smtpd.name} does not ask mailcloak about the {aspect}: its own -o {list_name} takes the place of main.cf's"
+        remedy = f"master.cf: take -o {list_name} out of the lines of {smtpd.name}, then postfix reload"
+        return problem("postfix-smtpd", text, remedy)
     if not uses:
-        return problem(
-            "postfix-smtpd",
-            f"{smtpd.name} does not ask mailcloak about the {aspect}",
-            f"main.cf: put {wanted} into {list_name}, then postfix reload",
-        )
+        remedy = f"main.cf: put {wanted} into {list_name}, then postfix reload"
+        return problem("postfix-smtpd", f"{smtpd.name} does not ask mailcloak about the {aspect}", remedy)
     best = min(uses, key=lambda use: len(use.permits))
     if not best.permits:
         return None
     place = f"master.cf, -o {best.list_name} of {smtpd.name}" if best.list_name in smtpd.overrides else f"main.cf, {best.list_name}"
     make = warning if aspect == "sender" and set(best.permits) == {"permit_mynetworks"} else problem
-    return make(
-        "postfix-permit",
-        f"{smtpd.name}: {', '.join(best.permits)} before mailcloak, which is then not asked about the {aspect}",
-        f"{place}: move check_policy_service before {best.permits[0]}, then postfix reload",
-    )
+    text = f"{smtpd.name}: {', '.join(best.permits)} before mailcloak, which is then not asked about the {aspect}"
+    return make("postfix-permit", text, f"{place}: move check_policy_service before {best.permits[0]}, then postfix reload")
 
 
 def check_use(host: Installation, postfix: Postfix, smtpd: PostfixService, use: PolicyUse) -> Findings:
     """What becomes of mailcloak's answer, and of none."""
     if use.list_name in LATER:
-        yield warning(
-            "postfix-smtpd",
-            f"{smtpd.name} asks mailcloak in {use.list_name}, where it never has an objection",
-            f"take it out of {use.list_name}",
-        )
+        remedy = f"take it out of {use.list_name}"
+        yield warning("postfix-smtpd", f"{smtpd.name} asks mailcloak in {use.list_name}, where it never has an objection", remedy)
         return
     if use.warn_only:
-        yield warning(
-            "postfix-trial",
-            f"{smtpd.name}: warn_if_reject before mailcloak in {use.list_name}: nothing is refused, the log says reject_warning",
-            "when the log holds no surprises, take warn_if_reject out, then postfix reload",
-        )
+        text = f"{smtpd.name}: warn_if_reject before mailcloak in {use.list_name}: nothing is refused, the log says reject_warning"
+        yield warning("postfix-trial", text, "when the log holds no surprises, take warn_if_reject out, then postfix reload")
     action = use.options.get("default_action") or postfix.value(smtpd, "smtpd_policy_service_default_action")
     if not re.match(r"4[0-9][0-9]\b|defer", action.lower()):
         loses = "mail is lost" if re.match(r"5|reject", action.lower()) else "nothing is checked"
-        yield problem(
-            "postfix-default-action",
-            f"{smtpd.name}: while mailcloak does not answer, Postfix says {action!r} in {use.list_name}, so {loses}",
-            "default_action = 451 4.3.0 Temporary lookup failure, as in examples/postfix/main.cf",
-        )
-    text = use.options.get("timeout") or postfix.value(smtpd, "smtpd_policy_service_timeout")
-    seconds = read_postfix_time(text)
+        text = f"{smtpd.name}: while mailcloak does not answer, Postfix says {action!r} in {use.list_name}, so {loses}"
+        remedy = "default_action = 451 4.3.0 Temporary lookup failure, as in examples/postfix/main.cf"
+        yield problem("postfix-default-action", text, remedy)
+    timeout = use.options.get("timeout") or postfix.value(smtpd, "smtpd_policy_service_timeout")
+    seconds = read_postfix_time(timeout)
     needed = host.keycloak.timeout_seconds if host.keycloak else 1.0
     if seconds is not None and seconds <= needed:
-        yield warning(
-            "postfix-timeout",
-            f"{smtpd.name}: Postfix waits {text} for mailcloak, which may wait {needed:g} s for Keycloak",
-            "timeout=30s in check_policy_service, or a lower keycloak.timeout_seconds",
-        )
+        text = f"{smtpd.name}: Postfix waits {timeout} for mailcloak, which may wait {needed:g} s for Keycloak"
+        yield warning("postfix-timeout", text, "timeout=30s in check_policy_service, or a lower keycloak.timeout_seconds")
 
 
 def read_postfix_time(text: str) -> Optional[float]:
@@ -2157,23 +2105,14 @@ def check_alias_maps(sockets: mailcloak.SocketsConfig, postfix: Postfix) -> Find
         maps = [re.fullmatch(r"((?:proxy:)?)socketmap:(unix:.*):([^:]*)", word) for word in split_list(value)]
         ours = [found for found in maps if found and same_path(postfix.path_of(found[2], chroot), sockets.socketmap_socket)]
         if not ours:
-            yield problem(
-                "postfix-aliases",
-                f"{place}: virtual_alias_maps does not ask mailcloak, so no alias leads anywhere",
-                f"virtual_alias_maps = {wanted}",
-            )
+            text = f"{place}: virtual_alias_maps does not ask mailcloak, so no alias leads anywhere"
+            yield problem("postfix-aliases", text, f"virtual_alias_maps = {wanted}")
         elif any(found[3] != "alias" for found in ours):
-            yield problem(
-                "postfix-aliases",
-                f"{place}: virtual_alias_maps asks for the map {ours[0][3]!r}, which is called alias",
-                f"virtual_alias_maps = {wanted}",
-            )
+            text = f"{place}: virtual_alias_maps asks for the map {ours[0][3]!r}, which is called alias"
+            yield problem("postfix-aliases", text, f"virtual_alias_maps = {wanted}")
         elif any(found[1] for found in ours):
-            yield warning(
-                "postfix-aliases",
-                f"{place}: proxy: makes all of Postfix ask mailcloak over one connection",
-                f"virtual_alias_maps = {wanted}",
-            )
+            remedy = f"virtual_alias_maps = {wanted}"
+            yield warning("postfix-aliases", f"{place}: proxy: makes all of Postfix ask mailcloak over one connection", remedy)
         else:
             yield ok("postfix-aliases", f"{place}: virtual_alias_maps asks mailcloak")
 
@@ -2187,23 +2126,16 @@ def check_domains(policy: mailcloak.PolicyConfig, postfix: Postfix) -> Findings:
         places = [name for name, words in lists.items() if domain in words]
         if len(places) > 1:
             well = False
-            yield problem(
-                "postfix-domains", f"{domain} is in {' and in '.join(places)}", "leave it in virtual_mailbox_domains alone"
-            )
+            remedy = "leave it in virtual_mailbox_domains alone"
+            yield problem("postfix-domains", f"{domain} is in {' and in '.join(places)}", remedy)
         elif places == ["virtual_alias_domains"]:
             well = False
-            yield problem(
-                "postfix-domains",
-                f"{domain} is in virtual_alias_domains, where it has no mailboxes",
-                "move it to virtual_mailbox_domains",
-            )
+            remedy = "move it to virtual_mailbox_domains"
+            yield problem("postfix-domains", f"{domain} is in virtual_alias_domains, where it has no mailboxes", remedy)
         elif not places and not tables:
             well = False
-            yield problem(
-                "postfix-domains",
-                f"Postfix takes no mail for {domain}",
-                f"main.cf: add {domain} to virtual_mailbox_domains, then postfix reload",
-            )
+            remedy = f"main.cf: add {domain} to virtual_mailbox_domains, then postfix reload"
+            yield problem("postfix-domains", f"Postfix takes no mail for {domain}", remedy)
     unchecked = [
         word
         for word in lists["virtual_mailbox_domains"]
@@ -2227,27 +2159,18 @@ def check_main_settings(policy: mailcloak.PolicyConfig, postfix: Postfix) -> Fin
     """recipient_delimiter, how addresses are rewritten, and settings that have no effect."""
     theirs, ours = postfix.main["recipient_delimiter"], policy.recipient_delimiter
     if set(theirs) != set(ours):
-        yield problem(
-            "postfix-delimiter",
-            f"recipient_delimiter is {theirs!r} in main.cf and {ours!r} in the configuration of mailcloak, so tagged addresses go astray",
-            f'policy.recipient_delimiter: "{theirs}", then reload the daemon; the same in Dovecot',
-        )
+        text = f"recipient_delimiter is {theirs!r} in main.cf and {ours!r} in the configuration of mailcloak, so tagged addresses go astray"
+        remedy = f'policy.recipient_delimiter: "{theirs}", then reload the daemon; the same in Dovecot'
+        yield problem("postfix-delimiter", text, remedy)
     else:
         yield ok("postfix-delimiter", f"recipient_delimiter is {theirs!r} here and there")
     for name, wanted in REWRITING.items():
         if postfix.main[name] != wanted:
-            yield warning(
-                "postfix-rewriting",
-                f"{name} = {postfix.main[name]}: Postfix may deliver to another address than mailcloak was asked about",
-                f"main.cf: {name} = {wanted}, then postfix reload",
-            )
+            text = f"{name} = {postfix.main[name]}: Postfix may deliver to another address than mailcloak was asked about"
+            yield warning("postfix-rewriting", text, f"main.cf: {name} = {wanted}, then postfix reload")
     if postfix.unused:
-        yield warning(
-            "postfix-settings",
-            f"main.cf sets what Postfix does not know: {shorten(postfix.unused)}",
-            "look for typing errors in these names",
-            postfix.unused,
-        )
+        text = f"main.cf sets what Postfix does not know: {shorten(postfix.unused)}"
+        yield warning("postfix-settings", text, "look for typing errors in these names", postfix.unused)
 
 
 def counted(items: Sized, one: str, many: str = "") -> str:
@@ -2295,9 +2218,8 @@ def check_dovecot(host: Installation) -> Findings:
     try:
         queries = list(find_password_queries(settings))
     except OSError as exc:
-        yield warning(
-            "dovecot", f"not checked: {exc.filename}: {exc.strerror}", AS_ROOT if os.geteuid() else "mend args of the passdb"
-        )
+        remedy = AS_ROOT if os.geteuid() else "mend args of the passdb"
+        yield warning("dovecot", f"not checked: {exc.filename}: {exc.strerror}", remedy)
         return
     if not queries:
         if host.apps:
@@ -2308,11 +2230,8 @@ def check_dovecot(host: Installation) -> Findings:
         return
     for found in queries:
         if found.database and not same_path(found.database, host.database_path):
-            yield problem(
-                "dovecot",
-                f"{found.place} reads {found.database}, not {host.database_path}",
-                f"name {host.database_path} there, then doveadm reload",
-            )
+            remedy = f"name {host.database_path} there, then doveadm reload"
+            yield problem("dovecot", f"{found.place} reads {found.database}, not {host.database_path}", remedy)
         yield from check_query(found)
     user = re.sub(r"\$(SET:)?default_internal_user", internal, worker)
     yield from check_dovecot_access(host, user, groups)
@@ -2430,11 +2349,8 @@ def check_dovecot_access(host: Installation, user: str, groups: str) -> Findings
         yield problem("dovecot-access", f"service auth-worker: there is no user {user!r}", "mend it, then doveadm reload")
     else:
         if why:
-            yield problem(
-                "dovecot-access",
-                f"Dovecot's auth-worker runs as user {user}, who {why}",
-                "service auth-worker { extra_groups = mailcloak }, the group of the database, then doveadm reload",
-            )
+            remedy = "service auth-worker { extra_groups = mailcloak }, the group of the database, then doveadm reload"
+            yield problem("dovecot-access", f"Dovecot's auth-worker runs as user {user}, who {why}", remedy)
         else:
             yield ok("dovecot-access", f"Dovecot's auth-worker can read the database as user {user}")
 
@@ -2518,9 +2434,8 @@ def check_keycloak(host: Installation) -> Findings:
         if isinstance(exc, mailcloak.DirectoryMisconfigured):
             yield problem(check, text, remedy)
         else:
-            yield problem(
-                check, str(exc), "look whether Keycloak runs, and whether keycloak.base_url can be reached from this host"
-            )
+            remedy = "look whether Keycloak runs, and whether keycloak.base_url can be reached from this host"
+            yield problem(check, str(exc), remedy)
         return
     role = f"client {host.keycloak.client_id}, page Service accounts roles: the role view-users of realm-management, and no other"
     if not sees_users:
@@ -2536,9 +2451,8 @@ def check_keycloak(host: Installation) -> Findings:
         yield from list_users(host, host.keycloak, reader)
         yield from check_canaries(host, host.keycloak, reader)
     except mailcloak.DirectoryUnavailable as exc:
-        yield problem(
-            "keycloak", f"not checked to the end: {exc}", "run mailcloakctl doctor again; if it is so again, look at Keycloak's log"
-        )
+        remedy = "run mailcloakctl doctor again; if it is so again, look at Keycloak's log"
+        yield problem("keycloak", f"not checked to the end: {exc}", remedy)
 
 
 def token_roles(token: str) -> Set[str]:
@@ -2576,11 +2490,10 @@ def check_email_edit(config: mailcloak.KeycloakConfig, reader: KeycloakReader) -
     if status != 200 or not isinstance(editors, list):
         yield ok("keycloak-email", "not checked who may change a user's e-mail: the user profile of the realm cannot be read")
     elif "user" in editors:
-        yield problem(
-            "keycloak-email",
-            "users may change their own e-mail and so take over any address that is free",
-            "examples/keycloak/setup email-by-administrators; or setup verify-email, with keycloak.require_verified_email: true",
+        remedy = (
+            "examples/keycloak/setup email-by-administrators; or setup verify-email, with keycloak.require_verified_email: true"
         )
+        yield problem("keycloak-email", "users may change their own e-mail and so take over any address that is free", remedy)
     else:
         yield ok("keycloak-email", "administrators alone change a user's e-mail")
 
@@ -2657,11 +2570,11 @@ def check_canaries(host: Installation, config: mailcloak.KeycloakConfig, reader:
         records = reader.users(email=address, exact="true", briefRepresentation="true", max="2")
         matches = [record for record in records if mailcloak.normalise_address(str(pick(record, "email") or "")).text == address]
         if not any(pick(record, "enabled") is True for record in matches):
-            yield problem(
-                "keycloak-canary",
-                f"canary {address} is missing or disabled, so no user counts as missing or disabled, and unknown recipients get 451",
-                "make that user in Keycloak, or enable him; or take the address out of keycloak.canary",
+            text = (
+                f"canary {address} is missing or disabled, so no user counts as missing or disabled, and unknown recipients get 451"
             )
+            remedy = "make that user in Keycloak, or enable him; or take the address out of keycloak.canary"
+            yield problem("keycloak-canary", text, remedy)
         watched |= {str(pick(record, "federationLink")) for record in matches if pick(record, "federationLink")}
     if not federations:
         yield ok(
@@ -2669,17 +2582,12 @@ def check_canaries(host: Installation, config: mailcloak.KeycloakConfig, reader:
             "no user comes from a federation, so none is needed" if not config.canary else "no federation was seen",
         )
     elif not config.canary:
-        yield warning(
-            "keycloak-canary",
-            "users come from a federation, and there is no canary: while it is down, mail to users whom mailcloak has never seen is refused",
-            "keycloak.canary: the address of a user of the federation that always exists; and its cache policy in Keycloak: NO_CACHE",
-        )
+        text = "users come from a federation, and there is no canary: while it is down, mail to users whom mailcloak has never seen is refused"
+        remedy = "keycloak.canary: the address of a user of the federation that always exists; and its cache policy in Keycloak: NO_CACHE"
+        yield warning("keycloak-canary", text, remedy)
     elif not federations <= watched:
-        yield warning(
-            "keycloak-canary",
-            f"{len(federations - watched)} of {len(federations)} federations have no canary",
-            "keycloak.canary: one address of each federation that always exists",
-        )
+        remedy = "keycloak.canary: one address of each federation that always exists"
+        yield warning("keycloak-canary", f"{len(federations - watched)} of {len(federations)} federations have no canary", remedy)
     if config.canary and federations:
         yield from check_cache_policy(status, providers)
 
@@ -2740,12 +2648,8 @@ def check_role_addresses(host: Installation) -> Findings:
         missing = [address for address, owner in owners.items() if owner == "nobody"]
         unknown = [address for address, owner in owners.items() if owner == "directory-unavailable"]
         if missing:
-            yield warning(
-                local_part,
-                f"nobody receives mail for {shorten(missing)}; {source}",
-                f"mailcloakctl aliases add {missing[0]} USERNAME",
-                missing,
-            )
+            remedy = f"mailcloakctl aliases add {missing[0]} USERNAME"
+            yield warning(local_part, f"nobody receives mail for {shorten(missing)}; {source}", remedy, missing)
         if unknown:
             yield ok(local_part, f"not checked, since Keycloak cannot be asked: {shorten(unknown)}")
         if not missing and not unknown:
@@ -2770,22 +2674,17 @@ def check_stored_aliases(host: Installation, enabled: Sequence[StoredAlias]) -> 
     """What the database alone shows."""
     misspelled = [alias.address for alias in enabled if mailcloak.normalise_address(alias.address).text != alias.address]
     if misspelled:
-        yield warning(
-            "alias-spelling",
-            f"these aliases are not stored in the form in which they are looked up, so they are never found: {shorten(misspelled)}",
-            "mailcloakctl aliases add makes them anew in the right form; delete these rows with sqlite3",
-            misspelled,
+        text = (
+            f"these aliases are not stored in the form in which they are looked up, so they are never found: {shorten(misspelled)}"
         )
+        remedy = "mailcloakctl aliases add makes them anew in the right form; delete these rows with sqlite3"
+        yield warning("alias-spelling", text, remedy, misspelled)
     if host.policy is None:
         return
     outside = [alias.address for alias in enabled if mailcloak.normalise_address(alias.address).domain not in host.policy.domain]
     if outside:
-        yield warning(
-            "alias-domain",
-            f"these aliases are not in policy.domain, so they lead nowhere: {shorten(outside)}",
-            "policy.domain, if the domain is ours; else mailcloakctl aliases del",
-            outside,
-        )
+        text = f"these aliases are not in policy.domain, so they lead nowhere: {shorten(outside)}"
+        yield warning("alias-domain", text, "policy.domain, if the domain is ours; else mailcloakctl aliases del", outside)
     if not host.policy.mailbox_domain:
         mailboxes = {alias.address: mailbox_of(alias.address, alias.username) for alias in enabled}
         chains = [
@@ -2794,12 +2693,9 @@ def check_stored_aliases(host: Installation, enabled: Sequence[StoredAlias]) -> 
             if mailbox != address and mailboxes.get(mailbox, mailbox) != mailbox
         ]
         if chains:
-            yield problem(
-                "alias-chain",
-                f"the mailbox of an alias is an alias itself, so the mail goes past its user: {shorten(chains)}",
-                "mailcloakctl aliases add ADDRESS USERNAME --replace with the last user, or set policy.mailbox_domain",
-                chains,
-            )
+            text = f"the mailbox of an alias is an alias itself, so the mail goes past its user: {shorten(chains)}"
+            remedy = "mailcloakctl aliases add ADDRESS USERNAME --replace with the last user, or set policy.mailbox_domain"
+            yield problem("alias-chain", text, remedy, chains)
 
 
 def check_alias_users(host: Installation, enabled: Sequence[StoredAlias]) -> Findings:
@@ -2809,14 +2705,10 @@ def check_alias_users(host: Installation, enabled: Sequence[StoredAlias]) -> Fin
     disabled = [
         f"{each.address} ({each.username})" for each in known if each.username in users and not users[each.username].receives
     ]
-    for check, items, text in (("alias-user-missing", missing, "do not exist"), ("alias-user-disabled", disabled, "are disabled")):
+    for check, items, how in (("alias-user-missing", missing, "do not exist"), ("alias-user-disabled", disabled, "are disabled")):
         if items:
-            yield warning(
-                check,
-                f"these aliases lead to users who {text} in Keycloak, and their mail is still taken: {shorten(items)}",
-                "mailcloakctl aliases add ADDRESS USERNAME --replace, or aliases disable ADDRESS",
-                items,
-            )
+            text = f"these aliases lead to users who {how} in Keycloak, and their mail is still taken: {shorten(items)}"
+            yield warning(check, text, "mailcloakctl aliases add ADDRESS USERNAME --replace, or aliases disable ADDRESS", items)
     holders: Dict[str, List[str]] = defaultdict(list)
     for user in users.values():
         if user.receives and user.email:
@@ -2827,12 +2719,8 @@ def check_alias_users(host: Installation, enabled: Sequence[StoredAlias]) -> Fin
         if alias.address in holders and alias.username not in holders[alias.address]
     ]
     if shadows:
-        yield warning(
-            "alias-shadow",
-            f"these aliases take the mail of users whose primary e-mail they are: {shorten(shadows)}",
-            "mailcloakctl aliases del ADDRESS, unless it is meant so",
-            shadows,
-        )
+        text = f"these aliases take the mail of users whose primary e-mail they are: {shorten(shadows)}"
+        yield warning("alias-shadow", text, "mailcloakctl aliases del ADDRESS, unless it is meant so", shadows)
 
 
 def check_users(host: Installation) -> Findings:
@@ -2847,28 +2735,16 @@ def check_users(host: Installation) -> Findings:
     found: List[Finding] = []
     shared = [f"{address} ({', '.join(names)})" for address, names in by_address.items() if len(names) > 1]
     if shared:
-        found.append(
-            warning(
-                "primary-shared",
-                f"these e-mails are those of several users, none of whom may send as it: {shorten(shared)}",
-                "give all of them but one another e-mail in Keycloak",
-                shared,
-            )
-        )
+        text = f"these e-mails are those of several users, none of whom may send as it: {shorten(shared)}"
+        found.append(warning("primary-shared", text, "give all of them but one another e-mail in Keycloak", shared))
     ambiguous = [
         f"{name} (e-mail of {', '.join(by_address[name])})"
         for name in users
         if "@" in name and set(by_address.get(name, ())) - {name}
     ]
     if ambiguous:
-        found.append(
-            problem(
-                "login-ambiguous",
-                f"these usernames are another user's e-mail, so neither can send by that login: {shorten(ambiguous)}",
-                "rename the users, or change the e-mails, in Keycloak",
-                ambiguous,
-            )
-        )
+        text = f"these usernames are another user's e-mail, so neither can send by that login: {shorten(ambiguous)}"
+        found.append(problem("login-ambiguous", text, "rename the users, or change the e-mails, in Keycloak", ambiguous))
     if not policy.mailbox_domain:
         found.extend(check_mailbox_names(users, ours))
     cut = [
@@ -2877,14 +2753,11 @@ def check_users(host: Installation) -> Findings:
         if mailcloak.split_extension(user.username.rpartition("@")[0] or user.username, policy.recipient_delimiter)[1]
     ]
     if cut:
-        found.append(
-            warning(
-                "username-delimiter",
-                f"these usernames hold a character of recipient_delimiter, so their mail goes to the mailbox of what stands before it: {shorten(cut)}",
-                "rename the users in Keycloak, or take the character out of recipient_delimiter in config.yaml, main.cf and Dovecot",
-                cut,
-            )
+        text = f"these usernames hold a character of recipient_delimiter, so their mail goes to the mailbox of what stands before it: {shorten(cut)}"
+        remedy = (
+            "rename the users in Keycloak, or take the character out of recipient_delimiter in config.yaml, main.cf and Dovecot"
         )
+        found.append(warning("username-delimiter", text, remedy, cut))
     yield from found or [ok("users", f"{counted(ours, 'user')} with an e-mail in policy.domain, each with a mailbox of his own")]
 
 
@@ -2899,19 +2772,11 @@ def check_mailbox_names(users: Mapping[str, mailcloak.User], ours: Sequence[mail
         (taken if local_part in users else others).append(f"{user.email} ({user.username})")
     remedy = "set policy.mailbox_domain, so that every address leads to the mailbox of its user; or change the e-mails in Keycloak"
     if taken:
-        yield problem(
-            "primary-name",
-            f"these e-mails have another user's name before the @, and may end in his mailbox: {shorten(taken)}",
-            remedy,
-            taken,
-        )
+        text = f"these e-mails have another user's name before the @, and may end in his mailbox: {shorten(taken)}"
+        yield problem("primary-name", text, remedy, taken)
     if others:
-        yield warning(
-            "mailbox-name",
-            f"these e-mails have another name before the @ than their user, so he has one mailbox for it and one for his aliases: {shorten(others)}",
-            remedy,
-            others,
-        )
+        text = f"these e-mails have another name before the @ than their user, so he has one mailbox for it and one for his aliases: {shorten(others)}"
+        yield warning("mailbox-name", text, remedy, others)
 
 
 def check_apps(host: Installation) -> Findings:
@@ -2922,28 +2787,18 @@ def check_apps(host: Installation) -> Findings:
     found: List[Finding] = []
     expired = [app.app_id for app in enabled if app.expires_at is not None and app.expires_at <= time.time()]
     if expired:
-        found.append(
-            warning(
-                "app-expired",
-                f"these apps have expired, so they cannot send: {shorten(expired)}",
-                "mailcloakctl apps set APP_ID --expires 90d, or apps del APP_ID",
-                expired,
-            )
-        )
+        remedy = "mailcloakctl apps set APP_ID --expires 90d, or apps del APP_ID"
+        found.append(warning("app-expired", f"these apps have expired, so they cannot send: {shorten(expired)}", remedy, expired))
     if host.users is not None:
         users = host.users
         named = [app.app_id for app in host.apps if app.app_id in users]
         if named:
-            found.append(
-                warning(
-                    "app-name",
-                    f"these apps are called like a user, who is taken for the app wherever he logs in without a token: {shorten(named)}",
-                    "mailcloakctl apps add under another name, then apps del APP_ID",
-                    named,
-                )
+            text = (
+                f"these apps are called like a user, who is taken for the app wherever he logs in without a token: {shorten(named)}"
             )
+            found.append(warning("app-name", text, "mailcloakctl apps add under another name, then apps del APP_ID", named))
         owned = [app for app in enabled if app.owner and app.owner not in host.users_not_looked_up]
-        for check, text, items in (
+        for check, how, items in (
             ("app-owner-missing", "do not exist", [f"{app.app_id} ({app.owner})" for app in owned if app.owner not in users]),
             (
                 "app-owner-disabled",
@@ -2952,14 +2807,8 @@ def check_apps(host: Installation) -> Findings:
             ),
         ):
             if items:
-                found.append(
-                    warning(
-                        check,
-                        f"these apps belong to users who {text} in Keycloak, so they cannot send: {shorten(items)}",
-                        "mailcloakctl apps set APP_ID --owner USERNAME, or apps del APP_ID",
-                        items,
-                    )
-                )
+                text = f"these apps belong to users who {how} in Keycloak, so they cannot send: {shorten(items)}"
+                found.append(warning(check, text, "mailcloakctl apps set APP_ID --owner USERNAME, or apps del APP_ID", items))
     yield from found or [ok("apps", counted(enabled, "enabled app"))]
 
 
