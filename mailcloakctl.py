@@ -1359,12 +1359,28 @@ def ok(check: str, text: str) -> Finding:
     return Finding(check, "ok", text)
 
 
-def warning(check: str, text: str, remedy: str, items: Iterable[str] = ()) -> Finding:
-    return Finding(check, "warning", text, remedy, tuple(items))
+def warning(check: str, text: str, remedy: str) -> Finding:
+    return Finding(check, "warning", text, remedy)
 
 
-def problem(check: str, text: str, remedy: str, items: Iterable[str] = ()) -> Finding:
-    return Finding(check, "problem", text, remedy, tuple(items))
+def problem(check: str, text: str, remedy: str) -> Finding:
+    return Finding(check, "problem", text, remedy)
+
+
+def about(items: Sequence[str], finding: Finding) -> List[Finding]:
+    """The finding, with the items that it speaks of behind its text; nothing where there are none."""
+    return [finding._replace(text=f"{finding.text}: {shorten(items)}", items=tuple(items))] if items else []
+
+
+def shorten(items: Sequence[str]) -> str:
+    """The first few, and how many more there are."""
+    more = f" and {len(items) - SHOWN_ITEMS} more" if len(items) > SHOWN_ITEMS else ""
+    return ", ".join(items[:SHOWN_ITEMS]) + more
+
+
+def counted(items: Sized, one: str, many: str = "") -> str:
+    """How many there are, in words."""
+    return f"{len(items)} {one if len(items) == 1 else many or one + 's'}"
 
 
 def from_refusal(check: str, exc: Refused) -> Finding:
@@ -1390,8 +1406,7 @@ class Installation:
         self.users: Optional[Dict[str, mailcloak.User]] = None  # by username
         self.users_not_looked_up: FrozenSet[str] = frozenset()  # whom aliases and apps name
         self.find_holders: Optional[Callable[[str], mailcloak.Users]] = None  # of a primary e-mail; raises DirectoryUnavailable
-        self.federations: Counter[str] = Counter()  # of users, by the id of their federation
-        self.progress = Progress()
+        self.federations: Set[str] = set()  # from which users come
 
 
 class StoredAlias(NamedTuple):
@@ -1407,45 +1422,10 @@ class StoredApp(NamedTuple):
     expires_at: Optional[float]
 
 
-class Progress:
-    """A line on the terminal that says how far a long check has come; nothing where standard error is no terminal."""
-
-    def __init__(self) -> None:
-        self._shown = False
-
-    def show(self, text: str) -> None:
-        if sys.stderr.isatty():
-            print(f"\r\x1b[K{text}", end="", file=sys.stderr, flush=True)
-            self._shown = True
-
-    def clear(self) -> None:
-        if self._shown:
-            print("\r\x1b[K", end="", file=sys.stderr, flush=True)
-            self._shown = False
-
-
-Result = TypeVar("Result")
-
-
-def within(seconds: float, work: Callable[[], Result]) -> Result:
-    """What work() returns or raises; raises TimeoutError when that takes longer, and leaves it behind."""
-    results: List[Tuple[Optional[Result], Optional[BaseException]]] = []
-
-    def run() -> None:
-        try:
-            results.append((work(), None))
-        except BaseException as exc:
-            results.append((None, exc))
-
-    thread = threading.Thread(target=run, daemon=True)
-    thread.start()
-    thread.join(seconds)
-    if not results:
-        raise TimeoutError(f"no answer within {seconds:.0f} s")
-    result, error = results[0]
-    if error is not None:
-        raise error
-    return result  # type: ignore[return-value]  # None only where work() returned it
+def show_progress(text: str) -> None:
+    """A line on the terminal that says how far a long check has come, "" for none; nothing where standard error is no terminal."""
+    if sys.stderr.isatty():
+        print(f"\r\x1b[K{text}", end="", file=sys.stderr, flush=True)
 
 
 class CannotBecome(mailcloak.MailcloakError):
@@ -1504,14 +1484,6 @@ def why_not(path: str, mode: int) -> str:
         if mode & bit and not os.access(path, bit):
             return f"may not {word} {path}"
     return ""
-
-
-def account_exists(user: str) -> bool:
-    try:
-        pwd.getpwnam(user)
-    except KeyError:
-        return False
-    return True
 
 
 def current_user() -> str:
@@ -1574,38 +1546,36 @@ def check_config_files(host: Installation) -> Findings:
     """Who may read and change the configuration, the secret and the certificates."""
     secret_file = (host.keycloak.client_secret_file or host.config_path) if host.keycloak else ""
     files = [host.config_path, secret_file, host.keycloak.ca_file if host.keycloak else ""]
-    well = True
+    found: List[Finding] = []
     for path in dict.fromkeys(filter(None, files)):
         try:
             mode = os.stat(path).st_mode
         except OSError:
             continue  # reported with the configuration
         if mode & 0o022:
-            well = False
-            yield problem("config-mode", f"{path} can be changed by others than its owner", f"chmod go-w {shlex.quote(path)}")
+            remedy = f"chmod go-w {shlex.quote(path)}"
+            found.append(problem("config-mode", f"{path} can be changed by others than its owner", remedy))
         if path == secret_file and mode & 0o004:
-            well = False
+            text = f"{path} holds the client secret, and every user of this host can read it"
             remedy = f"chmod o-r {shlex.quote(path)}, and make a new secret in Keycloak if others have had an account here"
-            yield problem("config-mode", f"{path} holds the client secret, and every user of this host can read it", remedy)
-        for was_tried, why in access_of_daemon(host, functools.partial(why_not, path, os.R_OK)):
-            well = False
-            remedy = f"chgrp {host.daemon_user} {shlex.quote(path)}; chmod g+r {shlex.quote(path)}"
-            yield warning("config-access", f"a reload will fail: {why}" if was_tried else why, remedy if was_tried else AS_ROOT)
-    if well and os.path.exists(host.config_path):
-        yield ok("config-mode", "its owner alone changes it, and no stranger reads the secret")
+            found.append(problem("config-mode", text, remedy))
+        remedy = f"chgrp {host.daemon_user} {shlex.quote(path)}; chmod g+r {shlex.quote(path)}"
+        failure = warning("config-access", "a reload will fail: ", remedy)
+        found += check_daemon_access(host, functools.partial(why_not, path, os.R_OK), failure)
+    good = ok("config-mode", "its owner alone changes it, and no stranger reads the secret")
+    yield from found or ([good] if os.path.exists(host.config_path) else [])
 
 
-def access_of_daemon(host: Installation, work: Callable[[], str]) -> Iterator[Tuple[bool, str]]:
-    """(True, why not) where the user whom the daemon becomes may not do it; (False, why not) where that could not be tried."""
-    if not host.daemon_user or not account_exists(host.daemon_user):
-        return
+def check_daemon_access(host: Installation, work: Callable[[], str], failure: Finding) -> List[Finding]:
+    """The failure, with why the user whom the daemon becomes may not do the work behind its text; nothing where he may."""
+    user = host.daemon_user
     try:
-        why = as_user(host.daemon_user, work)
+        why = as_user(user, work) if user else ""
+    except KeyError:
+        return []  # there is no such user; reported with the configuration
     except CannotBecome as exc:
-        yield False, f"not checked for user {host.daemon_user}, whom the daemon becomes: {exc}"
-    else:
-        if why:
-            yield True, f"user {host.daemon_user}, whom the daemon becomes, {why}"
+        return [warning(failure.check, f"not checked for user {user}, whom the daemon becomes: {exc}", AS_ROOT)]
+    return [failure._replace(text=f"{failure.text}user {user}, whom the daemon becomes, {why}")] if why else []
 
 
 def check_database(host: Installation) -> Findings:
@@ -1635,10 +1605,9 @@ def check_database(host: Installation) -> Findings:
         yield warning("database-mode", f"every user of this host can read {path}, with the hashes of the apps' tokens", remedy)
     else:
         yield ok("database-mode", f"{path} is closed to strangers")
-    directory = os.path.dirname(path)
-    for was_tried, why in access_of_daemon(host, lambda: why_not(path, os.R_OK | os.W_OK) or why_not(directory, os.R_OK | os.W_OK)):
-        remedy = f"chown {host.daemon_user}: {shlex.quote(directory)} {shlex.quote(path)}"
-        yield problem("database-access", why, remedy) if was_tried else warning("database-access", why, AS_ROOT)
+    directory, mode = os.path.dirname(path), os.R_OK | os.W_OK
+    failure = problem("database-access", "", f"chown {host.daemon_user}: {shlex.quote(directory)} {shlex.quote(path)}")
+    yield from check_daemon_access(host, lambda: why_not(path, mode) or why_not(directory, mode), failure)
 
 
 def read_database(host: Installation, database: sqlite3.Connection) -> Findings:
@@ -1676,13 +1645,9 @@ def read_database(host: Installation, database: sqlite3.Connection) -> Findings:
     elif version == mailcloak.SCHEMA_VERSION:
         yield ok("database", f"{path} has {counted(host.aliases, 'alias', 'aliases')} and {counted(host.apps, 'app')}")
     if journal_mode == "wal":
-        yield warning(
-            "database-journal",
-            f"{path} is in WAL mode: Dovecot cannot read it as an ordinary user while nobody else has it open, and mailcloak remembers no"
-            " answers",
-            f"stop the daemon, then sqlite3 {shlex.quote(path)} 'PRAGMA journal_mode = DELETE'; Dovecot 2.4 needs sqlite_readonly = yes, or"
-            " it brings WAL back",
-        )
+        text = f"{path} is in WAL mode: Dovecot cannot read it as an ordinary user while nobody else has it open, and mailcloak remembers no answers"
+        remedy = f"stop the daemon, then sqlite3 {shlex.quote(path)} 'PRAGMA journal_mode = DELETE'; Dovecot 2.4 needs sqlite_readonly = yes, or it brings WAL back"
+        yield warning("database-journal", text, remedy)
     else:
         yield ok("database-journal", "a rollback journal, which everybody who may read the file can use")
 
@@ -1697,13 +1662,12 @@ def check_daemon(host: Installation) -> Findings:
     except Refused as exc:
         yield from_refusal("daemon", exc)
         return
-    version, config = str(pick(stats, "version")), str(pick(stats, "config"))
-    running = f"version {version}, pid {count(stats, 'pid')}, up {shown_seconds(number(stats, 'uptime_seconds'))}"
+    version, up = str(pick(stats, "version")), shown_seconds(number(stats, "uptime_seconds"))
     if version != mailcloak.__version__:
         yield warning("daemon", f"version {version} runs, {mailcloak.__version__} is installed", "restart the daemon")
     else:
-        yield ok("daemon", f"it runs: {running}")
-    yield from check_read_config(host, stats, config)
+        yield ok("daemon", f"it runs: version {version}, pid {count(stats, 'pid')}, up {up}")
+    yield from check_read_config(host, stats)
     if pick(stats, "database", "works") is False:
         remedy = "look at the findings about the database, and at its log"
         yield problem("daemon-database", "the daemon cannot use the database", remedy)
@@ -1715,14 +1679,14 @@ def check_daemon(host: Installation) -> Findings:
         yield problem("daemon-keycloak", f"for the daemon Keycloak is {describe_keycloak(stats)[0]}", remedy)
 
 
-def check_read_config(host: Installation, stats: Dict[str, Any], config: str) -> Findings:
+def check_read_config(host: Installation, stats: Dict[str, Any]) -> Findings:
     """Did the daemon read the file that is there now?"""
-    reloaded_at, went_well = number(stats, "last_reload", "at"), pick(stats, "last_reload", "ok")
+    config, reloaded_at = str(pick(stats, "config")), number(stats, "last_reload", "at")
     if os.path.realpath(config) != os.path.realpath(host.config_path):
         remedy = "name that file with --config, or restart the daemon"
         yield warning("daemon-config", f"the daemon reads {config}, not {host.config_path}", remedy)
         return
-    if reloaded_at is not None and went_well is False:
+    if reloaded_at is not None and pick(stats, "last_reload", "ok") is False:
         text = f"the reload of {shown_time(reloaded_at)} was refused, the configuration of before is in force"
         yield problem("daemon-config", text, "mend the configuration, and reload the daemon")
         return
@@ -1888,20 +1852,24 @@ class Postfix:
     def value(self, smtpd: PostfixService, name: str) -> str:
         return smtpd.overrides.get(name, self.main[name])
 
+    def endpoint(self, path: str) -> str:
+        """How main.cf names a socket: relative to the queue directory where it lies below that."""
+        relative = os.path.relpath(os.path.realpath(path), os.path.realpath(self.main["queue_directory"]))
+        return f"unix:{path if relative.startswith('..') else relative}"
+
     def path_of(self, endpoint: str, chroot: bool) -> str:
         """The path that a program of Postfix finds at unix:PATH; "" for what is no Unix socket."""
         kind, _, path = endpoint.partition(":")
         if kind != "unix":
             return ""
-        queue_directory = self.main["queue_directory"]
-        return os.path.join(queue_directory, path.lstrip("/") if chroot else path)
+        return os.path.join(self.main["queue_directory"], path.lstrip("/") if chroot else path)
 
     def uses(self, smtpd: PostfixService, socket_path: str) -> Iterator[PolicyUse]:
         """Where this smtpd asks mailcloak."""
         for list_name in LISTS:
             permits: List[str] = []
-            words = iter(self._expand(split_list(self.value(smtpd, list_name))))
             before = ""
+            words = iter(self._expand(split_list(self.value(smtpd, list_name))))
             for word in words:
                 if word == "check_policy_service":
                     endpoint, options = read_policy_service(next(words, ""))
@@ -1974,16 +1942,15 @@ def check_postfix(host: Installation) -> Findings:
 def check_postfix_access(host: Installation, sockets: mailcloak.SocketsConfig, postfix: Postfix) -> Findings:
     """Can Postfix's own user connect, from inside the queue directory, where a chrooted smtpd is?"""
     queue_directory, user = os.path.realpath(postfix.main["queue_directory"]), postfix.main["mail_owner"]
+    chrooted = [smtpd.name for smtpd in postfix.smtpds if smtpd.chroot]
     for path in (sockets.policy_socket, sockets.socketmap_socket):
-        inside = os.path.realpath(os.path.dirname(path)).startswith(f"{queue_directory}/")
-        chrooted = [smtpd.name for smtpd in postfix.smtpds if smtpd.chroot]
-        if chrooted and not inside:
+        if chrooted and not os.path.realpath(os.path.dirname(path)).startswith(f"{queue_directory}/"):
             text = f"{path} is not below the queue directory {queue_directory}, where {chrooted[0]} is confined"
             yield problem("postfix-access", text, f"sockets: put both below {queue_directory}/private, then restart the daemon")
             continue
-        seen = os.path.join("/", os.path.relpath(os.path.realpath(path), queue_directory)) if inside and chrooted else path
+        seen = os.path.join("/", os.path.relpath(os.path.realpath(path), queue_directory)) if chrooted else path
         try:
-            why = as_user(user, functools.partial(try_to_connect, seen), root=queue_directory if inside and chrooted else "")
+            why = as_user(user, functools.partial(try_to_connect, seen), root=queue_directory if chrooted else "")
         except CannotBecome as exc:
             yield warning("postfix-access", f"not checked whether Postfix can connect to {path}: {exc}", AS_ROOT)
             continue
@@ -1994,7 +1961,7 @@ def check_postfix_access(host: Installation, sockets: mailcloak.SocketsConfig, p
             remedy = f"sockets.socket_owner_user: {user}; its directory must let {user} in; then restart the daemon"
             yield problem("postfix-access", f"user {user} cannot connect to {path}: {why.lower()}", remedy)
         else:
-            yield ok("postfix-access", f"user {user} can connect to {path}{' from its chroot' if inside and chrooted else ''}")
+            yield ok("postfix-access", f"user {user} can connect to {path}{' from its chroot' if chrooted else ''}")
 
 
 def try_to_connect(path: str) -> str:
@@ -2011,23 +1978,16 @@ def check_smtpd(host: Installation, sockets: mailcloak.SocketsConfig, postfix: P
     """Is mailcloak asked about each recipient and each sender of this smtpd, and heeded?"""
     uses = list(postfix.uses(smtpd, sockets.policy_socket))
     delayed = postfix.value(smtpd, "smtpd_delay_reject") == "yes"
-    relative = os.path.relpath(os.path.realpath(sockets.policy_socket), os.path.realpath(postfix.main["queue_directory"]))
-    endpoint = f"unix:{sockets.policy_socket if relative.startswith('..') else relative}"
     if not uses and is_reentry(smtpd):
         yield ok("postfix-smtpd", f"{smtpd.name} does not ask mailcloak, as a filter's re-entry port may")
         return
-    well = True
+    found: List[Finding] = []
     for aspect in ("recipient", "sender"):
-        finding = check_aspect(smtpd, aspect, [use for use in uses if aspect in checked_by(use, delayed)], endpoint)
-        well = well and not finding
-        if finding:
-            yield finding
+        asking = [use for use in uses if aspect in checked_by(use, delayed)]
+        found += check_aspect(smtpd, aspect, asking, postfix.endpoint(sockets.policy_socket))
     for use in uses:
-        for finding in check_use(host, postfix, smtpd, use):
-            well = False
-            yield finding
-    if well:
-        yield ok("postfix-smtpd", f"{smtpd.name} asks mailcloak about each recipient and each sender")
+        found += check_use(host, postfix, smtpd, use)
+    yield from found or [ok("postfix-smtpd", f"{smtpd.name} asks mailcloak about each recipient and each sender")]
 
 
 def is_reentry(smtpd: PostfixService) -> bool:
@@ -2036,32 +1996,34 @@ def is_reentry(smtpd: PostfixService) -> bool:
     return bool(local) and smtpd.overrides.get("content_filter") == ""
 
 
-def checked_by(use: PolicyUse, delayed: bool) -> FrozenSet[str]:
+def checked_by(use: PolicyUse, delayed: bool) -> Tuple[str, ...]:
     """What mailcloak checks when it is asked from there: at RCPT what policy_context says, at MAIL the sender, else nothing."""
     context = use.options.get("policy_context", "")
     if use.list_name in ALWAYS_AT_RCPT or (use.list_name in DELAYED_TO_RCPT and delayed):
-        return frozenset({context} if context in ("recipient", "sender") else {"recipient", "sender"})
-    return frozenset({"sender"} if use.list_name == "smtpd_sender_restrictions" and context != "recipient" else ())
+        return (context,) if context in ("recipient", "sender") else ("recipient", "sender")
+    return ("sender",) if use.list_name == "smtpd_sender_restrictions" and context != "recipient" else ()
 
 
-def check_aspect(smtpd: PostfixService, aspect: str, uses: Sequence[PolicyUse], endpoint: str) -> Optional[Finding]:
+def check_aspect(smtpd: PostfixService, aspect: str, uses: Sequence[PolicyUse], endpoint: str) -> Findings:
     """What is wrong with how recipients, or senders, are checked."""
     list_name = f"smtpd_{aspect}_restrictions"
-    wanted = f"check_policy_service {{ {endpoint}, policy_context={aspect} }}"
-    if not uses and list_name in smtpd.overrides:
-        text = f"{smtpd.name} does not ask mailcloak about the {aspect}: its own -o {list_name} takes the place of main.cf's"
-        remedy = f"master.cf: take -o {list_name} out of the lines of {smtpd.name}, then postfix reload"
-        return problem("postfix-smtpd", text, remedy)
     if not uses:
-        remedy = f"main.cf: put {wanted} into {list_name}, then postfix reload"
-        return problem("postfix-smtpd", f"{smtpd.name} does not ask mailcloak about the {aspect}", remedy)
+        text = f"{smtpd.name} does not ask mailcloak about the {aspect}"
+        remedy = (
+            f"main.cf: put check_policy_service {{ {endpoint}, policy_context={aspect} }} into {list_name}, then postfix reload"
+        )
+        if list_name in smtpd.overrides:
+            text += f": its own -o {list_name} takes the place of main.cf's"
+            remedy = f"master.cf: take -o {list_name} out of the lines of {smtpd.name}, then postfix reload"
+        yield problem("postfix-smtpd", text, remedy)
+        return
     best = min(uses, key=lambda use: len(use.permits))
     if not best.permits:
-        return None
+        return
     place = f"master.cf, -o {best.list_name} of {smtpd.name}" if best.list_name in smtpd.overrides else f"main.cf, {best.list_name}"
     make = warning if aspect == "sender" and set(best.permits) == {"permit_mynetworks"} else problem
     text = f"{smtpd.name}: {', '.join(best.permits)} before mailcloak, which is then not asked about the {aspect}"
-    return make("postfix-permit", text, f"{place}: move check_policy_service before {best.permits[0]}, then postfix reload")
+    yield make("postfix-permit", text, f"{place}: move check_policy_service before {best.permits[0]}, then postfix reload")
 
 
 def check_use(host: Installation, postfix: Postfix, smtpd: PostfixService, use: PolicyUse) -> Findings:
@@ -2099,19 +2061,17 @@ def check_alias_maps(sockets: mailcloak.SocketsConfig, postfix: Postfix) -> Find
     for name, service in askers.items():
         if "virtual_alias_maps" in service.overrides:
             places.append((f"master.cf, {name}", service.overrides["virtual_alias_maps"], service.chroot))
-    relative = os.path.relpath(os.path.realpath(sockets.socketmap_socket), os.path.realpath(postfix.main["queue_directory"]))
-    wanted = f"socketmap:unix:{sockets.socketmap_socket if relative.startswith('..') else relative}:alias"
+    remedy = f"virtual_alias_maps = socketmap:{postfix.endpoint(sockets.socketmap_socket)}:alias"
     for place, value, chroot in places:
         maps = [re.fullmatch(r"((?:proxy:)?)socketmap:(unix:.*):([^:]*)", word) for word in split_list(value)]
         ours = [found for found in maps if found and same_path(postfix.path_of(found[2], chroot), sockets.socketmap_socket)]
         if not ours:
             text = f"{place}: virtual_alias_maps does not ask mailcloak, so no alias leads anywhere"
-            yield problem("postfix-aliases", text, f"virtual_alias_maps = {wanted}")
+            yield problem("postfix-aliases", text, remedy)
         elif any(found[3] != "alias" for found in ours):
             text = f"{place}: virtual_alias_maps asks for the map {ours[0][3]!r}, which is called alias"
-            yield problem("postfix-aliases", text, f"virtual_alias_maps = {wanted}")
+            yield problem("postfix-aliases", text, remedy)
         elif any(found[1] for found in ours):
-            remedy = f"virtual_alias_maps = {wanted}"
             yield warning("postfix-aliases", f"{place}: proxy: makes all of Postfix ask mailcloak over one connection", remedy)
         else:
             yield ok("postfix-aliases", f"{place}: virtual_alias_maps asks mailcloak")
@@ -2121,38 +2081,29 @@ def check_domains(policy: mailcloak.PolicyConfig, postfix: Postfix) -> Findings:
     """Does Postfix take mail for our domains, and for no others that nobody checks?"""
     lists = {name: [word.lower() for word in split_list(postfix.main[name])] for name in DOMAIN_LISTS}
     tables = sorted({word for words in lists.values() for word in words if ":" in word or "/" in word})
-    well = True
+    found: List[Finding] = []
     for domain in sorted(policy.domain | ({policy.mailbox_domain} - {""})):
         places = [name for name, words in lists.items() if domain in words]
         if len(places) > 1:
-            well = False
-            remedy = "leave it in virtual_mailbox_domains alone"
-            yield problem("postfix-domains", f"{domain} is in {' and in '.join(places)}", remedy)
+            text, remedy = f"{domain} is in {' and in '.join(places)}", "leave it in virtual_mailbox_domains alone"
         elif places == ["virtual_alias_domains"]:
-            well = False
-            remedy = "move it to virtual_mailbox_domains"
-            yield problem("postfix-domains", f"{domain} is in virtual_alias_domains, where it has no mailboxes", remedy)
+            text, remedy = f"{domain} is in virtual_alias_domains, where it has no mailboxes", "move it to virtual_mailbox_domains"
         elif not places and not tables:
-            well = False
+            text = f"Postfix takes no mail for {domain}"
             remedy = f"main.cf: add {domain} to virtual_mailbox_domains, then postfix reload"
-            yield problem("postfix-domains", f"Postfix takes no mail for {domain}", remedy)
+        else:
+            continue
+        found.append(problem("postfix-domains", text, remedy))
     unchecked = [
         word
         for word in lists["virtual_mailbox_domains"]
         if mailcloak.domain_to_ascii(word) not in (*policy.domain, policy.mailbox_domain) and word not in tables
     ]
-    if unchecked:
-        well = False
-        yield warning(
-            "postfix-domains",
-            "Postfix takes mail for domains that are not in policy.domain, and nobody says which recipients exist: "
-            + shorten(unchecked),
-            "add them to policy.domain, or take them out of virtual_mailbox_domains",
-            unchecked,
-        )
-    if well:
-        unread = f" (not looked into: {', '.join(tables)})" if tables else ""
-        yield ok("postfix-domains", f"Postfix takes mail for {', '.join(sorted(policy.domain))}{unread}")
+    text = "Postfix takes mail for domains that are not in policy.domain, and nobody says which recipients exist"
+    remedy = "add them to policy.domain, or take them out of virtual_mailbox_domains"
+    found += about(unchecked, warning("postfix-domains", text, remedy))
+    unread = f" (not looked into: {', '.join(tables)})" if tables else ""
+    yield from found or [ok("postfix-domains", f"Postfix takes mail for {', '.join(sorted(policy.domain))}{unread}")]
 
 
 def check_main_settings(policy: mailcloak.PolicyConfig, postfix: Postfix) -> Findings:
@@ -2168,20 +2119,8 @@ def check_main_settings(policy: mailcloak.PolicyConfig, postfix: Postfix) -> Fin
         if postfix.main[name] != wanted:
             text = f"{name} = {postfix.main[name]}: Postfix may deliver to another address than mailcloak was asked about"
             yield warning("postfix-rewriting", text, f"main.cf: {name} = {wanted}, then postfix reload")
-    if postfix.unused:
-        text = f"main.cf sets what Postfix does not know: {shorten(postfix.unused)}"
-        yield warning("postfix-settings", text, "look for typing errors in these names", postfix.unused)
-
-
-def counted(items: Sized, one: str, many: str = "") -> str:
-    """How many there are, in words."""
-    return f"{len(items)} {one if len(items) == 1 else many or one + 's'}"
-
-
-def shorten(items: Sequence[str]) -> str:
-    """The first few, and how many more there are."""
-    more = f" and {len(items) - SHOWN_ITEMS} more" if len(items) > SHOWN_ITEMS else ""
-    return ", ".join(items[:SHOWN_ITEMS]) + more
+    odd = warning("postfix-settings", "main.cf sets what Postfix does not know", "look for typing errors in these names")
+    yield from about(postfix.unused, odd)
 
 
 # ---------------------------------------------------------------------------------------------------------------------------------
@@ -2210,10 +2149,8 @@ def check_dovecot(host: Installation) -> Findings:
             for name in ("service/auth-worker/user", "default_internal_user", "service/auth-worker/extra_groups")
         )
     except CommandFailed as exc:
-        remedy = (
-            "" if "there is no doveconf" in str(exc) else "name Dovecot's configuration with --dovecot-config, and run doveconf -n"
-        )
-        yield Finding("dovecot", "warning" if remedy else "ok", f"not checked: {exc}", remedy)
+        text, remedy = f"not checked: {exc}", "name Dovecot's configuration with --dovecot-config, and run doveconf -n"
+        yield ok("dovecot", text) if "there is no doveconf" in text else warning("dovecot", text, remedy)
         return
     try:
         queries = list(find_password_queries(settings))
@@ -2240,24 +2177,20 @@ def check_dovecot(host: Installation) -> Findings:
 def find_password_queries(settings: str) -> Iterator[PasswordQuery]:
     """The queries of all passdbs on SQLite in the output of doveconf -n. Raises OSError where a file that it names cannot be read."""
     top: Dict[str, str] = {}
-    block: Optional[Dict[str, str]] = None  # the passdb that we are in
+    blocks: List[Dict[str, str]] = []  # those that stand in no other, each with its head
     depth = 0
-    blocks: List[Dict[str, str]] = []
     for line in settings.splitlines():
         text = line.strip()
         name, equals, value = text.partition("=")
         if text.endswith("{") and not equals:
             depth += 1
-            if depth == 1 and text.startswith("passdb"):
-                block = {"passdb": text[len("passdb") : -1].strip()}
-                blocks.append(block)
+            if depth == 1:
+                blocks.append({"head": text[:-1].strip()})
         elif text == "}":
             depth -= 1
-            block = block if depth else None
-        elif equals:
-            target = block if block is not None and depth == 1 else top if depth == 0 else {}
-            target[name.strip()] = value.strip()
-    for passdb in blocks:
+        elif equals and depth in (0, 1):
+            (blocks[-1] if depth else top)[name.strip()] = value.strip()
+    for passdb in (block for block in blocks if block["head"].startswith("passdb")):
         if passdb.get("driver") == "sql" and "args" in passdb:  # 2.3
             with open(passdb["args"], encoding="utf-8", errors="replace") as file:
                 options = read_sql_options(file.read())
@@ -2265,7 +2198,7 @@ def find_password_queries(settings: str) -> Iterator[PasswordQuery]:
                 yield PasswordQuery(passdb["args"], options.get("password_query", ""), options.get("connect", ""), True)
         elif "query" in passdb and (passdb.get("sql_driver") or top.get("sql_driver")) == "sqlite":  # 2.4
             path = passdb.get("sqlite_path") or top.get("sqlite_path", "")
-            yield PasswordQuery(f"passdb {passdb['passdb']}", passdb["query"], path, False)
+            yield PasswordQuery(passdb["head"], passdb["query"], path, False)
 
 
 def read_sql_options(text: str) -> Dict[str, str]:
@@ -2277,21 +2210,18 @@ def read_sql_options(text: str) -> Dict[str, str]:
 
 def check_query(found: PasswordQuery) -> Findings:
     """Try the query on apps of which it is known who may log in."""
-    apps = {"doctor-good": (1, None), "doctor-later": (1, 2**40), "doctor-off": (0, None), "doctor-expired": (1, 1)}
+    apps = (("doctor-good", 1, None), ("doctor-later", 1, 2**40), ("doctor-off", 0, None), ("doctor-expired", 1, 1))
+    services = ("smtp", "submission", "imap", "pop3", "lmtp")
     remedy = f"take the query from {SQL_SAMPLES}, then doveadm reload"
-    wrong = []
     try:
         with contextlib.closing(sqlite3.connect(":memory:")) as database:
             database.executescript(mailcloak.SCHEMA)
-            for app_id, (enabled, expires_at) in apps.items():
-                database.execute(
-                    "INSERT INTO apps (app_id, secret_hash, enabled, expires_at) VALUES (?, ?, ?, ?)",
-                    (app_id, app_id, enabled, expires_at),
-                )
+            rows = [(app[0], *app) for app in apps]
+            database.executemany("INSERT INTO apps (secret_hash, app_id, enabled, expires_at) VALUES (?, ?, ?, ?)", rows)
             admitted = {
                 (app_id, service): database.execute(fill_query(found, app_id, service)).fetchall()
-                for app_id in (*apps, "doctor-absent")
-                for service in ("smtp", "submission", "imap", "pop3", "lmtp")
+                for app_id in (*(app[0] for app in apps), "doctor-absent")
+                for service in services
             }
     except (sqlite3.Error, sqlite3.Warning) as exc:
         yield problem("dovecot-query", f"{found.place}: its query fails: {exc}", remedy)
@@ -2299,11 +2229,12 @@ def check_query(found: PasswordQuery) -> Findings:
     except ValueError as exc:
         yield warning("dovecot-query", f"not checked: {found.place}: {exc}", remedy)
         return
-    good = [rows for (app_id, service), rows in admitted.items() if app_id in ("doctor-good", "doctor-later") and service == "smtp"]
+    wrong = []
+    good = [admitted[app_id, "smtp"] for app_id in ("doctor-good", "doctor-later")]
     if not all(len(rows) == 1 and {"doctor-good", "doctor-later"} & set(rows[0]) for rows in good):
         wrong.append("does not give the hash of an app that sends")
     for app_id, text in (("doctor-off", "disabled apps"), ("doctor-expired", "expired apps"), ("doctor-absent", "anybody")):
-        if any(rows for (name, _), rows in admitted.items() if name == app_id):
+        if any(admitted[app_id, service] for service in services):
             wrong.append(f"lets {text} log in")
     if any(admitted["doctor-good", service] for service in ("imap", "pop3", "lmtp")):
         wrong.append("lets apps log in to read mail")
@@ -2368,6 +2299,9 @@ NEEDED_ROLES = frozenset({"view-users", "query-users", "query-groups"})  # the l
 READING_ROLES = NEEDED_ROLES | {"view-realm"}  # with which doctor can also read the cache policy of a federation
 
 
+Result = TypeVar("Result")
+
+
 class KeycloakReader:
     """Requests to Keycloak, each given up after ANSWER_SECONDS. Raises DirectoryUnavailable."""
 
@@ -2384,17 +2318,34 @@ class KeycloakReader:
             self.clock_ahead = told.timestamp() - time.time()
 
     def _within(self, work: Callable[[float], Result]) -> Result:
-        """work is told its deadline; name resolution, which knows none, is left behind."""
-        try:
-            return within(ANSWER_SECONDS + 1, lambda: work(time.monotonic() + ANSWER_SECONDS))
-        except TimeoutError as exc:
-            raise mailcloak.DirectoryUnavailable(self._api.message(str(exc))) from exc
+        """What work returns or raises. It is told its deadline; name resolution, which knows none, is left behind in its thread."""
+        results: List[Result] = []
+        errors: List[BaseException] = []
+
+        def run() -> None:
+            try:
+                results.append(work(time.monotonic() + ANSWER_SECONDS))
+            except BaseException as exc:
+                errors.append(exc)
+
+        thread = threading.Thread(target=run, daemon=True)
+        thread.start()
+        thread.join(ANSWER_SECONDS + 1)
+        if errors:
+            raise errors[0]
+        if not results:
+            raise mailcloak.DirectoryUnavailable(self._api.message(f"no answer within {ANSWER_SECONDS + 1:.0f} s"))
+        return results[0]
 
     def token(self) -> str:
         return self._within(lambda deadline: self._api._access_token(self._session, deadline, rejected=""))
 
     def users(self, **query: str) -> List[Dict[str, Any]]:
         return self._within(lambda deadline: self._api.get_users(self._session, deadline, **query))
+
+    def find(self, **query: str) -> List[Dict[str, Any]]:
+        """The users who are exactly so."""
+        return self.users(**{"exact": "true", "briefRepresentation": "true", "max": str(mailcloak.MAX_DIRECTORY_MATCHES), **query})
 
     def get(self, path: str, **query: str) -> Tuple[int, Any]:
         """(status, JSON value) of what lies below the realm in the admin interface; the value is None where it is no JSON."""
@@ -2420,12 +2371,10 @@ def check_keycloak(host: Installation) -> Findings:
         return
     reader = KeycloakReader(host.keycloak)
     try:
-        host.progress.show("asking Keycloak for a token ...")
+        show_progress("asking Keycloak for a token ...")
         token = reader.token()
-        yield ok(
-            "keycloak-token",
-            f"{host.keycloak.base_url}, realm {host.keycloak.realm}, gives client {host.keycloak.client_id} a token",
-        )
+        who = f"{host.keycloak.base_url}, realm {host.keycloak.realm}, gives client {host.keycloak.client_id} a token"
+        yield ok("keycloak-token", who)
         yield from check_clock(reader)
         sees_users = bool(reader.users(max="1"))
     except mailcloak.DirectoryUnavailable as exc:
@@ -2441,11 +2390,10 @@ def check_keycloak(host: Installation) -> Findings:
     if not sees_users:
         yield problem("keycloak-role", "the token is good, but shows no user at all (query-users is not enough)", role)
         return
-    more = sorted(token_roles(token) - READING_ROLES)
-    if more:
-        yield warning("keycloak-role", f"the client may do more than see users: {shorten(more)}", role, more)
-    else:
-        yield ok("keycloak-role", "the client sees users")
+    more = about(
+        sorted(token_roles(token) - READING_ROLES), warning("keycloak-role", "the client may do more than see users", role)
+    )
+    yield from more or [ok("keycloak-role", "the client sees users")]
     try:
         yield from check_email_edit(host.keycloak, reader)
         yield from list_users(host, host.keycloak, reader)
@@ -2470,12 +2418,9 @@ def check_clock(reader: KeycloakReader) -> Findings:
     if ahead is None:
         yield ok("keycloak-clock", "not checked: Keycloak does not say what time it is")
     elif abs(ahead) > MAX_CLOCK_SECONDS:
-        yield warning(
-            "keycloak-clock",
-            f"Keycloak's clock is {shown_seconds(abs(ahead))} {'ahead of' if ahead > 0 else 'behind'} this host's, so tokens and apps"
-            " may count too long or not long enough",
-            "set the clock of whichever is wrong: timedatectl, chronyc tracking",
-        )
+        lead = f"{shown_seconds(abs(ahead))} {'ahead of' if ahead > 0 else 'behind'}"
+        text = f"Keycloak's clock is {lead} this host's, so tokens and apps may count too long or not long enough"
+        yield warning("keycloak-clock", text, "set the clock of whichever is wrong: timedatectl, chronyc tracking")
     else:
         yield ok("keycloak-clock", "the clocks of Keycloak and of this host agree")
 
@@ -2507,7 +2452,7 @@ def list_users(host: Installation, config: mailcloak.KeycloakConfig, reader: Key
         known = len(users)
         note_users(host, users, records, config)
         read += len(records)
-        host.progress.show(f"{read} users of Keycloak read ...")
+        show_progress(f"{read} users of Keycloak read ...")
         is_whole = len(records) < PAGE_USERS
         if is_whole or len(users) == known:  # the latter: a server that gives the same page again
             break
@@ -2519,17 +2464,13 @@ def list_users(host: Installation, config: mailcloak.KeycloakConfig, reader: Key
     named = {alias.username for alias in host.aliases or [] if alias.enabled} | {app.owner for app in host.apps or [] if app.owner}
     missing, read_before = sorted(named - set(users)), len(users)
     for done, username in enumerate(missing[:MAX_SINGLE_LOOKUPS]):
-        host.progress.show(f"{done} of {len(missing)} users whom aliases and apps name looked up ...")
-        records = reader.users(
-            username=username, exact="true", briefRepresentation="true", max=str(mailcloak.MAX_DIRECTORY_MATCHES)
-        )
-        note_users(host, users, records, config)
+        show_progress(f"{done} of {len(missing)} users whom aliases and apps name looked up ...")
+        note_users(host, users, reader.find(username=username), config)
     host.users_not_looked_up = frozenset(missing[MAX_SINGLE_LOOKUPS:])
 
     def find_holders(address: str) -> mailcloak.Users:
-        records = reader.users(email=address, exact="true", briefRepresentation="true", max=str(mailcloak.MAX_DIRECTORY_MATCHES))
         found: Dict[str, mailcloak.User] = {}
-        note_users(host, found, records, config)
+        note_users(host, found, reader.find(email=address), config)
         return tuple(user for user in found.values() if user.email == address)
 
     host.find_holders = find_holders
@@ -2541,7 +2482,7 @@ def list_users(host: Installation, config: mailcloak.KeycloakConfig, reader: Key
 def note_users(
     host: Installation, users: Dict[str, mailcloak.User], records: Iterable[Dict[str, Any]], config: mailcloak.KeycloakConfig
 ) -> None:
-    """Add the users of Keycloak's records, understood as the daemon understands them, and count their federations."""
+    """Add the users of Keycloak's records, understood as the daemon understands them, and their federations."""
     for record in records:
         username, address, enabled = (pick(record, name) for name in ("username", "email", "enabled"))
         if not isinstance(username, str) or not username or not isinstance(enabled, bool):
@@ -2553,8 +2494,8 @@ def note_users(
         reason = pick(record, "attributes", "disabledReason")
         locked_out = not enabled and reason in ("permanentLockout", ["permanentLockout"]) and config.receive_when_locked_out
         link = pick(record, "federationLink")
-        if isinstance(link, str) and username not in users:
-            host.federations[link] += 1
+        if isinstance(link, str):
+            host.federations.add(link)
         users[username] = mailcloak.User(
             username, mailcloak.normalise_address(address).text if counts else "", enabled, locked_out, bool(link)
         )
@@ -2564,10 +2505,10 @@ def check_canaries(host: Installation, config: mailcloak.KeycloakConfig, reader:
     """Are the canaries there, is there one for each federation, and would they be seen to be gone?"""
     status, components = reader.get("components", type="org.keycloak.storage.UserStorageProvider")
     providers = [each for each in objects(components) if pick(each, "config", "enabled") != ["false"]] if status == 200 else []
-    federations = set(host.federations) | {str(pick(provider, "id")) for provider in providers}
+    federations = host.federations | {str(pick(provider, "id")) for provider in providers}
     watched = set()
     for address in config.canary:
-        records = reader.users(email=address, exact="true", briefRepresentation="true", max="2")
+        records = reader.find(email=address, max="2")
         matches = [record for record in records if mailcloak.normalise_address(str(pick(record, "email") or "")).text == address]
         if not any(pick(record, "enabled") is True for record in matches):
             text = (
@@ -2577,10 +2518,8 @@ def check_canaries(host: Installation, config: mailcloak.KeycloakConfig, reader:
             yield problem("keycloak-canary", text, remedy)
         watched |= {str(pick(record, "federationLink")) for record in matches if pick(record, "federationLink")}
     if not federations:
-        yield ok(
-            "keycloak-canary",
-            "no user comes from a federation, so none is needed" if not config.canary else "no federation was seen",
-        )
+        good = "no federation was seen" if config.canary else "no user comes from a federation, so none is needed"
+        yield ok("keycloak-canary", good)
     elif not config.canary:
         text = "users come from a federation, and there is no canary: while it is down, mail to users whom mailcloak has never seen is refused"
         remedy = "keycloak.canary: the address of a user of the federation that always exists; and its cache policy in Keycloak: NO_CACHE"
@@ -2594,23 +2533,16 @@ def check_canaries(host: Installation, config: mailcloak.KeycloakConfig, reader:
 
 def check_cache_policy(status: int, providers: Sequence[Dict[str, Any]]) -> Findings:
     if status != 200:
-        yield ok(
-            "keycloak-cache-policy",
-            "not checked: a canary protects only where the federation's cache policy in Keycloak is NO_CACHE; to read it the client would"
-            " need the role view-realm",
-        )
+        text = "not checked: a canary protects only where the federation's cache policy in Keycloak is NO_CACHE; to read it the client would need the role view-realm"
+        yield ok("keycloak-cache-policy", text)
         return
     for provider in providers:
         policies = pick(provider, "config", "cachePolicy")
         policy = policies[0] if isinstance(policies, list) and policies else "DEFAULT"
         name = pick(provider, "name")
         if policy != "NO_CACHE":
-            yield warning(
-                "keycloak-cache-policy",
-                f"federation {name}: cache policy {policy}: while it is down, Keycloak goes on answering for the canary from its cache, so"
-                " the canary protects nobody",
-                f"Keycloak, User federation, {name}: Cache policy NO_CACHE",
-            )
+            text = f"federation {name}: cache policy {policy}: while it is down, Keycloak goes on answering for the canary from its cache, so the canary protects nobody"
+            yield warning("keycloak-cache-policy", text, f"Keycloak, User federation, {name}: Cache policy NO_CACHE")
         else:
             yield ok("keycloak-cache-policy", f"federation {name}: NO_CACHE, so a canary is seen to be gone")
 
@@ -2648,8 +2580,9 @@ def check_role_addresses(host: Installation) -> Findings:
         missing = [address for address, owner in owners.items() if owner == "nobody"]
         unknown = [address for address, owner in owners.items() if owner == "directory-unavailable"]
         if missing:
+            text = f"nobody receives mail for {shorten(missing)}; {source}"
             remedy = f"mailcloakctl aliases add {missing[0]} USERNAME"
-            yield warning(local_part, f"nobody receives mail for {shorten(missing)}; {source}", remedy, missing)
+            yield warning(local_part, text, remedy)._replace(items=tuple(missing))
         if unknown:
             yield ok(local_part, f"not checked, since Keycloak cannot be asked: {shorten(unknown)}")
         if not missing and not unknown:
@@ -2661,11 +2594,8 @@ def check_aliases(host: Installation) -> Findings:
     if host.aliases is None:
         return
     enabled = [alias for alias in host.aliases if alias.enabled]
-    found = list(check_stored_aliases(host, enabled))
-    found += check_alias_users(host, enabled) if host.users is not None else []
-    yield from found or [
-        ok("aliases", f"{len(enabled)} enabled aliases lead to users" if host.users is not None else "good in themselves")
-    ]
+    good = "good in themselves" if host.users is None else f"{len(enabled)} enabled aliases lead to users"
+    yield from [*check_stored_aliases(host, enabled), *check_alias_users(host, enabled)] or [ok("aliases", good)]
     if host.users is None and enabled:
         yield ok("aliases", "not checked, since Keycloak cannot be asked: whether their users exist")
 
@@ -2673,18 +2603,14 @@ def check_aliases(host: Installation) -> Findings:
 def check_stored_aliases(host: Installation, enabled: Sequence[StoredAlias]) -> Findings:
     """What the database alone shows."""
     misspelled = [alias.address for alias in enabled if mailcloak.normalise_address(alias.address).text != alias.address]
-    if misspelled:
-        text = (
-            f"these aliases are not stored in the form in which they are looked up, so they are never found: {shorten(misspelled)}"
-        )
-        remedy = "mailcloakctl aliases add makes them anew in the right form; delete these rows with sqlite3"
-        yield warning("alias-spelling", text, remedy, misspelled)
+    text = "these aliases are not stored in the form in which they are looked up, so they are never found"
+    remedy = "mailcloakctl aliases add makes them anew in the right form; delete these rows with sqlite3"
+    yield from about(misspelled, warning("alias-spelling", text, remedy))
     if host.policy is None:
         return
     outside = [alias.address for alias in enabled if mailcloak.normalise_address(alias.address).domain not in host.policy.domain]
-    if outside:
-        text = f"these aliases are not in policy.domain, so they lead nowhere: {shorten(outside)}"
-        yield warning("alias-domain", text, "policy.domain, if the domain is ours; else mailcloakctl aliases del", outside)
+    remedy = "policy.domain, if the domain is ours; else mailcloakctl aliases del"
+    yield from about(outside, warning("alias-domain", "these aliases are not in policy.domain, so they lead nowhere", remedy))
     if not host.policy.mailbox_domain:
         mailboxes = {alias.address: mailbox_of(alias.address, alias.username) for alias in enabled}
         chains = [
@@ -2692,23 +2618,23 @@ def check_stored_aliases(host: Installation, enabled: Sequence[StoredAlias]) -> 
             for address, mailbox in mailboxes.items()
             if mailbox != address and mailboxes.get(mailbox, mailbox) != mailbox
         ]
-        if chains:
-            text = f"the mailbox of an alias is an alias itself, so the mail goes past its user: {shorten(chains)}"
-            remedy = "mailcloakctl aliases add ADDRESS USERNAME --replace with the last user, or set policy.mailbox_domain"
-            yield problem("alias-chain", text, remedy, chains)
+        text = "the mailbox of an alias is an alias itself, so the mail goes past its user"
+        remedy = "mailcloakctl aliases add ADDRESS USERNAME --replace with the last user, or set policy.mailbox_domain"
+        yield from about(chains, problem("alias-chain", text, remedy))
 
 
 def check_alias_users(host: Installation, enabled: Sequence[StoredAlias]) -> Findings:
-    users = host.users or {}
-    known = [alias for alias in enabled if alias.username not in host.users_not_looked_up]
-    missing = [f"{alias.address} ({alias.username})" for alias in known if alias.username not in users]
-    disabled = [
-        f"{each.address} ({each.username})" for each in known if each.username in users and not users[each.username].receives
-    ]
-    for check, items, how in (("alias-user-missing", missing, "do not exist"), ("alias-user-disabled", disabled, "are disabled")):
-        if items:
-            text = f"these aliases lead to users who {how} in Keycloak, and their mail is still taken: {shorten(items)}"
-            yield warning(check, text, "mailcloakctl aliases add ADDRESS USERNAME --replace, or aliases disable ADDRESS", items)
+    """What Keycloak says of the users whom aliases name."""
+    if host.users is None:
+        return
+    users = host.users
+    known = [(alias, users.get(alias.username)) for alias in enabled if alias.username not in host.users_not_looked_up]
+    missing = [f"{alias.address} ({alias.username})" for alias, user in known if not user]
+    disabled = [f"{alias.address} ({alias.username})" for alias, user in known if user and not user.receives]
+    text = "these aliases lead to users who {} in Keycloak, and their mail is still taken"
+    remedy = "mailcloakctl aliases add ADDRESS USERNAME --replace, or aliases disable ADDRESS"
+    yield from about(missing, warning("alias-user-missing", text.format("do not exist"), remedy))
+    yield from about(disabled, warning("alias-user-disabled", text.format("are disabled"), remedy))
     holders: Dict[str, List[str]] = defaultdict(list)
     for user in users.values():
         if user.receives and user.email:
@@ -2718,9 +2644,8 @@ def check_alias_users(host: Installation, enabled: Sequence[StoredAlias]) -> Fin
         for alias in enabled
         if alias.address in holders and alias.username not in holders[alias.address]
     ]
-    if shadows:
-        text = f"these aliases take the mail of users whose primary e-mail they are: {shorten(shadows)}"
-        yield warning("alias-shadow", text, "mailcloakctl aliases del ADDRESS, unless it is meant so", shadows)
+    text = "these aliases take the mail of users whose primary e-mail they are"
+    yield from about(shadows, warning("alias-shadow", text, "mailcloakctl aliases del ADDRESS, unless it is meant so"))
 
 
 def check_users(host: Installation) -> Findings:
@@ -2729,36 +2654,34 @@ def check_users(host: Installation) -> Findings:
         return
     policy, users = host.policy, host.users
     ours = [user for user in users.values() if user.receives and mailcloak.normalise_address(user.email).domain in policy.domain]
+    good = ok("users", f"{counted(ours, 'user')} with an e-mail in policy.domain, each with a mailbox of his own")
+    yield from list(find_odd_users(policy, users, ours)) or [good]
+
+
+def find_odd_users(policy: mailcloak.PolicyConfig, users: Mapping[str, mailcloak.User], ours: Sequence[mailcloak.User]) -> Findings:
     by_address: Dict[str, List[str]] = defaultdict(list)
     for user in ours:
         by_address[user.email].append(user.username)
-    found: List[Finding] = []
     shared = [f"{address} ({', '.join(names)})" for address, names in by_address.items() if len(names) > 1]
-    if shared:
-        text = f"these e-mails are those of several users, none of whom may send as it: {shorten(shared)}"
-        found.append(warning("primary-shared", text, "give all of them but one another e-mail in Keycloak", shared))
+    text = "these e-mails are those of several users, none of whom may send as it"
+    yield from about(shared, warning("primary-shared", text, "give all of them but one another e-mail in Keycloak"))
     ambiguous = [
         f"{name} (e-mail of {', '.join(by_address[name])})"
         for name in users
         if "@" in name and set(by_address.get(name, ())) - {name}
     ]
-    if ambiguous:
-        text = f"these usernames are another user's e-mail, so neither can send by that login: {shorten(ambiguous)}"
-        found.append(problem("login-ambiguous", text, "rename the users, or change the e-mails, in Keycloak", ambiguous))
+    text = "these usernames are another user's e-mail, so neither can send by that login"
+    yield from about(ambiguous, problem("login-ambiguous", text, "rename the users, or change the e-mails, in Keycloak"))
     if not policy.mailbox_domain:
-        found.extend(check_mailbox_names(users, ours))
+        yield from check_mailbox_names(users, ours)
     cut = [
         user.username
         for user in ours
         if mailcloak.split_extension(user.username.rpartition("@")[0] or user.username, policy.recipient_delimiter)[1]
     ]
-    if cut:
-        text = f"these usernames hold a character of recipient_delimiter, so their mail goes to the mailbox of what stands before it: {shorten(cut)}"
-        remedy = (
-            "rename the users in Keycloak, or take the character out of recipient_delimiter in config.yaml, main.cf and Dovecot"
-        )
-        found.append(warning("username-delimiter", text, remedy, cut))
-    yield from found or [ok("users", f"{counted(ours, 'user')} with an e-mail in policy.domain, each with a mailbox of his own")]
+    text = "these usernames hold a character of recipient_delimiter, so their mail goes to the mailbox of what stands before it"
+    remedy = "rename the users in Keycloak, or take the character out of recipient_delimiter in config.yaml, main.cf and Dovecot"
+    yield from about(cut, warning("username-delimiter", text, remedy))
 
 
 def check_mailbox_names(users: Mapping[str, mailcloak.User], ours: Sequence[mailcloak.User]) -> Findings:
@@ -2767,16 +2690,13 @@ def check_mailbox_names(users: Mapping[str, mailcloak.User], ours: Sequence[mail
     others: List[str] = []
     for user in ours:
         local_part = user.email.rpartition("@")[0]
-        if user.username in (local_part, user.email):
-            continue
-        (taken if local_part in users else others).append(f"{user.email} ({user.username})")
+        if user.username not in (local_part, user.email):
+            (taken if local_part in users else others).append(f"{user.email} ({user.username})")
     remedy = "set policy.mailbox_domain, so that every address leads to the mailbox of its user; or change the e-mails in Keycloak"
-    if taken:
-        text = f"these e-mails have another user's name before the @, and may end in his mailbox: {shorten(taken)}"
-        yield problem("primary-name", text, remedy, taken)
-    if others:
-        text = f"these e-mails have another name before the @ than their user, so he has one mailbox for it and one for his aliases: {shorten(others)}"
-        yield warning("mailbox-name", text, remedy, others)
+    text = "these e-mails have another user's name before the @, and may end in his mailbox"
+    yield from about(taken, problem("primary-name", text, remedy))
+    text = "these e-mails have another name before the @ than their user, so he has one mailbox for it and one for his aliases"
+    yield from about(others, warning("mailbox-name", text, remedy))
 
 
 def check_apps(host: Installation) -> Findings:
@@ -2784,31 +2704,21 @@ def check_apps(host: Installation) -> Findings:
     if host.apps is None:
         return
     enabled = [app for app in host.apps if app.enabled]
-    found: List[Finding] = []
     expired = [app.app_id for app in enabled if app.expires_at is not None and app.expires_at <= time.time()]
-    if expired:
-        remedy = "mailcloakctl apps set APP_ID --expires 90d, or apps del APP_ID"
-        found.append(warning("app-expired", f"these apps have expired, so they cannot send: {shorten(expired)}", remedy, expired))
+    remedy = "mailcloakctl apps set APP_ID --expires 90d, or apps del APP_ID"
+    found = about(expired, warning("app-expired", "these apps have expired, so they cannot send", remedy))
     if host.users is not None:
         users = host.users
         named = [app.app_id for app in host.apps if app.app_id in users]
-        if named:
-            text = (
-                f"these apps are called like a user, who is taken for the app wherever he logs in without a token: {shorten(named)}"
-            )
-            found.append(warning("app-name", text, "mailcloakctl apps add under another name, then apps del APP_ID", named))
-        owned = [app for app in enabled if app.owner and app.owner not in host.users_not_looked_up]
-        for check, how, items in (
-            ("app-owner-missing", "do not exist", [f"{app.app_id} ({app.owner})" for app in owned if app.owner not in users]),
-            (
-                "app-owner-disabled",
-                "are disabled",
-                [f"{app.app_id} ({app.owner})" for app in owned if app.owner in users and not users[app.owner].enabled],
-            ),
-        ):
-            if items:
-                text = f"these apps belong to users who {how} in Keycloak, so they cannot send: {shorten(items)}"
-                found.append(warning(check, text, "mailcloakctl apps set APP_ID --owner USERNAME, or apps del APP_ID", items))
+        text = "these apps are called like a user, who is taken for the app wherever he logs in without a token"
+        found += about(named, warning("app-name", text, "mailcloakctl apps add under another name, then apps del APP_ID"))
+        owned = [(app, users.get(app.owner)) for app in enabled if app.owner and app.owner not in host.users_not_looked_up]
+        missing = [f"{app.app_id} ({app.owner})" for app, owner in owned if not owner]
+        disabled = [f"{app.app_id} ({app.owner})" for app, owner in owned if owner and not owner.enabled]
+        text = "these apps belong to users who {} in Keycloak, so they cannot send"
+        remedy = "mailcloakctl apps set APP_ID --owner USERNAME, or apps del APP_ID"
+        found += about(missing, warning("app-owner-missing", text.format("do not exist"), remedy))
+        found += about(disabled, warning("app-owner-disabled", text.format("are disabled"), remedy))
     yield from found or [ok("apps", counted(enabled, "enabled app"))]
 
 
@@ -2834,11 +2744,11 @@ def run_doctor(context: Context) -> int:
     findings: List[Finding] = []
     for check in CHECKS:
         for finding in run_check(check, host):
-            host.progress.clear()
+            show_progress("")
             findings.append(finding)
             if not context.options.json:
                 print_finding(finding)
-    host.progress.clear()
+    show_progress("")
     if context.options.json:
         print_json([{**finding._asdict(), "items": list(finding.items)} for finding in findings])
     else:
