@@ -54,25 +54,7 @@ import threading
 import time
 import urllib.parse
 from collections import Counter, defaultdict
-from typing import (
-    Any,
-    Callable,
-    Dict,
-    FrozenSet,
-    Iterable,
-    Iterator,
-    List,
-    Mapping,
-    NamedTuple,
-    NoReturn,
-    Optional,
-    Sequence,
-    Set,
-    Sized,
-    Tuple,
-    TypeVar,
-    Union,
-)
+from typing import Any, Callable, Dict, Iterator, List, Mapping, NamedTuple, Optional, Sequence, Set, Sized, Tuple, TypeVar, Union
 
 sys.path.insert(0, os.path.dirname(os.path.realpath(__file__)))  # mailcloak.py lies beside this file, also behind a symlink
 
@@ -336,9 +318,8 @@ def hang(head: str, text: str, width: Optional[int]) -> List[str]:
     return [head + first, *(" " * len(head) + line for line in rest)]
 
 
-def print_fields(fields: Iterable[Tuple[str, str]]) -> None:
-    for label, text in fields:
-        print("\n".join(hang(f"{label:<15}", text, terminal_width())))
+def print_field(label: str, text: str) -> None:
+    print("\n".join(hang(f"{label:<15}", text, terminal_width())))
 
 
 GREEN, YELLOW, RED, BOLD = "32", "33", "31", "1"
@@ -610,10 +591,8 @@ def show_token(options: argparse.Namespace, app_id: str, token: str) -> None:
 
 
 def apps_list(context: Context) -> None:
-    rows = [
-        dict(row)
-        for row in context.database.execute("SELECT app_id, enabled, created_at, owner, expires_at FROM apps ORDER BY app_id")
-    ]
+    stored = context.database.execute("SELECT app_id, enabled, created_at, owner, expires_at FROM apps ORDER BY app_id")
+    rows = [dict(row) for row in stored]
     allowed: Dict[str, List[str]] = {row["app_id"]: [] for row in rows}
     for row in context.database.execute("SELECT app_id, from_addr FROM app_from WHERE enabled = 1 ORDER BY app_id, from_addr"):
         allowed.setdefault(row["app_id"], []).append(row["from_addr"])
@@ -675,7 +654,7 @@ class RunningDaemon:
         path = self.sockets.policy_socket
         answer = self._exchange(path, lines.encode() + b"\n", self._read_policy_answer)
         if not answer.startswith("action="):
-            self._refuse_answer(path)
+            raise senseless_answer(path)
         return answer[len("action=") :]
 
     def ask_map(self, name: str, key: str) -> Tuple[str, str]:
@@ -684,7 +663,7 @@ class RunningDaemon:
         path = self.sockets.socketmap_socket
         status, _, text = self._exchange(path, query, self._read_netstring).partition(" ")
         if status not in ("OK", "NOTFOUND", "TEMP", "PERM"):
-            self._refuse_answer(path)
+            raise senseless_answer(path)
         return status, text
 
     def ask_json(self, name: str, key: str) -> Dict[str, Any]:
@@ -695,9 +674,8 @@ class RunningDaemon:
         if status == "PERM" and text in ("no key", "not a question"):
             raise Refused(f"the running daemon does not understand the question ({text}): it is of another version; restart it")
         if status == "PERM":
-            raise NotAllowed(
-                f"the daemon says: {text}; run mailcloakctl as root, as the daemon's own user or as {self._owner('socketmap_socket')}"
-            )
+            owner = owner_name(self.sockets.socketmap_socket)
+            raise NotAllowed(f"the daemon says: {text}; run mailcloakctl as root, as the daemon's own user or as {owner}")
         try:
             value = json.loads(text) if status == "OK" else None
         except (ValueError, RecursionError):
@@ -705,7 +683,7 @@ class RunningDaemon:
         if status == "TEMP":
             raise Refused(f"the daemon says: {text}; its log says why")
         if not isinstance(value, dict):
-            self._refuse_answer(self.sockets.socketmap_socket)
+            raise senseless_answer(self.sockets.socketmap_socket)
         return value
 
     # ---- one exchange
@@ -730,15 +708,15 @@ class RunningDaemon:
                             f"the daemon at {path} closed the connection without an answer; its log says why, or something else listens there"
                         )
                     if len(answer) > MAX_ANSWER_BYTES:
-                        self._refuse_answer(path)
+                        raise senseless_answer(path)
             except socket.timeout:
                 raise Refused(
                     f"no answer at {path} within {self._seconds:.0f} s; look at the daemon's log, and restart it"
                 ) from None
             except ValueError:
-                self._refuse_answer(path)
+                raise senseless_answer(path) from None
             except OSError as exc:
-                raise Refused(self._describe_failure(path, exc)) from exc
+                raise Refused(describe_failure(path, exc)) from exc
 
     @staticmethod
     def _read_policy_answer(data: bytes) -> Optional[bytes]:
@@ -758,25 +736,21 @@ class RunningDaemon:
             raise ValueError
         return rest[:length]
 
-    def _describe_failure(self, path: str, exc: OSError) -> str:
-        if exc.errno in (errno.ENOENT, errno.ECONNREFUSED):
-            gone = "there is no socket" if exc.errno == errno.ENOENT else "nobody listens"
-            return (
-                f"{gone} at {path}: the daemon is not running, or runs with another configuration; start it (rc-service mailcloak start,"
-                " systemctl start mailcloak), or name its configuration with --config"
-            )
-        if exc.errno in (errno.EACCES, errno.EPERM):
-            key = "policy_socket" if path == self.sockets.policy_socket else "socketmap_socket"
-            return f"this user may not connect to {path}; run mailcloakctl as root or as {self._owner(key)}"
-        return f"{path}: {exc.strerror or exc}; look at the daemon's log, and restart it"
 
-    def _owner(self, key: str) -> str:
-        return owner_name(getattr(self.sockets, key))
-
-    def _refuse_answer(self, path: str) -> NoReturn:
-        raise Refused(
-            f"the answer at {path} makes no sense; something else listens there, or a daemon of another version: restart it"
+def describe_failure(path: str, exc: OSError) -> str:
+    if exc.errno in (errno.ENOENT, errno.ECONNREFUSED):
+        gone = "there is no socket" if exc.errno == errno.ENOENT else "nobody listens"
+        return (
+            f"{gone} at {path}: the daemon is not running, or runs with another configuration; start it (rc-service mailcloak start,"
+            " systemctl start mailcloak), or name its configuration with --config"
         )
+    if exc.errno in (errno.EACCES, errno.EPERM):
+        return f"this user may not connect to {path}; run mailcloakctl as root or as {owner_name(path)}"
+    return f"{path}: {exc.strerror or exc}; look at the daemon's log, and restart it"
+
+
+def senseless_answer(path: str) -> Refused:
+    return Refused(f"the answer at {path} makes no sense; something else listens there, or a daemon of another version: restart it")
 
 
 def pick(value: Any, *path: str) -> Any:
@@ -970,13 +944,8 @@ def ask_sender(context: Context) -> None:
     options = context.options
     address, user = read_asked_address(options.address), read_username(options.user) if options.user else ""
     method = read_method(options.method or "PLAIN") if user else ""
-    question = {
-        "protocol_state": "RCPT",
-        "policy_context": "sender",
-        "sender": address,
-        "sasl_username": user,
-        "sasl_method": method,
-    }
+    question = {"protocol_state": "RCPT", "policy_context": "sender", "sender": address}
+    question |= {"sasl_username": user, "sasl_method": method}
     explanation = explain(context, {"policy": question})
     answer = context.daemon.ask_policy(**question)
     who = f"{user}, logged in by {method}," if user else "somebody who has not logged in"
@@ -1036,11 +1005,11 @@ def show_answer(context: Context, asked: str, answer: str, leads_to: Optional[st
         print_json(shown)
         return
     meaning, colour = ANSWERS.get(answer.partition(" ")[0], ("", BOLD))
-    print_fields([("question", asked)])
+    print_field("question", asked)
     print(f"{'answer':<15}{paint(shown_text(f'{answer} ({meaning})' if meaning else answer), colour)}")
-    print_fields(
-        (name.replace("_", " "), shown[name]) for name in ("leads_to", "note", "reason", "rule", "change") if shown.get(name)
-    )
+    for name in ("leads_to", "note", "reason", "rule", "change"):
+        if shown.get(name):
+            print_field(name.replace("_", " "), shown[name])
     steps = dict.fromkeys(reversed([describe_step(step) for step in why["steps"]]))  # of what was asked twice, the last counts
     table = [["", "ASKED", "FOUND", "FROM"]]
     table += [[f"{index}.", *map(shown_text, step)] for index, step in enumerate(reversed(list(steps)), 1)]
@@ -1049,11 +1018,8 @@ def show_answer(context: Context, asked: str, answer: str, leads_to: Optional[st
 
 def describe_reasons(reasons: str, address: str, user: str, steps: Sequence[Dict[str, Any]]) -> Dict[str, str]:
     """The reasons of an answer, of which there are two where recipient and sender were checked, with rule and remedy in words."""
-    deciding = [
-        step
-        for step in steps
-        if pick(step, "asked") == "alias" and pick(step, "found", "enabled") is True and not pick(step, "error")
-    ]
+    aliases = [step for step in steps if pick(step, "asked") == "alias" and not pick(step, "error")]
+    deciding = [step for step in aliases if pick(step, "found", "enabled") is True]
     alias = str(pick(deciding[-1], "value") or address) if deciding else address
     names = {"address": shlex.quote(address) if address else "'<>'", "alias": shlex.quote(alias), "user": shlex.quote(user)}
     known = [REASONS.get(name, Reason("a rule that this mailcloakctl does not know", "")) for name in reasons.split(",")]
@@ -1158,11 +1124,8 @@ def status_fields(stats: Dict[str, Any]) -> Iterator[Tuple[str, str, str]]:
     at, went_well = number(stats, "last_reload", "at"), pick(stats, "last_reload", "ok")
     read_at = f"reloaded {shown_time(at)}" if at else f"read at start, {shown_time(number(stats, 'started_at'))}"
     refused = at is not None and went_well is not True
-    yield (
-        "configuration",
-        f"{pick(stats, 'config')}, {read_at}{': refused, the one before it is in force' if refused else ''}",
-        RED if refused else "",
-    )
+    text = f"{pick(stats, 'config')}, {read_at}{': refused, the one before it is in force' if refused else ''}"
+    yield "configuration", text, RED if refused else ""
     yield ("Keycloak", *describe_keycloak(stats))
     works = pick(stats, "database", "works") is True
     yield "database", f"{pick(stats, 'database', 'path')}, {'works' if works else 'cannot be used'}", "" if works else RED
@@ -1404,7 +1367,7 @@ class Installation:
         self.aliases: Optional[List[StoredAlias]] = None
         self.apps: Optional[List[StoredApp]] = None
         self.users: Optional[Dict[str, mailcloak.User]] = None  # by username
-        self.users_not_looked_up: FrozenSet[str] = frozenset()  # whom aliases and apps name
+        self.users_not_looked_up: Set[str] = set()  # whom aliases and apps name
         self.find_holders: Optional[Callable[[str], mailcloak.Users]] = None  # of a primary e-mail; raises DirectoryUnavailable
         self.federations: Set[str] = set()  # from which users come
 
@@ -1432,7 +1395,7 @@ class CannotBecome(mailcloak.MailcloakError):
     """This user cannot act as another."""
 
 
-def as_user(user: str, work: Callable[[], str], *, groups: Iterable[int] = (), root: str = "") -> str:
+def as_user(user: str, work: Callable[[], str], *, groups: Sequence[int] = (), root: str = "") -> str:
     """The text that work() gives in a process of that user, with root as its root directory where one is named.
 
     Raises CannotBecome unless this is root, or that user already and no root is named. An error of work() is given as its text.
@@ -1623,12 +1586,8 @@ def read_database(host: Installation, database: sqlite3.Connection) -> Findings:
         yield warning("database", f"{path} has schema version {version}, older than {mailcloak.SCHEMA_VERSION}", remedy)
     journal_mode = database.execute("PRAGMA journal_mode").fetchone()[0]
     columns = {row[1] for row in database.execute("PRAGMA table_info(apps)")}
-    host.aliases = [
-        StoredAlias(str(address), str(username).lower(), enabled == 1)
-        for address, username, enabled in database.execute(
-            "SELECT alias_email, username, enabled FROM aliases ORDER BY alias_email"
-        )
-    ]
+    rows = database.execute("SELECT alias_email, username, enabled FROM aliases ORDER BY alias_email")
+    host.aliases = [StoredAlias(str(address), str(username).lower(), enabled == 1) for address, username, enabled in rows]
     newer = "owner, expires_at" if {"owner", "expires_at"} <= columns else "NULL, NULL"
     host.apps = [
         StoredApp(str(app_id), enabled == 1, str(owner or "").lower(), expires_at if isinstance(expires_at, (int, float)) else None)
@@ -1784,6 +1743,8 @@ def run_program(name: str, *arguments: str) -> Tuple[str, str]:
             [program, *arguments],
             check=False,
             capture_output=True,
+            encoding="utf-8",
+            errors="replace",
             timeout=ANSWER_SECONDS,
             stdin=subprocess.DEVNULL,
             env={**os.environ, "LC_ALL": "C", "PATH": SYSTEM_PATH},
@@ -1792,10 +1753,9 @@ def run_program(name: str, *arguments: str) -> Tuple[str, str]:
         raise CommandFailed(f"{name} gave no answer within {ANSWER_SECONDS:.0f} s") from None
     except OSError as exc:
         raise CommandFailed(f"{name}: {exc.strerror}") from exc
-    output, errors = (text.decode("utf-8", "replace") for text in (result.stdout, result.stderr))
     if result.returncode != 0:
-        raise CommandFailed(f"{name} failed: {(errors.strip().splitlines() or ['without a word'])[0]}")
-    return output, errors
+        raise CommandFailed(f"{name} failed: {(result.stderr.strip().splitlines() or ['without a word'])[0]}")
+    return result.stdout, result.stderr
 
 
 class PostfixService(NamedTuple):
@@ -2295,7 +2255,7 @@ PAGE_USERS = 500  # of one request; a brief record is about 500 bytes, and an an
 MAX_USERS = 20_000  # that are read; some 40 requests
 MAX_SINGLE_LOOKUPS = 200  # of users whom aliases and apps name, where there are more users than that
 MAX_CLOCK_SECONDS = 60.0  # by which two clocks may differ
-NEEDED_ROLES = frozenset({"view-users", "query-users", "query-groups"})  # the last two are part of the first
+NEEDED_ROLES = {"view-users", "query-users", "query-groups"}  # the last two are part of the first
 READING_ROLES = NEEDED_ROLES | {"view-realm"}  # with which doctor can also read the cache policy of a federation
 
 
@@ -2390,10 +2350,8 @@ def check_keycloak(host: Installation) -> Findings:
     if not sees_users:
         yield problem("keycloak-role", "the token is good, but shows no user at all (query-users is not enough)", role)
         return
-    more = about(
-        sorted(token_roles(token) - READING_ROLES), warning("keycloak-role", "the client may do more than see users", role)
-    )
-    yield from more or [ok("keycloak-role", "the client sees users")]
+    more = warning("keycloak-role", "the client may do more than see users", role)
+    yield from about(sorted(token_roles(token) - READING_ROLES), more) or [ok("keycloak-role", "the client sees users")]
     try:
         yield from check_email_edit(host.keycloak, reader)
         yield from list_users(host, host.keycloak, reader)
@@ -2466,7 +2424,7 @@ def list_users(host: Installation, config: mailcloak.KeycloakConfig, reader: Key
     for done, username in enumerate(missing[:MAX_SINGLE_LOOKUPS]):
         show_progress(f"{done} of {len(missing)} users whom aliases and apps name looked up ...")
         note_users(host, users, reader.find(username=username), config)
-    host.users_not_looked_up = frozenset(missing[MAX_SINGLE_LOOKUPS:])
+    host.users_not_looked_up = set(missing[MAX_SINGLE_LOOKUPS:])
 
     def find_holders(address: str) -> mailcloak.Users:
         found: Dict[str, mailcloak.User] = {}
@@ -2480,7 +2438,7 @@ def list_users(host: Installation, config: mailcloak.KeycloakConfig, reader: Key
 
 
 def note_users(
-    host: Installation, users: Dict[str, mailcloak.User], records: Iterable[Dict[str, Any]], config: mailcloak.KeycloakConfig
+    host: Installation, users: Dict[str, mailcloak.User], records: Sequence[Dict[str, Any]], config: mailcloak.KeycloakConfig
 ) -> None:
     """Add the users of Keycloak's records, understood as the daemon understands them, and their federations."""
     for record in records:
@@ -2496,9 +2454,8 @@ def note_users(
         link = pick(record, "federationLink")
         if isinstance(link, str):
             host.federations.add(link)
-        users[username] = mailcloak.User(
-            username, mailcloak.normalise_address(address).text if counts else "", enabled, locked_out, bool(link)
-        )
+        primary = mailcloak.normalise_address(address).text if counts else ""
+        users[username] = mailcloak.User(username, primary, enabled, locked_out, bool(link))
 
 
 def check_canaries(host: Installation, config: mailcloak.KeycloakConfig, reader: KeycloakReader) -> Findings:
@@ -2761,7 +2718,7 @@ def run_check(check: Callable[[Installation], Findings], host: Installation) -> 
     """The findings of a check; a fault of the check itself is one more, and the next ones run."""
     try:
         yield from check(host)
-    except (KeyboardInterrupt, BrokenPipeError):
+    except BrokenPipeError:
         raise
     except Exception as exc:
         where = mailcloak._describe_exception(exc)
@@ -2777,17 +2734,13 @@ def print_finding(finding: Finding) -> None:
 
 def print_summary(findings: Sequence[Finding]) -> None:
     counts = Counter(finding.state for finding in findings)
-    shown = [
-        f"{counts[state]} {state}{'s' if counts[state] != 1 and state != 'ok' else ''}"
-        for state in reversed(STATES)
-        if counts[state]
-    ]
-    print(f"\n{paint(', '.join(shown), BOLD)}")
+    plural = {state: "s" if counts[state] > 1 and state != "ok" else "" for state in STATES}
+    print("\n" + paint(", ".join(f"{counts[state]} {state}{plural[state]}" for state in reversed(STATES) if counts[state]), BOLD))
     first = next((finding for state in ("problem", "warning") for finding in findings if finding.state == state), None)
     if first:
-        print_fields([("next", f"{first.check}: {first.remedy}; then mailcloakctl doctor again")])
+        print_field("next", f"{first.check}: {first.remedy}; then mailcloakctl doctor again")
     else:
-        print_fields([("next", "nothing; mailcloakctl ask recipient ADDRESS shows what becomes of mail for an address")])
+        print_field("next", "nothing; mailcloakctl ask recipient ADDRESS shows what becomes of mail for an address")
 
 
 # ---------------------------------------------------------------------------------------------------------------------------------
