@@ -58,8 +58,6 @@ from typing import Any, Callable, Dict, Iterator, List, Mapping, NamedTuple, Opt
 
 sys.path.insert(0, os.path.dirname(os.path.realpath(__file__)))  # mailcloak.py lies beside this file, also behind a symlink
 
-import requests
-
 import mailcloak
 
 Columns = Dict[str, Callable[[Any], str]]  # the columns of a table, each with the function that makes its value readable
@@ -1298,7 +1296,7 @@ def flush(context: Context) -> None:
 
 # ---------------------------------------------------------------------------------------------------------------------------------
 # doctor: findings
-# A check yields its findings as it goes. It changes nothing, and waits for nothing longer than ANSWER_SECONDS.
+# A check yields its findings. It changes nothing, and waits for nothing longer than ANSWER_SECONDS.
 # ---------------------------------------------------------------------------------------------------------------------------------
 
 
@@ -1417,10 +1415,8 @@ def as_user(user: str, work: Callable[[], str], *, groups: Sequence[int] = (), r
             os.setresgid(entry.pw_gid, entry.pw_gid, entry.pw_gid)
             os.setresuid(entry.pw_uid, entry.pw_uid, entry.pw_uid)
             text = work()
-        except OSError as exc:
-            text = exc.strerror or type(exc).__name__
         except BaseException as exc:
-            text = type(exc).__name__
+            text = getattr(exc, "strerror", None) or type(exc).__name__
         os.write(writer, text.encode())
         os._exit(0)
     os.close(writer)
@@ -2267,7 +2263,7 @@ class KeycloakReader:
 
     def __init__(self, config: mailcloak.KeycloakConfig) -> None:
         self._api = mailcloak.KeycloakApi(config)
-        self._session: requests.Session = mailcloak._new_session(config.ca_file)
+        self._session = mailcloak._new_session(config.ca_file)
         self._admin_url = f"{config.base_url}/admin/realms/{urllib.parse.quote(config.realm, safe='')}"
         self.clock_ahead: Optional[float] = None  # of Keycloak, in seconds
         self._session.hooks["response"].append(self._note_clock)
