@@ -241,6 +241,8 @@ def shown_sender(sender: str) -> str:
 
 
 def shown_time(seconds: Any) -> str:
+    if seconds is None:
+        return "-"  # where time.localtime() would take the time it is now
     try:
         return time.strftime("%Y-%m-%d %H:%M", time.localtime(seconds))
     except (TypeError, ValueError, OverflowError, OSError):

@@ -105,6 +105,10 @@ def test_status_of_a_daemon_that_was_never_reloaded_and_asks_no_keycloak():
     assert "Keycloak       not asked: static_users" in shown
 
 
+def test_time_that_the_daemon_does_not_tell_is_not_said_to_be_now():
+    assert ", read at start, -\n" in status_lines(changed(started_at=None, last_reload=None))
+
+
 @pytest.mark.parametrize(
     "stats",
     [
