@@ -1132,7 +1132,7 @@ def status_fields(stats: Dict[str, Any]) -> Iterator[Tuple[str, str, str]]:
     open_now = ", ".join(f"{name} {count(stats, 'connections', name)}" for name in SERVICES)
     yield "connections", f"{open_now}; at most {count(stats, 'connections', 'limit')} each", ""
     users, missing, limit = (count(stats, "cache", name) for name in ("users", "missing", "limit"))
-    yield "remembered", f"{users} users, {missing} who do not exist; at most {limit}", ""
+    yield "remembered", f"users {users}, who do not exist {missing}; at most {limit}", ""
     lookups = ", ".join(f"{text} {count(stats, 'lookups', name)}" for name, text in LOOKUPS.items())
     yield "lookups", lookups, ""
     total = sum(number(answer, "count") or 0 for answer in objects(stats, "answers"))
@@ -1470,7 +1470,7 @@ def check_config(host: Installation) -> Findings:
     except mailcloak.ConfigError as exc:
         for text in exc.problems:
             lacks_rights = "Permission denied" in text and os.geteuid() != 0
-            remedy = AS_ROOT if lacks_rights else "mend it; mailcloak.py --check-config says when it is good"
+            remedy = AS_ROOT if lacks_rights else "mend it; mailcloak --check-config says when it is good"
             yield problem("config", text[len("config: ") :] if text.startswith("config: ") else text, remedy)
         read_good_blocks(host)
         return
@@ -2549,7 +2549,7 @@ def check_aliases(host: Installation) -> Findings:
     if host.aliases is None:
         return
     enabled = [alias for alias in host.aliases if alias.enabled]
-    good = "good in themselves" if host.users is None else f"{len(enabled)} enabled aliases lead to users"
+    good = "good in themselves" if host.users is None else f"{counted(enabled, 'enabled alias', 'enabled aliases')}, each a user's"
     yield from [*check_stored_aliases(host, enabled), *check_alias_users(host, enabled)] or [ok("aliases", good)]
     if host.users is None and enabled:
         yield ok("aliases", "not checked, since Keycloak cannot be asked: whether their users exist")

@@ -173,7 +173,7 @@ def test_bad_configuration_is_a_problem_for_each_of_its_lines(site):
     assert {first.check, second.check} == {"config"}
     assert "policy.cache_ttl_seconds: expected a positive number, got -1" in first.text + second.text
     assert "unknown key; did you mean 'recipient_delimiter'?" in first.text + second.text
-    assert first.remedy == "mend it; mailcloak.py --check-config says when it is good"
+    assert first.remedy == "mend it; mailcloak --check-config says when it is good"
 
 
 def test_good_blocks_of_a_bad_configuration_serve_the_other_checks(site):
