@@ -119,6 +119,15 @@ def wait_until(condition, seconds=10.0, what="condition"):
         time.sleep(0.01)
 
 
+@contextlib.contextmanager
+def running(server):
+    """A server of any kind, started; closed at the end, also where it did not start."""
+    try:
+        yield server.start()
+    finally:
+        server.close()
+
+
 @pytest.fixture
 def short_dir():
     """A directory whose path leaves room in sun_path, whatever the test's name; other users may look into it."""
@@ -140,11 +149,8 @@ def real_keycloak():
     """A real Keycloak for the whole run; each module makes its own realms."""
     from real.keycloak import PrivateKeycloak
 
-    server = PrivateKeycloak()
-    try:
-        yield server.start()
-    finally:
-        server.close()
+    with running(PrivateKeycloak()) as server:
+        yield server
 
 
 class PolicyClient:

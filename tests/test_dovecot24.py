@@ -11,6 +11,7 @@ import threading
 import time
 
 import pytest
+from conftest import running
 from real.dovecot24 import MailHost24, UserinfoStandIn, installed_version
 from real.mail import DAEMON_USER, PASSWORD_MECHANISMS, TOKEN_MECHANISMS, initial_response, log_in, send
 from test_real_mail import (
@@ -22,7 +23,6 @@ from test_real_mail import (
     login_code,
     login_codes,
     refusal,
-    running,
     set_app,
 )
 

@@ -15,7 +15,7 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import USERS, Daemon, wait_until
+from conftest import USERS, Daemon, running, wait_until
 from real.postfix import PrivatePostfix, envelope, send
 
 pytestmark = pytest.mark.real("postfix", "root")
@@ -51,10 +51,8 @@ def postfix():
         services=SERVICES,
         ports=["open", "alone"],
     )
-    try:
-        yield instance.start()
-    finally:
-        instance.close()
+    with running(instance):
+        yield instance
 
 
 @pytest.fixture(scope="module")
@@ -72,15 +70,11 @@ def running_daemon(postfix):
         },
         "daemon": {"user": "nobody"},
     }
-    instance = Daemon(home, config)
-    try:
-        instance.start()
+    with running(Daemon(home, config)) as instance:
         for address, username in ALIASES.items():
             instance.ctl("aliases", "add", address, username)
         instance.ctl("aliases", "disable", "off@d1.test")
         yield instance
-    finally:
-        instance.close()
 
 
 @pytest.fixture

@@ -15,7 +15,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
-from conftest import wait_until
+from conftest import running, wait_until
 from real.dovecot import new_source
 from real.keycloak import service_client, user
 from real.mail import (
@@ -50,14 +50,6 @@ FORGED = (553, "5.7.1 <{}>: Sender address rejected: Sending from local domains 
 NOT_OWNED = (553, "5.7.1 <{}>: Sender address rejected: Sender not owned by authenticated user")
 NO_RELAY = (554, "5.7.1 <{}>: Relay access denied")
 WRONG_LOGIN = 535
-
-
-@contextlib.contextmanager
-def running(host):
-    try:
-        yield host.start()
-    finally:
-        host.close()
 
 
 @pytest.fixture(scope="session")

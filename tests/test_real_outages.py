@@ -9,7 +9,7 @@ import subprocess
 import time
 
 import pytest
-from conftest import Daemon, _find_program, wait_until
+from conftest import Daemon, _find_program, running, wait_until
 from real.keycloak import PASSWORD, PrivateKeycloak, service_client, user
 from real.ldap import PrivateSlapd, federate
 from real.postfix import PrivatePostfix
@@ -91,24 +91,17 @@ class Load:
 @pytest.fixture(scope="module")
 def mortal_keycloak():
     """A Keycloak of this module's own, to be stopped and killed."""
-    server = PrivateKeycloak()
-    try:
-        server.start()
+    with running(PrivateKeycloak()) as server:
         numbered = [f"{number}user" for number in range(1, RECIPIENTS + 1)]
         users = [{"username": name, "email": address(name), "enabled": True} for name in ("user", *numbered)]
         server.create_realm("load", [*users, ACCOUNT], [CLIENT])
         yield server
-    finally:
-        server.close()
 
 
 @pytest.fixture(scope="module")
 def postfix():
-    instance = PrivatePostfix(settings={"virtual_transport": "discard:"})
-    try:
-        yield instance.start()
-    finally:
-        instance.close()
+    with running(PrivatePostfix(settings={"virtual_transport": "discard:"})) as instance:
+        yield instance
 
 
 @pytest.fixture(scope="module")
@@ -127,11 +120,8 @@ def mail_daemon(mortal_keycloak, postfix):
         },
         "daemon": {"user": "nobody"},
     }
-    instance = Daemon(home, config)
-    try:
-        yield instance.start()
-    finally:
-        instance.close()
+    with running(Daemon(home, config)) as instance:
+        yield instance
 
 
 def refusal_code(postfix, recipient):
@@ -208,11 +198,9 @@ class Realm:
 
 @pytest.fixture(scope="module")
 def running_slapd():
-    server = PrivateSlapd({name: address(name) for name in ["canary", *(f"{role}-{kind}" for role in ROLES for kind in KINDS)]})
-    try:
-        yield server.start()
-    finally:
-        server.close()
+    names = ["canary", *(f"{role}-{kind}" for role in ROLES for kind in KINDS)]
+    with running(PrivateSlapd({name: address(name) for name in names})) as server:
+        yield server
 
 
 @pytest.fixture

@@ -12,7 +12,7 @@ import threading
 import time
 
 import pytest
-from conftest import USERS, Daemon, SocketmapClient, wait_until
+from conftest import USERS, Daemon, SocketmapClient, running, wait_until
 from real.postfix import PrivatePostfix, send
 from test_lifecycle import wait_for_self_check
 from test_outages import DEFER, SHORT
@@ -210,11 +210,8 @@ class Load:
 @pytest.fixture
 def postfix():
     # notify_classes: no mail of Postfix's own to the postmaster about look-ups that failed
-    instance = PrivatePostfix(settings={"virtual_transport": "discard:", "notify_classes": ""})
-    try:
-        yield instance.start()
-    finally:
-        instance.close()
+    with running(PrivatePostfix(settings={"virtual_transport": "discard:", "notify_classes": ""})) as instance:
+        yield instance
 
 
 @pytest.fixture
@@ -234,14 +231,10 @@ def mail_daemon(postfix, keycloak):
         },
         "daemon": {"user": "nobody"},
     }
-    instance = Daemon(home, config, level="info")
-    try:
-        instance.start()
+    with running(Daemon(home, config, level="info")) as instance:
         for address, username in ALIASES.items():
             instance.ctl("aliases", "add", address, username)
         yield instance
-    finally:
-        instance.close()
 
 
 @pytest.mark.real("postfix", "root")
