@@ -12,20 +12,19 @@ import re
 import shutil
 import socket
 import sqlite3
-import tempfile
 import time
 from email.utils import formatdate
 from pathlib import Path
 
 import pytest
 import yaml
-from conftest import ROOT, USERS, Daemon, as_nobody, run_ctl
+from conftest import ROOT, USERS, as_nobody, run_ctl
 from keycloak_stand_in import CLIENT_SECRET, KeycloakStandIn
 from real.dovecot import PrivateDovecot
 from real.dovecot24 import PrivateDovecot24, installed_version
 from real.keycloak import service_client
 from real.keycloak import user as real_user
-from real.postfix import PrivatePostfix
+from real.postfix import PrivatePostfix, daemon_behind
 from test_ask import FakeDaemon
 from test_status import STATS, Terminal
 
@@ -1508,27 +1507,11 @@ def test_many_are_shown_in_part_to_people_and_whole_to_programs(keycloak_site):
 def whole(instance, dovecot_factory):
     """A sound installation: a daemon that was started as root and became nobody, Postfix, Dovecot and a realm: what doctor is called with."""
     instance.configure()
-    home = Path(tempfile.mkdtemp(prefix="mc", dir="/tmp"))
-    home.chmod(0o755)
-    state = home / "state"
-    state.mkdir()
-    shutil.chown(state, "nobody", "daemon")
-    state.chmod(0o2750)
     with Realm() as realm:
         for username, email in USERS.items():
             realm.add_user(username, email)
-        paths = {
-            "policy_socket": str(instance.private / "mailcloak"),
-            "socketmap_socket": str(instance.private / "mailcloak-socketmap"),
-        }
-        config = {
-            "keycloak": realm.config(),
-            "policy": {"domain": ["d1.test", "d2.test"], "recipient_delimiter": "+"},
-            "sqlite": {"path": str(state / "state.db")},
-            "sockets": paths,
-            "daemon": {"user": "nobody"},
-        }
-        daemon = Daemon(home, config)
+        policy = {"domain": ["d1.test", "d2.test"], "recipient_delimiter": "+"}
+        daemon = daemon_behind(instance, group="daemon", keycloak=realm.config(), policy=policy)
         daemon.write_config()
         shutil.chown(daemon.config_path, "root", pwd.getpwnam("nobody").pw_gid)
         daemon.config_path.chmod(0o640)
@@ -1541,7 +1524,6 @@ def whole(instance, dovecot_factory):
             yield daemon, realm, token, ["--postfix-config", instance.config, "--dovecot-config", dovecot.config / "dovecot.conf"]
         finally:
             daemon.close()
-            shutil.rmtree(home)
 
 
 whole_host = pytest.mark.real("postfix", "dovecot", "root")

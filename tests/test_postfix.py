@@ -8,15 +8,14 @@ alone   asks mailcloak and nothing else: neither reject_non_fqdn_* nor reject_un
 import contextlib
 import os
 import re
-import shutil
 import smtplib
 import stat
 import time
 from pathlib import Path
 
 import pytest
-from conftest import USERS, Daemon, running, wait_until
-from real.postfix import PrivatePostfix, envelope, send
+from conftest import USERS, running, wait_until
+from real.postfix import PrivatePostfix, daemon_behind, envelope, send
 
 pytestmark = pytest.mark.real("postfix", "root")
 
@@ -57,20 +56,8 @@ def postfix():
 
 @pytest.fixture(scope="module")
 def running_daemon(postfix):
-    home = postfix.directory / "mailcloak"
-    (home / "state").mkdir(parents=True)
-    shutil.chown(home / "state", "nobody")
-    config = {
-        "static_users": USERS,
-        "policy": {"domain": list(OURS), "recipient_delimiter": "+"},
-        "sqlite": {"path": str(home / "state" / "state.db")},
-        "sockets": {
-            "policy_socket": str(postfix.private / "mailcloak"),
-            "socketmap_socket": str(postfix.private / "mailcloak-socketmap"),
-        },
-        "daemon": {"user": "nobody"},
-    }
-    with running(Daemon(home, config)) as instance:
+    policy = {"domain": list(OURS), "recipient_delimiter": "+"}
+    with running(daemon_behind(postfix, static_users=USERS, policy=policy)) as instance:
         for address, username in ALIASES.items():
             instance.ctl("aliases", "add", address, username)
         instance.ctl("aliases", "disable", "off@d1.test")

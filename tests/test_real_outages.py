@@ -2,17 +2,16 @@
 
 import os
 import re
-import shutil
 import signal
 import smtplib
 import subprocess
 import time
 
 import pytest
-from conftest import Daemon, _find_program, running, wait_until
+from conftest import _find_program, running, wait_until
 from real.keycloak import PASSWORD, PrivateKeycloak, service_client, user
 from real.ldap import PrivateSlapd, federate
-from real.postfix import PrivatePostfix
+from real.postfix import PrivatePostfix, daemon_behind
 from test_outages import DEFER, NOT_OWNED, REJECT, SHORT
 
 pytestmark = [pytest.mark.real("keycloak"), pytest.mark.timeout(180)]
@@ -107,20 +106,8 @@ def postfix():
 @pytest.fixture(scope="module")
 def mail_daemon(mortal_keycloak, postfix):
     """The daemon behind that Postfix, which remembers answers for a moment only."""
-    home = postfix.directory / "mailcloak"
-    (home / "state").mkdir(parents=True)
-    shutil.chown(home / "state", "nobody")
-    config = {
-        "keycloak": block(mortal_keycloak, "load", timeout_seconds=1),
-        "policy": {**SHORT, "disappearance_grace_seconds": 3600},
-        "sqlite": {"path": str(home / "state" / "state.db")},
-        "sockets": {
-            "policy_socket": str(postfix.private / "mailcloak"),
-            "socketmap_socket": str(postfix.private / "mailcloak-socketmap"),
-        },
-        "daemon": {"user": "nobody"},
-    }
-    with running(Daemon(home, config)) as instance:
+    keycloak, policy = block(mortal_keycloak, "load", timeout_seconds=1), {**SHORT, "disappearance_grace_seconds": 3600}
+    with running(daemon_behind(postfix, keycloak=keycloak, policy=policy)) as instance:
         yield instance
 
 

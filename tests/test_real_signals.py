@@ -5,15 +5,14 @@ from __future__ import annotations
 import collections
 import itertools
 import re
-import shutil
 import signal
 import smtplib
 import threading
 import time
 
 import pytest
-from conftest import USERS, Daemon, SocketmapClient, running, wait_until
-from real.postfix import PrivatePostfix, send
+from conftest import USERS, SocketmapClient, running, wait_until
+from real.postfix import PrivatePostfix, daemon_behind, send
 from test_lifecycle import wait_for_self_check
 from test_outages import DEFER, SHORT
 
@@ -218,20 +217,8 @@ def postfix():
 def mail_daemon(postfix, keycloak):
     for username, email in USERS.items():
         keycloak.add_user(username, email)
-    home = postfix.directory / "mailcloak"
-    (home / "state").mkdir(parents=True)
-    shutil.chown(home / "state", "nobody")
-    config = {
-        "keycloak": keycloak.config(),
-        "policy": {"domain": ["d1.test", "d2.test"], "recipient_delimiter": "+"},
-        "sqlite": {"path": str(home / "state" / "state.db")},
-        "sockets": {
-            "policy_socket": str(postfix.private / "mailcloak"),
-            "socketmap_socket": str(postfix.private / "mailcloak-socketmap"),
-        },
-        "daemon": {"user": "nobody"},
-    }
-    with running(Daemon(home, config, level="info")) as instance:
+    policy = {"domain": ["d1.test", "d2.test"], "recipient_delimiter": "+"}
+    with running(daemon_behind(postfix, level="info", keycloak=keycloak.config(), policy=policy)) as instance:
         for address, username in ALIASES.items():
             instance.ctl("aliases", "add", address, username)
         yield instance

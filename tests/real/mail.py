@@ -8,14 +8,13 @@ import hashlib
 import hmac
 import re
 import secrets
-import shutil
 import smtplib
 from typing import NamedTuple
 
-from conftest import Daemon, wait_until
+from conftest import wait_until
 from real.dovecot import PrivateDovecot, make_certificate, new_source
 from real.keycloak import PrivateKeycloak
-from real.postfix import PrivatePostfix, envelope
+from real.postfix import PrivatePostfix, daemon_behind, envelope
 
 DAEMON_USER = "daemon"  # in place of mailcloak: an account that has nothing to do with mail and is on every host
 CACHE_SECONDS = 1  # short, so that tests need not wait long for a change in Keycloak
@@ -41,35 +40,24 @@ class MailHost:
         self.keycloak, self.realm = keycloak, realm
         settings = {"mynetworks": "127.0.0.2/32", **(settings or {})}
         self.postfix = PrivatePostfix(ports=["submission", "submissions"], settings=settings)
-        self.home = self.postfix.directory / "mailcloak"
-        state = self.home / "state"
-        state.mkdir(parents=True)
-        shutil.chown(state, DAEMON_USER, DAEMON_USER)
-        state.chmod(0o2750)  # as the README says
-        self.daemon = Daemon(
-            self.home,
-            {
-                "keycloak": {
-                    "base_url": keycloak.url,
-                    "realm": realm,
-                    "client_id": "mailcloak",
-                    "client_secret": client_secret,
-                    **keycloak_block,
-                },
-                "policy": {
-                    "domain": ["d1.test", "d2.test"],
-                    "recipient_delimiter": "+",
-                    "cache_ttl_seconds": CACHE_SECONDS,
-                    "negative_cache_ttl_seconds": CACHE_SECONDS,
-                    "disappearance_grace_seconds": 0,  # who moves or is deleted is believed at once
-                    **(policy or {}),
-                },
-                "sqlite": {"path": str(state / "state.db")},
-                "sockets": {
-                    "policy_socket": str(self.postfix.private / "mailcloak"),
-                    "socketmap_socket": str(self.postfix.private / "mailcloak-socketmap"),
-                },
-                "daemon": {"user": DAEMON_USER},
+        self.daemon = daemon_behind(
+            self.postfix,
+            user=DAEMON_USER,
+            group=DAEMON_USER,
+            keycloak={
+                "base_url": keycloak.url,
+                "realm": realm,
+                "client_id": "mailcloak",
+                "client_secret": client_secret,
+                **keycloak_block,
+            },
+            policy={
+                "domain": ["d1.test", "d2.test"],
+                "recipient_delimiter": "+",
+                "cache_ttl_seconds": CACHE_SECONDS,
+                "negative_cache_ttl_seconds": CACHE_SECONDS,
+                "disappearance_grace_seconds": 0,  # who moves or is deleted is believed at once
+                **(policy or {}),
             },
         )
         self.dovecot = None

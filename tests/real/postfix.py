@@ -18,7 +18,7 @@ import tempfile
 from pathlib import Path
 from typing import NamedTuple
 
-from conftest import ROOT, wait_until
+from conftest import ROOT, Daemon, wait_until
 
 SAMPLE = ROOT / "examples" / "postfix"
 PATH = os.environ.get("PATH", "") + ":/usr/sbin:/sbin"
@@ -296,6 +296,26 @@ class PrivatePostfix:
         """
         with self.smtp(**options) as client:
             return send(client, sender, *recipients)
+
+
+def daemon_behind(postfix, user="nobody", group=None, level="debug", **blocks):
+    """A daemon, not started yet, whose sockets are where the sample tells this Postfix to look; it keeps its files in Postfix's directory.
+
+    It is to be started as root and becomes user, who owns the directory of the database; group may read there, as Dovecot wants to.
+    blocks are of its configuration.
+    """
+    home = postfix.directory / "mailcloak"
+    state = home / "state"
+    state.mkdir(parents=True)
+    shutil.chown(state, user, group)
+    if group:
+        state.chmod(0o2750)  # as the README says
+    sockets = {
+        "policy_socket": str(postfix.private / "mailcloak"),
+        "socketmap_socket": str(postfix.private / "mailcloak-socketmap"),
+    }
+    config = {"sqlite": {"path": str(state / "state.db")}, "sockets": sockets, "daemon": {"user": user}, **blocks}
+    return Daemon(home, config, level=level)
 
 
 def envelope(client, sender, *recipients):
