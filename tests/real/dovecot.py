@@ -22,8 +22,6 @@ from typing import List, NamedTuple
 from conftest import ROOT, wait_until
 from real.postfix import free_port
 
-SAMPLE = ROOT / "examples" / "dovecot-2.3"
-FILES = ("dovecot.conf", "dovecot-sql.conf.ext", "dovecot-oauth2.conf.ext")
 PATH = os.environ.get("PATH", "") + ":/usr/sbin:/sbin"
 MAIL_USER, MAIL_GROUP = "nobody", "nogroup"  # in place of vmail
 
@@ -76,6 +74,11 @@ class PrivateDovecot:
     file, whose group is what the auth worker gets. changes are pairs of (text of the sample, other text), as its comments tell.
     """
 
+    # What is of this version: the sample, its files, and where it names the account of the mailboxes, as pairs like changes.
+    sample = ROOT / "examples" / "dovecot-2.3"
+    files = ("dovecot.conf", "dovecot-sql.conf.ext", "dovecot-oauth2.conf.ext")
+    accounts = (("uid=vmail gid=vmail", f"uid={MAIL_USER} gid={MAIL_GROUP}"),)
+
     def __init__(self, sockets, realm_url, database, changes=()):
         self.directory = Path(tempfile.mkdtemp(prefix="dc", dir="/tmp"))
         self.directory.chmod(0o755)
@@ -96,19 +99,22 @@ class PrivateDovecot:
             "/etc/dovecot/": f"{self.config}/",
             "/var/spool/postfix/private/": f"{sockets}/",
             "/var/vmail/": f"{self.mail}/",
-            "uid=vmail gid=vmail": f"uid={MAIL_USER} gid={MAIL_GROUP}",
             "port = 993": f"port = {self.port}",
             "extra_groups = mailcloak": f"extra_groups = {Path(database).group()}",
             "/var/lib/mailcloak/state.db": database,
             "https://sso.example.org/realms/mail/": f"{realm_url}/",
         }
-        texts = {name: (SAMPLE / name).read_text(encoding="utf-8") for name in FILES}
-        for old, new in (*changes, *replaced.items()):
+        texts = {name: (self.sample / name).read_text(encoding="utf-8") for name in self.files}
+        for old, new in (*changes, *self.accounts, *replaced.items()):
             assert any(old in text for text in texts.values()), f"the sample has no {old!r}"
             texts = {name: text.replace(old, str(new)) for name, text in texts.items()}
-        texts["dovecot.conf"] = TEST_SETTINGS.format(directory=self.directory) + texts["dovecot.conf"]
+        texts["dovecot.conf"] = self._add_settings(texts["dovecot.conf"], TEST_SETTINGS.format(directory=self.directory))
         for name, text in texts.items():
             (self.config / name).write_text(text, encoding="utf-8")
+
+    @staticmethod
+    def _add_settings(text, settings):
+        return settings + text
 
     # ---- running
 

@@ -9,19 +9,13 @@ import contextlib
 import json
 import secrets
 import shutil
-import ssl
 import subprocess
-import tempfile
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from pathlib import Path
 
 from conftest import ROOT
-from real.dovecot import MAIL_GROUP, MAIL_USER, PATH, TEST_SETTINGS, PrivateDovecot, make_certificate
+from real.dovecot import MAIL_GROUP, MAIL_USER, PATH, PrivateDovecot
 from real.mail import MailHost
-from real.postfix import free_port
-
-SAMPLE = ROOT / "examples" / "dovecot-2.4" / "dovecot.conf"
 
 
 def installed_version():
@@ -37,38 +31,13 @@ def installed_version():
 class PrivateDovecot24(PrivateDovecot):
     """One instance; the arguments are those of PrivateDovecot."""
 
-    def __init__(self, sockets, realm_url, database, changes=()):
-        self.directory = Path(tempfile.mkdtemp(prefix="dc", dir="/tmp"))
-        self.directory.chmod(0o755)
-        self.config = self.directory / "etc"
-        self.mail = self.directory / "mail"
-        self.log_path = self.directory / "dovecot.log"
-        self.port = free_port()
-        self.sockets = Path(sockets)
-        for path in (self.config, self.mail, self.directory / "run", self.directory / "state"):
-            path.mkdir()
-        shutil.chown(self.mail, MAIL_USER, MAIL_GROUP)
-        self.certificate, key = make_certificate(self.config)
-        self.tls = ssl.create_default_context(cafile=str(self.certificate))
-        self.process = None
-        replaced = {
-            "/etc/dovecot/private/dovecot.pem": self.certificate,
-            "/etc/dovecot/private/dovecot.key": key,
-            "/var/spool/postfix/private/": f"{sockets}/",
-            "/var/vmail/": f"{self.mail}/",
-            "uid = vmail": f"uid = {MAIL_USER}",
-            "gid = vmail": f"gid = {MAIL_GROUP}",
-            "port = 993": f"port = {self.port}",
-            "extra_groups = mailcloak": f"extra_groups = {Path(database).group()}",
-            "/var/lib/mailcloak/state.db": database,
-            "https://sso.example.org/realms/mail/": f"{realm_url}/",
-        }
-        text = SAMPLE.read_text(encoding="utf-8")
-        for old, new in (*changes, *replaced.items()):
-            assert old in text, f"the sample has no {old!r}"
-            text = text.replace(old, str(new))
-        text += TEST_SETTINGS.format(directory=self.directory)  # at the end, since dovecot_config_version must come first
-        (self.config / "dovecot.conf").write_text(text, encoding="utf-8")
+    sample = ROOT / "examples" / "dovecot-2.4"
+    files = ("dovecot.conf",)
+    accounts = (("uid = vmail", f"uid = {MAIL_USER}"), ("gid = vmail", f"gid = {MAIL_GROUP}"))
+
+    @staticmethod
+    def _add_settings(text, settings):
+        return text + settings  # dovecot_config_version must come first
 
 
 class UserinfoStandIn:
@@ -121,18 +90,9 @@ class UserinfoStandIn:
 class MailHost24(MailHost):
     """MailHost with Dovecot 2.4 and with a directory of its own, users being username: address pairs."""
 
+    dovecot_class = PrivateDovecot24
+
     def __init__(self, userinfo: UserinfoStandIn, users, changes=()):
         super().__init__(userinfo, "mail", "", changes=changes)
         del self.daemon.config["keycloak"]
         self.daemon.config["static_users"] = users
-
-    def start(self):
-        self.daemon.start()  # makes the database
-        realm_url = f"{self.keycloak.url}/realms/{self.realm}"
-        self.dovecot = PrivateDovecot24(self.postfix.private, realm_url, self.daemon.database, self._changes).start()
-        certificate, key = make_certificate(self.postfix.config)
-        self.postfix.set(smtpd_tls_cert_file=certificate, smtpd_tls_key_file=key)
-        self.tls = self.dovecot.tls
-        self.tls.load_verify_locations(str(certificate))
-        self.postfix.start()
-        return self

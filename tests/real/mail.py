@@ -36,6 +36,8 @@ class MailHost:
     PrivatePostfix.
     """
 
+    dovecot_class = PrivateDovecot
+
     def __init__(self, keycloak: PrivateKeycloak, realm, client_secret, policy=None, changes=(), settings=None, **keycloak_block):
         self.keycloak, self.realm = keycloak, realm
         settings = {"mynetworks": "127.0.0.2/32", **(settings or {})}
@@ -67,7 +69,7 @@ class MailHost:
     def start(self):
         self.daemon.start()  # makes the database
         realm_url = f"{self.keycloak.url}/realms/{self.realm}"
-        self.dovecot = PrivateDovecot(self.postfix.private, realm_url, self.daemon.database, self._changes).start()
+        self.dovecot = self.dovecot_class(self.postfix.private, realm_url, self.daemon.database, self._changes).start()
         certificate, key = make_certificate(self.postfix.config)
         self.postfix.set(smtpd_tls_cert_file=certificate, smtpd_tls_key_file=key)
         self.tls = self.dovecot.tls
