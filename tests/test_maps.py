@@ -5,10 +5,9 @@ from __future__ import annotations
 import json
 import time
 
-import decision_table as table
 import pytest
 from conftest import USERS, SocketmapClient, as_nobody, wait_until
-from test_policy_decisions import _groups, fill_database
+from test_policy_decisions import each_state, start_in_state
 
 import mailcloak
 
@@ -99,18 +98,9 @@ def test_stats_hold_the_last_reload(static_daemon):
 # ---- explain
 
 
-@pytest.mark.parametrize(("state", "rows"), _groups(), ids=lambda value: "" if isinstance(value, list) else str(value))
+@each_state
 def test_explanation_is_of_the_answer_that_is_given(state, rows, make_daemon, keycloak):
-    policy, keycloak_state, database_state = state
-    for username, email, enabled in table.USERS:
-        keycloak.add_user(username, email, enabled)
-    daemon = make_daemon(keycloak=keycloak.config(), policy={**table.POLICY, **dict(policy)}).start()
-    fill_database(daemon.database)
-    if keycloak_state == "down":
-        keycloak.fault = "status-503"
-    if database_state == "broken":
-        daemon.database.write_bytes(b"not a database" * 1000)
-    client = daemon.socketmap()
+    client = start_in_state(state, make_daemon, keycloak).socketmap()
     explained = {}
     for row in rows:
         name, _, key = row.ask.get("query", "").partition(" ")

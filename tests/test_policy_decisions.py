@@ -92,8 +92,11 @@ def _groups():
     return sorted(groups.items(), key=str)
 
 
-@pytest.mark.parametrize(("state", "rows"), _groups(), ids=lambda value: "" if isinstance(value, list) else str(value))
-def test_answers_over_the_wire_are_as_the_table_says(state, rows, make_daemon, keycloak):
+each_state = pytest.mark.parametrize(("state", "rows"), _groups(), ids=lambda value: "" if isinstance(value, list) else str(value))
+
+
+def start_in_state(state, make_daemon, keycloak):
+    """A running daemon on the users, aliases and apps of the table: with this policy, this state of Keycloak and of the database."""
     policy, keycloak_state, database_state = state
     for username, email, enabled in table.USERS:
         keycloak.add_user(username, email, enabled)
@@ -103,6 +106,12 @@ def test_answers_over_the_wire_are_as_the_table_says(state, rows, make_daemon, k
         keycloak.fault = "status-503"
     if database_state == "broken":
         daemon.database.write_bytes(b"not a database" * 1000)
+    return daemon
+
+
+@each_state
+def test_answers_over_the_wire_are_as_the_table_says(state, rows, make_daemon, keycloak):
+    daemon = start_in_state(state, make_daemon, keycloak)
     policy_client, map_client = daemon.policy(), daemon.socketmap()
     answers = {row.id: map_client.ask(row.ask["query"]) if "query" in row.ask else policy_client.ask(**row.ask) for row in rows}
     assert answers == {row.id: row.answer for row in rows}
