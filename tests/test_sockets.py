@@ -503,6 +503,15 @@ def test_every_thread_of_the_daemon_has_given_up_root(make_daemon, short_dir):
         assert {fields[f"Cap{kind}"].strip() for kind in ("Inh", "Prm", "Eff", "Amb")} == {"0" * 16}
 
 
+def become_bin():
+    """Why the daemon would not go on."""
+    try:
+        mailcloak.drop_privileges("bin")
+    except mailcloak.StartError as exc:
+        return str(exc)
+    return "went on"
+
+
 @pytest.mark.real("root")
 @pytest.mark.parametrize("call", ["setresuid", "setresgid", "initgroups"])
 def test_user_that_cannot_be_taken_on_ends_the_start(call):
@@ -511,11 +520,7 @@ def test_user_that_cannot_be_taken_on_ends_the_start(call):
             raise PermissionError(1, "Operation not permitted")
 
         setattr(mailcloak.os, call, refuse)
-        try:
-            mailcloak.drop_privileges("bin")
-        except mailcloak.StartError as exc:
-            return str(exc)
-        return "went on"
+        return become_bin()
 
     assert in_child(drop) == "daemon.user: cannot become 'bin': Operation not permitted"
 
@@ -527,11 +532,7 @@ def test_root_that_could_be_regained_ends_the_start():
     def drop():
         really = os.setresuid
         mailcloak.os.setresuid = lambda real, effective, saved: really(real, effective, 0)
-        try:
-            mailcloak.drop_privileges("bin")
-        except mailcloak.StartError as exc:
-            return str(exc)
-        return "went on"
+        return become_bin()
 
     assert in_child(drop) == "daemon.user: root could be regained after becoming 'bin'"
 
