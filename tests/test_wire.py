@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+from fuzz.stream_checks import drain
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -43,19 +44,6 @@ server_port=25
 
 def netstring(payload):
     return b"%d:%s," % (len(payload), payload)
-
-
-def drain(stream):
-    """(requests, the protocol error that ended them or None) of what the stream holds."""
-    requests = []
-    try:
-        while True:
-            request = stream.next_request()
-            if request is None:
-                return requests, None
-            requests.append(request)
-    except mailcloak.ProtocolError as exc:
-        return requests, str(exc)
 
 
 def feed_in_pieces(stream_class, data, cuts):
