@@ -173,17 +173,23 @@ class PolicyClient:
     def receive(self):
         """The next action, or None when the daemon closed the connection."""
         while b"\n\n" not in self.buffer:
-            try:
-                data = self.socket.recv(65536)
-            except ConnectionResetError:
+            if not self._read_more():
                 return None
-            if not data:
-                assert not self.buffer, f"half an answer: {self.buffer!r}"
-                return None
-            self.buffer += data
         answer, _, self.buffer = self.buffer.partition(b"\n\n")
         assert answer.startswith(b"action=")
         return answer[len(b"action=") :].decode()
+
+    def _read_more(self):
+        """More into the buffer; False when the daemon closed the connection."""
+        try:
+            data = self.socket.recv(65536)
+        except ConnectionResetError:
+            return False
+        if not data:
+            assert not self.buffer, f"half an answer: {self.buffer!r}"
+            return False
+        self.buffer += data
+        return True
 
     def ask(self, **attributes):
         self.send(**attributes)
@@ -205,14 +211,8 @@ class SocketmapClient(PolicyClient):
             digits, colon, rest = self.buffer.partition(b":")
             if colon and len(rest) > int(digits):
                 break
-            try:
-                data = self.socket.recv(65536)
-            except ConnectionResetError:
+            if not self._read_more():
                 return None
-            if not data:
-                assert not self.buffer, f"half an answer: {self.buffer!r}"
-                return None
-            self.buffer += data
         length = int(digits)
         assert rest[length : length + 1] == b","
         self.buffer = rest[length + 1 :]
