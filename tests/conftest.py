@@ -1,18 +1,23 @@
-"""Fixtures: a short directory for sockets, a stand-in for Keycloak, a running daemon, a client for each protocol."""
+"""Fixtures: a short directory for sockets, a stand-in for Keycloak, a running daemon, a client for each protocol, a terminal."""
 
 from __future__ import annotations
 
 import contextlib
 import os
+import pty
 import pwd
+import select
 import shutil
 import signal
 import socket
+import struct
 import subprocess
 import sys
 import tempfile
+import termios
 import time
 from collections import defaultdict
+from fcntl import ioctl
 from pathlib import Path
 
 import pytest
@@ -340,6 +345,50 @@ def run_ctl(*arguments, check=True, **options):
     if check:
         assert result.returncode == 0, result.stderr
     return result
+
+
+class Terminal:
+    """mailcloakctl.py on a terminal of its own, of a size of its own."""
+
+    def __init__(self, *arguments, columns=80, rows=24, **environment):
+        self.output = ""
+        self._pid, self._terminal = pty.fork()
+        if self._pid == 0:
+            signal.signal(signal.SIGINT, signal.SIG_DFL)  # ignored where the tests run in the background
+            ioctl(0, termios.TIOCSWINSZ, struct.pack("4H", rows, columns, 0, 0))
+            inherited = {name: value for name, value in os.environ.items() if name not in ("NO_COLOR", "COLUMNS", "LINES")}
+            command = [sys.executable, str(ROOT / "mailcloakctl.py"), *map(str, arguments)]
+            # not os.execv, which would also hand on what readline has put into the C library's own environment: COLUMNS
+            os.execve(command[0], command, {**inherited, "TERM": "xterm", **environment})
+
+    def read_until(self, is_enough, seconds=30):
+        """All that was shown, when it is enough or the command has ended."""
+        deadline = time.monotonic() + seconds
+        while not is_enough(self.output):
+            assert select.select([self._terminal], [], [], max(0.0, deadline - time.monotonic()))[0], self.output
+            try:
+                data = os.read(self._terminal, 65536)
+            except OSError:  # EIO: the other side is closed
+                data = b""
+            if not data:
+                break
+            self.output += data.decode()
+        return self.output.replace("\r\n", "\n")
+
+    def expect(self, text):
+        """Read until the text has come, once more than before."""
+        start = len(self.output)
+        self.read_until(lambda output: text in output[start:])
+        assert text in self.output[start:], self.output
+
+    def type(self, text):
+        os.write(self._terminal, text.encode())
+
+    def end(self):
+        """(exit code, all that was shown)."""
+        shown = self.read_until(lambda _: False)
+        os.close(self._terminal)
+        return os.waitstatus_to_exitcode(os.waitpid(self._pid, 0)[1]), shown
 
 
 @pytest.fixture

@@ -18,7 +18,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from conftest import ROOT, USERS, as_nobody, run_ctl
+from conftest import ROOT, USERS, Terminal, as_nobody, run_ctl
 from keycloak_stand_in import CLIENT_SECRET, KeycloakStandIn
 from real.dovecot import PrivateDovecot
 from real.dovecot24 import PrivateDovecot24, installed_version
@@ -26,7 +26,7 @@ from real.keycloak import service_client
 from real.keycloak import user as real_user
 from real.postfix import PrivatePostfix, daemon_behind
 from test_ask import FakeDaemon
-from test_status import STATS, Terminal
+from test_status import STATS
 
 import mailcloak
 import mailcloakctl

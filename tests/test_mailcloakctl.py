@@ -11,18 +11,15 @@ import hmac
 import io
 import json
 import os
-import pty
 import pwd
 import re
-import select
-import signal
 import sqlite3
 import subprocess
 import sys
 import time
 
 import pytest
-from conftest import ROOT, as_nobody, run_ctl, wait_until
+from conftest import ROOT, Terminal, as_nobody, run_ctl, wait_until
 
 import mailcloak
 import mailcloakctl
@@ -734,48 +731,13 @@ def test_symlink_in_another_folder_works(ctl, tmp_path):
 # ---- the prompt
 
 
-class Terminal:
-    """The command on a terminal of its own."""
-
-    def __init__(self, *arguments):
-        self.output = ""
-        self._pid, self._terminal = pty.fork()
-        if self._pid == 0:
-            signal.signal(signal.SIGINT, signal.SIG_DFL)  # ignored where the tests run in the background
-            os.execv(sys.executable, [sys.executable, str(ROOT / "mailcloakctl.py"), *map(str, arguments)])
-
-    def expect(self, text):
-        """Read until the text has come, once more than before; None: until the command has ended."""
-        deadline, start = time.monotonic() + 30, len(self.output)
-        while text is None or text not in self.output[start:]:
-            assert select.select([self._terminal], [], [], max(0.0, deadline - time.monotonic()))[0], self.output
-            try:
-                data = os.read(self._terminal, 4096)
-            except OSError:  # EIO: the other side is closed
-                data = b""
-            if not data:
-                assert text is None, self.output
-                return
-            self.output += data.decode()
-
-    def type(self, text):
-        os.write(self._terminal, text.encode())
-
-    def end(self):
-        """The exit code."""
-        self.expect(None)
-        os.close(self._terminal)
-        status = os.waitpid(self._pid, 0)[1]
-        return os.WEXITSTATUS(status) if os.WIFEXITED(status) else -os.WTERMSIG(status)
-
-
 def test_apps_add_on_a_terminal_asks_twice_without_echo(ctl):
     terminal = Terminal("--db", ctl.path, "apps", "add", "printer")
     terminal.expect("token of printer: ")
     terminal.type(TOKEN + "\n")
     terminal.expect("again: ")
     terminal.type(TOKEN + "\n")
-    assert terminal.end() == 0
+    assert terminal.end()[0] == 0
     assert "apps: printer added" in terminal.output
     assert TOKEN not in terminal.output
     assert scram_is_right(ctl.apps()[0][1], TOKEN, 100_000)
@@ -799,7 +761,7 @@ def test_apps_add_on_a_terminal_without_two_equal_tokens_is_refused(filled, firs
     if second:
         terminal.expect("again: ")
         terminal.type(second)
-    assert terminal.end() == 1
+    assert terminal.end()[0] == 1
     assert says in terminal.output
     assert "Traceback" not in terminal.output
     assert TOKEN not in terminal.output

@@ -7,21 +7,13 @@ import contextlib
 import io
 import json
 import os
-import pty
 import re
-import select
-import signal
 import socket
 import sqlite3
-import struct
-import sys
-import termios
-import time
-from fcntl import ioctl
 
 import pytest
 import yaml
-from conftest import ROOT, USERS, as_nobody, run_ctl, wait_until
+from conftest import USERS, Terminal, as_nobody, run_ctl, wait_until
 from prometheus_client.parser import text_string_to_metric_families
 from test_ask import FakeDaemon, config_path, ctl, fake  # noqa: F401  fixtures
 
@@ -488,41 +480,6 @@ def test_flush_is_refused_to_a_user_who_may_only_connect(make_daemon):
 
 
 # ---- terminals
-
-
-class Terminal:
-    """The command on a terminal of its own, of a size of its own."""
-
-    def __init__(self, *arguments, columns=80, rows=24, **environment):
-        self.output = ""
-        self._pid, self._terminal = pty.fork()
-        if self._pid == 0:
-            signal.signal(signal.SIGINT, signal.SIG_DFL)  # ignored where the tests run in the background
-            ioctl(0, termios.TIOCSWINSZ, struct.pack("4H", rows, columns, 0, 0))
-            inherited = {name: value for name, value in os.environ.items() if name not in ("NO_COLOR", "COLUMNS", "LINES")}
-            command = [sys.executable, str(ROOT / "mailcloakctl.py"), *map(str, arguments)]
-            # not os.execv, which would also hand on what readline has put into the C library's own environment: COLUMNS
-            os.execve(command[0], command, {**inherited, "TERM": "xterm", **environment})
-
-    def read_until(self, is_enough, seconds=30):
-        deadline = time.monotonic() + seconds
-        while not is_enough(self.output):
-            assert select.select([self._terminal], [], [], max(0.0, deadline - time.monotonic()))[0], self.output
-            try:
-                data = os.read(self._terminal, 65536)
-            except OSError:  # EIO: the other side is closed
-                break
-            self.output += data.decode()
-        return self.output.replace("\r\n", "\n")
-
-    def type(self, text):
-        os.write(self._terminal, text.encode())
-
-    def end(self):
-        """(exit code, all that was shown)."""
-        shown = self.read_until(lambda _: False)
-        os.close(self._terminal)
-        return os.waitstatus_to_exitcode(os.waitpid(self._pid, 0)[1]), shown
 
 
 def test_table_is_as_wide_as_the_terminal_and_loses_nothing(tmp_path):
