@@ -4,15 +4,9 @@ from __future__ import annotations
 
 import threading
 
+from conftest import Clock
+
 import mailcloak
-
-
-class Clock:
-    def __init__(self):
-        self.now = 1000.0
-
-    def __call__(self):
-        return self.now
 
 
 class PlainCache(mailcloak.Cache):

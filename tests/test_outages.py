@@ -10,7 +10,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
-from conftest import wait_until
+from conftest import Clock, wait_until
 from test_lifecycle import wait_for_self_check
 
 import mailcloak
@@ -27,14 +27,6 @@ SHORT = {
 }
 OWN = {"protocol_state": "MAIL", "sender": "alice@d1.test", "sasl_username": "alice", "sasl_method": "XOAUTH2"}
 OWN_BY_EMAIL = {**OWN, "sasl_username": "alice@d1.test"}
-
-
-class Clock:
-    def __init__(self):
-        self.now = 1000.0
-
-    def __call__(self):
-        return self.now
 
 
 class PlainDirectory:
