@@ -218,13 +218,20 @@ def test_request_that_was_read_is_answered_before_the_end(keycloak_daemon, keycl
     assert keycloak_daemon.process.wait(10) == 0
 
 
-def test_lookup_that_hangs_at_the_end_gets_the_failure_mode_after_three_seconds(make_daemon, keycloak):
+@pytest.fixture
+def hanging(make_daemon, keycloak):
+    """(a daemon, its client): the client's question hangs at Keycloak."""
     daemon = make_daemon(keycloak=keycloak.config(timeout_seconds=30)).start()
     wait_for_self_check(keycloak)
     keycloak.fault = "stall"
     client = daemon.policy()
     client.send(recipient="alice@d1.test")
     wait_until(lambda: keycloak.searches)
+    return daemon, client
+
+
+def test_lookup_that_hangs_at_the_end_gets_the_failure_mode_after_three_seconds(hanging):
+    daemon, client = hanging
     started = time.monotonic()
     daemon.process.terminate()
     assert client.receive() == "451 4.3.0 Temporary authentication/lookup failure"
@@ -233,13 +240,8 @@ def test_lookup_that_hangs_at_the_end_gets_the_failure_mode_after_three_seconds(
     assert time.monotonic() - started < 5
 
 
-def test_second_signal_ends_at_once(make_daemon, keycloak):
-    daemon = make_daemon(keycloak=keycloak.config(timeout_seconds=30)).start()
-    wait_for_self_check(keycloak)
-    keycloak.fault = "stall"
-    client = daemon.policy()
-    client.send(recipient="alice@d1.test")
-    wait_until(lambda: keycloak.searches)
+def test_second_signal_ends_at_once(hanging):
+    daemon, _ = hanging
     daemon.process.terminate()
     daemon.wait_for_log("daemon: stopping")
     started = time.monotonic()
