@@ -23,6 +23,7 @@ from typing import Any, Callable, Dict, NamedTuple, Tuple
 
 import pytest
 from conftest import ROOT, USERS, wait_until
+from test_lifecycle import nobody_daemon
 from test_mailcloakctl import has_open
 
 import mailcloak
@@ -789,14 +790,9 @@ def test_daemon_started_on_a_file_it_cannot_use_serves_when_it_is_back(make_daem
     assert_change_counts_at_once(daemon, kept)
 
 
-def nobody_daemon(make_daemon):
-    """A daemon that becomes nobody, with the stock in a database of nobody's."""
-    daemon = make_daemon(static_users=USERS, daemon={"user": "nobody"})
-    state = daemon.directory / "state"
-    state.mkdir()
-    shutil.chown(state, "nobody", "nogroup")
-    daemon.config["sqlite"]["path"] = str(state / "state.db")
-    daemon.start()
+def start_as_nobody(make_daemon):
+    """A running daemon that became nobody, with the stock in a database of nobody's."""
+    daemon = nobody_daemon(make_daemon).start()
     sql(daemon.database, *STOCK)
     return daemon
 
@@ -804,7 +800,7 @@ def nobody_daemon(make_daemon):
 @root_only
 @pytest.mark.parametrize("what", ["file", "directory"])
 def test_file_that_its_user_may_not_read_is_a_temporary_failure_until_he_may(make_daemon, what):
-    daemon = nobody_daemon(make_daemon)
+    daemon = start_as_nobody(make_daemon)
     kept = Kept(daemon)
     assert kept.ask_twice() == GOOD
     path = daemon.database if what == "file" else daemon.database.parent
@@ -824,7 +820,7 @@ def test_file_that_its_user_may_not_read_is_a_temporary_failure_until_he_may(mak
 
 @root_only
 def test_file_that_root_restored_as_his_own_is_a_temporary_failure_until_it_is_given_back(make_daemon):
-    daemon = nobody_daemon(make_daemon)
+    daemon = start_as_nobody(make_daemon)
     kept = Kept(daemon)
     assert kept.ask_twice() == GOOD
     copy_by_rename(daemon.database, daemon.database)
