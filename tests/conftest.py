@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import pty
 import pwd
@@ -143,13 +144,22 @@ def running(server):
         server.close()
 
 
-@pytest.fixture
-def short_dir():
+@contextlib.contextmanager
+def short_directory():
     """A directory whose path leaves room in sun_path, whatever the test's name; other users may look into it."""
     path = tempfile.mkdtemp(prefix="mc", dir="/tmp")
     os.chmod(path, 0o755)
-    yield Path(path)
-    shutil.rmtree(path, ignore_errors=True)
+    try:
+        yield Path(path)
+    finally:
+        shutil.rmtree(path, ignore_errors=True)
+
+
+@pytest.fixture
+def short_dir():
+    """A short_directory() for one test."""
+    with short_directory() as path:
+        yield path
 
 
 @pytest.fixture
@@ -401,31 +411,31 @@ class Terminal:
         return os.waitstatus_to_exitcode(os.waitpid(self._pid, 0)[1]), shown
 
 
+def config_in(directory, **blocks):
+    """A configuration for a daemon in this directory; blocks given are merged over the defaults, None takes a block out."""
+    config = {
+        "policy": {"domain": ["d1.test", "d2.test"], "recipient_delimiter": "+"},
+        "sqlite": {"path": str(directory / "state.db")},
+        "sockets": {
+            "policy_socket": str(directory / "policy"),
+            "socketmap_socket": str(directory / "socketmap"),
+            "socket_owner_user": pwd.getpwuid(os.geteuid()).pw_name,
+            "socket_owner_group": "",
+        },
+        "daemon": {"user": ""},
+    }
+    for name, block in blocks.items():
+        if isinstance(block, dict) and name != "static_users":
+            config[name] = {**config.get(name, {}), **block}
+        else:
+            config[name] = block
+    return {name: block for name, block in config.items() if block is not None}
+
+
 @pytest.fixture
 def make_config(short_dir):
-    """A configuration for a daemon in short_dir; blocks given are merged over the defaults, None takes a block out."""
-
-    def make(directory=None, **blocks):
-        directory = Path(directory or short_dir)
-        config = {
-            "policy": {"domain": ["d1.test", "d2.test"], "recipient_delimiter": "+"},
-            "sqlite": {"path": str(directory / "state.db")},
-            "sockets": {
-                "policy_socket": str(directory / "policy"),
-                "socketmap_socket": str(directory / "socketmap"),
-                "socket_owner_user": pwd.getpwuid(os.geteuid()).pw_name,
-                "socket_owner_group": "",
-            },
-            "daemon": {"user": ""},
-        }
-        for name, block in blocks.items():
-            if isinstance(block, dict) and name != "static_users":
-                config[name] = {**config.get(name, {}), **block}
-            else:
-                config[name] = block
-        return {name: block for name, block in config.items() if block is not None}
-
-    return make
+    """A factory of configurations for daemons in short_dir."""
+    return functools.partial(config_in, short_dir)
 
 
 @pytest.fixture

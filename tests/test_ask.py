@@ -7,18 +7,14 @@ import contextlib
 import io
 import json
 import os
-import pwd
 import re
-import shutil
 import socket
-import tempfile
 import threading
 import time
-from pathlib import Path
 
 import pytest
 import yaml
-from conftest import ROOT, USERS, Daemon, as_nobody, run_ctl
+from conftest import ROOT, USERS, Daemon, as_nobody, config_in, run_ctl, running, short_directory
 from keycloak_stand_in import KeycloakStandIn
 
 import mailcloakctl
@@ -443,34 +439,15 @@ ASKED = {
 @pytest.fixture(scope="module")
 def filled_daemon():
     """A running daemon on the stand-in, with an alias and an app."""
-    directory = Path(tempfile.mkdtemp(prefix="mc", dir="/tmp"))
-    with KeycloakStandIn() as keycloak:
+    with short_directory() as directory, KeycloakStandIn() as keycloak:
         for username, email in USERS.items():
             keycloak.add_user(username, email)
-        config = {
-            "keycloak": keycloak.config(),
-            "policy": {"domain": ["d1.test", "d2.test"], "recipient_delimiter": "+"},
-            "sqlite": {"path": str(directory / "state.db")},
-            "sockets": {
-                "policy_socket": str(directory / "policy"),
-                "socketmap_socket": str(directory / "socketmap"),
-                "socket_owner_user": pwd.getpwuid(os.geteuid()).pw_name,
-                "socket_owner_group": "",
-                "socket_mode": "0666",
-            },
-            "daemon": {"user": ""},
-        }
-        daemon = Daemon(directory, config)
-        directory.chmod(0o755)
-        try:
-            daemon.start()
+        config = config_in(directory, keycloak=keycloak.config(), sockets={"socket_mode": "0666"})
+        with running(Daemon(directory, config)) as daemon:
             daemon.ctl("aliases", "add", "info@d1.test", "alice")
             daemon.ctl("apps", "add", "printer", "--generate")
             daemon.ctl("apps", "allow", "printer", "scan@d1.test")
             yield daemon
-        finally:
-            daemon.close()
-            shutil.rmtree(directory)
 
 
 @pytest.mark.parametrize(("arguments", "answer", "reason", "leads_to"), ASKED.values(), ids=ASKED)
