@@ -14,17 +14,8 @@ import pytest
 from conftest import running
 from real.dovecot24 import MailHost24, UserinfoStandIn, installed_version
 from real.mail import DAEMON_USER, PASSWORD_MECHANISMS, TOKEN_MECHANISMS, initial_response, log_in, send
-from test_real_mail import (
-    FORGED,
-    NO_SUCH_USER,
-    NOT_OWNED,
-    WRONG_LOGIN,
-    expected,
-    login_code,
-    login_codes,
-    refusal,
-    set_app,
-)
+from real.postfix import FORGED, NO_SUCH_USER, expected, refusal
+from test_real_mail import NOT_OWNED, WRONG_LOGIN, login_code, login_codes, set_app
 
 __test__ = installed_version() >= (2, 4)  # an older Dovecot does not understand the sample
 pytestmark = [pytest.mark.real("postfix", "dovecot", "root"), pytest.mark.timeout(180)]

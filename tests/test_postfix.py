@@ -15,15 +15,13 @@ from pathlib import Path
 
 import pytest
 from conftest import USERS, running, wait_until
-from real.postfix import PrivatePostfix, daemon_behind, envelope, send
+from real.postfix import FORGED, NO_SUCH_USER, PrivatePostfix, daemon_behind, envelope, expected, send
 
 pytestmark = pytest.mark.real("postfix", "root")
 
 TRUSTED = "127.0.0.2"  # in mynetworks, while 127.0.0.1 is not
 OURS = ("d1.test", "d2.test")
 ALIASES = {"info@d1.test": "alice", "news@d2.test": "bob", "postmaster@d1.test": "alice", "off@d1.test": "bob"}  # off is disabled
-NO_SUCH_USER = (550, "5.1.1 <{}>: Recipient address rejected: No such user")
-FORGED = (553, "5.7.1 <{}>: Sender address rejected: Sending from local domains requires authentication")
 UNAVAILABLE = (451, "4.3.0 <{}>: Sender address rejected: Temporary lookup failure")
 
 SERVICES = """\
@@ -85,20 +83,6 @@ def configure(postfix):
     postfix.restart()
 
 
-def refusal(postfix, sender, *recipients, **options):
-    """The code and text of the refusal that a message meets; None if it is taken."""
-    try:
-        postfix.send(sender, *recipients, **options)
-    except smtplib.SMTPResponseException as exc:
-        return exc.smtp_code, exc.smtp_error
-    return None
-
-
-def expected(answer, address):
-    code, text = answer
-    return code, text.format(address)
-
-
 # ---- Recipients
 
 
@@ -135,7 +119,7 @@ def test_recipient_with_an_owner_is_delivered_to_the_mailbox(postfix, daemon, se
 )
 @pytest.mark.parametrize("source", [pytest.param("127.0.0.1", id="any-client"), pytest.param(TRUSTED, id="client-in-mynetworks")])
 def test_recipient_without_an_owner_is_refused_by_its_name(postfix, daemon, recipient, source):
-    assert refusal(postfix, "x@elsewhere.test", recipient, source=source) == expected(NO_SUCH_USER, recipient)
+    assert postfix.refusal("x@elsewhere.test", recipient, source=source) == expected(NO_SUCH_USER, recipient)
 
 
 def test_refused_recipient_leaves_the_others_of_the_message(postfix, daemon):
@@ -148,7 +132,7 @@ def test_refused_recipient_leaves_the_others_of_the_message(postfix, daemon):
 
 
 def test_relay_attempt_is_refused_by_postfix(postfix, daemon):
-    assert refusal(postfix, "x@elsewhere.test", "y@third.test") == (554, "5.7.1 <y@third.test>: Relay access denied")
+    assert postfix.refusal("x@elsewhere.test", "y@third.test") == (554, "5.7.1 <y@third.test>: Relay access denied")
 
 
 def test_client_in_mynetworks_may_relay(postfix, daemon):
@@ -170,18 +154,18 @@ def test_odd_character_in_a_recipient_is_refused_for_good_and_at_once(postfix, d
 
 @pytest.mark.parametrize("sender", ["bob@d1.test", "Bob@D1.TEST", "bob+tag@d1.test", "info@d1.test", "stranger@d2.test"])
 def test_local_sender_without_login_is_refused_by_its_name(postfix, daemon, sender):
-    assert refusal(postfix, sender, "alice@d1.test") == expected(FORGED, sender)
+    assert postfix.refusal(sender, "alice@d1.test") == expected(FORGED, sender)
 
 
 def test_mynetworks_is_not_exempt_from_the_sender_part_by_default(postfix, daemon):
-    assert refusal(postfix, "bob@d1.test", "alice@d1.test", source=TRUSTED) == expected(FORGED, "bob@d1.test")
+    assert postfix.refusal("bob@d1.test", "alice@d1.test", source=TRUSTED) == expected(FORGED, "bob@d1.test")
 
 
 def test_mynetworks_with_permit_mynetworks_uncommented_is_exempt_from_the_sender_part_alone(postfix, daemon, configure):
     configure("permit_mynetworks,")
-    assert refusal(postfix, "bob@d1.test", "alice@d1.test", source=TRUSTED) is None
-    assert refusal(postfix, "bob@d1.test", "stranger@d1.test", source=TRUSTED) == expected(NO_SUCH_USER, "stranger@d1.test")
-    assert refusal(postfix, "bob@d1.test", "alice@d1.test") == expected(FORGED, "bob@d1.test")
+    assert postfix.refusal("bob@d1.test", "alice@d1.test", source=TRUSTED) is None
+    assert postfix.refusal("bob@d1.test", "stranger@d1.test", source=TRUSTED) == expected(NO_SUCH_USER, "stranger@d1.test")
+    assert postfix.refusal("bob@d1.test", "alice@d1.test") == expected(FORGED, "bob@d1.test")
 
 
 # ---- Forms of an address that Postfix rewrites after the policy service has seen them. {} is the user; the id is the form.
@@ -356,7 +340,7 @@ def test_database_gone_defers_aliases_until_it_is_back(postfix, daemon, table):
         code, value, message = postfix.postmap("info@d1.test", table)
         assert (code, value) == (1, "")
         assert "database not usable" in message
-        answer = refusal(postfix, "x@elsewhere.test", "info@d1.test")
+        answer = postfix.refusal("x@elsewhere.test", "info@d1.test")
         assert answer == (451, "4.3.0 <info@d1.test>: Recipient address rejected: Temporary internal error")
     finally:
         away.rename(daemon.database)
@@ -416,13 +400,13 @@ def test_message_whose_recipient_was_taken_before_a_daemon_restart_is_delivered(
 @pytest.mark.parametrize("recipient", ["bob@d1.test", "info@d1.test", "stranger@d1.test"])
 def test_daemon_stopped_defers_every_recipient(postfix, daemon, recipient):
     daemon.stop()
-    assert refusal(postfix, "x@elsewhere.test", recipient) == expected(UNAVAILABLE, "x@elsewhere.test")
+    assert postfix.refusal("x@elsewhere.test", recipient) == expected(UNAVAILABLE, "x@elsewhere.test")
 
 
 def test_daemon_stopped_defers_the_recipient_also_where_the_sender_is_exempt(postfix, daemon, configure):
     configure("permit_mynetworks,")
     daemon.stop()
-    answer = refusal(postfix, "x@elsewhere.test", "bob@d1.test", source=TRUSTED)
+    answer = postfix.refusal("x@elsewhere.test", "bob@d1.test", source=TRUSTED)
     assert answer == (451, "4.3.0 <bob@d1.test>: Recipient address rejected: Temporary lookup failure")
 
 
@@ -433,7 +417,7 @@ def test_warn_if_reject_uncommented_refuses_nothing_and_logs_what_it_would_have(
     configure("warn_if_reject", commented=["virtual_alias_maps"])
     already = len(postfix.log())
     assert delivered_to(postfix, "stranger@d1.test") == "stranger@d1.test"
-    assert refusal(postfix, "bob@d1.test", "alice@d1.test") is None
+    assert postfix.refusal("bob@d1.test", "alice@d1.test") is None
     daemon.stop()
     assert delivered_to(postfix, "bob@d1.test") == "bob@d1.test"
     warnings = re.findall(r"reject_warning: RCPT from \S+: (\d+ \S+ <.*?>: .*?);", postfix.log()[already:])
@@ -445,7 +429,7 @@ def test_warn_if_reject_uncommented_refuses_nothing_and_logs_what_it_would_have(
 def test_sample_works_without_chroot_as_with_it(postfix, daemon, configure):
     configure(chroot="n")
     assert delivered_to(postfix, "info@d1.test") == "alice@d1.test"
-    assert refusal(postfix, "x@elsewhere.test", "stranger@d1.test") == expected(NO_SUCH_USER, "stranger@d1.test")
+    assert postfix.refusal("x@elsewhere.test", "stranger@d1.test") == expected(NO_SUCH_USER, "stranger@d1.test")
 
 
 def test_sample_is_taken_by_postfix_without_a_complaint(postfix):

@@ -28,6 +28,7 @@ from real.mail import (
     log_in,
     send,
 )
+from real.postfix import FORGED, NO_SUCH_USER, expected, refusal
 
 pytestmark = [pytest.mark.real("postfix", "dovecot", "keycloak", "root"), pytest.mark.timeout(180)]
 
@@ -45,8 +46,6 @@ USERS = [
 ]
 CROWD = [f"user{number:02}@d{number % 2 + 1}.test" for number in range(50)]
 ALIASES = {"info@d1.test": "alice", "news@d2.test": "bob", "taken@d1.test": "bob"}
-NO_SUCH_USER = (550, "5.1.1 <{}>: Recipient address rejected: No such user")
-FORGED = (553, "5.7.1 <{}>: Sender address rejected: Sending from local domains requires authentication")
 NOT_OWNED = (553, "5.7.1 <{}>: Sender address rejected: Sender not owned by authenticated user")
 NO_RELAY = (554, "5.7.1 <{}>: Relay access denied")
 WRONG_LOGIN = 535
@@ -100,20 +99,6 @@ def daemon_state(request, host):
     yield request.param
     if host.daemon.process.poll() is not None:
         host.daemon.start()
-
-
-def refusal(client, sender, *recipients):
-    """Code and text of the refusal that a message meets over this connection; None if it is taken."""
-    try:
-        send(client, sender, *recipients)
-    except smtplib.SMTPResponseException as exc:
-        return exc.smtp_code, exc.smtp_error
-    return None
-
-
-def expected(answer, address):
-    code, text = answer
-    return code, text.format(address)
 
 
 def login_code(host, mechanism, username, secret, **options):

@@ -3,7 +3,6 @@
 import os
 import re
 import signal
-import smtplib
 import subprocess
 import time
 
@@ -113,11 +112,8 @@ def mail_daemon(mortal_keycloak, postfix):
 
 def refusal_code(postfix, recipient):
     """The code by which Postfix refuses a recipient; None if it takes him."""
-    try:
-        postfix.send("sender@elsewhere.test", recipient)
-    except smtplib.SMTPResponseException as exc:
-        return exc.smtp_code
-    return None
+    refusal = postfix.refusal("sender@elsewhere.test", recipient)
+    return refusal[0] if refusal else None
 
 
 def count_log(daemon, text):

@@ -12,9 +12,10 @@ import smtplib
 from typing import NamedTuple
 
 from conftest import wait_until
+from real import postfix
 from real.dovecot import PrivateDovecot, make_certificate, new_source
 from real.keycloak import PrivateKeycloak
-from real.postfix import PrivatePostfix, daemon_behind, envelope
+from real.postfix import PrivatePostfix, daemon_behind
 
 DAEMON_USER = "daemon"  # in place of mailcloak: an account that has nothing to do with mail and is on every host
 CACHE_SECONDS = 1  # short, so that tests need not wait long for a change in Keycloak
@@ -148,11 +149,8 @@ class MailHost:
 
 def send(client, sender, *recipients):
     """A message over a connection that is there; the marker by which it is found again. The first refusal is raised."""
-    envelope(client, sender, *recipients)
     marker = secrets.token_hex(8)
-    code, text = client.data(f"Subject: test\r\nX-Marker: {marker}\r\n\r\ntest\r\n")
-    if code != 250:
-        raise smtplib.SMTPResponseException(code, text.decode())
+    postfix.send(client, sender, *recipients, headers=f"X-Marker: {marker}\r\n")
     return marker
 
 

@@ -83,6 +83,11 @@ def free_port():
         return probe.getsockname()[1]
 
 
+# Refusals as a client reads them, {} being the address.
+NO_SUCH_USER = (550, "5.1.1 <{}>: Recipient address rejected: No such user")
+FORGED = (553, "5.7.1 <{}>: Sender address rejected: Sending from local domains requires authentication")
+
+
 class Delivery(NamedTuple):
     """A line of the log that says what became of a recipient; orig_to is "" where nothing was rewritten."""
 
@@ -297,6 +302,11 @@ class PrivatePostfix:
         with self.smtp(**options) as client:
             return send(client, sender, *recipients)
 
+    def refusal(self, sender, *recipients, **options):
+        """Code and text of the refusal that a message meets; None if it is taken."""
+        with self.smtp(**options) as client:
+            return refusal(client, sender, *recipients)
+
 
 def daemon_behind(postfix, user="nobody", group=None, level="debug", **blocks):
     """A daemon, not started yet, whose sockets are where the sample tells this Postfix to look; it keeps its files in Postfix's directory.
@@ -327,10 +337,25 @@ def envelope(client, sender, *recipients):
             raise smtplib.SMTPResponseException(code, text.decode(errors="replace"))
 
 
-def send(client, sender, *recipients):
+def send(client, sender, *recipients, headers=""):
     """A message over a connection that is there; its queue id."""
     envelope(client, sender, *recipients)
-    code, text = client.data("Subject: test\r\n\r\ntest\r\n")
+    code, text = client.data(f"Subject: test\r\n{headers}\r\ntest\r\n")
     if code != 250:
         raise smtplib.SMTPResponseException(code, text.decode())
     return re.search(r"queued as (\w+)", text.decode()).group(1)
+
+
+def refusal(client, sender, *recipients):
+    """Code and text of the refusal that a message meets over this connection; None if it is taken."""
+    try:
+        send(client, sender, *recipients)
+    except smtplib.SMTPResponseException as exc:
+        return exc.smtp_code, exc.smtp_error
+    return None
+
+
+def expected(answer, address):
+    """The refusal that names this address, as refusal() gives it."""
+    code, text = answer
+    return code, text.format(address)
