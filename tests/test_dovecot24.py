@@ -15,7 +15,7 @@ from conftest import running
 from real.dovecot24 import MailHost24, UserinfoStandIn, installed_version
 from real.mail import DAEMON_USER, PASSWORD_MECHANISMS, TOKEN_MECHANISMS, initial_response, log_in, send
 from real.postfix import FORGED, NO_SUCH_USER, expected, refusal
-from test_real_mail import NOT_OWNED, WRONG_LOGIN, login_code, login_codes, set_app
+from test_real_mail import NOT_OWNED, WRONG_LOGIN, assert_only_one_receives, login_code, login_codes, set_app
 
 __test__ = installed_version() >= (2, 4)  # an older Dovecot does not understand the sample
 pytestmark = [pytest.mark.real("postfix", "dovecot", "root"), pytest.mark.timeout(180)]
@@ -255,10 +255,7 @@ def changed_host(userinfo):
     ],
 )
 def test_user_whose_username_is_his_address_receives_and_nobody_else_does(changed_host, recipient, username, other):
-    with changed_host.postfix.smtp() as client:
-        marker = send(client, "x@elsewhere.test", recipient)
-    assert changed_host.read(username, marker)
-    assert not changed_host.holds(other, marker)
+    assert_only_one_receives(changed_host, recipient, username, other)
 
 
 @pytest.mark.parametrize("mechanism", ["PLAIN", "LOGIN", "SCRAM-SHA-256"])
