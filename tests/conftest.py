@@ -178,6 +178,16 @@ def real_keycloak():
         yield server
 
 
+@pytest.fixture(params=["daemon-running", "daemon-stopped"])
+def daemon_state(request, host):
+    """For a module with a mail host as its fixture: Dovecot checks apps by itself, with mailcloak or without."""
+    if request.param == "daemon-stopped":
+        host.daemon.stop()
+    yield request.param
+    if host.daemon.process.poll() is not None:
+        host.daemon.start()
+
+
 class PolicyClient:
     """A connection of the policy protocol, kept open from request to request as Postfix does."""
 

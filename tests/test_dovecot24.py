@@ -53,16 +53,6 @@ def new_app(host):
         host.daemon.ctl("apps", "del", app_id)
 
 
-@pytest.fixture(params=["daemon-running", "daemon-stopped"])
-def daemon_state(request, host):
-    """Dovecot checks apps by itself, with mailcloak or without."""
-    if request.param == "daemon-stopped":
-        host.daemon.stop()
-    yield request.param
-    if host.daemon.process.poll() is not None:
-        host.daemon.start()
-
-
 def test_samples_are_taken_by_postfix_and_dovecot_without_a_complaint(host):
     assert host.postfix.complaints() == ""
     assert host.dovecot.complaints() == ""

@@ -91,16 +91,6 @@ def new_app(host):
         host.daemon.ctl("apps", "del", app_id, check=False)
 
 
-@pytest.fixture(params=["daemon-running", "daemon-stopped"])
-def daemon_state(request, host):
-    """Dovecot checks apps by itself, with mailcloak or without."""
-    if request.param == "daemon-stopped":
-        host.daemon.stop()
-    yield request.param
-    if host.daemon.process.poll() is not None:
-        host.daemon.start()
-
-
 def login_code(host, mechanism, username, secret, **options):
     """What Postfix says to AUTH: 235 or the code of the refusal."""
     with host.submission() as client:
