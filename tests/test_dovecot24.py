@@ -13,9 +13,17 @@ import time
 import pytest
 from conftest import running
 from real.dovecot24 import MailHost24, UserinfoStandIn, installed_version
-from real.mail import DAEMON_USER, PASSWORD_MECHANISMS, TOKEN_MECHANISMS, initial_response, log_in, send
+from real.mail import PASSWORD_MECHANISMS, TOKEN_MECHANISMS, initial_response, log_in, send
 from real.postfix import FORGED, NO_SUCH_USER, expected, refusal
-from test_real_mail import NOT_OWNED, WRONG_LOGIN, assert_only_one_receives, login_code, login_codes, set_app
+from test_real_mail import (
+    NOT_OWNED,
+    WRONG_LOGIN,
+    assert_auth_processes_only_read_the_database,
+    assert_only_one_receives,
+    login_code,
+    login_codes,
+    set_app,
+)
 
 __test__ = installed_version() >= (2, 4)  # an older Dovecot does not understand the sample
 pytestmark = [pytest.mark.real("postfix", "dovecot", "root"), pytest.mark.timeout(180)]
@@ -59,14 +67,7 @@ def test_samples_are_taken_by_postfix_and_dovecot_without_a_complaint(host):
 
 
 def test_auth_processes_run_as_a_user_that_can_read_the_database_and_not_write_it(host):
-    path = host.daemon.database
-    assert login_code(host, "PLAIN", "printer", host.passwords["printer"]) == 235  # so that there is a worker
-    processes = host.dovecot.processes("dovecot/auth")
-    workers = [process for process in processes if process.command.endswith(" -w")]
-    assert 0 < len(workers) < len(processes)
-    assert all(process.uid not in (0, path.stat().st_uid) for process in processes)
-    assert all(path.stat().st_gid in process.groups for process in workers)
-    assert (path.stat().st_mode & 0o777, path.parent.stat().st_mode & 0o7777, path.owner()) == (0o640, 0o2750, DAEMON_USER)
+    assert_auth_processes_only_read_the_database(host)
 
 
 def test_database_that_is_gone_is_not_made_by_a_worker_that_could_write_it(userinfo):

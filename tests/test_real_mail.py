@@ -91,6 +91,19 @@ def new_app(host):
         host.daemon.ctl("apps", "del", app_id, check=False)
 
 
+def assert_auth_processes_only_read_the_database(host):
+    """By their users and groups, and by owners and modes of the file and its directory."""
+    assert login_code(host, "PLAIN", "printer", host.passwords["printer"]) == 235  # so that there is a worker
+    path = host.daemon.database
+    processes = host.dovecot.processes("dovecot/auth")
+    workers = [process for process in processes if process.command.endswith(" -w")]
+    assert 0 < len(workers) < len(processes)
+    assert all(process.uid not in (0, path.stat().st_uid) for process in processes)
+    assert all(path.stat().st_gid in process.groups for process in workers)
+    assert (path.stat().st_mode & 0o777, path.parent.stat().st_mode & 0o7777) == (0o640, 0o2750)
+    assert (path.owner(), path.parent.owner()) == (DAEMON_USER, DAEMON_USER)
+
+
 def login_code(host, mechanism, username, secret, **options):
     """What Postfix says to AUTH: 235 or the code of the refusal."""
     with host.submission() as client:
@@ -133,15 +146,7 @@ def test_setup_of_the_client_gives_it_view_users_alone_and_may_be_repeated(host,
 
 
 def test_auth_processes_run_as_a_user_that_can_read_the_database_and_not_write_it(host):
-    assert login_code(host, "PLAIN", "printer", host.passwords["printer"]) == 235  # so that there is a worker
-    path = host.daemon.database
-    processes = host.dovecot.processes("dovecot/auth")
-    workers = [process for process in processes if process.command.endswith(" -w")]
-    assert 0 < len(workers) < len(processes)
-    assert all(process.uid not in (0, path.stat().st_uid) for process in processes)
-    assert all(path.stat().st_gid in process.groups for process in workers)
-    assert (path.stat().st_mode & 0o777, path.parent.stat().st_mode & 0o7777) == (0o640, 0o2750)
-    assert (path.owner(), path.parent.owner()) == (DAEMON_USER, DAEMON_USER)
+    assert_auth_processes_only_read_the_database(host)
 
 
 def test_submission_ports_let_nobody_send_without_a_login(host):
