@@ -969,19 +969,26 @@ def _create_database_file(path: str) -> bool:
     return True
 
 
+def last_known_path(database_path: str) -> str:
+    """Of the file that LastKnown keeps beside the database."""
+    return os.path.join(os.path.dirname(database_path), "last-known.db")
+
+
 def prepare_database(path: str, busy_seconds: float, *, create: bool = True) -> str:
     """Create the file with its schema if it is missing, migrate an older one; says what was done, "" if nothing.
 
     Raises StartError where it cannot be made or belongs to a newer mailcloak; DatabaseUnavailable where it is there and cannot be used,
-    or is missing and must not be created.
+    or is missing and must not be created: a new one in place of a lost one would refuse the mail of every alias.
     """
-    if create and not os.path.lexists(path) and _create_database(path):
-        return "created"
+    lost = f"restore it from a backup; only where there was none of worth, remove it and {last_known_path(path)!r}: then a new one is made"
+    if create and not os.path.lexists(path):
+        if os.path.exists(last_known_path(path)):
+            raise DatabaseUnavailable(f"database: {path!r} is missing, though a daemon has run on it: {lost}")
+        if _create_database(path):
+            return "created"
     try:
-        if os.stat(path).st_size == 0:  # somebody has emptied it, and a new one in its place would say that there are no aliases
-            raise DatabaseUnavailable(
-                f"database: {path!r} is empty: restore it from a backup, or remove it so that a new one is made"
-            )
+        if os.stat(path).st_size == 0:  # somebody has emptied it
+            raise DatabaseUnavailable(f"database: {path!r} is empty: {lost}")
         with contextlib.closing(connect_database(path, busy_seconds)) as connection:
             version = connection.execute("PRAGMA user_version").fetchone()[0]
             if version > SCHEMA_VERSION:
@@ -1095,9 +1102,11 @@ class Database:
         """Raise DatabaseUnavailable if a question could not be answered now."""
         self._rows("SELECT 1 FROM aliases, apps, app_from LIMIT 1", ())
 
-    @property
     def works(self) -> bool:
-        """Was the last question answered?"""
+        """Are questions answered? Tried again where the last one was not, so that a fault counts no longer than it lasts."""
+        if self._fails:
+            with contextlib.suppress(DatabaseUnavailable):
+                self.check()
         return not self._fails
 
     def state(self) -> Optional[FileState]:
@@ -1244,11 +1253,11 @@ class LastKnown:
         self._write_now(statements)
 
     def forget(self, names: Optional[Iterable[str]]) -> None:
-        """Forget what is known by these addresses and logins, and the logins of these users; None forgets all."""
+        """Forget what is known by these addresses and logins, and of the users of these names; None forgets all."""
         if names is None:
             self._write_now([("DELETE FROM known", ())])
         else:
-            statement = "DELETE FROM known WHERE name = ? OR (kind = 'login' AND usernames = ?)"
+            statement = "DELETE FROM known WHERE name = ? OR instr(' ' || usernames || ' ', ' ' || ? || ' ')"
             self._write_now([(statement, (name, name)) for name in names])
 
     def _write_now(self, statements: _Statements) -> None:
@@ -1585,7 +1594,7 @@ class KeycloakApi:
             with contextlib.suppress(DirectoryUnavailable, AttributeError, TypeError):
                 error = self._json(body).get("error")
                 reason = f" {error}" if error in TOKEN_ERRORS else ""
-            remedy = "check keycloak.client_id and keycloak.client_secret"
+            remedy = "check keycloak.client_id and keycloak.client_secret and that the client has Service accounts roles on"
             raise DirectoryMisconfigured(self.message(f"token refused (HTTP {status}{reason}), {remedy}"))
         if status != 200:
             raise DirectoryUnavailable(self.message(f"no token (HTTP {status})"))
@@ -2038,22 +2047,21 @@ class CachedDirectory:
         return True
 
     def forget(self, address: Optional[str]) -> int:
-        """Forget what is known of this address or login, and of the users who have it, on disk too; None forgets all.
+        """Forget all that is known of the users whom this address, with an extension or without, or login means, on disk too.
 
-        Returns how many answers these were.
+        None forgets everybody. Returns how many answers these were.
         """
         if address is None:
             if self._last_known:
                 self._last_known.forget(None)
             return self._cache.forget(lambda key, entry: True)
-        entries = filter(None, (self._cache.get((kind, address)) for kind in ("holders", "login")))
-        users = {each.username for entry in entries for each in ((entry.value,) if isinstance(entry.value, Login) else entry.value)}
-        names = {address, *users} - {""}
+        spellings = address_spellings(normalise_address(address), self._policy.recipient_delimiter)
+        names = {spelling.text for spelling, _ in spellings}
+        entries = [self._cache.get((kind, name)) for kind in ("holders", "login") for name in names]
+        names.update(*(_usernames(entry.value) for entry in entries if entry))
         if self._last_known:
             self._last_known.forget(names)
-        return self._cache.forget(
-            lambda key, entry: key[1] in names or (isinstance(entry.value, Login) and entry.value.username in users - {""})
-        )
+        return self._cache.forget(lambda key, entry: key[1] in names or not names.isdisjoint(_usernames(entry.value)))
 
     def report(self) -> Dict[str, Any]:
         """What the map stats says of users and Keycloak."""
@@ -2190,6 +2198,11 @@ class CachedDirectory:
             except Exception as exc:
                 log.error("directory: internal error %s", _describe_exception(exc))
             self._refreshing.discard(key)
+
+
+def _usernames(value: Any) -> Set[str]:
+    """Of the users in an answer of the cache."""
+    return {user.username for user in ((value,) if isinstance(value, Login) else value)} - {""}
 
 
 def _take_back_login(entry: Entry, gone: Set[str], missing: Optional[Missing]) -> Optional[Entry]:
@@ -2629,7 +2642,7 @@ class Service:
         directory: Any = KeycloakDirectory(config.keycloak) if config.keycloak else StaticDirectory(config.static_users or {})
         self.last_known: Optional[LastKnown] = None
         if config.keycloak:
-            path = os.path.join(os.path.dirname(config.sqlite.path), "last-known.db")
+            path = last_known_path(config.sqlite.path)
             origin = (path, f"{config.keycloak.base_url} {config.keycloak.realm}", config.policy.cache_max_entries)
             same = old.last_known if old else None
             self.last_known = same if same and same.identity == origin else LastKnown(*origin)
@@ -3354,7 +3367,7 @@ class Daemon:
             },
             "seconds": {name: tally.all_took().to_json() for name, tally in tallies.items()},
             **service.directory.report(),
-            "database": {"path": service.config.sqlite.path, "works": service.database.works},
+            "database": {"path": service.config.sqlite.path, "works": service.database.works()},
             "connections": {
                 **{server.component: len(server.connections) for server in self._servers},
                 "limit": self._servers[0].max_connections,

@@ -381,8 +381,11 @@ def database_hint(exc: BaseException, path: str) -> str:
         return "; another program is writing, try again when it is done"
     if os.path.isdir(path):
         return "; this is a directory, name the file in it with --db or sqlite.path"
-    if "is empty" in str(exc):
+    if "restore it from a backup" in str(exc):
         return ""
+    with contextlib.suppress(OSError):
+        if os.statvfs(os.path.dirname(path)).f_flag & os.ST_RDONLY:
+            return "; its file system is mounted read-only, mount it for writing"
     if "full" in str(exc) or not os.statvfs(os.path.dirname(path)).f_favail:
         return "; make room on its disk and try again"
     readable = os.access(path, os.R_OK | os.W_OK) and os.access(os.path.dirname(path), os.W_OK | os.X_OK)
@@ -912,8 +915,8 @@ ANSWERS = {
     "550": ("refused for good", RED),
     "553": ("refused for good", RED),
     "451": ("deferred, the other side tries again", YELLOW),
-    "OK": ("an alias", GREEN),
-    "NOTFOUND": ("no alias: the mail goes to the address itself", GREEN),
+    "OK": ("its mail goes there", GREEN),
+    "NOTFOUND": ("no alias leads it elsewhere", GREEN),
     "TEMP": ("Postfix defers the mail", YELLOW),
     "PERM": ("Postfix cannot ask this", RED),
 }
@@ -1024,6 +1027,8 @@ def describe_reasons(reasons: str, address: str, user: str, steps: Sequence[Dict
     names = {"address": shlex.quote(address) if address else "'<>'", "alias": shlex.quote(alias), "user": shlex.quote(user)}
     known = [REASONS.get(name, Reason("a rule that this mailcloakctl does not know", "")) for name in reasons.split(",")]
     rule, change = ("; ".join(getattr(each, part) for each in known if getattr(each, part)) for part in Reason._fields)
+    if address and "@" not in address:
+        change = "ask for it with its domain: Postfix appends $myorigin to an address that has none"
     return {"reason": reasons, "rule": rule, "change": change.format(**names)}
 
 
@@ -1143,7 +1148,7 @@ def status_fields(stats: Dict[str, Any]) -> Iterator[Tuple[str, str, str]]:
 
 
 SERVICES = ("policy", "socketmap")
-LOOKUPS = {"cache": "remembered", "keycloak": "from Keycloak", "kept": "kept for outages", "failed": "without an answer"}
+LOOKUPS = {"cache": "remembered", "keycloak": "asked anew", "kept": "kept for outages", "failed": "without an answer"}
 
 
 def describe_keycloak(stats: Dict[str, Any]) -> Tuple[str, str]:
@@ -1447,6 +1452,25 @@ def why_not(path: str, mode: int) -> str:
     return ""
 
 
+def access_remedy(why: str, user: str, groups: Sequence[int], otherwise: str) -> str:
+    """What lets the user, who is in these groups, do what why_not() says he may not.
+
+    otherwise: the remedy where the path is neither his nor his groups', with {path} and {bit} for the path and the letter of chmod.
+    """
+    match = re.fullmatch(r"may not (enter|read|write) (/.*)", why)
+    if not match:
+        return "restore what is missing"
+    path, bit = shlex.quote(match[2]), {"enter": "x", "read": "r", "write": "w"}[match[1]]
+    status = os.stat(match[2])
+    if bit == "w" and os.statvfs(match[2]).f_flag & os.ST_RDONLY:
+        return "mount its file system for writing, it is mounted read-only"
+    if status.st_uid == pwd.getpwnam(user).pw_uid:
+        return f"chmod u+{bit} {path}"
+    if status.st_gid in groups:
+        return f"chmod g+{bit} {path}"
+    return otherwise.replace("{path}", path).replace("{bit}", bit)
+
+
 def current_user() -> str:
     try:
         return pwd.getpwuid(os.geteuid()).pw_name
@@ -1459,6 +1483,7 @@ def current_user() -> str:
 # ---------------------------------------------------------------------------------------------------------------------------------
 
 
+NEEDED_BYTES = 10 * 1024 * 1024  # that the disk of the database should have left
 LOOPBACK = ("localhost", "127.0.0.1", "::1")
 
 
@@ -1516,19 +1541,46 @@ def check_config_files(host: Installation) -> Findings:
         if mode & 0o022:
             remedy = f"chmod go-w {shlex.quote(path)}"
             found.append(problem("config-mode", f"{path} can be changed by others than its owner", remedy))
+        found += check_owner(host, path)
+        found += check_directory(os.path.dirname(path), 0o022, "config-mode", path)
         if path == secret_file and mode & 0o004:
             text = f"{path} holds the client secret, and every user of this host can read it"
             remedy = f"chmod o-r {shlex.quote(path)}, and make a new secret in Keycloak if others have had an account here"
             found.append(problem("config-mode", text, remedy))
-        remedy = f"chgrp {host.daemon_user} {shlex.quote(path)}; chmod g+r {shlex.quote(path)}"
+        remedy = f"chgrp {host.daemon_user} {{path}}; chmod g+{{bit}} {{path}}"
         failure = warning("config-access", "a reload will fail: ", remedy)
         found += check_daemon_access(host, functools.partial(why_not, path, os.R_OK), failure)
     good = ok("config-mode", "its owner alone changes it, and no stranger reads the secret")
     yield from found or ([good] if os.path.exists(host.config_path) else [])
 
 
+def check_owner(host: Installation, path: str) -> List[Finding]:
+    """A finding where the file is neither root's, nor the daemon's, nor that of who asks."""
+    uid = os.stat(path).st_uid
+    with contextlib.suppress(KeyError):
+        if uid not in (0, os.geteuid(), pwd.getpwnam(host.daemon_user or "root").pw_uid):
+            return [
+                problem(
+                    "config-mode", f"{path} belongs to {owner_name(path)}, who can change it", f"chown root {shlex.quote(path)}"
+                )
+            ]
+    return []
+
+
+def check_directory(directory: str, bits: int, check: str, path: str) -> List[Finding]:
+    """A finding where others, by these bits of its mode, may put another file in place of the path."""
+    mode = os.stat(directory).st_mode
+    if not mode & bits or mode & stat.S_ISVTX:
+        return []
+    remedy = f"chmod {'o' if bits == 0o002 else 'go'}-w {shlex.quote(directory)}"
+    return [problem(check, f"others may put another file in place of {path}, since they can write {directory}", remedy)]
+
+
 def check_daemon_access(host: Installation, work: Callable[[], str], failure: Finding) -> List[Finding]:
-    """The failure, with why the user whom the daemon becomes may not do the work behind its text; nothing where he may."""
+    """The failure, with why the user whom the daemon becomes may not do the work behind its text; nothing where he may.
+
+    The remedy of failure is that of access_remedy() for a path that is not his.
+    """
     user = host.daemon_user
     try:
         why = as_user(user, work) if user else ""
@@ -1536,7 +1588,10 @@ def check_daemon_access(host: Installation, work: Callable[[], str], failure: Fi
         return []  # there is no such user; reported with the configuration
     except CannotBecome as exc:
         return [warning(failure.check, f"not checked for user {user}, whom the daemon becomes: {exc}", AS_ROOT)]
-    return [failure._replace(text=f"{failure.text}user {user}, whom the daemon becomes, {why}")] if why else []
+    if not why:
+        return []
+    remedy = access_remedy(why, user, os.getgrouplist(user, pwd.getpwnam(user).pw_gid), failure.remedy)
+    return [failure._replace(text=f"{failure.text}user {user}, whom the daemon becomes, {why}", remedy=remedy)]
 
 
 def check_database(host: Installation) -> Findings:
@@ -1546,6 +1601,8 @@ def check_database(host: Installation) -> Findings:
         status = os.stat(path)
     except FileNotFoundError:
         remedy = "start the daemon, which makes it; or name the right one in sqlite.path"
+        if os.path.exists(mailcloak.last_known_path(path)):  # a daemon has run on one
+            remedy = "restore it from a backup, or name the right one in sqlite.path; a daemon that runs needs no restart"
         yield problem("database", f"{path} does not exist", remedy)
         return
     except OSError as exc:
@@ -1567,7 +1624,12 @@ def check_database(host: Installation) -> Findings:
     else:
         yield ok("database-mode", f"{path} is closed to strangers")
     directory, mode = os.path.dirname(path), os.R_OK | os.W_OK
-    failure = problem("database-access", "", f"chown {host.daemon_user}: {shlex.quote(directory)} {shlex.quote(path)}")
+    yield from check_directory(directory, 0o002, "database-mode", path)
+    room = os.statvfs(directory)
+    free_bytes = room.f_bavail * room.f_frsize
+    if free_bytes < NEEDED_BYTES and not room.f_flag & os.ST_RDONLY:
+        yield problem("database-room", f"the disk of {path} has only {free_bytes // 1024} kB left", "make room on it")
+    failure = problem("database-access", "", f"chown {host.daemon_user}: {{path}}")
     yield from check_daemon_access(host, lambda: why_not(path, mode) or why_not(directory, mode), failure)
 
 
@@ -1669,7 +1731,7 @@ def check_sockets(host: Installation) -> Findings:
         try:
             status = os.lstat(path)
         except OSError as exc:
-            remedy = AS_ROOT if isinstance(exc, PermissionError) else "start the daemon, which makes it"
+            remedy = AS_ROOT if isinstance(exc, PermissionError) else "start the daemon, which makes it; restart one that runs"
             yield problem(check, f"{path}: {exc.strerror}", remedy)
             continue
         if not stat.S_ISSOCK(status.st_mode):
@@ -1882,8 +1944,11 @@ def check_postfix(host: Installation) -> Findings:
         try:
             postfix = Postfix(directory)
         except CommandFailed as exc:
-            remedy = "install Postfix, or name the folder of its main.cf with --postfix-config"
-            yield warning("postfix", f"not checked: {exc}", remedy)
+            text, remedy = f"not checked: {exc}", "install Postfix, or name the folder of its main.cf with --postfix-config"
+            if "postconf failed" in text:  # it was there, and could not read main.cf
+                yield problem("postfix", text, "mend main.cf, or name its folder with --postfix-config; then postfix check")
+            else:
+                yield warning("postfix", text, remedy)
             continue
         yield ok("postfix", f"{postfix.directory} has {counted(postfix.smtpds, 'smtpd service')}")
         if not postfix.smtpds:
@@ -2238,7 +2303,11 @@ def check_dovecot_access(host: Installation, user: str, groups: str) -> Findings
         yield problem("dovecot-access", f"service auth-worker: there is no user {user!r}", "mend it, then doveadm reload")
     else:
         if why:
-            remedy = "service auth-worker { extra_groups = mailcloak }, the group of the database, then doveadm reload"
+            group = host.daemon_user or "mailcloak"
+            remedy = f"chgrp {group} {{path}}; chmod g+{{bit}} {{path}}"
+            if group not in re.split(r"[\s,]+", groups):
+                remedy = f"service auth-worker {{ extra_groups = {group} }}, the group of the database, then doveadm reload"
+            remedy = access_remedy(why, user, [*group_ids, *os.getgrouplist(user, pwd.getpwnam(user).pw_gid)], remedy)
             yield problem("dovecot-access", f"Dovecot's auth-worker runs as user {user}, who {why}", remedy)
         else:
             yield ok("dovecot-access", f"Dovecot's auth-worker can read the database as user {user}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import signal
 import sqlite3
@@ -77,6 +78,45 @@ def test_missing_file_is_created_with_its_schema_and_a_warning(static_daemon):
     with contextlib.closing(sqlite3.connect(static_daemon.database)) as database:
         assert database.execute("PRAGMA user_version").fetchone()[0] == mailcloak.SCHEMA_VERSION
         assert database.execute("PRAGMA journal_mode").fetchone()[0] == "delete"
+
+
+@pytest.mark.parametrize("fault", ["missing", "empty"])
+def test_lost_file_of_a_daemon_that_has_run_is_not_made_anew(make_daemon, keycloak, fault):
+    """A new one would say of each alias that there is none: mail for it would be refused for good."""
+    keycloak.add_user("alice", "alice@d1.test")
+    daemon = make_daemon(keycloak=keycloak.config()).start()
+    daemon.ctl("aliases", "add", "info@d1.test", "alice")
+    assert daemon.ask(recipient="info@d1.test") == "DUNNO"
+    daemon.stop()
+    good = daemon.database.read_bytes()
+    daemon.database.unlink()
+    if fault == "empty":
+        daemon.database.touch()
+    daemon.start()
+    assert daemon.ask(recipient="info@d1.test") == INTERNAL
+    assert daemon.ask(recipient="alice@d1.test") == "DUNNO"
+    assert daemon.ask_map("alias info@d1.test") == "TEMP database not usable"
+    result = daemon.ctl("aliases", "add", "x@d1.test", "alice", check=False)
+    assert result.returncode == 1
+    for text in (daemon.log(), result.stderr):
+        assert "restore it from a backup" in text
+        assert str(daemon.database.parent / "last-known.db") in text
+    daemon.database.write_bytes(good)
+    assert daemon.ask(recipient="info@d1.test") == "DUNNO"
+    daemon.stop()
+    daemon.database.unlink()
+    (daemon.database.parent / "last-known.db").unlink()
+    daemon.start()
+    assert daemon.ask(recipient="info@d1.test") == "550 5.1.1 No such user"
+
+
+def test_database_that_works_again_is_known_to_do_so_without_a_question(static_daemon):
+    good = static_daemon.database.read_bytes()
+    static_daemon.database.unlink()
+    assert static_daemon.ask(recipient="info@d1.test") == INTERNAL
+    assert json.loads(static_daemon.ask_map("stats *")[3:])["database"]["works"] is False
+    static_daemon.database.write_bytes(good)
+    assert json.loads(static_daemon.ask_map("stats *")[3:])["database"]["works"] is True
 
 
 def test_file_of_the_older_program_without_a_version_keeps_its_rows(make_daemon):

@@ -226,6 +226,48 @@ def test_configuration_that_others_can_change_is_a_problem(site, mode):
     assert found.remedy == f"chmod go-w {site.config_path}"
 
 
+@pytest.mark.parametrize("mode", [0o757, 0o775])
+def test_configuration_that_others_can_replace_is_a_problem(site, mode):
+    site.write_config()
+    site.config_path.parent.chmod(mode)
+    found = the_only(site.findings(mailcloakctl.check_config_files, write=False), "problem", "config-mode")
+    assert found.remedy == f"chmod go-w {site.config_path.parent}"
+    site.config_path.parent.chmod(0o1777)  # where nobody can replace what is another's
+    nothing(site.findings(mailcloakctl.check_config_files, write=False))
+
+
+@pytest.mark.real("root")
+def test_configuration_of_another_user_is_a_problem(site):
+    site.write_config()
+    shutil.chown(site.config_path, "nobody")
+    found = the_only(site.findings(mailcloakctl.check_config_files, write=False), "problem", "config-mode")
+    assert "belongs to user nobody" in found.text
+    assert found.remedy == f"chown root {site.config_path}"
+
+
+@pytest.mark.real("root")
+@pytest.mark.parametrize(
+    ("owner", "group", "mode", "remedy"),
+    [
+        ("root", "root", 0o700, "chgrp nobody {}; chmod g+x {}"),
+        ("root", "nogroup", 0o700, "chmod g+x {}"),
+        ("nobody", "root", 0o600, "chmod u+x {}"),
+    ],
+)
+def test_directory_that_the_daemon_cannot_enter_is_a_warning_whose_remedy_helps(site, owner, group, mode, remedy):
+    site.config["daemon"]["user"] = "nobody"
+    folder = site.config_path.parent / "etc"
+    folder.mkdir()
+    site.config_path = folder / "config.yaml"
+    site.write_config()
+    site.config_path.chmod(0o644)
+    shutil.chown(folder, owner, group)
+    folder.chmod(mode)
+    found = the_only(site.findings(mailcloakctl.check_config_files, write=False), "warning", "config-access")
+    assert f"may not enter {folder}" in found.text
+    assert found.remedy == remedy.replace("{}", str(folder))
+
+
 @pytest.mark.real("root")
 def test_configuration_that_a_reload_cannot_read_is_a_warning(site):
     site.config["daemon"]["user"] = "nobody"
@@ -294,6 +336,35 @@ def test_database_that_is_missing_is_a_problem_and_is_not_made(site):
     site.database.unlink()
     assert "start the daemon, which makes it" in the_only(site.findings(mailcloakctl.check_database), "problem", "database").remedy
     assert not site.database.exists()
+
+
+def test_database_that_was_lost_is_to_be_restored_and_not_made_anew(site):
+    site.database.unlink()
+    (site.database.parent / "last-known.db").touch()
+    found = the_only(site.findings(mailcloakctl.check_database), "problem", "database")
+    assert "restore it from a backup" in found.remedy
+    assert "start" not in found.remedy.replace("restart", "")
+
+
+def test_database_that_strangers_may_replace_is_a_problem(site):
+    site.database.parent.chmod(0o757)
+    found = the_only(site.findings(mailcloakctl.check_database), "problem", "database-mode")
+    assert found.remedy == f"chmod o-w {site.database.parent}"
+
+
+def test_disk_without_room_is_a_problem(site, monkeypatch):
+    monkeypatch.setattr(mailcloakctl, "NEEDED_BYTES", 2**62)
+    assert the_only(site.findings(mailcloakctl.check_database), "problem", "database-room").remedy == "make room on it"
+
+
+@pytest.mark.real("root")
+def test_database_that_its_owner_may_not_write_is_a_problem(site):
+    site.config["daemon"]["user"] = "nobody"
+    site.config_path.parent.chmod(0o755)
+    for path in (site.database, site.database.parent):
+        shutil.chown(path, "nobody")
+    site.database.chmod(0o440)
+    assert the_only(site.findings(mailcloakctl.check_database), "problem", "database-access").remedy == f"chmod u+w {site.database}"
 
 
 def test_file_that_is_no_database_is_a_problem(site):
@@ -850,9 +921,10 @@ def test_who_is_not_root_is_told_what_was_not_checked(mail_site, postfix):
 
 
 @pytest.mark.real("postfix")
-def test_folder_that_is_no_configuration_of_postfix_is_a_warning(site, tmp_path):
-    found = the_only(site.findings(mailcloakctl.check_postfix, postfix_config=[str(tmp_path)]), "warning", "postfix")
+def test_folder_that_is_no_configuration_of_postfix_is_a_problem(site, tmp_path):
+    found = the_only(site.findings(mailcloakctl.check_postfix, postfix_config=[str(tmp_path)]), "problem", "postfix")
     assert found.text.startswith("not checked: postconf failed: ")
+    assert "mend main.cf" in found.remedy
     assert "--postfix-config" in found.remedy
 
 
@@ -1026,6 +1098,10 @@ def test_dovecot_that_may_not_read_the_database_is_a_problem(readable_site, dove
     found = the_only(ask_dovecot(readable_site, instance), "problem", "dovecot-access")
     assert f"runs as user dovecot, who may not read {readable_site.database}" in found.text
     assert "extra_groups = mailcloak" in found.remedy
+    shutil.chown(readable_site.database, group="daemon")
+    readable_site.database.chmod(0o600)
+    found = the_only(ask_dovecot(readable_site, instance), "problem", "dovecot-access")
+    assert found.remedy == f"chmod g+r {readable_site.database}"
 
 
 @real_dovecot

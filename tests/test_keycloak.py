@@ -257,7 +257,8 @@ def test_worker_is_free_again_soon_after_a_hanging_answer(keycloak, directory, f
     [
         pytest.param(
             {"client_secret": "wrong"},
-            "token refused (HTTP 401 unauthorized_client), check keycloak.client_id and keycloak.client_secret",
+            "token refused (HTTP 401 unauthorized_client), check keycloak.client_id and keycloak.client_secret and that the client"
+            " has Service accounts roles on",
             id="secret",
         ),
         pytest.param({"realm": "nowhere"}, "no such realm (HTTP 404), check keycloak.realm and keycloak.base_url", id="realm"),

@@ -177,6 +177,28 @@ def test_flush_forgets_a_user_in_memory_and_on_disk(make_daemon, keycloak):
     assert daemon.ask(recipient="bob@d1.test").startswith("451")
 
 
+@pytest.mark.parametrize("name", ["alice", "ALICE", "alice@d1.test", "alice+shop@d1.test"])
+def test_flush_of_any_name_of_a_user_forgets_all_of_him(make_daemon, keycloak, name):
+    for username in ("alice", "bob"):
+        keycloak.add_user(username, f"{username}@d1.test")
+    daemon = make_daemon(keycloak=keycloak.config()).start()
+    daemon.ask(recipient="alice+x@d1.test")
+    daemon.ask(recipient="bob@d1.test")
+    if "@" not in name:
+        daemon.ask(sender="alice@d1.test", sasl_username="alice")
+        daemon.ask(sender="alice@d1.test", sasl_username="alice@d1.test")
+    assert ask(daemon, f"flush {name}")["forgotten"] > 0
+    keycloak.users.remove(keycloak.user("alice"))
+    assert daemon.ask(recipient="alice@d1.test") == "550 5.1.1 No such user"
+    assert daemon.ask(sender="alice@d1.test", sasl_username="alice").startswith("553")
+    assert daemon.ask(sender="alice@d1.test", sasl_username="alice@d1.test").startswith("553")
+    daemon.stop()
+    keycloak.fault = "status-503"
+    daemon.start()
+    assert daemon.ask(recipient="alice@d1.test").startswith("451")
+    assert daemon.ask(recipient="bob@d1.test") == "DUNNO"
+
+
 def test_flush_makes_a_removed_user_count_where_the_answer_was_remembered(make_daemon, keycloak):
     keycloak.add_user("alice", "alice@d1.test")
     keycloak.add_user("bob", "bob@d1.test")

@@ -67,7 +67,7 @@ def test_status_shows_how_the_daemon_is_and_its_answers_most_frequent_first(fake
     assert lines[3] == "database       /var/lib/mailcloak/state.db, works"
     assert lines[4] == "connections    policy 3, socketmap 2; at most 1000 each"
     assert lines[5] == "remembered     users 812, who do not exist 3; at most 100000"
-    assert lines[6] == "lookups        remembered 11, from Keycloak 7, kept for outages 2, without an answer 1"
+    assert lines[6] == "lookups        remembered 11, asked anew 7, kept for outages 2, without an answer 1"
     assert lines[7] == "answers        735, of which 10 were given again from memory, which holds 4"
     assert lines[8] == "policy time    2 ms on average, 99 of 100 within 10 ms"
     assert lines[9] == "socketmap time 12 s on average, more than 1 of 100 longer than 10 s"
