@@ -1483,6 +1483,7 @@ def current_user() -> str:
 # ---------------------------------------------------------------------------------------------------------------------------------
 
 
+SEE_FINDINGS = "look at the findings"  # of other checks, whose remedies come first
 NEEDED_BYTES = 10 * 1024 * 1024  # that the disk of the database should have left
 LOOPBACK = ("localhost", "127.0.0.1", "::1")
 
@@ -1494,8 +1495,11 @@ def check_config(host: Installation) -> Findings:
         config = mailcloak.load_config(path)
     except mailcloak.ConfigError as exc:
         for text in exc.problems:
-            lacks_rights = "Permission denied" in text and os.geteuid() != 0
-            remedy = AS_ROOT if lacks_rights else "mend it; mailcloak --check-config says when it is good"
+            remedy = "mend it; mailcloak --check-config says when it is good"
+            if "Permission denied" in text and os.geteuid() != 0:
+                remedy = AS_ROOT
+            elif not os.path.exists(path):
+                remedy = "make it of config.yaml.sample, which make install puts into /etc/mailcloak; or name another with --config"
             yield problem("config", text[len("config: ") :] if text.startswith("config: ") else text, remedy)
         read_good_blocks(host)
         return
@@ -1688,13 +1692,13 @@ def check_daemon(host: Installation) -> Findings:
         yield ok("daemon", f"it runs: version {version}, pid {count(stats, 'pid')}, up {up}")
     yield from check_read_config(host, stats)
     if pick(stats, "database", "works") is False:
-        remedy = "look at the findings about the database, and at its log"
+        remedy = f"{SEE_FINDINGS} about the database, and at its log"
         yield problem("daemon-database", "the daemon cannot use the database", remedy)
     elif pick(stats, "database", "path") not in (None, host.database_path):
         remedy = f"reload it, so that it uses {host.database_path}"
         yield warning("daemon-database", f"the daemon uses {pick(stats, 'database', 'path')}", remedy)
     if pick(stats, "keycloak", "state") == "away":
-        remedy = "look at the findings about Keycloak"
+        remedy = f"{SEE_FINDINGS} about Keycloak"
         yield problem("daemon-keycloak", f"for the daemon Keycloak is {describe_keycloak(stats)[0]}", remedy)
 
 
@@ -2678,6 +2682,10 @@ def check_users(host: Installation) -> Findings:
         return
     policy, users = host.policy, host.users
     ours = [user for user in users.values() if user.receives and mailcloak.normalise_address(user.email).domain in policy.domain]
+    if host.keycloak and users and not ours:
+        text = f"none of the {len(users)} users of Keycloak has an e-mail in policy.domain, so nobody but aliases receives mail"
+        yield problem("users", text, "look for a typing error in policy.domain, or give the users e-mails in it")
+        return
     good = ok("users", f"{counted(ours, 'user')} with an e-mail in policy.domain, each with a mailbox of his own")
     yield from list(find_odd_users(policy, users, ours)) or [good]
 
@@ -2803,7 +2811,8 @@ def print_summary(findings: Sequence[Finding]) -> None:
     counts = Counter(finding.state for finding in findings)
     plural = {state: "s" if counts[state] > 1 and state != "ok" else "" for state in STATES}
     print("\n" + paint(", ".join(f"{counts[state]} {state}{plural[state]}" for state in reversed(STATES) if counts[state]), BOLD))
-    first = next((finding for state in ("problem", "warning") for finding in findings if finding.state == state), None)
+    wrong = [finding for finding in findings if finding.state != "ok"]
+    first = min(wrong, key=lambda finding: (finding.state != "problem", finding.remedy.startswith(SEE_FINDINGS)), default=None)
     if first:
         print_field("next", f"{first.check}: {first.remedy}; then mailcloakctl doctor again")
     else:

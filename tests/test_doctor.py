@@ -183,9 +183,27 @@ def test_good_blocks_of_a_bad_configuration_serve_the_other_checks(site):
     assert named(found, "postfix")[0].text.startswith("not checked")
 
 
+def test_domain_in_which_no_user_has_an_e_mail_is_a_problem(keycloak_site):
+    keycloak_site.config["policy"]["domain"] = ["elsewhere.test"]
+    keycloak_site.execute("DELETE FROM aliases")
+    checks = (mailcloakctl.check_database, mailcloakctl.check_keycloak, mailcloakctl.check_users)
+    found = the_only(keycloak_site.findings(*checks), "problem", "users")
+    assert "typing error in policy.domain" in found.remedy
+
+
+def test_next_step_is_a_remedy_and_not_a_hint_at_another_finding(capsys):
+    vague = mailcloakctl.problem("daemon-keycloak", "away", f"{mailcloakctl.SEE_FINDINGS} about Keycloak")
+    mailcloakctl.print_summary([vague, mailcloakctl.problem("keycloak-token", "refused", "mend the secret")])
+    mailcloakctl.print_summary([vague])
+    shown = capsys.readouterr().out
+    assert "next           keycloak-token: mend the secret; then" in shown
+    assert "next           daemon-keycloak: look at the findings about Keycloak; then" in shown
+
+
 def test_configuration_that_is_missing_is_a_problem(tmp_path):
     found = run_checks(tmp_path / "absent.yaml", *mailcloakctl.CHECKS[1:])
     assert "cannot be read: No such file or directory" in named(found, "config")[0].text
+    assert named(found, "config")[0].remedy.startswith("make it of config.yaml.sample")
     assert not named(found, "postfix")[0].text.startswith("the check")
     assert all(finding.check != "doctor" for finding in found), found
 
