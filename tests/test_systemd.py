@@ -177,11 +177,9 @@ import os, pwd, sys
 root, user, numbers, *arguments = sys.argv[1:]
 sys.path.insert(0, root)
 import mailcloak
-for number, target in zip(numbers.split(","), range(50, 60)):
-    os.dup2(int(number), target)
-for target, _ in enumerate(numbers.split(",")):
-    os.dup2(50 + target, 3 + target)
-    os.close(50 + target)
+copies = [os.dup(int(number)) for number in numbers.split(",")]  # in rising order, so that none is overwritten below
+for target, copy in enumerate(copies, 3):
+    os.dup2(copy, target)
 if user:
     entry = pwd.getpwnam(user)
     os.setgroups([])
