@@ -10,6 +10,7 @@ Postfix asks over two Unix sockets:
               "explain" and "flush" are mailcloakctl's.
 
 Read at start:  the configuration, /etc/mailcloak/config.yaml unless another is named; config.yaml.sample explains each key.
+Written:        last-known.db beside the database: what Keycloak said last of each user, for a restart in an outage.
 Asked:          Keycloak, by its admin REST interface, for users: their username, primary e-mail, and whether they are enabled;
                 one SQLite file, written by mailcloakctl, for aliases and for apps (logins that may only send).
 Signals:        SIGTERM and SIGINT answer what was read and end; SIGHUP reads the configuration again.
@@ -19,6 +20,27 @@ Exit codes:     0 ended by a signal, or the configuration is good; 64 usage; 78 
 Security: started as root, the daemon binds its sockets and becomes daemon.user. It never answers OK or any other permission, only
 DUNNO ("no objection"). When it cannot know, it says 451 ("try later"), since a wrong 550 loses a message for good. It sees envelopes,
 never message headers. No secret, token or password is logged.
+
+Contents:
+   1 Constants, errors, text for the log   limits of the protocols, the tree of exceptions
+   2 Addresses                             one form for each address, the one that Postfix acts on
+   3 Decisions                             why a recipient or a sender is accepted, refused (550, 553) or deferred (451)
+   4 Wire protocols                        bytes to requests, answers to bytes
+   5 Config                                the YAML file, checked as a whole
+   6 Database                              every SQL statement on aliases and apps
+   7 Keycloak                              what a request and an answer mean
+   8 Directory                             who runs the requests; what is cached and saved of users, and what still counts
+   9 Answers                               facts for a decision, recalled answers, explain, the service of one configuration
+  10 Servers                               connections: read, decide, write, log
+  11 Process                               sockets, privileges, signals, reload
+  12 main                                  arguments, start, exit code
+An answer that surprises: mailcloakctl ask explains it, and each reason= of the log is a row of REASONS, at the end of section 3.
+  550 No such user          decide_recipient, find_owner (3); which record of Keycloak counts, and with which address: read_user (7)
+  553 Sender not owned      _decide_app, _decide_user, find_owner (3)
+  451 in the grace          judge (8) begins and ends the grace, UserDirectory._find (8) says so
+  a change of the database  Database.version (6), RecalledAnswers (9): it counts from the next request on
+  kept over a restart       Person, SavedUsers (8): users; not rows, answers, or which names nobody has
+Words: a row is remembered, a user is cached (and saved on the disk), a whole answer is recalled.
 
 Implements SMTPD_POLICY_README, access(5), socketmap_table(5), the extension rules of Postfix's recipient_delimiter, RFC 3463 status
 codes, the OAuth 2.0 client credentials grant (RFC 6749, section 4.4) and the user search of Keycloak's admin REST interface.
@@ -31,11 +53,10 @@ import bisect
 import contextlib
 import ctypes
 import dataclasses
-import difflib
 import errno
+import fcntl
 import functools
 import grp
-import http.client
 import io
 import json
 import logging
@@ -47,52 +68,41 @@ import queue
 import random
 import re
 import resource
+import select
+import shlex
 import shutil
 import signal
 import socket
 import socketserver
 import sqlite3
-import ssl
 import stat
 import struct
-import subprocess
 import sys
 import syslog
 import threading
 import time
 import urllib.parse
-from collections import OrderedDict, defaultdict
+import weakref
+from collections import Counter, OrderedDict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, InvalidStateError
+from concurrent.futures import TimeoutError as FutureTimeout
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import (
-    Any,
-    Callable,
-    Dict,
-    FrozenSet,
-    Iterable,
-    Iterator,
-    List,
-    Mapping,
-    NamedTuple,
-    Optional,
-    Sequence,
-    Set,
-    Tuple,
-    Type,
-    TypeVar,
-)
+from typing import TYPE_CHECKING, Any, Callable, ClassVar, Generic, NamedTuple, Optional, Protocol, TypeVar, Union
 
-import idna  # a dependency of requests itself, so it is there wherever requests is
-import requests
-import requests.adapters
-import urllib3
 import yaml
+
+if TYPE_CHECKING:
+    import requests
 
 __version__ = "0.1.0"
 
+
 # ---------------------------------------------------------------------------------------------------------------------------------
-# 1. Constants and errors
-# Limits of the protocols, each with its unit and source, and the tree of exceptions. "Not found" is never an exception.
+# 1. Constants, errors, text for the log
+# Limits of the protocols, each with its unit and source; the tree of exceptions; text that is fit for a log line. "Not found" is never
+# an exception. Any thread enters; nothing here waits. At the end: three system calls that keep Python's lock.
 # ---------------------------------------------------------------------------------------------------------------------------------
 
 DEFAULT_CONFIG_PATH = "/etc/mailcloak/config.yaml"
@@ -101,74 +111,89 @@ DEFAULT_DATABASE_PATH = "/var/lib/mailcloak/state.db"
 MAX_POLICY_REQUEST_BYTES = 16 * 1024  # a full request of Postfix 3.7 is about 700 bytes; its longest attributes are addresses
 MAX_SOCKETMAP_QUERY_BYTES = 10_000  # Postfix itself never sends a key longer than an SMTP line
 MAX_ADDRESS_CHARS = 254  # RFC 5321, section 4.5.3.1.3: a path of 256 octets with its angle brackets
+MAX_LABEL_CHARS = 63  # RFC 1035, section 2.3.4: of a domain, in A-label form
 MAX_ROUTES = 20  # hosts in one address, such as c!b!user@a; nobody writes more than two
 MAX_SOCKET_PATH_BYTES = 107  # unix(7): sun_path holds 108 bytes, a terminating NUL included
+MAX_LOG_LINE_BYTES = 4096  # pipe(7), PIPE_BUF: so many go into a pipe that has room, without waiting
+LOG_WAIT_MILLISECONDS = 100  # for whoever reads standard error; once, then lines are lost until it takes one again
 LISTEN_BACKLOG = 1024  # a full backlog fails Postfix's non-blocking connect at once; the kernel caps it at net.core.somaxconn
 RECEIVE_BYTES = 16 * 1024  # one recv; takes any whole request
 REQUEST_SECONDS = 10  # a request that was begun must be whole after this; between requests a client may rest for ever
 SEND_TIMEOUT_SECONDS = 10  # a client that does not read its answers is dropped after this
+POLL_SECONDS = 0.2  # how often a server looks whether it is to end
 ROOM_SECONDS = 0.05  # how often a server that has no room for a connection looks for some
 FILES_PER_CONNECTION = 4  # the socket, and SQLite's database, WAL and its index
 SPARE_FILES = 200  # for Keycloak, last-known.db, listeners, the log
-IDLE_SECONDS = 1  # after which a connection is without its SQLite connection until it is asked again
+IDLE_SECONDS = 1  # an idle connection closes its SQLite connection after this long
 
-MAX_DIRECTORY_BODY_BYTES = 1024 * 1024  # of one HTTP answer; ten brief user records are about 4 kB
-MAX_DIRECTORY_MATCHES = 10  # asked for in one search; more users than that with one address is no answer
+MAX_DIRECTORY_ANSWER_BYTES = 1024 * 1024  # of one HTTP response, headers too; ten brief user records are about 4 kB
+MAX_DIRECTORY_MATCHES = 10  # asked for in one search; so many users with one address are no answer, there may be more
+MAX_DIRECTORY_RECORDS = 100  # looked at in one answer: a server that ignores exact may ignore max as well
 MAX_DIRECTORY_WAITING = 2000  # lookups waiting their turn; above it a question fails at once instead of queueing
 TOKEN_LIFE_USED = 0.8  # of a token's life; the rest is margin for clocks and requests under way
 
-OUTAGE_FAILURES = 3  # in a row establish an outage; from then on nobody waits for Keycloak, and a probe alone asks it
-PROBE_SECONDS = 5.0  # after which a probe is given up
+OUTAGE_FAILURES = 3  # this many failures in a row count as an outage: requests no longer wait for Keycloak, only the probe asks it
+PROBE_SECONDS = 5.0  # after which a question of the probe is given up
 PROBE_PAUSE_SECONDS = 3.0  # at most between two probes; with the above, service is back within 8 s of Keycloak
-REFRESH_AHEAD = 0.2  # of a positive answer's life: used within this last part of it, it is asked for again in the background
+REFRESH_AHEAD = 0.2  # of a positive answer's life: one that is used in this last part of it is asked for again in the background
 MAX_REFRESHES_WAITING = 1000  # beyond, an answer is not refreshed ahead but asked for when it has ended
-PROOF_SECONDS = 60.0  # how long a check that we see users at all makes empty answers believable
-PROOF_RETRY_SECONDS = 2.0  # how often it is repeated while we see none
+LEAST_LOOK_SECONDS = 2.0  # between two looks at least this much can count of the grace
+MAX_STEPS = 20_000  # noted while last-known.db cannot be read, each about 500 bytes
+MAX_FORMER_NAMES = 4  # of a user who was renamed
+MAX_WITNESSES = 1000  # federations whose last confirmed user is remembered; where one is forgotten, a grace lasts longer
+MAX_NAME_CHARS = 255  # of a username or an address in an answer of Keycloak: its own limit
 
-LAST_KNOWN_WAITING = 10_000  # positive answers waiting to be written to last-known.db
+SAVE_RETRY_SECONDS = 1.0  # before last-known.db is tried again
 DATABASE_KEPT_CONNECTIONS = 64  # beyond, a thread's connection ends with its question; each takes about 150 KiB
 DATABASE_BUSY_SECONDS = 2.0  # how long a question waits for a writer's lock
-DATABASE_SETTLED_SECONDS = 3.0  # unchanged for so long, its next change shows in its times; vfat's are 2 s apart, others' less
-MAX_REMEMBERED_ANSWERS = 100_000  # each about 400 bytes; 0 makes every answer anew, and nothing but the time it takes changes
-MAX_REMEMBERED_CHARS = 600  # of one question; two addresses of the greatest length have 508
+MAX_REMEMBERED_ROWS = 20_000  # each about 400 bytes; with 0 SQLite is asked each time, which changes nothing but the time
+MAX_RECALLED_ANSWERS = 20_000  # each about 800 bytes; with 0 every answer is made again, which changes nothing but the time
+MAX_RECALLED_CHARS = 600  # of one question; two addresses of the greatest length have 508
+MAX_ATTEMPTS = 10  # to make an answer from one state of the database, while others write it; then it is deferred
+MAX_ERRORS_SAID = 1000  # errors that the log has had and does not repeat
 POSTMASTER_SECONDS = 10.0  # after the start, Keycloak is asked whether each domain has a postmaster
+LOCK_SECONDS = 5.0  # at start, for the directory of a socket; another daemon holds it for a second at the most
 SHUTDOWN_LOOKUP_SECONDS = 3.0  # after SIGTERM, lookups still pending at Keycloak are given up and get the failure mode
 SHUTDOWN_TOTAL_SECONDS = 4.5  # and all that is left is cut off
+SHUTDOWN_SECONDS = 4.9  # and what was not saved is lost
+
+THREAD_STACK_BYTES = 4 * 1024 * 1024  # enough for json to reach Python's limit of recursion first, where the system has less
 
 EXIT_OK, EXIT_FAILED, EXIT_USAGE, EXIT_CONFIG = 0, 1, 64, 78  # the last two from sysexits.h
 
 log = logging.getLogger("mailcloak")
 
-
-def call_with_lock(name: str, *argument_types: Any) -> Optional[Callable[..., int]]:
-    """A function of the C library to be called without giving up Python's global lock; None if the library lacks it.
-
-    For system calls that never wait: with many busy connections, to get that lock back takes longer than all the rest of an answer
-    (bench/NOTES.md).
-    """
-    function = getattr(ctypes.PyDLL(None), name, None)
-    if function:
-        function.argtypes = argument_types
-    return function
-
-
-def escape_for_log(text: str) -> str:
-    """Text of a client for a log line: nothing in it can end the line, a quoted value or an address in angle brackets."""
-    text = text if len(text) <= 300 else text[:300] + "..."
-    if text.isprintable() and not re.search(r'[ <>"\\]', text):
-        return text
-    return "".join(f"\\x{ord(c):02x}" if c in ' <>"\\' else c if c.isprintable() else ascii(c)[1:-1] for c in text)
+Clock = Callable[[], float]  # time.monotonic, or a test's
+Deadline = float  # of time.monotonic()
 
 
 class MailcloakError(Exception):
-    """Anything mailcloak itself reports; its text is fit for an administrator."""
+    """Anything mailcloak itself reports, fit for an administrator: what is wrong, and what to do about it where that is known."""
+
+    joiner = ", "  # between the two
+
+    def __init__(self, text: str, remedy: str = "") -> None:
+        super().__init__(f"{text}{self.joiner}{remedy}" if remedy else text)
+        self.text, self.remedy = text, remedy
+
+
+class Problem(NamedTuple):
+    """One thing that is wrong with the configuration, or worth a warning."""
+
+    key: str  # or the file
+    text: str
+    remedy: str = ""
+    kind: str = ""  # for programs: "unreadable", "secret-exposed" or "plain-http", and "" for all else
+
+    def __str__(self) -> str:
+        return f"config: {self.key}: {self.text}{', ' if self.remedy else ''}{self.remedy}"
 
 
 class ConfigError(MailcloakError):
-    """The configuration cannot be used. problems holds one line for each thing wrong."""
+    """The configuration cannot be used. problems holds each thing that is wrong."""
 
-    def __init__(self, problems: Sequence[str]) -> None:
-        super().__init__("\n".join(problems))
+    def __init__(self, problems: Sequence[Problem]) -> None:
+        super().__init__("\n".join(map(str, problems)))
         self.problems = list(problems)
 
 
@@ -184,8 +209,8 @@ class DirectoryMisconfigured(DirectoryUnavailable):
     """Keycloak answers, and will go on refusing until an administrator changes something; the text says what."""
 
 
-class Disappeared(DirectoryUnavailable):
-    """Keycloak says that a user is gone whom it knew until now: not believed yet, and no reason to go on as if he were there."""
+class Disappeared(MailcloakError):
+    """Keycloak no longer finds a user it knew: not believed yet (no 550), but the old answer is not used either (451)."""
 
 
 class NoSingleAnswer(DirectoryUnavailable):
@@ -200,31 +225,880 @@ class StartError(MailcloakError):
     """A socket, a user or the database file does not allow the daemon to start."""
 
 
+def escape_for_log(text: str) -> str:
+    """Text of a client for a log line: nothing in it can end the line, a quoted value or an address in angle brackets."""
+    text = text if len(text) <= 300 else text[:300] + "..."
+    if text.isprintable() and not re.search(r'[ <>"\\]', text):
+        return text
+    return "".join(f"\\x{ord(c):02x}" if c in ' <>"\\' else c if c.isprintable() else ascii(c)[1:-1] for c in text)
+
+
+def describe_exception(exc: BaseException) -> str:
+    """Type, text and place of an unexpected exception on one line. Imports nothing, as the module traceback may."""
+    frame = exc.__traceback__
+    while frame is not None and frame.tb_next is not None:
+        frame = frame.tb_next
+    place = f"{os.path.basename(frame.tb_frame.f_code.co_filename)}:{frame.tb_lineno}" if frame else "?"
+    return f"error={type(exc).__name__} text={escape_for_log(str(exc))} at={place}"
+
+
+def call_with_lock(name: str, *argument_types: Any) -> Optional[Callable[..., int]]:
+    """A function of the C library to be called without giving up Python's global lock; None if the library lacks it.
+
+    For system calls that never wait: with many busy connections, to get that lock back takes longer than all the rest of an answer
+    (bench/NOTES.md).
+    """
+    function = getattr(ctypes.PyDLL(None), name, None)
+    if function:
+        function.argtypes = argument_types
+    return function
+
+
+_statx = call_with_lock("statx", ctypes.c_int, ctypes.c_char_p, ctypes.c_int, ctypes.c_uint, ctypes.c_char_p)  # not in old musl
+_AT_FDCWD, _STATX_INO_SIZE_CTIME, _STATX_BYTES = -100, 0x380, 256  # statx(2)
+# stx_ino, stx_size, stx_ctime (s since 1970 and ns; no program can set it), stx_dev_major, stx_dev_minor; on each architecture alike
+_STATX_STATE = struct.Struct("=32xQQ48xqI28xII")
+
+_pread_arguments = (ctypes.c_int, ctypes.c_char_p, ctypes.c_size_t, ctypes.c_longlong)
+_pread = call_with_lock("pread64", *_pread_arguments) or call_with_lock("pread", *_pread_arguments)  # musl has the second alone
+
+_send_at_once = call_with_lock("send", ctypes.c_int, ctypes.c_char_p, ctypes.c_size_t, ctypes.c_int)
+_SEND_FLAGS = socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL
+
 # ---------------------------------------------------------------------------------------------------------------------------------
-# 2. Config
-# The YAML file as frozen dataclasses. Each field carries the reader that checks its value, so a key is described in one place, and
-# every problem of a file is found in one pass. Later sections never see a raw dict. Only the main thread enters here.
+# 2. Addresses
+# One form for an address from whichever side it comes: the form that Postfix acts on. Pure: any thread enters.
 # ---------------------------------------------------------------------------------------------------------------------------------
 
-_REQUIRED: Any = object()
-# A YAML value to the field's value; raises ValueError("expected ...") or ValueError("expected ...", hint).
-_Reader = Callable[[Any], Any]
-_DOMAIN = re.compile(r"[a-z0-9_]([a-z0-9_-]*[a-z0-9_])?(\.[a-z0-9_]([a-z0-9_-]*[a-z0-9_])?)*")
+_ATOM = r"[^.\s\x00-\x1f\x7f\"(),:;<>@\[\\\]]+"  # RFC 5322 atext with the letters of RFC 6531
+_DOT_STRING = re.compile(rf"{_ATOM}(\.{_ATOM})*")  # what needs no quotes in an address
+_DOMAIN = re.compile(r"[a-z0-9_]([a-z0-9_-]*[a-z0-9_])?(\.[a-z0-9_]([a-z0-9_-]*[a-z0-9_])?)*")  # as Postfix's valid_hostname
+_NOBODYS = re.compile(r"[\s\x00-\x1f\x7f-\x9f\ud800-\udfff]")  # spaces, controls, and bytes that are not UTF-8
+_DIRECTION = re.compile(r"[\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069]")  # what turns the order in which a line is read
+
+_NOT_IN_DOMAINS = re.compile(r'[\s\x00-\x1f\x7f"(),;<>\\]')  # Postfix drops some; what remains may be a domain of ours
+
+# Stands for a domain that cannot be converted here. Postfix's ICU may know more letters than the tables
+# here, so it could be one of ours: it is neither passed nor refused, but deferred. No domain holds U+FFFD (disallowed by UTS 46).
+NOT_CONVERTIBLE = "\ufffd"
+
+
+class Address(NamedTuple):
+    """An address as Postfix will act on it, lower-cased, the domain in A-label form. ("", "") is the null sender."""
+
+    local_part: str
+    domain: str  # "" when there is none: Postfix will append $myorigin; or NOT_CONVERTIBLE
+    folded_domain: str = ""  # the domain as Postfix's lists compare it (ß is ss); "" if it is the same
+
+    @property
+    def text(self) -> str:
+        return f"{self.local_part}@{self.domain}" if self.domain else self.local_part
+
+    @property
+    def is_plain(self) -> bool:
+        """Can this be somebody's address at all? What cannot is never asked of SQLite or Keycloak."""
+        return self.local_part != "" and self.domain not in ("", NOT_CONVERTIBLE) and is_plain_text(self.text)
+
+
+def is_plain_text(text: str) -> bool:
+    """Can this be somebody's name or address? Not with controls, spaces, bytes that are not UTF-8, or over MAX_ADDRESS_CHARS.
+
+    Not isprintable(): it knows no letter newer than Python's tables, and Persian and Indic names need joiners (U+200C, U+200D).
+    """
+    return len(text) <= MAX_ADDRESS_CHARS and not _NOBODYS.search(text)
 
 
 def domain_to_ascii(domain: str) -> str:
-    """A domain lower-cased and in A-label form, as it travels in DNS; "" if it is not convertible.
+    """A domain lower-cased and in A-label form, as it travels in DNS; NOT_CONVERTIBLE if it has no such form.
 
-    Source: RFC 5891; UTS 46 without transitional mapping, as Postfix does it unless enable_idna2003_compatibility is set.
+    Converted as Postfix does it: characters are mapped or left out by UTS 46, nothing is lower-cased before, and what remains is
+    written in Punycode. IDNA 2008 allows fewer letters (no emoji), but such domains exist and have mail.
+    Source: Postfix midna_domain.c; UTS 46 without transitional mapping (enable_idna2003_compatibility = no); RFC 3492.
     """
     if domain.isascii():
-        return domain.lower()
-    if len(domain) > MAX_ADDRESS_CHARS:  # old versions of idna take time quadratic in the length
-        return ""
+        return domain.lower() if not _NOT_IN_DOMAINS.search(domain) else NOT_CONVERTIBLE
+    # Postfix takes a longer one if UTS 46 leaves out enough of it. Nobody writes such a domain, and it costs time.
+    # Capital sharp s became "ss" until Unicode 15.0 and has become U+00DF since: the one character with two mappings.
+    if len(domain) > MAX_ADDRESS_CHARS or "\u1e9e" in domain:
+        return NOT_CONVERTIBLE
+    import idna  # a dependency of requests itself, so it is there wherever requests is
+
     try:
-        return idna.encode(domain, uts46=True).decode("ascii").lower()
+        mapped = idna.uts46_remap(domain, std3_rules=False)
+        converted = ".".join(map(_label_to_ascii, mapped.split(".")))
     except (UnicodeError, ValueError, IndexError):
-        return ""
+        return NOT_CONVERTIBLE
+    return converted if _DOMAIN.fullmatch(converted.removesuffix(".")) else NOT_CONVERTIBLE
+
+
+def _label_to_ascii(label: str) -> str:
+    """Raises ValueError for one that is too long, or that holds a character which this Python cannot compose (NFC) yet."""
+    import unicodedata
+
+    if not label.isascii() and len(label) <= MAX_LABEL_CHARS:  # Punycode takes time quadratic in the length
+        if any(unicodedata.category(character) == "Cn" for character in label):
+            raise ValueError("unassigned character")
+        label = "xn--" + label.encode("punycode").decode("ascii")
+    if len(label) > MAX_LABEL_CHARS:
+        raise ValueError("label too long")
+    return label
+
+
+def to_unicode_domain(address: str) -> str:
+    """A normalised address (or a domain) as people write it, with U-labels. Raises nothing: what cannot be decoded stays as it is."""
+    local_part, at_sign, domain = address.rpartition("@")
+    decoded = ".".join(map(_label_to_unicode, domain.split(".")))
+    return local_part + at_sign + (decoded if domain_to_ascii(decoded) == domain else domain)
+
+
+def _label_to_unicode(label: str) -> str:
+    if not label.startswith("xn--"):
+        return label
+    try:
+        decoded = label[4:].encode("ascii").decode("punycode")
+    except (UnicodeError, ValueError, OverflowError):
+        return label
+    return decoded if domain_to_ascii(decoded) == label else label
+
+
+def _split_domain(raw: str) -> tuple[str, str]:
+    """(local part, domain) as Postfix reads the address, both as they were written. The domain is "" when there is none.
+
+    Source: Postfix trivial-rewrite(8): source routes, resolve_dequoted_address, swap_bangpath, allow_percent_hack.
+    """
+    text = raw
+    while text.startswith("@") and ":" in text[:-1]:
+        text = text.partition(":")[2]
+    if "@" not in text and _DOT_STRING.fullmatch(text):  # anything else Postfix puts into quotes and leaves as it is
+        if "!" in text:
+            site, _, user = text.partition("!")
+            text = f"{user}@{site}"
+        elif "%" in text:
+            user, _, site = text.rpartition("%")
+            text = f"{user}@{site}"
+    local_part, at_sign, domain = text.rpartition("@")
+    if not at_sign:
+        return text, ""
+    return (local_part, domain) if domain else (local_part or at_sign, "")
+
+
+def normalise_address(raw: str) -> Address:
+    """The form in which Postfix will deliver to, or send from, the address: whatever a client writes, it cannot slip past.
+
+    raw is an address of an SMTP envelope, without angle brackets; "" is the null sender. Raises nothing.
+    Source: Postfix trivial-rewrite(8), also for the trailing dot; casefold.c for the domain in its lists.
+    """
+    return _memoised_form(raw) if len(raw) <= MAX_RECALLED_CHARS else _form(raw)
+
+
+def _form(raw: str) -> Address:
+    local_part, written = _split_domain(raw)
+    domain = _without_dot(domain_to_ascii(written))
+    folded = domain if written.isascii() else _without_dot(domain_to_ascii(written.casefold()))
+    if NOT_CONVERTIBLE in (domain, folded):
+        return Address(local_part.lower(), NOT_CONVERTIBLE)
+    return Address(local_part.lower(), domain, "" if folded == domain else folded)
+
+
+_memoised_form = functools.lru_cache(maxsize=1000)(_form)  # the sender comes with each recipient of a message
+
+
+def _without_dot(domain: str) -> str:
+    return domain[:-1] if domain.endswith(".") and len(domain) > 1 and not domain.endswith("..") else domain
+
+
+def routing_steps(raw: str) -> Iterator[Address]:
+    """The address, and what Postfix would deliver to if each outer domain were one of its own hosts.
+
+    Postfix drops the domain of user%domain@host, domain!user@host and "user@domain"@host when the host is itself ($mydestination or
+    its IP address in brackets) and reads the rest again, so such an address may lead to a domain of ours. raw is what the client
+    wrote: if it were lower-cased first, some inner domains would be converted to others.
+    Source: Postfix trivial-rewrite(8), resolve.c.
+    """
+    while (address := normalise_address(raw)).domain:
+        yield address
+        raw = _split_domain(raw)[0]
+
+
+def _domain(value: Any) -> str:
+    domain = domain_to_ascii(value).removesuffix(".") if isinstance(value, str) else ""
+    if not _DOMAIN.fullmatch(domain):
+        raise ValueError("expected a domain such as example.org")
+    return domain
+
+
+def parse_plain_address(text: str) -> Address:
+    """An address as a person types it into a command or a config; raises ValueError saying what is wrong with it."""
+    if _NOBODYS.search(text) or _DIRECTION.search(text):
+        raise ValueError("it holds a space or a control character")
+    if text.count("@") != 1:
+        raise ValueError("it has no @" if "@" not in text else "it has more than one @")
+    local_part, domain = text.split("@")
+    local_part = local_part.lower()
+    if not local_part:
+        raise ValueError("there is nothing before the @, and a catch-all for a whole domain is not supported")
+    if not _DOT_STRING.fullmatch(local_part):
+        raise ValueError("the part before the @ would need quotes")
+    too_long = f"it is longer than {MAX_ADDRESS_CHARS} characters"
+    if len(text) > MAX_ADDRESS_CHARS:
+        raise ValueError(too_long)
+    try:
+        address = Address(local_part, _domain(domain))
+    except ValueError:
+        raise ValueError(f"{domain!r} is not a domain") from None
+    if len(address.text) > MAX_ADDRESS_CHARS:
+        raise ValueError(f"{too_long}, with its domain in A-label form")
+    return address
+
+
+def split_extension(local_part: str, delimiters: str) -> tuple[str, str]:
+    """(base, extension): the extension begins with its delimiter, and is "" where there is none to cut off.
+
+    Source: Postfix split_addr.c, and postconf(5) recipient_delimiter, owner_request_special.
+    """
+    if local_part in ("postmaster", "mailer-daemon", "double-bounce"):
+        return local_part, ""
+    if "-" in delimiters and (local_part.startswith("owner-") or local_part.endswith("-request")):
+        return local_part, ""
+    cut = next((index for index, character in enumerate(local_part) if character in delimiters), 0)
+    return (local_part[:cut], local_part[cut:]) if cut else (local_part, "")
+
+
+def holds_delimiter(username: str, delimiters: str) -> bool:
+    """Would Dovecot cut this username, and deliver to the user of its first part? In an address the local part counts."""
+    return not set(username.rpartition("@")[0] or username).isdisjoint(delimiters)
+
+
+def address_spellings(address: Address, delimiters: str) -> list[tuple[Address, str]]:
+    """(address, extension) to look up, in this order: the address itself, then without its extension if it has one."""
+    base, extension = split_extension(address.local_part, delimiters)
+    return [(address, "")] + ([(Address(base, address.domain), extension)] if extension else [])
+
+
+def quote_local_part(local_part: str) -> str:
+    """The local part as it must stand in an address of a lookup table's answer (RFC 5322, section 3.2.4)."""
+    if _DOT_STRING.fullmatch(local_part):
+        return local_part
+    return '"' + re.sub(r'(["\\])', r"\\\1", local_part) + '"'
+
+
+def unquote_local_part(address: str) -> str:
+    """The address without the quotes that Postfix puts around a local part for a lookup table: as it is in a policy request."""
+    quoted, _, domain = address.rpartition("@")
+    local_part = re.sub(r"\\(.)", r"\1", quoted[1:-1], flags=re.DOTALL)
+    return f"{local_part}@{domain}" if quote_local_part(local_part) == quoted else address
+
+
+def format_mailbox(username: str, extension: str, domain: str) -> str:
+    """Where the mail of username goes: username+extension@domain; a username that is an address already stays as it is."""
+    local_part, at_sign, own_domain = username.rpartition("@")
+    return f"{quote_local_part(local_part)}@{own_domain}" if at_sign else f"{quote_local_part(username + extension)}@{domain}"
+
+
+# ---------------------------------------------------------------------------------------------------------------------------------
+# 3. Decisions
+# From a request and the facts to an answer: the decision tables, row by row, and the reasons in words. No socket, log line or clock
+# of its own; only the facts may wait. Any thread enters. A fact is asked for only when a row needs it: an alias is answered while
+# Keycloak is away.
+# ---------------------------------------------------------------------------------------------------------------------------------
+
+
+class Alias(NamedTuple):
+    """A row of the table aliases."""
+
+    username: str
+    enabled: bool
+
+
+class App(NamedTuple):
+    """A row of the table apps, with what its list says of one sender."""
+
+    state: str  # "enabled", "disabled" or "expired"
+    may_send: bool  # is the sender asked about in its list?
+    owner: str = ""  # the app counts only while this user is enabled; "" if it has no owner
+    expires_at: Optional[int] = None  # of an app that is enabled until then, in seconds since 1970
+
+
+class User(NamedTuple):
+    """What Keycloak says of a user."""
+
+    username: str  # lower-cased
+    email: str  # primary e-mail, normalised; "" if there is none that counts
+    enabled: bool  # may log in and send
+    locked_out: bool = False  # by guessed passwords, which anybody can bring about: still receives
+    federation: str = ""  # the user storage behind Keycloak that the user comes from, such as LDAP
+    user_id: str = ""  # Keycloak's
+
+    @property
+    def receives(self) -> bool:
+        """Does mail for this user come in?"""
+        return self.enabled or self.locked_out
+
+    @property
+    def key(self) -> str:
+        """What stays the same when the user is renamed, where Keycloak says it."""
+        return self.user_id or self.username
+
+
+Users = tuple[User, ...]
+
+
+class Login(NamedTuple):
+    """Which user a sasl_username names. username is "" unless state is "enabled"."""
+
+    username: str
+    state: str  # "enabled", "disabled", "missing", or "ambiguous": one user's name and another's e-mail
+
+
+def resolve_login(named: Users, holders: Users) -> Login:
+    """The login of users found by username (named) and by primary e-mail (holders). A user without an e-mail does not exist."""
+    usernames = {user.username for user in named + holders}
+    if len(usernames) > 1:
+        return Login("", "ambiguous")
+    users = [user for user in named + holders if user.email]
+    if not users:
+        return Login("", "missing")
+    if all(user.enabled for user in users):
+        return Login(users[0].username, "enabled")
+    return Login("", "disabled")
+
+
+class PolicyRequest(NamedTuple):
+    """The attributes of a policy request that decide, as the client sent them. Source: SMTPD_POLICY_README."""
+
+    protocol_state: str = ""
+    policy_context: str = ""
+    recipient: str = ""
+    sender: str = ""
+    sasl_username: str = ""
+    sasl_method: str = ""
+    text: str = ""  # all of it, where the log finds the others
+
+
+class Action(NamedTuple):
+    """An answer to Postfix, and why, for the log. level is the level at which it is logged."""
+
+    text: str
+    reason: str
+    level: int = logging.INFO
+
+
+class Owner(NamedTuple):
+    """Who owns an address. username is "" for nobody, and also where two users share a primary e-mail."""
+
+    username: str
+    source: str  # "alias", "primary", "nobody", or why it is not known: the reason of an answer in UNKNOWN
+    extension: str = ""  # what was cut off the address to find the owner, with its delimiter
+    is_certain: bool = True  # False for a primary e-mail while SQLite cannot say whether it is an alias as well
+
+
+class Facts(Protocol):
+    """What a decision may ask. The daemon looks facts up (section 9); a test's are plain values."""
+
+    def find_alias(self, address: Address) -> Optional[Alias]:
+        """The alias of exactly this address; raises DatabaseUnavailable."""
+
+    def find_app(self, app_id: str, sender: Address) -> Optional[App]:
+        """The app, and whether it may use the sender; raises DatabaseUnavailable."""
+
+    def find_holders(self, address: Address) -> Users:
+        """The users whose primary e-mail this is, disabled ones too; raises DirectoryUnavailable, Disappeared."""
+
+    def find_login(self, sasl_username: str) -> Login:
+        """Which user the login names; raises DirectoryUnavailable, Disappeared."""
+
+    def has_lost(self, sasl_username: str, address: Address) -> bool:
+        """Was a user that the login may name found without this primary e-mail, which was theirs before? Asks nobody."""
+
+
+NO_SUCH_USER = "550 5.1.1 No such user"
+LOCAL_SENDER_UNAUTHENTICATED = "553 5.7.1 Sending from local domains requires authentication"
+SENDER_NOT_OWNED = "553 5.7.1 Sender not owned by authenticated user"
+DIRECTORY_FAILED = "451 4.3.0 Temporary authentication/lookup failure"
+INTERNAL_ERROR = "451 4.3.0 Temporary internal error"
+UNKNOWN = MappingProxyType(
+    {
+        "directory-unavailable": Action(DIRECTORY_FAILED, "directory-unavailable"),
+        "in-grace": Action(DIRECTORY_FAILED, "in-grace"),
+        "database-unavailable": Action(INTERNAL_ERROR, "database-unavailable"),
+    }
+)  # the answers where it is not known who owns an address, by their reason
+TOKEN_METHODS = frozenset({"xoauth2", "oauthbearer"})  # a Keycloak token; by any other method the login may be an app's
+
+
+def decide_policy(request: PolicyRequest, policy: PolicyConfig, facts: Facts) -> Action:
+    """The answer to one policy request: at RCPT the recipient, then the sender; at MAIL the sender; else no objection."""
+    if request.protocol_state not in ("RCPT", "MAIL"):
+        return accept("other-state")
+    recipient = None
+    if request.protocol_state == "RCPT" and request.policy_context != "sender":
+        recipient = decide_recipient(request.recipient, policy, facts)
+        if recipient.text != "DUNNO" or request.policy_context == "recipient":
+            return recipient
+    elif request.policy_context == "recipient":
+        return accept("nothing-to-check")
+    sender = decide_sender(request, policy, facts)
+    if not recipient or sender.text != "DUNNO":
+        return sender
+    return Action("DUNNO", f"{recipient.reason},{sender.reason}", max(recipient.level, sender.level))
+
+
+def decide_recipient(raw: str, policy: PolicyConfig, facts: Facts) -> Action:
+    """May mail for this recipient, as the client wrote it, come in?
+
+    DUNNO for an address that has an owner and for domains that are not ours, 550 when it has none, 451 when that is not known.
+    """
+    recipient = normalise_address(raw)
+    # XXX: user%ours@elsewhere gets 550 if we have no such user, even where elsewhere is a foreign host. Nobody has used this form in
+    # this century. Knowing $mydestination would end that.
+    for number, step in enumerate(routing_steps(raw)):
+        if number == MAX_ROUTES:
+            return Action(NO_SUCH_USER, "too-many-routes")
+        if could_be_ours(step, policy):
+            return Action(INTERNAL_ERROR, "domain-not-convertible")
+        if is_local(step, policy):
+            recipient = step
+            break
+    if policy.mailbox_domain and recipient.domain == policy.mailbox_domain:
+        return Action(NO_SUCH_USER, "mailbox-domain")
+    if not is_local(recipient, policy):
+        return accept("recipient-not-local")
+    owner = find_owner(recipient, policy, facts)
+    if owner.source in ("alias", "primary"):
+        return accept(owner.source)
+    if owner.source == "directory-unavailable" and policy.keycloak_failure_mode != "tempfail":
+        return Action("DUNNO", "directory-unavailable")
+    return UNKNOWN.get(owner.source) or Action(NO_SUCH_USER, "unknown-recipient")
+
+
+def find_owner(address: Address, policy: PolicyConfig, facts: Facts) -> Owner:
+    """Who owns this address: enabled alias, primary e-mail, disabled alias (nobody), then the same without the extension.
+
+    Without SQLite a primary e-mail still counts; without Keycloak only an exact, enabled alias does, since the address might be
+    somebody's primary e-mail. Raises nothing.
+    """
+    if address.domain not in policy.domain or not address.is_plain:
+        return Owner("", "nobody")
+    database_failed = False
+    for spelling, extension in address_spellings(address, policy.recipient_delimiter):
+        alias = None
+        try:
+            alias = facts.find_alias(spelling)
+        except DatabaseUnavailable:
+            database_failed = True
+        if alias and database_failed:  # the address itself may be an alias of somebody else
+            return Owner("", "database-unavailable")
+        if alias and alias.enabled and alias.username:
+            return Owner(alias.username, "alias", extension)
+        try:
+            holders = facts.find_holders(spelling)
+        except DirectoryUnavailable:
+            return Owner("", "directory-unavailable")
+        except Disappeared:
+            return Owner("", "in-grace")
+        if any(user.receives for user in holders):
+            return Owner(holders[0].username if len(holders) == 1 else "", "primary", extension, not database_failed)
+        if alias:
+            return Owner("", "nobody")
+    return Owner("", "database-unavailable" if database_failed else "nobody")
+
+
+def decide_sender(request: PolicyRequest, policy: PolicyConfig, facts: Facts) -> Action:
+    """May this client, logged in or not, use this sender?"""
+    sender = normalise_address(request.sender)
+    if not request.sasl_username:
+        return decide_unauthenticated_sender(sender, policy)
+    if could_be_ours(sender, policy):
+        return Action(INTERNAL_ERROR, "domain-not-convertible")
+    sasl_username = request.sasl_username.lower()
+    try:
+        app = facts.find_app(sasl_username, sender) if request.sasl_method.lower() not in TOKEN_METHODS else None
+        if app:  # in whatever state: an app that has a user's name must never become that user
+            return _decide_app(app, facts)
+        return _decide_user(sasl_username, sender, policy, facts)
+    except DatabaseUnavailable:
+        return UNKNOWN["database-unavailable"]
+    except Disappeared:
+        return UNKNOWN["in-grace"]
+    except DirectoryUnavailable:
+        return _fail_sender(sasl_username, sender, policy, facts)
+
+
+def decide_unauthenticated_sender(sender: Address, policy: PolicyConfig) -> Action:
+    """May a client that has not logged in use this sender? Needs no facts."""
+    if could_be_ours(sender, policy):
+        return Action(INTERNAL_ERROR, "domain-not-convertible")
+    if not is_local(sender, policy):
+        return accept("sender-not-local")
+    if policy.unauthenticated_local_sender == "reject":
+        return Action(LOCAL_SENDER_UNAUTHENTICATED, "local-sender-unauthenticated")
+    level = logging.INFO if policy.unauthenticated_local_sender == "warn" else logging.DEBUG
+    return Action("DUNNO", "local-sender-unauthenticated", level)
+
+
+def _decide_app(app: App, facts: Facts) -> Action:
+    if app.state == "disabled":
+        return Action(SENDER_NOT_OWNED, "app-disabled")
+    if app.state == "expired":
+        return Action(SENDER_NOT_OWNED, "app-expired")
+    if not app.may_send:
+        return Action(SENDER_NOT_OWNED, "app-sender")
+    owner_state = facts.find_login(app.owner).state if app.owner else "enabled"
+    if owner_state != "enabled":
+        reasons = {"disabled": "app-owner-disabled", "missing": "app-owner-missing", "ambiguous": "app-owner-ambiguous"}
+        return Action(SENDER_NOT_OWNED, reasons[owner_state])
+    return accept("app")
+
+
+def _decide_user(sasl_username: str, sender: Address, policy: PolicyConfig, facts: Facts) -> Action:
+    login = facts.find_login(sasl_username)
+    if login.state == "ambiguous":
+        return Action(SENDER_NOT_OWNED, "login-ambiguous", logging.WARNING)
+    if login.state != "enabled":
+        return Action(SENDER_NOT_OWNED, "login-disabled" if login.state == "disabled" else "login-missing")
+    if sender.text == "":
+        return accept("null-sender")
+    if not is_local(sender, policy):
+        return accept("foreign-sender") if policy.foreign_sender == "dunno" else Action(SENDER_NOT_OWNED, "foreign-sender")
+    owner = find_owner(sender, policy, facts)
+    if owner.username and owner.username == login.username:
+        return accept("own-alias" if owner.source == "alias" else "own-primary")
+    if owner.source == "directory-unavailable":
+        return _fail_sender(sasl_username, sender, policy, facts)
+    if not owner.is_certain:
+        return UNKNOWN["database-unavailable"]
+    return UNKNOWN.get(owner.source) or Action(SENDER_NOT_OWNED, "sender-not-owned")
+
+
+def _fail_sender(sasl_username: str, sender: Address, policy: PolicyConfig, facts: Facts) -> Action:
+    """The failure mode, but 451 in each mode for an address of which Keycloak did say that the user has it no more."""
+    spellings = address_spellings(sender, policy.recipient_delimiter)
+    may_pass = policy.keycloak_failure_mode == "dunno" and not any(facts.has_lost(sasl_username, each) for each, _ in spellings)
+    return Action("DUNNO" if may_pass else DIRECTORY_FAILED, "directory-unavailable")
+
+
+def decide_alias(key: str, policy: PolicyConfig, facts: Facts) -> Action:
+    """The socketmap's answer for a key of the alias map: "OK mailbox", "NOTFOUND ", or "TEMP reason".
+
+    "NOTFOUND " keeps its space: Postfix wants one after every status word (socketmap_table(5)).
+    """
+    unquoted = unquote_local_part(key)
+    address = normalise_address(unquoted)
+    is_odd = "@" not in key or (unquoted == key and not _DOT_STRING.fullmatch(address.local_part))
+    if not is_odd and could_be_ours(address, policy):
+        return Action("TEMP domain not convertible", "domain-not-convertible")
+    if is_odd or not address.is_plain or address.domain not in policy.domain:
+        return Action("NOTFOUND ", "not-local", logging.DEBUG)
+    not_found = Action("NOTFOUND ", "no-alias", logging.DEBUG)
+    try:
+        aliases = [facts.find_alias(spelling) for spelling, _ in address_spellings(address, policy.recipient_delimiter)]
+    except DatabaseUnavailable:
+        return Action("TEMP database not usable", "database-unavailable")
+    if not policy.mailbox_domain and not any(alias and alias.enabled for alias in aliases):
+        return not_found  # no alias can own it, so Keycloak need not be asked
+    owner = find_owner(address, policy, facts)
+    if owner.source in UNKNOWN:
+        return Action("TEMP lookup failed", owner.source)
+    if owner.source == "nobody" or (owner.source == "primary" and not policy.mailbox_domain):
+        return not_found
+    if not owner.username:
+        base = address.local_part[: len(address.local_part) - len(owner.extension)]
+        return Action(f"TEMP several users have {base}@{address.domain}", "shared-primary", logging.ERROR)
+    if holds_delimiter(owner.username, policy.recipient_delimiter):
+        text = f"TEMP username {escape_for_log(owner.username)} holds a recipient delimiter"
+        return Action(text, "username-with-delimiter", logging.ERROR)
+    mailbox = format_mailbox(owner.username, owner.extension, policy.mailbox_domain or address.domain)
+    return Action(f"OK {mailbox}", owner.source, logging.DEBUG)
+
+
+@functools.lru_cache(maxsize=100)  # there are a dozen reasons
+def accept(reason: str) -> Action:
+    """No objection. Never OK, which would end Postfix's restriction list and skip the checks after this one (access(5))."""
+    return Action("DUNNO", reason, logging.DEBUG)
+
+
+def is_local(address: Address, policy: PolicyConfig) -> bool:
+    """In our domains or the one of mailboxes, or without a domain, to which Postfix will append one of ours."""
+    if not address.domain:
+        return bool(address.local_part)
+    return address.domain in policy.domain or address.domain == policy.mailbox_domain
+
+
+def could_be_ours(address: Address, policy: PolicyConfig) -> bool:
+    """Is it uncertain whether Postfix takes the domain for one of ours? Then mail is deferred, neither passed nor refused."""
+    if not address.folded_domain:
+        return address.domain == NOT_CONVERTIBLE
+    ours = (*policy.domain, policy.mailbox_domain)
+    return address.folded_domain in ours and address.domain not in ours
+
+
+_DECIDING = PolicyRequest._fields[:-1]
+
+
+def policy_question(request: PolicyRequest, policy: PolicyConfig) -> tuple[str, ...]:
+    """The attributes that the answer depends on: the same question has the same answer while policy and facts are the same.
+
+    Without a login it only counts whether the sender is local, which needs no facts: all outside senders share one recalled answer.
+    """
+    if request.sasl_username:
+        return request[:-1]
+    sender = decide_unauthenticated_sender(normalise_address(request.sender), policy)
+    return (request.protocol_state, request.policy_context, request.recipient, sender.reason)
+
+
+class Reason(NamedTuple):
+    """The rule behind a reason= of the log in a sentence, and what would have to change for another answer.
+
+    change may name {address}, the address asked about; {alias}, the alias that decided; {user}, the login asked about.
+    """
+
+    rule: str
+    change: str
+
+
+def _read_reasons(table: str) -> Mapping[str, Reason]:
+    """The reasons by their word, from lines of "word: rule", each with indented lines that say what would have to change."""
+    entries = re.findall(r"^([a-z-]+): (.*)\n((?: .*\n)*)", table, re.MULTILINE)
+    return MappingProxyType({word: Reason(rule, " ".join(change.split())) for word, rule, change in entries})
+
+
+REASONS = _read_reasons(
+    """\
+# who owns an address: recipients and the alias map
+alias: an enabled alias owns the address: its mail is accepted and goes to the alias's user
+    mailcloakctl aliases disable {alias}, or aliases add {alias} USERNAME --replace to let it lead to another user
+primary: the address is the primary e-mail of an enabled user: its mail is accepted and goes to this user
+    disable the user or change the user's e-mail in Keycloak; this counts after policy.cache_ttl_seconds, or after
+      mailcloakctl flush {address}
+unknown-recipient: the address is neither an enabled alias nor the primary e-mail of an enabled user: refused
+    mailcloakctl aliases add {address} USERNAME, or give a user this e-mail in Keycloak; a user just made counts after
+      policy.negative_cache_ttl_seconds, or after mailcloakctl flush {address}; with keycloak.require_verified_email the
+      e-mail must be verified
+mailbox-domain: the address is in policy.mailbox_domain, which only aliases and primary e-mails lead to: refused
+    nothing; write to one of the user's own addresses
+too-many-routes: the address leads over more hosts than anybody writes: refused
+    nothing; write to the address itself
+domain-not-convertible: the domain is not ASCII, and it is not certain whether Postfix takes it for one of ours: the mail waits
+    nothing; write the domain in its ASCII form (xn--...)
+recipient-not-local: the recipient is not in policy.domain: Postfix alone decides whether it relays the mail
+    if this is one of our domains, add it to policy.domain
+not-local: the address is not in policy.domain, or has a form that no alias can have: there is no alias
+    if this is one of our domains, add it to policy.domain
+no-alias: no enabled alias owns the address: its mail is delivered to the address as it stands
+    mailcloakctl aliases add {address} USERNAME
+username-with-delimiter: the owner's username holds a recipient delimiter, where Dovecot would cut it: the mail waits
+    rename the user in Keycloak and in the aliases, or drop the character from recipient_delimiter here, in Postfix and in Dovecot
+shared-primary: several users have this primary e-mail, so the right mailbox is not known: the mail waits
+    in Keycloak, let only one of them keep this e-mail
+# senders who have not logged in
+sender-not-local: the client has not logged in, and the sender is not in policy.domain: mailcloak does not check it
+    if this is one of our domains, add it to policy.domain
+local-sender-unauthenticated: the client has not logged in, and the sender is one of ours: policy.unauthenticated_local_sender sets the answer
+    let the client log in, as a user or as an app (mailcloakctl apps add); or list a host of yours in Postfix's
+      mynetworks, with permit_mynetworks in smtpd_sender_restrictions; policy.unauthenticated_local_sender changes the
+      answer for all
+# users who have logged in
+own-alias: the sender is an alias of the user: allowed
+    mailcloakctl aliases disable {alias}
+own-primary: the sender is the user's own primary e-mail: allowed
+    change the user's e-mail in Keycloak; this counts after policy.cache_ttl_seconds, or after mailcloakctl flush
+      {address}
+null-sender: an enabled user may use the null sender <>, for notices and vacation mail: allowed
+    disable the user in Keycloak
+sender-not-owned: the login is good, but the sender belongs to another user, to several users or to nobody: refused
+    mailcloakctl aliases add {address} {user} lets the user send as it, if nobody else has it
+foreign-sender: a user has logged in, and the sender is not in policy.domain: policy.foreign_sender sets the answer
+    policy.foreign_sender: dunno lets users send as other domains; if this is one of our domains, add it to policy.domain
+login-missing: the login is neither a Keycloak user with an e-mail nor an app that has logged in with its password: refused
+    in Keycloak, create the user or give the user an e-mail
+login-disabled: the user is disabled or locked out in Keycloak: refused
+    enable the user in Keycloak
+login-ambiguous: the login is the name of one user and the e-mail of another, so it proves neither: refused
+    in Keycloak, rename one of the two users or change the e-mail of the other
+# apps
+app: the login is an app, and the sender is in its list: allowed
+    mailcloakctl apps disallow {user} {address}
+app-sender: the login is an app, but the sender is not in its list: refused
+    mailcloakctl apps allow {user} {address}
+app-disabled: the app is disabled: refused
+    mailcloakctl apps enable {user}
+app-expired: the app has expired: refused
+    mailcloakctl apps set {user} --expires 90d
+app-owner-missing: the owner of the app is not a Keycloak user with an e-mail: refused
+    mailcloakctl apps set {user} --owner USERNAME
+app-owner-disabled: the owner of the app is disabled or locked out in Keycloak: refused
+    enable the owner in Keycloak, or mailcloakctl apps set {user} --owner USERNAME
+app-owner-ambiguous: the owner of the app is the name of one user and the e-mail of another: refused
+    mailcloakctl apps set {user} --owner USERNAME, or rename one of the two users in Keycloak
+# what cannot be known
+directory-unavailable: Keycloak gave no answer that can be used, and neither the cache nor the database decides without it
+    mailcloakctl status and mailcloakctl doctor show what is wrong with Keycloak; policy.keycloak_failure_mode sets the
+      answer until it is fixed
+in-grace: Keycloak takes back what it said of a user (missing, disabled, another's name now), which is not certain yet: the mail waits
+    look for the user in Keycloak; policy.disappearance_grace_seconds sets for how long the user is not believed gone
+database-unavailable: the database cannot be read, and the answer depends on it
+    mailcloakctl doctor shows what is wrong with the database
+internal-error: a fault of mailcloak itself: the answer is temporary
+    the daemon's log has a line 'internal error'; please report it
+other-state: the request is neither at RCPT nor at MAIL: mailcloak checks nothing
+    Postfix does not send such a request: compare main.cf with examples/postfix/main.cf
+nothing-to-check: the request is for a recipient, but there is no recipient yet: mailcloak checks nothing
+    Postfix does not send such a request: compare main.cf with examples/postfix/main.cf
+# what mailcloakctl asks
+stats: mailcloakctl status has asked
+explain: mailcloakctl ask has asked
+flush: mailcloakctl flush has asked
+bad-question: the daemon does not understand the question
+    use a mailcloakctl of the same version as the daemon
+not-permitted: the user may connect, but may not use the maps explain and flush
+    run mailcloakctl as root
+# what Postfix does not ask
+unknown-map: there is no map of this name
+    in main.cf, virtual_alias_maps: the map's name is alias
+no-key: the map was asked without a key
+    Postfix does not send such a request: compare main.cf with examples/postfix/main.cf
+"""
+)
+
+
+# ---------------------------------------------------------------------------------------------------------------------------------
+# 4. Wire protocols
+# Bytes to requests and answers to bytes. A stream object belongs to one connection, and so to one thread; it holds the bytes that are
+# not a whole request yet. No I/O.
+# ---------------------------------------------------------------------------------------------------------------------------------
+
+
+def _decode(data: bytes) -> str:
+    """Bytes of a client as text; what is not UTF-8 becomes characters that no stored address or name can hold."""
+    return data.decode("utf-8", "surrogateescape")
+
+
+class _Stream:
+    def __init__(self) -> None:
+        self._buffer = b""
+
+    def feed(self, data: bytes) -> None:
+        self._buffer += data
+
+    @property
+    def has_begun(self) -> bool:
+        """Are there bytes of a request that is not whole yet?"""
+        return self._buffer != b""
+
+
+class PolicyStream(_Stream):
+    """Requests of the policy protocol: lines of name=value, ended by an empty line. Source: SMTPD_POLICY_README."""
+
+    def next_request(self) -> Optional[PolicyRequest]:
+        """The next whole request, None when there is none yet; raises ProtocolError for bytes that can never be one."""
+        if self._buffer.startswith(b"\n"):
+            raise ProtocolError("empty request")
+        end = self._buffer.find(b"\n\n", 0, MAX_POLICY_REQUEST_BYTES)
+        if end < 0:
+            if len(self._buffer) >= MAX_POLICY_REQUEST_BYTES:
+                raise ProtocolError(f"request longer than {MAX_POLICY_REQUEST_BYTES} bytes")
+            return None
+        request, self._buffer = self._buffer[:end], self._buffer[end + 2 :]
+        return parse_policy_request(request)
+
+    @staticmethod
+    def encode(action: Action) -> bytes:
+        return b"action=" + action.text.encode("utf-8", "replace") + b"\n\n"
+
+
+_POLICY_ATTRIBUTE = re.compile(rf"\n(request|{'|'.join(_DECIDING)})=([^\n]*)")
+_LOGGED_ATTRIBUTE = re.compile(r"\n(client_address|queue_id)=([^\n]*)")
+
+
+def parse_policy_request(data: bytes) -> PolicyRequest:
+    """One request without its empty line. Any line but those of the attributes listed is ignored; raises ProtocolError."""
+    text = _decode(b"\n" + data)
+    attributes = dict(_POLICY_ATTRIBUTE.findall(text))
+    if attributes.get("request") != "smtpd_access_policy":
+        raise ProtocolError(f"request={escape_for_log(attributes.get('request', ''))}, expected smtpd_access_policy")
+    return PolicyRequest(**{name: attributes.get(name, "") for name in _DECIDING}, text=text)
+
+
+class SocketmapQuery(NamedTuple):
+    """One query: the name of a map, and the key that is looked up in it."""
+
+    name: str
+    key: str
+
+
+class SocketmapStream(_Stream):
+    """Queries of the socketmap protocol: netstrings that hold a map name, a space and a key. Source: socketmap_table(5)."""
+
+    def next_request(self) -> Optional[SocketmapQuery]:
+        """The next whole query, None when there is none yet; raises ProtocolError for bytes that are not a netstring."""
+        digits, colon, rest = self._buffer.partition(b":")
+        if not re.fullmatch(rb"(0|[1-9][0-9]{0,4})?", digits) or (colon and not digits):
+            raise ProtocolError("not a netstring")
+        if not colon:
+            return None
+        length = int(digits)
+        if length > MAX_SOCKETMAP_QUERY_BYTES:
+            raise ProtocolError(f"query longer than {MAX_SOCKETMAP_QUERY_BYTES} bytes")
+        if len(rest) <= length:
+            return None
+        if rest[length : length + 1] != b",":
+            raise ProtocolError("netstring without its comma")
+        self._buffer = rest[length + 1 :]
+        name, _, key = _decode(rest[:length]).partition(" ")
+        return SocketmapQuery(name, key)
+
+    @staticmethod
+    def encode(action: Action) -> bytes:
+        return encode_netstring(action.text.encode("utf-8", "replace"))
+
+
+def encode_netstring(payload: bytes) -> bytes:
+    """Source: D. J. Bernstein, Netstrings, 1997."""
+    return b"%d:%s," % (len(payload), payload)
+
+
+# ---------------------------------------------------------------------------------------------------------------------------------
+# 5. Config
+# The YAML file as frozen dataclasses. Each field carries the reader that checks its value, so a key is described in one place, and
+# every problem of a file is found in one pass. Later sections never see a raw dict. The main thread reads the file at the start and at
+# each reload; every thread reads what came of it, which never changes. mailcloakctl reads it too.
+# ---------------------------------------------------------------------------------------------------------------------------------
+
+# A YAML value to the field's value; raises ValueError("expected ...") or ValueError("expected ...", hint).
+_Reader = Callable[[Any], Any]
+
+
+def _near_miss(value: Any, choices: Sequence[str]) -> str:
+    import difflib
+
+    close = difflib.get_close_matches(str(value), choices, n=1)
+    return f"; did you mean {close[0]!r}?" if close else ""
+
+
+def _shown(value: Any) -> str:
+    """A value of the file, short enough for a message, without the password of a URL and without a secret from the next line.
+
+    A line with too much indentation, or behind a quote that is not closed, becomes part of the value of the line before it.
+    """
+    text = "nothing" if value is None else re.sub(r".*[:/].*@", "'...@", repr(value))
+    if isinstance(value, dict) or "secret" in text:
+        return _kind(value)
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+def _shown_key(key: Any) -> str:
+    """A key of the file without what follows where the space after its colon was forgotten."""
+    return re.sub(r"[^\w.-].*", "...", str(key), flags=re.DOTALL)
+
+
+def _kind(value: Any) -> str:
+    """What sort of value it is, where the value itself might hold a secret."""
+    names = {type(None): "nothing", str: "text", list: "a list", dict: "a block of keys", bool: "true or false"}
+    return names.get(type(value), "a number" if isinstance(value, (int, float)) else "something else")
+
+
+def _or_empty(read: _Reader) -> _Reader:
+    return lambda value: "" if value == "" else read(value)
 
 
 def _text(value: Any) -> str:
@@ -235,27 +1109,17 @@ def _text(value: Any) -> str:
     return value
 
 
-def _optional_text(value: Any) -> str:
-    return "" if value == "" else _text(value)
-
-
 def _absolute_path(value: Any) -> str:
     if not os.path.isabs(_text(value)):
         raise ValueError("expected an absolute path")
     return str(value)
 
 
-def _optional_path(value: Any) -> str:
-    return "" if value == "" else _absolute_path(value)
-
-
 def _socket_path(value: Any) -> str:
-    path = _absolute_path(value)
-    if len(os.fsencode(path)) > MAX_SOCKET_PATH_BYTES:
-        raise ValueError(
-            f"expected a path of at most {MAX_SOCKET_PATH_BYTES} bytes, the limit of a Unix socket ({len(os.fsencode(path))} bytes)"
-        )
-    return path
+    size = len(os.fsencode(_absolute_path(value)))
+    if size > MAX_SOCKET_PATH_BYTES:
+        raise ValueError(f"expected a path of at most {MAX_SOCKET_PATH_BYTES} bytes, the limit of a Unix socket ({size} bytes)")
+    return str(value)
 
 
 def _url(value: Any) -> str:
@@ -297,26 +1161,14 @@ def _boolean(value: Any) -> bool:
     return value
 
 
-def _domain(value: Any) -> str:
-    domain = domain_to_ascii(value) if isinstance(value, str) else ""
-    domain = domain[:-1] if domain.endswith(".") else domain
-    if not _DOMAIN.fullmatch(domain):
-        raise ValueError("expected a domain such as example.org")
-    return domain
-
-
-def _optional_domain(value: Any) -> str:
-    return "" if value == "" else _domain(value)
-
-
-def _domains(value: Any) -> FrozenSet[str]:
+def _domains(value: Any) -> frozenset[str]:
     values = value if isinstance(value, list) else [value]
     if not values:
         raise ValueError("expected a domain such as example.org, or a list of them")
     return frozenset(_domain(each) for each in values)
 
 
-def _addresses(value: Any) -> Tuple[str, ...]:
+def _addresses(value: Any) -> tuple[str, ...]:
     values = value if isinstance(value, list) else [value]
     try:
         return tuple(parse_plain_address(each if isinstance(each, str) else "").text for each in values)
@@ -336,31 +1188,30 @@ def _octal_mode(value: Any) -> int:
     return int(value, 8)
 
 
-def _account(find: Callable[[str], Any], names: Callable[[], List[str]], kind: str) -> _Reader:
+def _account(kind: str, find: Callable[[str], Any], find_all: Callable[[], Iterable[Any]]) -> _Reader:
     def read(value: Any) -> str:
-        name = _optional_text(value)
-        if name:
-            try:
-                find(name)
-            except KeyError:
-                raise ValueError(f"expected an existing {kind}", _near_miss(name, names())) from None
-        return name
+        try:
+            find(_text(value))
+        except KeyError:
+            raise ValueError(f"expected an existing {kind}", _near_miss(value, [name for name, *_ in find_all()])) from None
+        return str(value)
 
-    return read
+    return _or_empty(read)
 
 
-_user = _account(pwd.getpwnam, lambda: [entry.pw_name for entry in pwd.getpwall()], "user")
-_group = _account(grp.getgrnam, lambda: [entry.gr_name for entry in grp.getgrall()], "group")
+_user = _account("user", pwd.getpwnam, pwd.getpwall)
+_group = _account("group", grp.getgrnam, grp.getgrall)
 
 
 def _daemon_user(value: Any) -> str:
-    return str(_user(value)) if os.geteuid() == 0 else _optional_text(value)  # nobody else can become that user anyway
+    read = _user if os.geteuid() == 0 else _or_empty(_text)  # nobody else can become that user anyway
+    return str(read(value))
 
 
 def _static_users(value: Any) -> Mapping[str, str]:
     if not isinstance(value, dict) or not value:
         raise ValueError("expected pairs of username: address")
-    users: Dict[str, str] = {}
+    users: dict[str, str] = {}
     for username, address in value.items():
         if not isinstance(username, str) or not username or not username.isprintable():
             raise ValueError(f"expected usernames as text, got {username!r}; put it in quotes")
@@ -373,31 +1224,34 @@ def _static_users(value: Any) -> Mapping[str, str]:
     return MappingProxyType(users)
 
 
-def _key(read: _Reader, default: Any = _REQUIRED, *, secret: bool = False) -> Any:
+def _key(read: _Reader, default: Any = dataclasses.MISSING, *, secret: bool = False) -> Any:
     """A dataclass field with its reader; a secret is never shown, neither in a problem nor in repr()."""
-    options: Dict[str, Any] = {"metadata": {"read": read, "secret": secret}, "repr": not secret}
-    return dataclasses.field(**options) if default is _REQUIRED else dataclasses.field(default=default, **options)
+    return dataclasses.field(default=default, repr=not secret, metadata={"read": read})
 
 
 @dataclass(frozen=True)
 class KeycloakConfig:
+    """The block keycloak. Exactly one of the two secrets is given; client_secret is the secret itself in either case."""
+
     base_url: str = _key(_url)
     realm: str = _key(_text)
     client_id: str = _key(_text)
     client_secret: str = _key(_text, "", secret=True)
     client_secret_file: str = _key(_absolute_path, "", secret=True)  # not shown: it might be the secret itself
-    ca_file: str = _key(_optional_path, "")
+    ca_file: str = _key(_or_empty(_absolute_path), "")
     timeout_seconds: float = _key(_number(0.1, 60, wanted="a number from 0.1 to 60"), 5)
     max_requests: int = _key(_number(1, 100, whole=True, wanted="a whole number from 1 to 100"), 8)
     require_verified_email: bool = _key(_boolean, False)
     receive_when_locked_out: bool = _key(_boolean, True)
-    canary: Tuple[str, ...] = _key(_addresses, ())
+    canary: tuple[str, ...] = _key(_addresses, ())
 
 
 @dataclass(frozen=True)
 class PolicyConfig:
-    domain: FrozenSet[str] = _key(_domains)
-    mailbox_domain: str = _key(_optional_domain, "")
+    """The block policy; times in seconds."""
+
+    domain: frozenset[str] = _key(_domains)
+    mailbox_domain: str = _key(_or_empty(_domain), "")
     cache_ttl_seconds: float = _key(_positive_seconds, 120)
     negative_cache_ttl_seconds: float = _key(_any_seconds, 10)
     cache_max_entries: int = _key(_number(1, whole=True, wanted="a whole number, 1 or more"), 100_000)
@@ -411,11 +1265,15 @@ class PolicyConfig:
 
 @dataclass(frozen=True)
 class SqliteConfig:
+    """The block sqlite."""
+
     path: str = _key(_absolute_path, DEFAULT_DATABASE_PATH)
 
 
 @dataclass(frozen=True)
 class SocketsConfig:
+    """The block sockets; "" for a user or group keeps the one that the daemon has."""
+
     policy_socket: str = _key(_socket_path)
     socketmap_socket: str = _key(_socket_path)
     socket_owner_user: str = _key(_user, "postfix")
@@ -425,13 +1283,15 @@ class SocketsConfig:
 
 @dataclass(frozen=True)
 class DaemonConfig:
+    """The block daemon; user "" keeps the one that started it."""
+
     user: str = _key(_daemon_user, "mailcloak")
     log: str = _key(_choice("stderr", "syslog"), "stderr")
     log_level: str = _key(_choice("debug", "info", "warning", "error"), "info")
     max_connections: int = _key(_number(1, 100_000, whole=True, wanted="a whole number from 1 to 100000"), 1000)
 
 
-_BLOCKS: Mapping[str, Type[Any]] = MappingProxyType(
+_BLOCKS: Mapping[str, type[Any]] = MappingProxyType(
     {"keycloak": KeycloakConfig, "policy": PolicyConfig, "sqlite": SqliteConfig, "sockets": SocketsConfig, "daemon": DaemonConfig}
 )
 
@@ -447,15 +1307,15 @@ class Config:
     sqlite: SqliteConfig
     sockets: SocketsConfig
     daemon: DaemonConfig
-    warnings: Tuple[str, ...] = ()
+    warnings: tuple[Problem, ...] = ()
 
 
 class _StrictLoader(yaml.SafeLoader):
     """YAML that refuses a key given twice, since the loser would silently have no effect."""
 
 
-def _construct_mapping(loader: _StrictLoader, node: yaml.MappingNode) -> Dict[Any, Any]:
-    seen: Set[Any] = set()
+def _construct_mapping(loader: _StrictLoader, node: yaml.MappingNode) -> dict[Any, Any]:
+    seen: set[Any] = set()
     for key, _ in node.value:
         name = key.value if isinstance(key, yaml.ScalarNode) else key
         if name in seen:
@@ -467,99 +1327,78 @@ def _construct_mapping(loader: _StrictLoader, node: yaml.MappingNode) -> Dict[An
 _StrictLoader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _construct_mapping)
 
 
-def _near_miss(value: Any, choices: Sequence[str]) -> str:
-    close = difflib.get_close_matches(str(value), choices, n=1)
-    return f"; did you mean {close[0]!r}?" if close else ""
-
-
-def _shown(value: Any) -> str:
-    """A value of the file, short enough for a message, without the password of a URL and without a secret from the next line.
-
-    A line with too much indentation, or behind a quote that is not closed, becomes part of the value of the line before it.
-    """
-    text = "nothing" if value is None else re.sub(r".*[:/].*@", "'...@", repr(value))
-    if isinstance(value, dict) or "secret" in text:
-        return _kind(value)
-    return text if len(text) <= 60 else text[:57] + "..."
-
-
-def _shown_key(key: Any) -> str:
-    """A key of the file without what follows where the space after its colon was forgotten."""
-    text = str(key)
-    name = re.match(r"[\w.-]*", text)
-    return text if not name or name[0] == text else f"{name[0]}..."
-
-
-def _kind(value: Any) -> str:
-    """What sort of value it is, where the value itself might hold a secret."""
-    names = {type(None): "nothing", str: "text", list: "a list", dict: "a block of keys", bool: "true or false"}
-    return names.get(type(value), "a number" if isinstance(value, (int, float)) else "something else")
-
-
-def read_yaml(path: str) -> Dict[str, Any]:
+def read_yaml(path: str) -> dict[str, Any]:
     """The file as a mapping of blocks, unchecked; raises ConfigError with the file's line where YAML itself fails."""
     try:
         with open(path, encoding="utf-8") as file:
             raw = yaml.load(file, Loader=_StrictLoader)  # noqa: S506  a SafeLoader by descent, builds plain values only
+            repr(raw)  # ValueError for a number of thousands of digits, which no message could show
     except OSError as exc:
-        raise ConfigError([f"config: {path}: cannot be read: {exc.strerror}"]) from exc
+        raise ConfigError([Problem(path, f"cannot be read: {exc.strerror}", kind="unreadable")]) from exc
     except yaml.MarkedYAMLError as exc:  # not str(exc), which quotes the line and so might show a secret
         line = exc.problem_mark.line + 1 if exc.problem_mark else 1
         problem = re.sub(r"(alias|tag|handle) '.*'", r"\1 '...'", exc.problem or "not YAML")
-        raise ConfigError([f"config: {path}: line {line}: {problem}"]) from exc
-    except (yaml.YAMLError, RecursionError, ValueError, LookupError, AttributeError, TypeError, ArithmeticError) as exc:
-        # the last five are what PyYAML lets out for values such as "!!bool x" and "!!int ''"; UnicodeDecodeError is a ValueError
-        raise ConfigError([f"config: {path}: not YAML in UTF-8 ({type(exc).__name__})"]) from exc
+        raise ConfigError([Problem(path, f"line {line}: {problem}")]) from exc
+    except Exception as exc:  # PyYAML lets out whatever it meets in values such as "!!bool x" and "!!int ''"
+        raise ConfigError([Problem(path, f"not YAML in UTF-8 ({type(exc).__name__})")]) from exc
     if not isinstance(raw, dict):
-        raise ConfigError([f"config: {path}: expected blocks such as policy: and sockets:, got {_kind(raw)}"])
+        raise ConfigError([Problem(path, f"expected blocks such as policy: and sockets:, got {_kind(raw)}")])
     return raw
 
 
-def read_block(cls: Type[Any], name: str, raw: Any, problems: List[str]) -> Any:
+def read_block(cls: type[Any], name: str, raw: Any, problems: list[Problem]) -> Any:
     """One block of the file as its dataclass, or None with its problems appended."""
     if not isinstance(raw, dict):
-        problems.append(f"config: {name}: expected a block of keys, got {_kind(raw)}")
+        problems.append(Problem(name, f"expected a block of keys, got {_kind(raw)}"))
         return None
     before = len(problems)
     fields = {field.name: field for field in dataclasses.fields(cls)}
-    for key in raw:
-        if key not in fields:
-            problems.append(f"config: {name}.{_shown_key(key)}: unknown key{_near_miss(key, list(fields))}")
-    values: Dict[str, Any] = {}
+    unknown = [key for key in raw if key not in fields]
+    problems += [Problem(f"{name}.{_shown_key(key)}", f"unknown key{_near_miss(key, list(fields))}") for key in unknown]
+    values: dict[str, Any] = {}
     for key, field in fields.items():
         if key not in raw and field.default is dataclasses.MISSING:
-            problems.append(f"config: {name}.{key}: missing, this key is required")
+            problems.append(Problem(f"{name}.{key}", "missing, this key is required"))
             continue
         value = raw.get(key, field.default)
-        shown = "a value that is not shown" if field.metadata["secret"] else _shown(value)
         try:
             if isinstance(value, str) and re.fullmatch(r"\s*<[^<>]*>\s*", value):
                 raise ValueError("expected your own value in place of the placeholder")
             values[key] = field.metadata["read"](value) if key in raw or value else value
         except ValueError as exc:
             expected, *hint = exc.args
-            problems.append(f"config: {name}.{key}: {expected}, got {shown}{''.join(hint)}")
-    check = _BLOCK_CHECKS.get(cls)
-    if check:
-        problems.extend(f"config: {name}.{problem}" for problem in check(raw, values))
+            shown = _shown(value) if field.repr else "a value that is not shown"
+            problems.append(Problem(f"{name}.{key}", f"{expected}, got {shown}{''.join(hint)}"))
+    problems += _check_between_keys(name, raw, values)
     return cls(**values) if len(problems) == before else None
 
 
-def _check_keycloak(raw: Mapping[str, Any], values: Dict[str, Any]) -> Iterator[str]:
-    yield from _check_secret(raw, values)
-    ca_file = values.get("ca_file")
-    if ca_file:
+def _check_between_keys(block: str, raw: Mapping[str, Any], values: dict[str, Any]) -> Iterator[Problem]:
+    """What the block's keys demand of one another, and of files. raw: the keys that are there; values: those that could be read."""
+    if block == "keycloak":
+        yield from _check_secret(raw, values)
+    if ca_file := values.get("ca_file"):
+        import ssl
+
+        text = f"{ca_file}: expected a file of CA certificates in PEM form"
         try:
             ssl.create_default_context(**{"capath" if os.path.isdir(ca_file) else "cafile": ca_file})
-        except OSError as exc:  # ssl.SSLError is one
-            reason = "no such certificates in it" if isinstance(exc, ssl.SSLError) else exc.strerror
-            yield f"ca_file: {ca_file}: expected a file of CA certificates in PEM form: {reason}"
+        except ssl.SSLError:
+            yield Problem("keycloak.ca_file", f"{text}: no such certificates in it")
+        except OSError as exc:
+            yield Problem("keycloak.ca_file", f"{text}: {exc.strerror}", kind="unreadable")
+    if values.get("mailbox_domain") in values.get("domain", ()):
+        yield Problem("policy.mailbox_domain", f"expected a domain that is not in policy.domain, got {values['mailbox_domain']!r}")
+    if os.path.basename(values.get("path", "")) == "last-known.db":
+        yield Problem("sqlite.path", "expected another name than last-known.db, the file in which the daemon saves users")
+    if "policy_socket" in values and values["policy_socket"] == values.get("socketmap_socket"):
+        yield Problem("sockets.socketmap_socket", "expected another path than policy_socket")
 
 
-def _check_secret(raw: Mapping[str, Any], values: Dict[str, Any]) -> Iterator[str]:
+def _check_secret(raw: Mapping[str, Any], values: dict[str, Any]) -> Iterator[Problem]:
     """Put the secret in place, from the key itself or from the file that client_secret_file names."""
     if bool(raw.get("client_secret")) == bool(raw.get("client_secret_file")):
-        yield "client_secret: expected exactly one of client_secret and client_secret_file"
+        yield Problem("keycloak.client_secret", "expected exactly one of client_secret and client_secret_file")
         return
     path = values.get("client_secret_file")
     if not path:
@@ -571,318 +1410,93 @@ def _check_secret(raw: Mapping[str, Any], values: Dict[str, Any]) -> Iterator[st
         # A secret may begin with a slash; a file that is there, or could be, is none.
         is_path = os.path.exists(path) or (os.path.dirname(path) != "/" and os.path.isdir(os.path.dirname(path)))
         shown = path if is_path else "a path that is not shown"
-        yield f"client_secret_file: {shown}: cannot be read: {exc.strerror if isinstance(exc, OSError) else 'not UTF-8'}"
+        reason = exc.strerror if isinstance(exc, OSError) else "not UTF-8"
+        yield Problem("keycloak.client_secret_file", f"{shown}: cannot be read: {reason}", kind="unreadable")
         return
     if not secret or not secret.isprintable():
-        yield f"client_secret_file: {path}: expected the secret in the first line"
+        yield Problem("keycloak.client_secret_file", f"{path}: expected the secret in the first line")
     values["client_secret"] = secret
 
 
-def _check_mailbox_domain(_: Mapping[str, Any], values: Dict[str, Any]) -> Iterator[str]:
-    if values.get("mailbox_domain") in values.get("domain", ()):
-        yield f"mailbox_domain: expected a domain that is not in policy.domain, got {values['mailbox_domain']!r}"
-
-
-def _check_socket_paths(_: Mapping[str, Any], values: Dict[str, Any]) -> Iterator[str]:
-    if "policy_socket" in values and values["policy_socket"] == values.get("socketmap_socket"):
-        yield "socketmap_socket: expected another path than policy_socket"
-
-
-_BLOCK_CHECKS: Mapping[Type[Any], Callable[[Mapping[str, Any], Dict[str, Any]], Iterator[str]]] = MappingProxyType(
-    {KeycloakConfig: _check_keycloak, PolicyConfig: _check_mailbox_domain, SocketsConfig: _check_socket_paths}
-)  # what one key demands of another; each is told the keys that are there, and the values that could be read
-
-
-def _config_warnings(path: str, config: Config) -> Iterator[str]:
+def _config_warnings(path: str, config: Config) -> Iterator[Problem]:
     keycloak = config.keycloak
     if keycloak:
         secret_file = keycloak.client_secret_file or path
         with contextlib.suppress(OSError):
             if os.stat(secret_file).st_mode & stat.S_IROTH:
-                yield f"config: {secret_file}: holds the client secret and every user of this host can read it, chmod o-r"
+                text = "holds the client secret and every user of this host can read it"
+                yield Problem(secret_file, text, "chmod o-r", "secret-exposed")
         if keycloak.base_url.startswith("http:"):
-            yield "config: keycloak.base_url: http sends the client secret unencrypted, use https beyond this host"
+            text = "http sends the client secret unencrypted"
+            yield Problem("keycloak.base_url", text, "use https beyond this host", "plain-http")
     for username, address in (config.static_users or {}).items():
         if normalise_address(address).domain not in config.policy.domain:
-            yield f"config: static_users.{username}: <{address}> is not in policy.domain and owns nothing"
+            yield Problem(f"static_users.{username}", f"<{address}> is not in policy.domain and owns nothing")
     if config.sockets.socket_mode & 0o006:
-        yield "config: sockets.socket_mode: every user of this host may connect, 0660 is usual"
+        yield Problem("sockets.socket_mode", "every user of this host may connect", "0660 is usual")
 
 
-def load_config(path: str) -> Config:
-    """The file, checked as a whole; raises ConfigError with every problem of the file."""
+def read_blocks(path: str) -> tuple[dict[str, Any], list[Problem]]:
+    """(the blocks of the file that are good, by name; every problem); raises ConfigError where the file as a whole cannot be read."""
     raw = read_yaml(path)
-    problems: List[str] = []
     known = [*_BLOCKS, "static_users"]
-    problems.extend(f"config: {_shown_key(key)}: unknown key{_near_miss(key, known)}" for key in raw if key not in known)
+    problems = [Problem(_shown_key(key), f"unknown key{_near_miss(key, known)}") for key in raw if key not in known]
     blocks = {
         name: read_block(cls, name, raw.get(name, {}), problems)
         for name, cls in _BLOCKS.items()
         if name in raw or name != "keycloak"
     }
-    static_users = None
     if "static_users" in raw:
         try:
-            static_users = _static_users(raw["static_users"])
+            blocks["static_users"] = _static_users(raw["static_users"])
         except ValueError as exc:
-            problems.append(f"config: static_users: {exc}")
+            problems.append(Problem("static_users", str(exc)))
     if ("keycloak" in raw) == ("static_users" in raw):
-        problems.append("config: keycloak: expected exactly one of the blocks keycloak and static_users")
+        problems.append(Problem("keycloak", "expected exactly one of the blocks keycloak and static_users"))
+    return {name: block for name, block in blocks.items() if block is not None}, problems
+
+
+def load_config(path: str) -> Config:
+    """The file, checked as a whole; raises ConfigError with every problem of the file."""
+    blocks, problems = read_blocks(path)
     if problems:
         raise ConfigError(problems)
-    config = Config(path=path, static_users=static_users, **{"keycloak": None, **blocks})
+    config = Config(path=path, **{"keycloak": None, "static_users": None, **blocks})
     return dataclasses.replace(config, warnings=tuple(_config_warnings(path, config)))
 
 
-# ---------------------------------------------------------------------------------------------------------------------------------
-# 3. Addresses
-# One form for an address from whichever side it comes: the form that Postfix will act on. Pure.
-# ---------------------------------------------------------------------------------------------------------------------------------
+def postfix_warnings(config: Config) -> Iterator[Problem]:
+    """What does not fit the Postfix of this host, if there is one. Source: postconf(1)."""
+    import subprocess
 
-_ATOM = r"[^.\s\x00-\x1f\x7f\"(),:;<>@\[\\\]]+"  # RFC 5322 atext with the letters of RFC 6531
-_DOT_STRING = re.compile(rf"{_ATOM}(\.{_ATOM})*")  # what needs no quotes in an address
-_NEVER_SPLIT = frozenset({"postmaster", "mailer-daemon", "double-bounce"})
-
-
-class Address(NamedTuple):
-    """An address as Postfix will act on it, lower-cased, the domain in A-label form. ("", "") is the null sender."""
-
-    local_part: str
-    domain: str  # "" when there is none: Postfix will append $myorigin
-
-    @property
-    def text(self) -> str:
-        return f"{self.local_part}@{self.domain}" if self.domain else self.local_part
-
-    @property
-    def is_plain(self) -> bool:
-        """Can this be somebody's address at all? What cannot is never asked of SQLite or Keycloak."""
-        text = self.text
-        return bool(self.local_part and self.domain) and len(text) <= MAX_ADDRESS_CHARS and text.isprintable() and " " not in text
-
-
-@functools.lru_cache(maxsize=1000)  # the sender comes with each recipient of a message
-def normalise_address(raw: str) -> Address:
-    """The form in which Postfix will deliver to, or send from, the address: whatever a client writes, it cannot slip past.
-
-    raw is an address of an SMTP envelope, without angle brackets; "" is the null sender. Raises nothing.
-    Source: Postfix trivial-rewrite(8): source routes, resolve_dequoted_address, swap_bangpath, allow_percent_hack, trailing dot.
-    """
-    text = raw.lower()
-    while text.startswith("@") and ":" in text[:-1]:
-        text = text.partition(":")[2]
-    if "@" not in text and _DOT_STRING.fullmatch(text):  # anything else Postfix puts into quotes and leaves as it is
-        if "!" in text:
-            site, _, user = text.partition("!")
-            text = f"{user}@{site}"
-        elif "%" in text:
-            user, _, site = text.rpartition("%")
-            text = f"{user}@{site}"
-    local_part, at_sign, domain = text.rpartition("@")
-    if not at_sign:
-        return Address(text, "")
-    if not domain:
-        return Address(local_part or at_sign, "")
-    domain = domain_to_ascii(domain) or domain
-    if domain.endswith(".") and len(domain) > 1 and not domain.endswith(".."):
-        domain = domain[:-1]
-    return Address(local_part, domain)
-
-
-def routing_steps(address: Address) -> Iterator[Address]:
-    """The address, and what Postfix would deliver to if each outer domain were one of its own hosts.
-
-    Postfix drops the domain of user%domain@host, domain!user@host and "user@domain"@host when the host is itself ($mydestination or
-    its IP address in brackets) and reads the rest again, so such an address may lead to a domain of ours.
-    Source: Postfix trivial-rewrite(8), resolve.c.
-    """
-    while address.domain:
-        yield address
-        address = normalise_address(address.local_part)
-
-
-def parse_plain_address(text: str) -> Address:
-    """An address as a person types it into a command or a config; raises ValueError saying what is wrong with it."""
-    if not text.isprintable() or re.search(r"\s", text):
-        raise ValueError("it holds a space or a control character")
-    if text.count("@") != 1:
-        raise ValueError("it has no @" if "@" not in text else "it has more than one @")
-    local_part, domain = text.lower().split("@")
-    if not local_part:
-        raise ValueError("there is nothing before the @, and a catch-all for a whole domain is not supported")
-    if not _DOT_STRING.fullmatch(local_part):
-        raise ValueError("the part before the @ would need quotes")
-    too_long = f"it is longer than {MAX_ADDRESS_CHARS} characters"
-    if len(text) > MAX_ADDRESS_CHARS:
-        raise ValueError(too_long)
+    postconf = shutil.which("postconf", path=f"{os.environ.get('PATH', '')}:/usr/sbin")
+    if not postconf:
+        return
     try:
-        address = Address(local_part, _domain(domain))
-    except ValueError:
-        raise ValueError(f"{domain!r} is not a domain") from None
-    if len(address.text) > MAX_ADDRESS_CHARS:
-        raise ValueError(f"{too_long}, with its domain in A-label form")
-    return address
-
-
-def split_extension(local_part: str, delimiters: str) -> Tuple[str, str]:
-    """(base, extension): the extension begins with its delimiter, and is "" where there is none to cut off.
-
-    Source: Postfix split_addr.c, and postconf(5) recipient_delimiter, owner_request_special.
-    """
-    if local_part in _NEVER_SPLIT:
-        return local_part, ""
-    if "-" in delimiters and (local_part.startswith("owner-") or local_part.endswith("-request")):
-        return local_part, ""
-    cut = next((index for index, character in enumerate(local_part) if character in delimiters), 0)
-    return (local_part[:cut], local_part[cut:]) if cut else (local_part, "")
-
-
-def address_spellings(address: Address, delimiters: str) -> List[Tuple[Address, str]]:
-    """(address, extension) to look up, in this order: the address itself, then without its extension if it has one."""
-    base, extension = split_extension(address.local_part, delimiters)
-    return [(address, "")] + ([(Address(base, address.domain), extension)] if extension else [])
-
-
-def quote_local_part(local_part: str) -> str:
-    """The local part as it must stand in an address of a lookup table's answer (RFC 5322, section 3.2.4)."""
-    if _DOT_STRING.fullmatch(local_part):
-        return local_part
-    return '"' + re.sub(r'(["\\])', r"\\\1", local_part) + '"'
-
-
-def format_mailbox(username: str, extension: str, domain: str) -> str:
-    """Where the mail of username goes: username+extension@domain; a username that is an address already stays as it is."""
-    return username if "@" in username else f"{quote_local_part(username + extension)}@{domain}"
+        command = [postconf, "-h", "queue_directory", "recipient_delimiter"]
+        output = subprocess.run(command, check=True, capture_output=True, text=True, timeout=10).stdout
+        queue_directory, delimiter = output.splitlines()
+    except (OSError, ValueError, subprocess.SubprocessError) as exc:
+        yield Problem("postconf", f"could not be asked whether this fits Postfix: {type(exc).__name__}")
+        return
+    for key in ("policy_socket", "socketmap_socket"):
+        path = getattr(config.sockets, key)
+        if os.path.commonpath([path, queue_directory]) != queue_directory:
+            text = f"{path} is not below Postfix's queue_directory {queue_directory}, where a chrooted smtpd looks"
+            yield Problem(f"sockets.{key}", text)
+    if delimiter != config.policy.recipient_delimiter:
+        ours = config.policy.recipient_delimiter
+        yield Problem("policy.recipient_delimiter", f"{ours!r} here, {delimiter!r} in Postfix's main.cf; both must be the same")
 
 
 # ---------------------------------------------------------------------------------------------------------------------------------
-# 4. Cache
-# Answers of the directory: fresh for their time to live, positive ones kept longer for an outage. Bounded; negative answers have a
-# tenth of the room and are pushed out first, so that a dictionary attack cannot make the daemon forget the users it knows. All handler
-# threads enter here.
-# ---------------------------------------------------------------------------------------------------------------------------------
-
-
-class Missing(NamedTuple):
-    """How long Keycloak has said that somebody is gone whom it knew before."""
-
-    seconds: float  # for so long, counted only while it confirmed other users
-    seen_at: float  # when it said so last, of the cache's clock
-
-
-class Entry(NamedTuple):
-    """One remembered answer. A positive one is kept beyond its end, for an outage."""
-
-    value: Any
-    positive: bool
-    confirmed_at: float  # all three in seconds of the cache's clock
-    fresh_until: float
-    kept_until: float
-    missing: Optional[Missing] = None  # of a positive answer that Keycloak takes back now
-
-
-class Cache:
-    """A least-recently-used store with a time to live, in seconds of the clock passed in."""
-
-    def __init__(self, max_entries: int, clock: Callable[[], float] = time.monotonic) -> None:
-        self._max_entries = max_entries
-        self._max_negative = max(1, max_entries // 10)
-        self._clock = clock
-        self._lock = threading.Lock()  # guards the two dicts
-        self._positive: OrderedDict[Any, Entry] = OrderedDict()  # oldest use first
-        self._negative: OrderedDict[Any, Entry] = OrderedDict()
-
-    def get(self, key: Any) -> Optional[Entry]:
-        """What is remembered, fresh or kept; None when there is nothing."""
-        now = self._clock()
-        with self._lock:
-            for store in (self._positive, self._negative):
-                entry = store.get(key)
-                if entry is None:
-                    continue
-                if now < entry.kept_until:
-                    store.move_to_end(key)
-                    return entry
-                del store[key]
-        return None
-
-    def put(self, key: Any, entry: Entry) -> None:
-        """Remember entry; it replaces what was known of key, positive or negative, unless that is the newer one."""
-        with self._lock:
-            known = self._positive.get(key) or self._negative.get(key)
-            if known and known.confirmed_at > entry.confirmed_at:
-                return
-            self._positive.pop(key, None)
-            self._negative.pop(key, None)
-            if not entry.positive and len(self._positive) >= self._max_entries:
-                return  # full of users we know: they stay
-            (self._positive if entry.positive else self._negative)[key] = entry
-            while len(self._negative) > self._max_negative or (self._negative and len(self) > self._max_entries):
-                self._negative.popitem(last=False)
-            while len(self) > self._max_entries:
-                self._positive.popitem(last=False)
-
-    def holds(self, key: Any, entry: Entry) -> bool:
-        """Is entry still what is known of key? No lock: one look at a dict is atomic, and no use of the entry is noted."""
-        return self._positive.get(key) is entry
-
-    def revise(self, change: Callable[[Entry], Optional[Entry]]) -> None:
-        """Put in place of every positive answer what change makes of it; None forgets it."""
-        with self._lock:
-            for key, entry in list(self._positive.items()):
-                revised = change(entry)
-                if revised is None:
-                    del self._positive[key]
-                elif revised is not entry:
-                    self._positive[key] = revised
-
-    def forget(self, is_meant: Callable[[Any, Entry], bool]) -> int:
-        """Forget the entries that are meant; how many these were."""
-        with self._lock:
-            stores = (self._positive, self._negative)
-            meant = [(store, key) for store in stores for key, entry in store.items() if is_meant(key, entry)]
-            for store, key in meant:
-                del store[key]
-        return len(meant)
-
-    def sizes(self) -> Tuple[int, int]:
-        """(positive, negative) entries."""
-        return len(self._positive), len(self._negative)
-
-    def __len__(self) -> int:
-        return sum(self.sizes())
-
-
-class Durations:
-    """How long something took, as a histogram. Entered by many threads without a lock: it may miss one in a great many."""
-
-    BOUNDS = (0.0001, 0.001, 0.01, 0.1, 1.0, 10.0)  # seconds
-
-    def __init__(self) -> None:
-        self.counts = [0] * (len(self.BOUNDS) + 1)  # of those up to each bound, then of those beyond
-        self.seconds = 0.0
-
-    def note(self, seconds: float) -> None:
-        self.counts[bisect.bisect_left(self.BOUNDS, seconds)] += 1
-        self.seconds += seconds
-
-    def add(self, other: Durations) -> None:
-        self.counts = [mine + theirs for mine, theirs in zip(self.counts, other.counts)]
-        self.seconds += other.seconds
-
-    def to_json(self) -> Dict[str, Any]:
-        return {"bounds": self.BOUNDS, "counts": self.counts, "sum": self.seconds}
-
-
-# ---------------------------------------------------------------------------------------------------------------------------------
-# 5. Database
-# Every SQL statement of the daemon. One connection a thread, since sqlite3 connections must not be shared. No row is kept beyond the
-# answer it was read for, and no answer beyond the state of the file it was made from (section 9), so a change by mailcloakctl counts
-# from the next request on.
+# 6. Database
+# The daemon's SQL on aliases and apps. Each thread has its own connection, since sqlite3 connections must not be shared; handler,
+# server, timer and main threads enter, and mailcloakctl. A row is remembered with the version of the file (Database.version) and counts
+# only while the file has that version, so a commit counts from the next request on.
 # ---------------------------------------------------------------------------------------------------------------------------------
 
 SCHEMA_VERSION = 2
-
 SCHEMA = """\
 -- The state of mailcloak: aliases and apps. Written by mailcloakctl, read by mailcloak and by Dovecot.
 -- The version of this schema is PRAGMA user_version. Addresses and names are stored in lower case, domains in A-label form.
@@ -916,25 +1530,31 @@ CREATE TABLE IF NOT EXISTS app_from (
     FOREIGN KEY (app_id) REFERENCES apps (app_id) ON DELETE CASCADE -- an app takes its addresses with it
 );
 """
-
-
 # (table, column, type): what a file of an older version lacks. Tables that are missing come from SCHEMA.
 ADDED_COLUMNS = (("apps", "owner", "TEXT"), ("apps", "expires_at", "INTEGER"))
 
 
-class Alias(NamedTuple):
-    username: str
-    enabled: bool
+# UnicodeDecodeError: of SQLite's message about a damaged file, which quotes its bytes.
+SQLITE_ERRORS = (sqlite3.Error, UnicodeDecodeError)
 
 
-class App(NamedTuple):
-    state: str  # "enabled", "disabled" or "expired"
-    may_send: bool  # is the sender asked about in its list?
-    owner: str = ""  # the app counts only while this user is enabled; "" if it has no owner
+def describe_sqlite(exc: BaseException) -> str:
+    """What SQLite says, on one line."""
+    text = "the file is malformed" if isinstance(exc, UnicodeDecodeError) else str(exc)
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
+
+
+def sqlite_fault(exc: BaseException) -> str:
+    """What SQLite, or an error of ours that it caused, complains of: "busy", "full", "damaged", "readonly", or "" for anything else.
+
+    By the library's own constant texts (sqlite3_errstr()): its codes come with Python 3.11 only.
+    """
+    texts = {"locked": "busy", "disk is full": "full", "malformed": "damaged", "not a database": "damaged", "readonly": "readonly"}
+    return next((fault for text, fault in texts.items() if text in describe_sqlite(exc)), "")
 
 
 def connect_database(path: str, busy_seconds: float) -> sqlite3.Connection:
-    """A connection to an existing file, in autocommit mode; raises sqlite3.Error.
+    """A connection to an existing file, in autocommit mode; raises one of SQLITE_ERRORS, as each use of it does.
 
     Opened for writing even to read: only then can SQLite roll back the journal that a killed writer left behind. SQLite falls back
     to reading by itself where the file may not be written. The connection may be closed, though not used, by another thread.
@@ -945,10 +1565,29 @@ def connect_database(path: str, busy_seconds: float) -> sqlite3.Connection:
     return connection
 
 
-def _create_database_file(path: str) -> bool:
+@contextlib.contextmanager
+def acting_as(uid: int, gid: int) -> Iterator[None]:
+    """For a moment, create files as another user; only root can."""
+    with contextlib.ExitStack() as stack:
+        stack.callback(os.setegid, os.getegid())
+        os.setegid(gid)
+        stack.callback(os.seteuid, os.geteuid())
+        os.seteuid(uid)
+        yield
+
+
+def _acting_as_owner_of(directory: str) -> contextlib.AbstractContextManager[None]:
+    """As root, create files in it as its owner, who could put a link in place of a file that root has just made."""
+    if os.geteuid() != 0 or not os.path.isdir(directory):
+        return contextlib.nullcontext()
+    status = os.stat(directory)
+    return acting_as(status.st_uid, status.st_gid)
+
+
+def create_database_file(path: str, mode: int = 0o640) -> bool:
     """Make an empty file that belongs to the owner and group of its directory; False if there is one already."""
     try:
-        descriptor = os.open(path, os.O_CREAT | os.O_EXCL | os.O_RDWR | os.O_CLOEXEC, 0o640)
+        descriptor = os.open(path, os.O_CREAT | os.O_EXCL | os.O_RDWR | os.O_CLOEXEC, mode)
     except FileExistsError:
         return False
     except FileNotFoundError as exc:
@@ -960,7 +1599,7 @@ def _create_database_file(path: str) -> bool:
             f"sqlite.path: {path!r} cannot be created: {exc.strerror}, as user {pwd.getpwuid(os.geteuid()).pw_name!r}"
         ) from exc
     try:
-        os.fchmod(descriptor, 0o640)
+        os.fchmod(descriptor, mode)
         directory = os.stat(os.path.dirname(path))
         if os.geteuid() == 0:
             os.fchown(descriptor, directory.st_uid, directory.st_gid)
@@ -969,8 +1608,17 @@ def _create_database_file(path: str) -> bool:
     return True
 
 
+def file_identity(path: str) -> Optional[tuple[int, int]]:
+    """(device, inode) of what has this name, None for nothing. An inode is not used again while it is open, or its socket is."""
+    try:
+        status = os.lstat(path)
+    except FileNotFoundError:
+        return None
+    return status.st_dev, status.st_ino
+
+
 def last_known_path(database_path: str) -> str:
-    """Of the file that LastKnown keeps beside the database."""
+    """Of the file that SavedUsers keeps beside the database."""
     return os.path.join(os.path.dirname(database_path), "last-known.db")
 
 
@@ -980,41 +1628,50 @@ def prepare_database(path: str, busy_seconds: float, *, create: bool = True) -> 
     Raises StartError where it cannot be made or belongs to a newer mailcloak; DatabaseUnavailable where it is there and cannot be used,
     or is missing and must not be created: a new one in place of a lost one would refuse the mail of every alias.
     """
-    lost = f"restore it from a backup; only where there was none of worth, remove it and {last_known_path(path)!r}: then a new one is made"
     if create and not os.path.lexists(path):
         if os.path.exists(last_known_path(path)):
-            raise DatabaseUnavailable(f"database: {path!r} is missing, though a daemon has run on it: {lost}")
-        if _create_database(path):
-            return "created"
+            raise _lost_database(path, "missing, though a daemon has run on it")
+        with _acting_as_owner_of(os.path.dirname(path)):
+            if _create_database(path):
+                return "created"
     try:
         if os.stat(path).st_size == 0:  # somebody has emptied it
-            raise DatabaseUnavailable(f"database: {path!r} is empty: {lost}")
+            raise _lost_database(path, "empty")
         with contextlib.closing(connect_database(path, busy_seconds)) as connection:
             version = connection.execute("PRAGMA user_version").fetchone()[0]
             if version > SCHEMA_VERSION:
                 raise StartError(
                     f"sqlite.path: {path!r} has schema version {version}, this mailcloak knows {SCHEMA_VERSION}: install a newer one"
                 )
-            copy = _migrate(connection, path) if version < SCHEMA_VERSION else ""
-    except (sqlite3.Error, OSError) as exc:
-        raise DatabaseUnavailable(f"database: {path!r}: {exc}") from exc
+            with _acting_as_owner_of(os.path.dirname(path)):
+                copy = _migrate(connection, path) if version < SCHEMA_VERSION else ""
+    except (*SQLITE_ERRORS, OSError) as exc:
+        raise DatabaseUnavailable(f"database: {path!r}: {describe_sqlite(exc)}") from exc
     return f"migrated to schema version {SCHEMA_VERSION}, the file as it was is {copy}" if copy else ""
 
 
+def _lost_database(path: str, state: str) -> DatabaseUnavailable:
+    remedy = (
+        f"restore it from a backup; only if it held nothing you need, delete both it and {last_known_path(path)!r}; the daemon then"
+        " creates a new database"
+    )
+    return DatabaseUnavailable(f"database: {path!r} is {state}", remedy)
+
+
 def _create_database(path: str) -> bool:
-    """Put a new database at path, which nobody ever sees without its schema; False if there is one meanwhile."""
+    """Put a new database at path, complete with its schema; False if another process was faster."""
     new = f"{path}.new-{os.getpid()}"
-    with contextlib.suppress(FileNotFoundError):
+    with contextlib.suppress(OSError):
         os.unlink(new)
-    _create_database_file(new)
+    create_database_file(new)
     try:
         with contextlib.closing(connect_database(new, 0)) as connection:
             _migrate(connection, new)
         os.link(new, path)
     except FileExistsError:
         return False
-    except (sqlite3.Error, OSError) as exc:
-        raise StartError(f"sqlite.path: {path!r} cannot be created: {exc}") from exc
+    except (*SQLITE_ERRORS, OSError) as exc:
+        raise StartError(f"sqlite.path: {path!r} cannot be created: {describe_sqlite(exc)}") from exc
     finally:
         os.unlink(new)
     return True
@@ -1028,445 +1685,495 @@ def _migrate(connection: sqlite3.Connection, path: str) -> str:
         connection.execute("ROLLBACK")
         return ""
     copy = _copy_database(path, version) if connection.execute("SELECT 1 FROM sqlite_master").fetchone() else ""
-    for statement in SCHEMA.split(";\n"):
-        connection.execute(statement)
-    for table, column, kind in ADDED_COLUMNS:
-        if column not in {row[1] for row in connection.execute(f"PRAGMA table_info({table})")}:
-            connection.execute(f"ALTER TABLE {table} ADD COLUMN {column} {kind}")
-    connection.execute(f"PRAGMA user_version = {SCHEMA_VERSION}")
-    connection.execute("COMMIT")
+    try:
+        for statement in SCHEMA.split(";\n"):
+            connection.execute(statement)
+        for table, column, kind in ADDED_COLUMNS:
+            if column not in {row[1] for row in connection.execute(f"PRAGMA table_info({table})")}:
+                connection.execute(f"ALTER TABLE {table} ADD COLUMN {column} {kind}")
+        connection.execute(f"PRAGMA user_version = {SCHEMA_VERSION}")
+        connection.execute("COMMIT")
+    except SQLITE_ERRORS:
+        if copy:
+            os.unlink(copy)  # the file is as it was; each question may try again
+        raise
     return copy
 
 
 def _copy_database(path: str, version: int) -> str:
     """Copy the file beside itself, with its owner, group and mode; the copy's path."""
     copies = (f"{path}.version-{version}{suffix}" for suffix in ("", *(f".{number}" for number in range(1, 1000))))
-    copy = next(candidate for candidate in copies if _create_database_file(candidate))
-    status = os.stat(path)
-    with contextlib.suppress(PermissionError):  # a copy of an unprivileged user stays his own
-        os.chown(copy, status.st_uid, status.st_gid)
-    os.chmod(copy, stat.S_IMODE(status.st_mode))
-    with contextlib.closing(connect_database(path, 30)) as source, contextlib.closing(connect_database(copy, 30)) as target:
-        source.backup(target)
+    copy = next(candidate for candidate in copies if create_database_file(candidate))
+    try:
+        status = os.stat(path)
+        with contextlib.suppress(PermissionError):  # a copy that an unprivileged user makes stays that user's
+            os.chown(copy, status.st_uid, status.st_gid)
+        os.chmod(copy, stat.S_IMODE(status.st_mode))
+        with contextlib.closing(connect_database(path, 30)) as source, contextlib.closing(connect_database(copy, 30)) as target:
+            source.backup(target)
+    except (*SQLITE_ERRORS, OSError):
+        os.unlink(copy)
+        raise
     return copy
 
 
-# What tells one content of the file from the next: inode, when it changed (s since 1970 and ns; no program can set that), device.
-FileState = Tuple[int, int, int, int, int]
+Kept = TypeVar("Kept")
 
-_statx = call_with_lock("statx", ctypes.c_int, ctypes.c_char_p, ctypes.c_int, ctypes.c_uint, ctypes.c_char_p)  # not in old musl
-_AT_FDCWD, _STATX_INO_CTIME, _STATX_BYTES = -100, 0x180, 256  # statx(2)
-_STATX_STATE = struct.Struct("=32xQ56xqI28xII")  # stx_ino, stx_ctime, stx_dev_major, stx_dev_minor; the same on each architecture
+
+class Remembered(Generic[Kept]):
+    """A bounded dict in two parts. What anybody on the net can cause has a tenth of the room extra, and pushes out only its like."""
+
+    def __init__(self, max_entries: int) -> None:
+        self._max_entries = max_entries
+        self._lock = threading.Lock()  # guards the order of the two; a look-up needs none
+        self._lasting: OrderedDict[Any, Kept] = OrderedDict()  # the oldest first
+        self._others: OrderedDict[Any, Kept] = OrderedDict()
+
+    def get(self, key: Any) -> Optional[Kept]:
+        """What is kept under the key."""
+        return self._lasting.get(key) or self._others.get(key)
+
+    def put(self, key: Any, value: Kept, *, is_lasting: bool) -> None:
+        """Keep the value, which is true in a condition, in place of one under the same key."""
+        part, other, room = self._lasting, self._others, self._max_entries
+        if not is_lasting:
+            part, other, room = other, part, self._max_entries // 10
+        with self._lock:
+            other.pop(key, None)
+            part[key] = value
+            if len(part) > room:
+                part.popitem(last=False)
+
+    def __len__(self) -> int:
+        return len(self._lasting) + len(self._others)
+
+
+# Of the content of a file: inode, size, ctime (s, ns), device (major, minor), and the change counter or the header of the -shm file.
+Version = tuple[Any, ...]
+
+# The SQLite database file format: page size (1 for 65536), the write version, which is 2 in WAL mode, and the change counter; WAL-mode
+# file format: the header of the -shm file, which is there twice.
+_HEADER, _WAL_INDEX_BYTES = struct.Struct(">16xHB5xI"), 48
+_WAL_MODE = 2
+
+
+def _read_start(descriptor: int, buffer: Any) -> bool:
+    """Fill the buffer from the start of the file; False where that cannot be done. These bytes are nearly always in memory, since each
+    question reads them; a read from the disk would stop all threads for as long as it takes.
+    """
+    try:
+        count = _pread(descriptor, buffer, len(buffer), 0) if _pread else os.preadv(descriptor, [buffer], 0)
+    except OSError:
+        return False
+    return bool(count == len(buffer))
+
+
+class _VersionFile:
+    """Where the version of one file is read.
+
+    To close a descriptor of a file drops all locks of the process on that file, SQLite's too (fcntl(2)). So each thread with a
+    connection refers to this object, which closes its descriptors when nobody refers to it any more, and there is one for each file,
+    by whatever path it is found.
+    """
+
+    # by inode and device
+    known: ClassVar[weakref.WeakValueDictionary[tuple[int, ...], _VersionFile]] = weakref.WeakValueDictionary()
+    lock = threading.Lock()  # guards it, and wal_index and _resting of each
+
+    def __init__(self, descriptor: int) -> None:
+        self.descriptor = descriptor
+        status = os.fstat(descriptor)
+        self.inode, self.device = status.st_ino, (os.major(status.st_dev), os.minor(status.st_dev))
+        self.wal_index: Optional[int] = None  # a descriptor of the -shm file, which SQLite deletes with the last connection
+        self._resting: Optional[int] = None  # wal_index while there is no connection; used again if it is still the same file
+        self._twins: list[_VersionFile] = []  # of the same file, opened by mistake: not to be closed before this one
+
+    @classmethod
+    def at(cls, path: str, state: Version) -> _VersionFile:
+        """The object for the file that had this path and state a moment ago, or for the one that has the path now; raises OSError."""
+        with cls.lock:
+            file = cls.known.get((state[0], *state[4:6]))
+            if file is None:
+                opened = cls(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC))
+                file = cls.known.setdefault((opened.inode, *opened.device), opened)
+                if file is not opened:
+                    file._twins.append(opened)
+            return file
+
+    def use_wal_index(self, path: str) -> None:
+        """Find the -shm file. It is there while a thread with a connection reads in WAL mode."""
+        with self.lock:
+            if self.wal_index is None:
+                status = os.stat(path)
+                resting, self._resting = self._resting, None
+                if resting is not None and not os.path.samestat(os.fstat(resting), status):
+                    os.close(resting)
+                    resting = None
+                self.wal_index = os.open(path, os.O_RDONLY | os.O_CLOEXEC) if resting is None else resting
+
+    def rest_wal_index(self) -> None:
+        """To be called before a connection is closed: it may be the last one that SQLite counts in WAL mode."""
+        with self.lock:
+            if self.wal_index is not None:
+                self._resting, self.wal_index = self.wal_index, None
+
+    def __del__(self) -> None:
+        for descriptor in (self.descriptor, self.wal_index, self._resting):
+            if descriptor is not None:
+                os.close(descriptor)
 
 
 class _ThreadsOwn(threading.local):
     """What a thread keeps of the database."""
 
     connection: Optional[sqlite3.Connection] = None
-    state: Optional[FileState] = None  # of the file that it was opened on
-    page_bytes = 0
+    file: Optional[_VersionFile] = None  # of the connection
+    version: Optional[Version] = None  # when the connection was used last
+    read_from: Optional[Version] = None  # what the last row was read from, where that is known exactly
+    is_wal = False  # is the connection in WAL mode?
+    page_bytes = 0  # as in the header, when the version was asked last
 
     def __init__(self) -> None:
         self.status = ctypes.create_string_buffer(_STATX_BYTES)
+        self.header = ctypes.create_string_buffer(_HEADER.size)
+        self.wal_index = ctypes.create_string_buffer(2 * _WAL_INDEX_BYTES)
 
 
 class Database:
-    """The daemon's view of the file. Every method raises DatabaseUnavailable when SQLite gives no usable answer."""
+    """The daemon's view of the file. Every method raises DatabaseUnavailable when SQLite gives no usable answer.
 
-    def __init__(self, path: str, busy_seconds: float = DATABASE_BUSY_SECONDS) -> None:
+    A row that was read is remembered with the file's version, and counts while the file has that version.
+    """
+
+    def __init__(self, path: str) -> None:
         self._path = path
         self._path_bytes = os.fsencode(path)
-        self._busy_seconds = busy_seconds
+        self._busy_seconds = DATABASE_BUSY_SECONDS
         self._local = _ThreadsOwn()
-        self._lock = threading.Lock()  # guards the two below
+        self._rows: Remembered[tuple[Version, Any]] = Remembered(MAX_REMEMBERED_ROWS)  # by statement and parameters
+        self._file: Optional[_VersionFile] = None  # of the file that has the path now
+        self._lock = threading.Lock()  # guards the three below
         self._connections = 0  # that are open, of all threads
         self._fails = False  # for one line in the log when it begins and one when it ends
+        self._bad_rows: tuple[str, ...] = ()  # rows that the log has named
 
-    def find_alias(self, address: str) -> Optional[Alias]:
-        """The alias row of this exact, normalised address."""
-        rows = self._rows("SELECT CAST(username AS TEXT), enabled FROM aliases WHERE alias_email = ?", (address,))
-        return Alias(rows[0][0].lower(), rows[0][1] == 1) if rows else None
-
-    def find_app(self, app_id: str, sender: str) -> Optional[App]:
-        """The app, and whether the normalised sender ("" is <>) is in its list; None if no app has that id."""
-        rows = self._rows(
-            "SELECT CASE WHEN enabled <> 1 THEN 'disabled'"
-            " WHEN expires_at <= CAST(strftime('%s', 'now') AS INTEGER) THEN 'expired' ELSE 'enabled' END,"
-            " EXISTS (SELECT 1 FROM app_from WHERE app_id = apps.app_id AND from_addr = ? AND enabled = 1),"
-            " CAST(COALESCE(owner, '') AS TEXT) FROM apps WHERE app_id = ?",
-            (sender, app_id),
+    def find_alias(self, address: str, version: Optional[Version] = None) -> Optional[Alias]:
+        """The alias row of this exact, normalised address. version: what version() said for this question, None to ask it."""
+        statement = (
+            "SELECT alias_email IS NULL, CAST(username AS TEXT), enabled FROM (SELECT 1) LEFT JOIN aliases ON alias_email = ?"
         )
-        return App(rows[0][0], rows[0][1] == 1, rows[0][2].lower()) if rows else None
+        is_missing, username, enabled = self._row(statement, (address,), version)
+        return None if is_missing else Alias(self._text(username, "aliases", address).lower(), enabled == 1)
+
+    def find_app(self, app_id: str, sender: Optional[str], version: Optional[Version] = None) -> Optional[App]:
+        """The app, and whether the normalised sender ("" is <>, None is never) is in its list; None if no app has that id."""
+        statement = (
+            "SELECT app_id IS NULL, enabled, expires_at, CAST(COALESCE(owner, '') AS TEXT),"
+            " EXISTS (SELECT 1 FROM app_from WHERE app_id = apps.app_id AND from_addr = ? AND enabled = 1)"
+            " FROM (SELECT 1) LEFT JOIN apps ON app_id = ?"
+        )
+        is_missing, enabled, expires_at, owner, may_send = self._row(statement, (sender, app_id), version)
+        if is_missing:
+            return None
+        is_expired = expires_at is not None and not (isinstance(expires_at, int) and time.time() < expires_at)
+        state = "disabled" if enabled != 1 else "expired" if is_expired else "enabled"
+        return App(state, may_send == 1, self._text(owner, "apps", app_id).lower(), None if is_expired else expires_at)
+
+    def has_read(self, version: Optional[Version]) -> bool:
+        """Did this thread read its last row from exactly this version of the file?"""
+        return version is not None and self._local.read_from == version
+
+    def _text(self, value: str, table: str, key: str) -> str:
+        """A text of the row; one that is not UTF-8 is a fault of this row alone, said once."""
+        if value.isascii() or not re.search("[\udc80-\udcff]", value):
+            return value
+        error = DatabaseUnavailable(f"database: {self._path!r}: the row {escape_for_log(key)} of {table} is not UTF-8")
+        with self._lock:
+            is_new = key not in self._bad_rows
+            self._bad_rows = (*self._bad_rows[-100:], key) if is_new else self._bad_rows
+        if is_new:
+            log.error("%s; answers that need it are deferred until it is fixed", error)
+        raise error
 
     def check(self) -> None:
         """Raise DatabaseUnavailable if a question could not be answered now."""
-        self._rows("SELECT 1 FROM aliases, apps, app_from LIMIT 1", ())
+        self._ask("SELECT 1 FROM (SELECT 1) LEFT JOIN aliases LEFT JOIN apps LEFT JOIN app_from LIMIT 1", (), self.version())
 
     def works(self) -> bool:
-        """Are questions answered? Tried again where the last one was not, so that a fault counts no longer than it lasts."""
+        """Are questions answered? If the last one failed, this asks another."""
         if self._fails:
             with contextlib.suppress(DatabaseUnavailable):
                 self.check()
         return not self._fails
 
-    def state(self) -> Optional[FileState]:
-        """What tells one content of the file from the next, a commit or another file put in its place; None if there is no file."""
-        status = self._local.status
-        if _statx and _statx(_AT_FDCWD, self._path_bytes, 0, _STATX_INO_CTIME, status) == 0:
-            return _STATX_STATE.unpack_from(status)
-        try:
-            found = os.stat(self._path)
-        except OSError:
-            return None
-        return found.st_ino, *divmod(found.st_ctime_ns, 10**9), os.major(found.st_dev), os.minor(found.st_dev)
+    def version(self) -> Optional[Version]:
+        """A value that changes with each commit, and when another file takes the place of this one; None if it cannot be told.
 
-    def shows_commits(self, state: Optional[FileState], seen_at: float) -> bool:
-        """Does every commit after seen_at, in seconds since 1970, change the state that was seen then?
-
-        So it is in rollback-journal mode, where moreover nobody can read between the first page that a commit writes and its end:
-        while the state is the same, all that was read since it was first seen still holds. Not so soon after a change, since the
-        next could bear the same time, and in WAL mode, where a commit does not change the file itself.
+        In rollback-journal mode a commit changes the counter in the file's header before anybody can read what it wrote; in WAL mode
+        it changes the header of the -shm file. What writes the file without SQLite changes its times.
+        Source: the SQLite database file format, section 1.3; the WAL-mode file format, section 2.
         """
-        if state is None or seen_at - (state[1] + state[2] / 1e9) < DATABASE_SETTLED_SECONDS:
-            return False
-        with contextlib.suppress(DatabaseUnavailable):
-            return bool(self._rows("PRAGMA journal_mode", ())[0][0] != "wal")
-        return False
+        local = self._local
+        if _statx and _statx(_AT_FDCWD, self._path_bytes, 0, _STATX_INO_SIZE_CTIME, local.status) == 0:
+            state = _STATX_STATE.unpack_from(local.status)
+        else:
+            try:
+                found = os.stat(self._path)
+            except OSError:
+                return None
+            device = os.major(found.st_dev), os.minor(found.st_dev)
+            state = (found.st_ino, found.st_size, *divmod(found.st_ctime_ns, 10**9), *device)
+        file = self._file
+        if file is None or state[0] != file.inode or state[4:] != file.device:
+            file = self._find_file(state)
+        if file is None or not _read_start(file.descriptor, local.header):
+            return None
+        local.page_bytes, mode, counter = _HEADER.unpack_from(local.header)
+        if mode != _WAL_MODE:
+            return (*state, counter)
+        if file.wal_index is None or not _read_start(file.wal_index, local.wal_index):
+            return None
+        header, again = local.wal_index.raw[:_WAL_INDEX_BYTES], local.wal_index.raw[_WAL_INDEX_BYTES:]
+        return (*state, header) if header == again else None  # else a commit is writing it
 
     def close(self) -> None:
         """Close this thread's connection, if it has one."""
-        connection, self._local.connection = self._local.connection, None
+        local = self._local
+        connection, local.connection = local.connection, None
         if connection is not None:
+            file = self._leave()
             connection.close()
-            with self._lock:
-                self._connections -= 1
+            del file  # not before
 
-    def _rows(self, statement: str, parameters: Tuple[str, ...]) -> List[Any]:
+    def _find_file(self, state: Version) -> Optional[_VersionFile]:
+        """The open file that has this state; None if the path has yet another one now, or none."""
         try:
-            rows = self._connection().execute(statement, parameters).fetchall()
-            if os.stat(self._path).st_size % self._local.page_bytes:  # SQLite reads zeros behind the end of such a file
+            file = self._file = _VersionFile.at(self._path, state)
+        except OSError:
+            return None
+        return file if (state[0], state[4:]) == (file.inode, file.device) else None
+
+    def _open_wal_index(self) -> Optional[Version]:
+        """The version, if only the -shm file is not open yet: opens it. To be called while this thread reads."""
+        file = self._local.file
+        if file is None or file.wal_index is not None:
+            return None
+        with contextlib.suppress(OSError):
+            file.use_wal_index(f"{os.path.realpath(self._path)}-shm")
+        return self.version()
+
+    def _leave(self) -> Optional[_VersionFile]:
+        """This thread's connection is to be closed; the file that it was opened on."""
+        file, self._local.file = self._local.file, None
+        with self._lock:
+            self._connections -= 1
+        if file:
+            file.rest_wal_index()
+        return file
+
+    def _row(self, statement: str, parameters: tuple[Optional[str], ...], version: Optional[Version]) -> Any:
+        """The one row of the statement, remembered or read."""
+        version = version or self.version()
+        known = self._rows.get((statement, parameters))
+        if known and known[0] == version:
+            self._local.read_from = version
+            return known[1]
+        version = self.version()
+        row = self._ask(statement, parameters, version)
+        if version and self._local.read_from == version:
+            self._rows.put((statement, parameters), (version, row), is_lasting=not row[0])
+        return row
+
+    def _ask(self, statement: str, parameters: tuple[Optional[str], ...], version: Optional[Version]) -> Any:
+        """The one row of the statement from SQLite; version: of the file a moment ago."""
+        local = self._local
+        try:
+            cursor = self._connection(version).execute(statement, parameters)
+            # SQLite has found the row, and holds its lock until fetchall(): in rollback-journal mode nobody writes the file now, and in
+            # WAL mode no commit was between the version before and the same one now.
+            now = self.version() or self._open_wal_index()
+            local.version = now if version is None or now == version else None
+            local.read_from = now if now == version and now and local.is_wal == isinstance(now[-1], bytes) else None
+            (row,) = cursor.fetchall()
+            size = now[1] if now else os.stat(self._path).st_size
+            if size % (local.page_bytes if local.page_bytes > 1 else 65536):  # SQLite reads zeros behind the end of such a file
                 raise DatabaseUnavailable("the file ends within a page, it was truncated")
-        except (sqlite3.Error, OSError, StartError, DatabaseUnavailable) as exc:
-            self.close()  # a fresh connection next time: the file may have been replaced or mended meanwhile
-            error = DatabaseUnavailable(f"database: {self._path!r}: {exc}")
-            if self._turns(fails=True):
-                log.error("%s; answers that need it are deferred until it is mended", error)
+        except (*SQLITE_ERRORS, OSError, StartError, DatabaseUnavailable) as exc:
+            self.close()  # a fresh connection next time: the file may have been replaced or fixed by then
+            error = DatabaseUnavailable(f"database: {self._path!r}: {describe_sqlite(exc)}")
+            if self._set_fails(fails=True):
+                log.error("%s; answers that need it are deferred until it is fixed", error)
             raise error from exc
         if self._connections > DATABASE_KEPT_CONNECTIONS:
             self.close()
-        if self._fails and self._turns(fails=False):
+        if self._fails and self._set_fails(fails=False):
             log.warning("database: works again path=%s", self._path)
-        return rows
+        return row
 
-    def _turns(self, *, fails: bool) -> bool:
+    def _set_fails(self, *, fails: bool) -> bool:
+        """Note whether the database fails now; True if that is news."""
         with self._lock:
             turns, self._fails = self._fails != fails, fails
         return turns
 
-    def _connection(self) -> sqlite3.Connection:
-        """This thread's connection, made anew when the file has changed.
+    def _connection(self, version: Optional[Version]) -> sqlite3.Connection:
+        """This thread's connection, made again when the file has changed; in WAL mode commits alone do not change the file itself.
 
-        SQLite itself notices a commit, but neither a file put in place by rename nor a copy written over it whose change counter
-        happens to be the one it knows.
+        SQLite notices a commit, but not a file put in place by rename, nor a copy written over it: that may have the change counter it
+        knows, or other tables in the same number of steps. From outside, such a copy looks like a commit.
         """
-        state = self.state()
-        connection = self._local.connection
-        if connection is None or self._local.state != state:
-            self.close()
-            self._local.connection = connection = connect_database(self._path, self._busy_seconds)
-            with self._lock:
-                self._connections += 1
-            self._local.state = state
-            self._local.page_bytes = connection.execute("PRAGMA page_size").fetchone()[0]
-            if 0 < connection.execute("PRAGMA user_version").fetchone()[0] < SCHEMA_VERSION:
-                prepare_database(self._path, self._busy_seconds, create=False)  # an older file was put in place of ours
-            connection.execute("PRAGMA query_only = ON")
+        local = self._local
+        before, is_same = local.version, False
+        if version and before:
+            is_same = version[:-1] == before[:-1] and (version[-1] == before[-1] or isinstance(version[-1], bytes))
+        if local.connection is not None and local.file is self._file and is_same:
+            return local.connection
+        self.close()
+        with self._lock:
+            self._connections += 1
+            local.file = self._file
+        try:
+            connection = connect_database(self._path, self._busy_seconds)
+        except SQLITE_ERRORS:
+            self._leave()
+            raise
+        local.connection = connection
+        local.is_wal = connection.execute("PRAGMA journal_mode").fetchone()[0] == "wal"
+        if 0 < connection.execute("PRAGMA user_version").fetchone()[0] < SCHEMA_VERSION:
+            prepare_database(self._path, self._busy_seconds, create=False)  # an older file was put in place of ours
+        connection.execute("PRAGMA query_only = ON")
+        connection.text_factory = _decode
         return connection
 
 
-_Statements = List[Tuple[str, Tuple[Any, ...]]]  # with their parameters
+# ---------------------------------------------------------------------------------------------------------------------------------
+# 7. Keycloak
+# What a request to Keycloak and its answer mean; plain values or an exception. No threads of its own: the workers and the probe of
+# section 8 enter, each with its own HTTP session, and share the access token. requests and what it imports are more than half of the
+# time that this file takes to load, so import_http() alone does that: most of mailcloakctl never asks.
+# ---------------------------------------------------------------------------------------------------------------------------------
 
 
-class LastKnown:
-    """Positive answers of Keycloak in a file of the daemon's own, so that a restart in an outage still knows everyone it knew.
+class _AnswerTooLong(MailcloakError):
+    """Keycloak has sent more than MAX_DIRECTORY_ANSWER_BYTES."""
 
-    Written by one thread in the background. The file costs nothing but memory when it is lost: any fault of it is a warning, and it is
-    begun anew. Negative answers are never in it. It belongs to one Keycloak and one realm (origin); another's is wiped.
+
+class _LimitedReader(io.RawIOBase):
+    """The bytes of one response: until its deadline, and no more than MAX_DIRECTORY_ANSWER_BYTES.
+
+    All of them pass here, also those that the libraries skip without an end: responses 100 Continue, chunk lengths, trailers. A
+    socket's own timeout does not bind, since it starts again with each byte.
     """
 
-    SCHEMA = (
-        "CREATE TABLE IF NOT EXISTS origin (origin TEXT NOT NULL)",
-        "CREATE TABLE IF NOT EXISTS known (kind TEXT, name TEXT, usernames TEXT NOT NULL, value TEXT NOT NULL, confirmed_at REAL NOT NULL,"
-        " missing_seconds REAL, missing_at REAL, PRIMARY KEY (kind, name)) WITHOUT ROWID",
-    )
-
-    def __init__(self, path: str, origin: str, max_entries: int) -> None:
-        self.identity = (path, origin, max_entries)
-        self._path, self._origin, self._max_entries = self.identity
-        self._steps: queue.Queue[Optional[Tuple[_Statements, Optional[threading.Event]]]] = queue.Queue(LAST_KNOWN_WAITING)
-        self._thread = threading.Thread(target=self._write, name="last-known", daemon=True)
-        self._thread.start()
-
-    def load(self) -> List[Tuple[str, str, str, float, Optional[float], Optional[float]]]:
-        """(kind, name, value, confirmed at, missing seconds, missing at) of all that is known, what waits to be written included.
-
-        Times are in seconds since 1970; missing seconds and missing at are None for who is not missing.
-        """
-        written = threading.Event()
-        with contextlib.suppress(queue.Full):
-            self._steps.put(([], written), timeout=1)
-            written.wait(5)
-        try:
-            with contextlib.closing(self._open()) as connection:
-                return connection.execute(
-                    "SELECT kind, name, value, confirmed_at, missing_seconds, missing_at FROM known"
-                ).fetchall()
-        except (sqlite3.Error, OSError, StartError):
-            return []  # the writer has said why
-
-    def remember(self, key: Tuple[str, str], usernames: Sequence[str], value: str, confirmed_at: float) -> None:
-        """Keep a positive answer; left out when the writer is far behind, since it is confirmed again before long."""
-        statement = "INSERT OR REPLACE INTO known VALUES (?, ?, ?, ?, ?, NULL, NULL)"
-        with contextlib.suppress(queue.Full):
-            self._steps.put_nowait(([(statement, (*key, " ".join(usernames), value, confirmed_at))], None))
-
-    def take_back(self, key: Tuple[str, str], gone: Iterable[str], missing: Optional[Tuple[float, float]] = None) -> None:
-        """Forget the answer and the other logins of the users who are gone; with missing, only note that they are missing.
-
-        missing is (seconds, missing at). Returns when the file says so, or after a second.
-        """
-        kind, name = key
-        statements: _Statements
-        if missing:
-            seconds, missing_at = missing
-            others = (
-                "UPDATE known SET missing_seconds = COALESCE(missing_seconds, 0), missing_at = ?"
-                " WHERE kind = 'login' AND usernames = ? AND name <> ?"
-            )
-            statements = [(others, (missing_at, username, name)) for username in gone]
-            itself = "UPDATE known SET missing_seconds = ?, missing_at = ? WHERE kind = ? AND name = ?"
-            statements.append((itself, (seconds, missing_at, kind, name)))
-        else:
-            others = "DELETE FROM known WHERE kind = 'login' AND usernames = ? AND name <> ?"
-            statements = [(others, (username, name)) for username in gone]
-            statements.append(("DELETE FROM known WHERE kind = ? AND name = ?", (kind, name)))
-        self._write_now(statements)
-
-    def forget(self, names: Optional[Iterable[str]]) -> None:
-        """Forget what is known by these addresses and logins, and of the users of these names; None forgets all."""
-        if names is None:
-            self._write_now([("DELETE FROM known", ())])
-        else:
-            statement = "DELETE FROM known WHERE name = ? OR instr(' ' || usernames || ' ', ' ' || ? || ' ')"
-            self._write_now([(statement, (name, name)) for name in names])
-
-    def _write_now(self, statements: _Statements) -> None:
-        """Returns when the file says so, or after a second."""
-        written = threading.Event()
-        try:
-            self._steps.put((statements, written), timeout=1)
-            written.wait(1)
-        except queue.Full:
-            log.warning("last-known: the disk is slow path=%s", self._path)
-
-    def close(self) -> None:
-        """Write what is waiting, for a second at the most."""
-        with contextlib.suppress(queue.Full):
-            self._steps.put_nowait(None)
-            self._thread.join(1)
-
-    def _open(self) -> sqlite3.Connection:
-        _create_database_file(self._path)
-        os.chmod(self._path, 0o600)
-        connection = connect_database(self._path, 1)
-        try:
-            for statement in self.SCHEMA:
-                connection.execute(statement)
-            if connection.execute("SELECT origin FROM origin").fetchall() != [(self._origin,)]:
-                for statement in ("DELETE FROM origin", "DELETE FROM known"):
-                    connection.execute(statement)
-                connection.execute("INSERT INTO origin VALUES (?)", (self._origin,))
-        except sqlite3.Error:
-            connection.close()
-            raise
-        return connection
-
-    def _begin_anew(self, exc: Exception) -> None:
-        log.warning(
-            "last-known: begun anew, what was known before a restart is forgotten path=%s reason=%s", self._path, f'"{exc}"'
-        )
-        with contextlib.suppress(OSError):
-            os.unlink(self._path)
-
-    def _write(self) -> None:
-        steps: List[Any] = []
-        while None not in steps:
-            steps = [self._steps.get()]
-            with contextlib.suppress(queue.Empty):
-                while len(steps) < 1000:
-                    steps.append(self._steps.get_nowait())
-            try:
-                with contextlib.closing(self._open()) as connection:
-                    # where somebody waits, somebody else lost a right, and a power failure must not undo that
-                    urgent = any(step and step[1] for step in steps)
-                    connection.execute(f"PRAGMA synchronous = {'FULL' if urgent else 'OFF'}")
-                    connection.execute("BEGIN IMMEDIATE")
-                    for statements, _ in filter(None, steps):
-                        for statement, parameters in statements:
-                            connection.execute(statement, parameters)
-                    excess = connection.execute("SELECT count(*) FROM known").fetchone()[0] - self._max_entries
-                    if excess > 0:
-                        oldest = "SELECT kind || ' ' || name FROM known ORDER BY confirmed_at LIMIT ?"
-                        connection.execute(f"DELETE FROM known WHERE kind || ' ' || name IN ({oldest})", (excess,))  # noqa: S608
-                    connection.execute("COMMIT")
-            except Exception as exc:
-                self._begin_anew(exc)
-            for _, written in filter(None, steps):
-                if written:
-                    written.set()
-
-
-# ---------------------------------------------------------------------------------------------------------------------------------
-# 6. Directory
-# Who the users are: Keycloak, or static_users of the config. Lookups at Keycloak run in a few worker threads; a handler thread
-# waits for its answer until its deadline and not longer, whatever DNS, TLS or a dripping body may do to the worker.
-# ---------------------------------------------------------------------------------------------------------------------------------
-
-
-class User(NamedTuple):
-    username: str  # lower-cased
-    email: str  # primary e-mail, normalised; "" if there is none that counts
-    enabled: bool  # may log in and send
-    locked_out: bool = False  # by guessed passwords, which anybody can bring about: still receives
-    federated: bool = False  # from a user storage behind Keycloak, such as LDAP
-
-    @property
-    def receives(self) -> bool:
-        return self.enabled or self.locked_out
-
-
-class Login(NamedTuple):
-    """Whom a sasl_username names. username is "" unless state is "enabled"."""
-
-    username: str
-    state: str  # "enabled", "disabled", "missing", or "ambiguous": one user's name and another's e-mail
-    federated: bool = False
-
-
-Users = Tuple[User, ...]
-Deadline = float  # of time.monotonic()
-
-
-class StaticDirectory:
-    """static_users of the config: the embedded directory for trials, tests and small hosts."""
-
-    def __init__(self, users: Mapping[str, str]) -> None:
-        self._users = [User(username, address, True) for username, address in users.items()]
-
-    def find_users(self, attribute: str, value: str, deadline: Deadline) -> Users:
-        """All users whose "email" or "username" is value."""
-        return tuple(user for user in self._users if getattr(user, attribute) == value)
-
-    def report(self) -> None:
-        """There is nothing to say of Keycloak."""
-
-    def give_up(self) -> None:
-        """Nothing is ever pending here."""
-
-    def close(self) -> None:
-        """Nothing to end here."""
-
-
-class _DeadlineReader(io.RawIOBase):
-    """A socket's bytes for as long as the thread's deadline allows: a timeout alone would start anew with each byte that drips in."""
-
-    def __init__(self, raw: io.RawIOBase, sock: socket.socket, deadline: Callable[[], float]) -> None:
-        self._raw, self._sock, self._deadline = raw, sock, deadline
+    def __init__(self, raw: io.RawIOBase, sock: socket.socket) -> None:
+        self._raw, self._sock, self._bytes_left = raw, sock, MAX_DIRECTORY_ANSWER_BYTES
+        self._deadline = time.monotonic() + (sock.gettimeout() or 0.0)  # just set by urllib3 to what is left of Timeout(total=...)
 
     def readable(self) -> bool:
         return True
 
     def readinto(self, buffer: Any) -> Optional[int]:
-        self._sock.settimeout(max(0.001, self._deadline() - time.monotonic()))
-        return self._raw.readinto(buffer)
+        seconds = self._deadline - time.monotonic()
+        if seconds <= 0:
+            raise socket.timeout("the deadline is over")
+        self._sock.settimeout(seconds)
+        count = self._raw.readinto(buffer)
+        self._bytes_left -= count or 0
+        if self._bytes_left < 0:
+            raise _AnswerTooLong(f"an answer of more than {MAX_DIRECTORY_ANSWER_BYTES} bytes")
+        return count
 
     def close(self) -> None:
         self._raw.close()
         super().close()
 
 
-_thread = threading.local()  # .deadline: until when the request of this worker thread may take
+@functools.cache
+def import_http() -> Callable[[str], requests.Session]:
+    """The class of HTTP sessions; the first call imports all that a request can ever need, and what functions above import.
+
+    The daemon makes that call while it is root: later its user may not be able to read the directories of Python's modules.
+    """
+    import difflib  # noqa: F401  of a key that is not known, at a reload
+    import encodings.idna  # of the host's name, in socket.getaddrinfo()
+    import encodings.punycode  # noqa: F401  of addresses, in section 2
+    import http.client
+    import ssl  # noqa: F401
+    import unicodedata  # noqa: F401  of addresses
+
+    import idna.uts46data  # noqa: F401  idna itself does so at the first name that is not ASCII, requests imports idna then
+    import requests
+    import urllib3
+
+    class Response(http.client.HTTPResponse):
+        def __init__(self, sock: socket.socket, *args: Any, **kwargs: Any) -> None:
+            super().__init__(sock, *args, **kwargs)
+            self.fp = io.BufferedReader(_LimitedReader(self.fp.detach(), sock))
+
+        def begin(self) -> None:
+            super().begin()
+            for name in ("Set-Cookie", "Set-Cookie2"):  # none is kept or sent, nor even looked at
+                del self.headers[name]
+
+    pools: dict[str, Any] = dict(urllib3.poolmanager.pool_classes_by_scheme)  # as they are, but for the class of a response
+    for scheme, pool in pools.items():
+        connection = type("Connection", (pool.ConnectionCls,), {"response_class": Response})
+        pools[scheme] = type("Pool", (pool,), {"ConnectionCls": connection})
+
+    class Session(requests.Session):
+        def __init__(self, ca_file: str) -> None:
+            super().__init__()
+            self.trust_env = False  # no proxies or .netrc of the environment
+            self.verify = ca_file or _system_ca()
+            self.headers.update(
+                {"User-Agent": f"mailcloak/{__version__}", "Accept": "application/json", "Accept-Encoding": "identity"}
+            )
+            adapter = requests.adapters.HTTPAdapter()
+            adapter.poolmanager.pool_classes_by_scheme = pools
+            # What close() does. urllib3 2 leaves that to the garbage collector, which a daemon at rest does not reach.
+            adapter.poolmanager.pools.dispose_func = operator.methodcaller("close")
+            self.mount("http://", adapter)
+            self.mount("https://", adapter)
+
+        def get_redirect_target(self, resp: requests.Response) -> None:
+            """Nowhere, ever: even without allow_redirects requests would read and decode the whole body of a redirect."""
+
+    return Session
 
 
-class _DeadlineResponse(http.client.HTTPResponse):
-    def __init__(self, sock: socket.socket, *args: Any, **kwargs: Any) -> None:
-        super().__init__(sock, *args, **kwargs)
-        self.fp = io.BufferedReader(_DeadlineReader(self.fp.detach(), sock, lambda: float(_thread.deadline)))
-
-
-class _HTTPConnection(urllib3.connection.HTTPConnection):
-    response_class = _DeadlineResponse
-
-
-class _HTTPSConnection(urllib3.connection.HTTPSConnection):
-    response_class = _DeadlineResponse
-
-
-class _HTTPPool(urllib3.HTTPConnectionPool):
-    ConnectionCls = _HTTPConnection
-
-
-class _HTTPSPool(urllib3.HTTPSConnectionPool):
-    ConnectionCls = _HTTPSConnection
-
-
-class _DeadlineAdapter(requests.adapters.HTTPAdapter):
-    def init_poolmanager(self, *args: Any, **kwargs: Any) -> None:
-        super().init_poolmanager(*args, **kwargs)
-        self.poolmanager.pool_classes_by_scheme = {"http": _HTTPPool, "https": _HTTPSPool}
-
-    def close(self) -> None:
-        """Close the connections now: urllib3 2 leaves that to the garbage collector, which a daemon at rest does not reach."""
-        for key in self.poolmanager.pools.keys():  # noqa: SIM118  the container cannot be iterated otherwise
-            self.poolmanager.pools[key].close()
-        super().close()
+def new_session(ca_file: str) -> requests.Session:
+    """An HTTP session for one thread: requests does not promise thread safety."""
+    return import_http()(ca_file)
 
 
 def _system_ca() -> Any:
     """The host's own CA bundle or folder rather than the one that pip may have brought with requests."""
+    import ssl
+
     paths = ssl.get_default_verify_paths()
     return paths.cafile or paths.capath or True
 
 
-class _Session(requests.Session):
-    def get_redirect_target(self, resp: requests.Response) -> None:
-        """Nowhere, ever: even without allow_redirects requests would read the whole body of a redirect, whatever its length."""
-
-
-def _new_session(ca_file: str) -> requests.Session:
-    """An HTTP session for one thread, deaf to proxies and .netrc of the environment: requests does not promise thread safety."""
-    session = _Session()
-    session.trust_env = False
-    session.verify = ca_file or _system_ca()
-    session.headers.update({"User-Agent": f"mailcloak/{__version__}", "Accept": "application/json", "Accept-Encoding": "identity"})
-    for scheme in ("http://", "https://"):
-        session.mount(scheme, _DeadlineAdapter(pool_connections=1, pool_maxsize=1))
-    return session
-
-
 def _describe_failure(exc: BaseException) -> str:
     """Why an HTTP request failed, from the innermost cause; never a URL, a header or a body."""
-    chain: List[BaseException] = []
+    import ssl
+
+    import urllib3
+
+    chain: list[BaseException] = []
     current: Optional[BaseException] = exc
     while current is not None and current not in chain:
         chain.append(current)
         nested = [each for each in (*current.args, getattr(current, "reason", None)) if isinstance(each, BaseException)]
         current = nested[0] if nested else current.__cause__ or current.__context__
     for each in reversed(chain):
-        if isinstance(each, ssl.SSLCertVerificationError):
-            return f"certificate refused ({each.verify_message}), check keycloak.ca_file"
-        if isinstance(each, (socket.timeout, requests.Timeout)):
+        # urllib3 1.26 compares the name by itself, and raises a class of its own or ssl's without the message of OpenSSL
+        if isinstance(each, ssl.SSLCertVerificationError) or type(each).__name__ == "CertificateError":
+            return f"certificate refused ({getattr(each, 'verify_message', 'for another name')}), check keycloak.ca_file"
+        if isinstance(each, (socket.timeout, urllib3.exceptions.TimeoutError)):
             return "timed out"
+        if isinstance(each, _AnswerTooLong):
+            return each.text
         if isinstance(each, OSError) and each.strerror:
             return str(each.strerror).lower()
     return f"connection failed ({type(chain[-1]).__name__})"
@@ -1476,8 +2183,6 @@ EMAIL_MAY_BE_TAKEN = (
     "users may change their own e-mail and so take over any address: in the realm's user profile let only admins edit the attribute"
     " email, or turn on Verify email and set keycloak.require_verified_email"
 )
-
-
 # RFC 6749, section 5.2, and what Keycloak says of a realm that is turned off; any other text could be anything, a secret included
 TOKEN_ERRORS = (
     "invalid_request",
@@ -1490,38 +2195,188 @@ TOKEN_ERRORS = (
 )
 
 
-class _Lookup:
-    """One question under way at Keycloak; those who ask the same meanwhile wait for it too."""
+@dataclass(frozen=True)
+class Answer:
+    """What Keycloak says to one question: everybody whose email or username it is, disabled users too, and when it was asked."""
 
-    __slots__ = ("attribute", "deadline", "done", "error", "users", "value")
+    users: Users
+    asked_at: float  # of time.monotonic(), before the first request
 
-    def __init__(self, attribute: str, value: str, deadline: Deadline) -> None:
-        self.attribute, self.value, self.deadline = attribute, value, deadline
-        self.done = threading.Event()
-        self.users: Users = ()
-        self.error: Optional[DirectoryUnavailable] = None
+
+Question = tuple[str, str]  # ("email", address) or ("username", name), normalised
+
+
+def read_user(record: Mapping[str, Any], config: KeycloakConfig) -> User:
+    """What one of Keycloak's user records means: the only place that says so. Raises NoSingleAnswer for one that makes no sense.
+
+    Source: UserRepresentation of the admin REST interface. A service account has no address, nor has a user whose e-mail is not
+    verified where keycloak.require_verified_email demands it.
+    """
+    username, email, enabled = _field(record, "username"), _field(record, "email"), record.get("enabled")
+    verified = record.get("emailVerified", False)
+    if not username or not isinstance(enabled, bool) or not isinstance(verified, bool):
+        raise NoSingleAnswer("directory: a user record without username or enabled")
+    if record.get("serviceAccountClientId") or username.startswith("service-account-"):
+        email = ""
+    if config.require_verified_email and not verified:
+        email = ""
+    attributes = record.get("attributes")
+    reason = attributes.get("disabledReason") if isinstance(attributes, dict) else None
+    locked_out = not enabled and reason in ("permanentLockout", ["permanentLockout"]) and config.receive_when_locked_out
+    user_id, federation = _field(record, "id"), _field(record, "federationLink")
+    return User(username, email, enabled, locked_out, federation, user_id)
+
+
+def _field(record: Mapping[str, Any], name: str) -> str:
+    """A text of the record, "" if there is none; usernames lower-cased and e-mails normalised, as they are compared."""
+    value = record.get(name)
+    if value is not None and (not isinstance(value, str) or re.search("[\ud800-\udfff]", value)):
+        raise NoSingleAnswer(f"directory: a user record whose {name} is not text")
+    if len(value or "") > MAX_NAME_CHARS:
+        raise NoSingleAnswer(f"directory: a user record whose {name} has more than {MAX_NAME_CHARS} characters")
+    if name == "username":
+        return (value or "").lower()
+    if name != "email":
+        return value or ""
+    address = normalise_address(value or "").text
+    # Keycloak takes alice@d1.test and its full-width form for two e-mails. One that our searches cannot find counts as none: normalised,
+    # it would be the address of another user.
+    return address if (value or "").lower() in (address, to_unicode_domain(address)) else ""
+
+
+Answered = TypeVar("Answered")
+
+
+class Shared(Generic[Answered]):
+    """One thread does the work; the others that need its result at that time wait for it."""
+
+    def __init__(self, purpose: str) -> None:
+        self._purpose = purpose  # for the message at the deadline
+        self._turn = threading.Condition()  # guards the fields below; while _running, the one who works writes result and error
+        self._running = False
+        self._begun_at = -math.inf
+        self._result: Optional[Answered] = None
+        self._error: Optional[DirectoryUnavailable] = None
+        self._ran_out = False  # the error may be due to the little time that the thread had
+
+    def get(self, since: float, deadline: Deadline, work: Callable[[], Answered]) -> Answered:
+        """The result of work that began at since or later, by this thread or by another one; raises DirectoryUnavailable."""
+        waited = False
+        with self._turn:
+            while self._running:
+                waited = True
+                if not self._turn.wait(max(0.0, deadline - time.monotonic())):
+                    raise DirectoryUnavailable(f"directory: timed out waiting for {self._purpose}")
+            if self._begun_at >= since and self._result is not None:
+                return self._result
+            if self._begun_at >= since and self._error and waited and not self._ran_out:
+                raise type(self._error)(self._error.text, self._error.remedy)
+            self._running, self._begun_at = True, time.monotonic()
+            self._result, self._error = None, DirectoryUnavailable("directory: internal error")
+        try:
+            result = work()
+            self._result, self._error = result, None
+        except DirectoryUnavailable as exc:
+            self._error, self._ran_out = type(exc)(exc.text, exc.remedy), time.monotonic() > deadline - 0.01
+            raise
+        finally:
+            with self._turn:
+                self._running = False
+                self._turn.notify_all()
+        return result
+
+
+class Token(NamedTuple):
+    """An access token; the times are of time.monotonic()."""
+
+    text: str
+    good_until: float
+    got_at: float
 
 
 class KeycloakApi:
-    """Requests to Keycloak for one configuration, with one access token for all of them. Entered by the worker threads below."""
+    """Requests to Keycloak for one configuration, with one access token for all of them."""
 
     def __init__(self, config: KeycloakConfig) -> None:
         self._config = config
         realm = urllib.parse.quote(config.realm, safe="")
         self._token_url = f"{config.base_url}/realms/{realm}/protocol/openid-connect/token"
         self._users_url = f"{config.base_url}/admin/realms/{realm}/users"
-        self.took = Durations()  # of requests, the failed ones too
-        self.failed = 0  # of them; counted by several threads without a lock, so it may miss one
-        self._token_turn = threading.Condition()  # guards the three below
-        self._token = ""
-        self._token_good_until = 0.0
-        self._token_being_fetched = False
+        self.requests, self.failed, self.seconds = 0, 0, 0.0  # counted without a lock: each may miss one in a great many
+        self._token = Token("", -math.inf, 0.0)
+        self._fetching: Shared[Token] = Shared("a token")
+        self._proving: Shared[bool] = Shared("the proof that Keycloak sees users")
 
-    def get_users(self, session: requests.Session, deadline: Deadline, **query: str) -> List[Dict[str, Any]]:
+    def search(self, session: requests.Session, question: Question, deadline: Deadline) -> Answer:
+        """Everybody whose "email" or "username" is the value, disabled users too. Raises DirectoryUnavailable.
+
+        An answer without an enabled user is believed only if a prove() that begins after it succeeds.
+        Source: GET /admin/realms/{realm}/users with exact and briefRepresentation.
+        """
+        answer = self._search_once(session, question, deadline)
+        if any(user.enabled for user in answer.users):
+            return answer
+        self.prove(session, time.monotonic(), deadline)
+        # With canaries once more: perhaps LDAP has come back between the two. Or Keycloak was just importing the user from it: then of
+        # two searches at once one is told that nobody is there.
+        return self._search_once(session, question, deadline) if self._config.canary else answer
+
+    def _search_once(self, session: requests.Session, question: Question, deadline: Deadline) -> Answer:
+        attribute, value = question
+        spellings = [value]
+        if attribute == "email" and "xn--" in value:
+            spellings.append(to_unicode_domain(value))  # Keycloak stores an internationalised domain as it was typed
+        asked_at = time.monotonic()
+        found: dict[str, User] = {}
+        for spelling in dict.fromkeys(spellings):
+            query = {attribute: spelling, "exact": "true", "briefRepresentation": "true", "max": str(MAX_DIRECTORY_MATCHES)}
+            matches = self._matches(session, deadline, question, query)
+            if any(record.get("enabled") is False for record in matches):
+                # Why a user is disabled is an attribute, which Keycloak 26.0 leaves out of the brief form.
+                matches = self._matches(session, deadline, question, {**query, "briefRepresentation": "false"})
+            found.update((user.key, user) for user in (read_user(record, self._config) for record in matches))
+        return Answer(tuple(found.values()), asked_at)
+
+    def _matches(
+        self, session: requests.Session, deadline: Deadline, question: Question, query: Mapping[str, str]
+    ) -> list[dict[str, Any]]:
+        """The records of the answer that the question is about, no more of them than were asked for."""
+        attribute, value = question
+        records = self.get_users(session, deadline, **query)
+        if len(records) > MAX_DIRECTORY_RECORDS:
+            raise NoSingleAnswer(self.message(f"{len(records)} users for one {attribute}, more than were asked for"))
+        matches = [record for record in records if _field(record, attribute) == value]  # older servers ignore exact=true
+        if len(matches) >= MAX_DIRECTORY_MATCHES:
+            raise NoSingleAnswer(self.message(f"{len(matches)} users for one {attribute}, there may be more"))
+        if len(records) >= MAX_DIRECTORY_MATCHES and not matches:
+            raise NoSingleAnswer(self.message(f"{len(records)} users for one {attribute} and no exact match"))
+        return matches
+
+    def prove(self, session: requests.Session, since: float, deadline: Deadline) -> None:
+        """Return if Keycloak shows us users, and every canary, asked at since or later; those who wait share one check.
+
+        With the role query-users alone every search is empty, and a role can be lost at run time. While its user storage is down,
+        Keycloak may say of anybody that they are missing or disabled, and then of the canaries too. Raises DirectoryUnavailable.
+        """
+        self._proving.get(since, deadline, lambda: self._prove(session, deadline))
+
+    def _prove(self, session: requests.Session, deadline: Deadline) -> bool:
+        if not self.get_users(session, deadline, max="1"):
+            raise DirectoryMisconfigured(self.message("sees no users at all (query-users is not enough)"), self.role_remedy)
+        for address in self._config.canary:
+            try:
+                users = self._search_once(session, ("email", address), deadline).users
+            except NoSingleAnswer as exc:
+                raise DirectoryUnavailable(self.message(f"canary <{address}> has no answer that can be used: {exc.text}")) from None
+            if not any(user.enabled for user in users):
+                raise DirectoryUnavailable(self.message(f"canary <{address}> is missing or disabled, no such answer is believed"))
+        return True
+
+    def get_users(self, session: requests.Session, deadline: Deadline, **query: str) -> list[dict[str, Any]]:
         """The user records that a search gives. Source: GET /admin/realms/{realm}/users."""
-        status, body = self._get(session, deadline, self._users_url, query)
+        status, body = self.get(session, deadline, self._users_url, query)
         if status == 403:
-            raise DirectoryMisconfigured(self.message(f"search refused (HTTP 403), {self.role_remedy}"))
+            raise DirectoryMisconfigured(self.message("search refused (HTTP 403)"), self.role_remedy)
         if status != 200:
             raise DirectoryUnavailable(self.message(f"search failed (HTTP {status})"))
         records = self._json(body)
@@ -1529,58 +2384,50 @@ class KeycloakApi:
             raise DirectoryUnavailable(self.message("the answer to a search is not a list of users"))
         return records
 
-    def users_may_edit_email(self, session: requests.Session, deadline: Deadline) -> bool:
-        """Does the realm's user profile let users change their own e-mail? False also where the profile cannot be read.
+    def users_may_edit_email(self, session: requests.Session, deadline: Deadline) -> Optional[bool]:
+        """Does the realm's user profile let users change their own e-mail? None where the profile cannot be read.
 
         Source: GET /admin/realms/{realm}/users/profile, attributes[].permissions.edit.
         """
-        status, body = self._get(session, deadline, f"{self._users_url}/profile", {})
-        if status != 200:
-            return False
         try:
-            attributes = {attribute["name"]: attribute for attribute in self._json(body)["attributes"]}
+            status, body = self.get(session, deadline, f"{self._users_url}/profile", {})
+            attributes = {attribute["name"]: attribute for attribute in self._json(body)["attributes"]} if status == 200 else {}
             return "user" in attributes["email"]["permissions"]["edit"]
-        except (KeyError, TypeError):
-            return False
+        except (KeyError, TypeError, DirectoryUnavailable):  # a proxy may let no such request through
+            return None
 
     def message(self, what: str) -> str:
+        """What happened, with the realm it happened at."""
         return f"directory: realm {self._config.realm!r}: {what}"
 
     @property
     def role_remedy(self) -> str:
+        """What an administrator does where Keycloak shows us no users."""
         return f"give the service account of client {self._config.client_id!r} the realm-management role view-users"
 
-    def _get(self, session: requests.Session, deadline: Deadline, url: str, query: Mapping[str, str]) -> Tuple[int, bytes]:
+    def get(self, session: requests.Session, deadline: Deadline, url: str, query: Mapping[str, str]) -> tuple[int, bytes]:
         """(status, body); the token is renewed once if Keycloak says 401."""
-        token = self._access_token(session, deadline, rejected="")
-        status, body = self._exchange(session, deadline, "GET", url, params=query, headers={"Authorization": f"Bearer {token}"})
+        token = self.access_token(session, deadline)
+        status, body = self._exchange(
+            session, deadline, "GET", url, params=query, headers={"Authorization": f"Bearer {token.text}"}
+        )
         if status == 401:
-            token = self._access_token(session, deadline, rejected=token)
-            status, body = self._exchange(session, deadline, "GET", url, params=query, headers={"Authorization": f"Bearer {token}"})
+            token = self.access_token(session, deadline, rejected=token)
+            status, body = self._exchange(
+                session, deadline, "GET", url, params=query, headers={"Authorization": f"Bearer {token.text}"}
+            )
         return status, body
 
-    def _access_token(self, session: requests.Session, deadline: Deadline, rejected: str) -> str:
-        """A token that is not the rejected one. One thread fetches, the others wait for it."""
-        with self._token_turn:
-            while self._token_being_fetched:
-                if not self._token_turn.wait(max(0.0, deadline - time.monotonic())):
-                    raise DirectoryUnavailable(self.message("timed out waiting for a token"))
-            if self._token not in ("", rejected) and time.monotonic() < self._token_good_until:
-                return self._token
-            self._token_being_fetched = True
-        token, life_seconds = "", 0.0
-        try:
-            asked_at = time.monotonic()
-            token, life_seconds = self._fetch_token(session, deadline)
-        finally:
-            with self._token_turn:
-                self._token_being_fetched = False
-                self._token, self._token_good_until = token, asked_at + life_seconds * TOKEN_LIFE_USED
-                self._token_turn.notify_all()
-        return token
+    def access_token(self, session: requests.Session, deadline: Deadline, rejected: Optional[Token] = None) -> Token:
+        """A token that is good, and not the rejected one; raises DirectoryUnavailable."""
+        token = self._token  # one read needs no lock
+        if token is not rejected and time.monotonic() < token.good_until:
+            return token
+        return self._fetching.get(token.got_at, deadline, lambda: self._fetch_token(session, deadline))
 
-    def _fetch_token(self, session: requests.Session, deadline: Deadline) -> Tuple[str, float]:
-        """(access_token, its life in seconds) by the client credentials grant (RFC 6749, section 4.4)."""
+    def _fetch_token(self, session: requests.Session, deadline: Deadline) -> Token:
+        """A new token by the client credentials grant (RFC 6749, section 4.4)."""
+        asked_at = time.monotonic()
         form = {
             "grant_type": "client_credentials",
             "client_id": self._config.client_id,
@@ -1588,91 +2435,125 @@ class KeycloakApi:
         }
         status, body = self._exchange(session, deadline, "POST", self._token_url, data=form)
         if status == 404:
-            raise DirectoryMisconfigured(self.message("no such realm (HTTP 404), check keycloak.realm and keycloak.base_url"))
+            raise DirectoryMisconfigured(self.message("no such realm (HTTP 404)"), "check keycloak.realm and keycloak.base_url")
         if status in (400, 401):
             reason = ""
             with contextlib.suppress(DirectoryUnavailable, AttributeError, TypeError):
                 error = self._json(body).get("error")
                 reason = f" {error}" if error in TOKEN_ERRORS else ""
             remedy = "check keycloak.client_id and keycloak.client_secret and that the client has Service accounts roles on"
-            raise DirectoryMisconfigured(self.message(f"token refused (HTTP {status}{reason}), {remedy}"))
+            raise DirectoryMisconfigured(self.message(f"token refused (HTTP {status}{reason})"), remedy)
         if status != 200:
             raise DirectoryUnavailable(self.message(f"no token (HTTP {status})"))
         answer = self._json(body)
-        token = answer.get("access_token") if isinstance(answer, dict) else None
+        text = answer.get("access_token") if isinstance(answer, dict) else None
         life = answer.get("expires_in") if isinstance(answer, dict) else None
-        if (
-            not isinstance(token, str)
-            or not re.fullmatch(r"[!-~]+", token)
-            or not isinstance(life, (int, float))
-            or not 0 < life < 1e12
-        ):
+        is_text = isinstance(text, str) and re.fullmatch(r"[!-~]+", text)
+        if not is_text or not isinstance(life, (int, float)) or not 0 < life < 1e12:
             raise DirectoryUnavailable(self.message("the answer to the token request holds no token"))
-        return token, float(life)
+        self._token = Token(str(text), asked_at + life * TOKEN_LIFE_USED, time.monotonic())
+        return self._token
 
-    def _exchange(self, session: requests.Session, deadline: Deadline, method: str, url: str, **options: Any) -> Tuple[int, bytes]:
+    def _exchange(self, session: requests.Session, deadline: Deadline, method: str, url: str, **options: Any) -> tuple[int, bytes]:
         """(status, body) of one request, finished by the deadline."""
+        import http.client
+
+        import requests
+        import urllib3
+
         try:
             try:
                 return self._exchange_once(session, deadline, method, url, options)
-            except requests.ConnectionError:  # most likely a kept connection that the server has closed meanwhile
+            except requests.ConnectionError:  # most likely a kept connection that the server has closed
                 return self._exchange_once(session, deadline, method, url, options)
-        except (requests.RequestException, urllib3.exceptions.HTTPError, http.client.HTTPException, OSError, ValueError) as exc:
-            raise DirectoryUnavailable(self.message(_describe_failure(exc))) from exc
+        except (urllib3.exceptions.HTTPError, http.client.HTTPException, OSError, ValueError, _AnswerTooLong) as exc:
+            raise DirectoryUnavailable(self.message(f"{_describe_failure(exc)}, host {urllib.parse.urlsplit(url).netloc}")) from exc
 
     def _exchange_once(
         self, session: requests.Session, deadline: Deadline, method: str, url: str, options: Mapping[str, Any]
-    ) -> Tuple[int, bytes]:
-        remaining = deadline - time.monotonic()
-        if remaining <= 0:
-            raise DirectoryUnavailable(self.message("timed out"))
-        _thread.deadline = deadline
+    ) -> tuple[int, bytes]:
+        import urllib3
+
         started = time.monotonic()
+        if started >= deadline:  # it waited for its turn until then
+            raise NoSingleAnswer(self.message("timed out before the request"))
+        timeout: Any = urllib3.Timeout(total=deadline - started)
         try:
-            with session.request(method, url, timeout=remaining, allow_redirects=False, stream=True, **options) as response:
+            with session.request(method, url, timeout=timeout, allow_redirects=False, stream=True, **options) as response:
                 return response.status_code, self._read_body(response)
         except Exception:
             self.failed += 1
             raise
         finally:
-            self.took.note(time.monotonic() - started)
+            self.requests += 1
+            self.seconds += time.monotonic() - started
 
     def _read_body(self, response: requests.Response) -> bytes:
-        body = bytearray()
-        for chunk in response.iter_content(64 * 1024):
-            body += chunk
-            if len(body) > MAX_DIRECTORY_BODY_BYTES:
-                raise DirectoryUnavailable(self.message(f"an answer of more than {MAX_DIRECTORY_BODY_BYTES} bytes"))
-        return bytes(body)
+        """The bytes of the body as they came: some hundred that are compressed can stand for a gigabyte."""
+        if response.headers.get("Content-Encoding", "identity").lower() != "identity":
+            raise DirectoryUnavailable(self.message("an answer in a Content-Encoding, which was not asked for"))
+        return b"".join(response.raw.stream(64 * 1024, decode_content=False))
 
     def _json(self, body: bytes) -> Any:
         try:
-            return json.loads(body)
+            return json.loads(body.decode().lstrip("\ufeff"))  # of bytes it would guess the encoding, and import that
         except (ValueError, RecursionError) as exc:
             raise DirectoryUnavailable(self.message("the answer is not JSON")) from exc
 
 
-class Outage:
-    """Whether Keycloak counts as away: from so many failures in a row until the first success. One line in the log each way."""
+# ---------------------------------------------------------------------------------------------------------------------------------
+# 8. Directory
+# Who the users are: Keycloak, or static_users of the configuration. Worker threads run the requests, a probe watches an outage, one
+# thread asks ahead and one writes to the disk; handler and timer threads wait for an answer until their deadline. What is known of
+# users is in one store: judge() says what counts of a user, judge_holders() and judge_login() what follows for a question. The file on
+# disk mirrors the store.
+# ---------------------------------------------------------------------------------------------------------------------------------
 
-    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+
+class Directory(Protocol):
+    """Who answers questions about users: Keycloak, the configuration, or a test."""
+
+    source: str  # for explain
+    outage: Outage
+
+    def find_users(self, question: Question, deadline: Deadline) -> Answer:
+        """The answer by the deadline; raises DirectoryUnavailable."""
+
+    def report(self) -> Optional[dict[str, Any]]:
+        """What the map stats says of it."""
+
+    def give_up(self) -> None:
+        """Fail every question from now on, also those under way: at shutdown nobody waits longer."""
+
+    def close(self) -> None:
+        """End the threads."""
+
+
+class Outage:
+    """Whether Keycloak counts as away: from OUTAGE_FAILURES failures in a row until the first success. One log line each way."""
+
+    def __init__(self, clock: Clock = time.monotonic) -> None:
         self.suspected = threading.Event()  # wakes the probe
-        self.established = False  # read without the lock: a moment's delay is no harm
+        self.established = False  # read without the lock: a moment's delay does no harm
+        self.failed: Optional[Question] = None  # what failed last, for the probe
+        # counted without the lock, so each may miss one in a great many
+        self.cached = 0  # answers from the cache in place of Keycloak's
+        self.deferred = 0  # questions without any answer
         self._clock = clock
         self._lock = threading.Lock()  # guards the fields below, and the writing of established
         self._failures = 0
         self._said = ""  # what the log says of this outage
         self._since = 0.0
-        self._kept = 0
-        self._deferred = 0
+        self._before = (0, 0)  # cached and deferred when it began
 
-    def note_failure(self, error: DirectoryUnavailable) -> None:
-        """A request to Keycloak failed. What an administrator must mend is an outage at once."""
+    def note_failure(self, error: DirectoryUnavailable, question: Optional[Question] = None) -> None:
+        """A request to Keycloak failed. What an administrator must fix is an outage at once."""
         with self._lock:
             self._failures += 1
+            self.failed = question or self.failed
             begins = not self.established and (self._failures >= OUTAGE_FAILURES or isinstance(error, DirectoryMisconfigured))
             if self._failures == 1:
-                self._since, self._kept, self._deferred = self._clock(), 0, 0
+                self._since, self._before = self._clock(), (self.cached, self.deferred)
             self.established = self.established or begins
             is_new = begins or (isinstance(error, DirectoryMisconfigured) and str(error) != self._said)
             self._said = str(error) if is_new else self._said
@@ -1688,12 +2569,13 @@ class Outage:
         if not self._failures:  # read without the lock: the common case
             return
         with self._lock:
-            self._failures, self._said, ends, self.established = 0, "", self.established, False
-            seconds, kept, deferred = self._clock() - self._since, self._kept, self._deferred
+            self._failures, self._said, self.failed, ends, self.established = 0, "", None, self.established, False
+            seconds, cached, deferred = self._clock() - self._since, self.cached - self._before[0], self.deferred - self._before[1]
         if ends:
-            log.warning("%s", message(f"answers again, after {seconds:.0f} s, {kept} answers were kept ones, {deferred} deferred"))
+            text = f"answers again, after {seconds:.0f} s; {cached} answers came from the cache, {deferred} were deferred"
+            log.warning("%s", message(text))
 
-    def report(self) -> Dict[str, Any]:
+    def report(self) -> dict[str, Any]:
         """What the map stats says of it."""
         with self._lock:
             away = self.established
@@ -1703,15 +2585,46 @@ class Outage:
                 "failure": self._said if away else "",
             }
 
-    def count_answer(self, *, kept: bool) -> None:
-        """An answer that Keycloak should have given was a kept one, or there was none."""
-        with self._lock:
-            self._kept += kept
-            self._deferred += not kept
+
+class StaticDirectory:
+    """static_users of the configuration: the embedded directory for trials, tests and small hosts."""
+
+    source = "static"
+
+    def __init__(self, users: Mapping[str, str]) -> None:
+        self.outage = Outage()  # never established
+        self._users = [User(username, address, True) for username, address in users.items()]
+
+    def find_users(self, question: Question, deadline: Deadline) -> Answer:
+        """All users whose "email" or "username" is the value."""
+        return Answer(tuple(user for user in self._users if getattr(user, question[0]) == question[1]), time.monotonic())
+
+    def report(self) -> None:
+        """There is nothing to say of Keycloak."""
+
+    def give_up(self) -> None:
+        """Nothing is ever pending here."""
+
+    def close(self) -> None:
+        """Nothing to end here."""
+
+
+class _Lookup(NamedTuple):
+    """One question under way at Keycloak; those who ask the same in the meantime wait for it too."""
+
+    question: Question
+    deadline: Deadline
+    answer: Future[Union[Answer, DirectoryUnavailable]]  # an error as a value: raised, it would hold on to all that led to it
+    in_time: threading.Event  # a worker took it while there was time for an answer: a failure is Keycloak's
 
 
 class KeycloakDirectory:
-    """Users by e-mail or username from Keycloak."""
+    """Users by e-mail or username from Keycloak. A few worker threads run the requests.
+
+    A handler thread waits for its answer until its deadline and no longer, whatever DNS, TLS or a dripping body do to the worker.
+    """
+
+    source = "keycloak"
 
     def __init__(self, config: KeycloakConfig) -> None:
         self.outage = Outage()
@@ -1721,55 +2634,48 @@ class KeycloakDirectory:
         self._closed = threading.Event()
         self._lock = threading.Lock()  # guards the two below
         self._given_up = False
-        self._pending: Dict[Tuple[str, str], _Lookup] = {}
-        self._canary_turn = threading.Condition()  # guards the three below
-        self._canaries_being_asked = False
-        self._canaries_there_at = -math.inf
-        self._canary_failure: Tuple[float, Optional[DirectoryUnavailable]] = (-math.inf, None)  # (asked at, how it failed)
-        self._proof: Tuple[float, bool] = (-math.inf, True)  # when we last asked whether we see any user at all, and the answer
+        self._pending: dict[Question, _Lookup] = {}
         for number in range(config.max_requests):
             threading.Thread(target=self._work, name=f"keycloak-{number}", daemon=True).start()
         threading.Thread(target=self._probe, name="keycloak-probe", daemon=True).start()
 
-    def find_users(self, attribute: str, value: str, deadline: Deadline) -> Users:
-        """All users whose "email" or "username" is value, which is normalised and not empty; disabled ones too.
+    def find_users(self, question: Question, deadline: Deadline) -> Answer:
+        """Everybody whose "email" or "username" is the value, which is normalised and not empty; disabled users too.
 
         Raises DirectoryUnavailable, at the deadline at the latest, and at once in an established outage.
-        Source: Keycloak admin REST interface, GET /admin/realms/{realm}/users with exact and briefRepresentation.
         """
         if self.outage.established:
-            raise DirectoryUnavailable(self._message("away"))
-        key = (attribute, value)
+            raise DirectoryUnavailable(self._api.message("away"))
         with self._lock:
             if self._given_up:
-                raise DirectoryUnavailable(self._message("shutting down"))
-            lookup = self._pending.get(key)
+                raise DirectoryUnavailable(self._api.message("shutting down"))
+            lookup = self._pending.get(question)
             if lookup is None:
                 if self._queue.qsize() >= MAX_DIRECTORY_WAITING:
-                    raise DirectoryUnavailable(self._message("too many lookups are waiting"))
-                lookup = self._pending[key] = _Lookup(attribute, value, deadline)
+                    raise DirectoryUnavailable(self._api.message("too many lookups are waiting"))
+                lookup = self._pending[question] = _Lookup(question, deadline, Future(), threading.Event())
                 self._queue.put(lookup)
-        if not lookup.done.wait(max(0.0, deadline - time.monotonic())):
-            error = DirectoryUnavailable(self._message(f"no answer within {self._config.timeout_seconds:g} s"))
-            self._end(lookup, error)  # who asks from now on does not wait for this one too
-            raise error
-        if lookup.error is not None:
-            raise DirectoryUnavailable(str(lookup.error)) from lookup.error
-        return lookup.users
+        try:
+            result = lookup.answer.result(max(0.0, deadline - time.monotonic()))
+        except FutureTimeout:
+            result = DirectoryUnavailable(self._api.message(f"no answer within {self._config.timeout_seconds:g} s"))
+            self._end(lookup, result)  # who asks later begins another
+        if isinstance(result, Answer):
+            return result
+        raise DirectoryUnavailable(result.text, result.remedy)  # one error for all who wait: each raises its own
 
-    def report(self) -> Dict[str, Any]:
+    def report(self) -> dict[str, Any]:
         """What the map stats says of Keycloak."""
-        took = self._api.took
-        return {**self.outage.report(), "requests": sum(took.counts), "failed": self._api.failed, "seconds": took.seconds}
+        api = self._api
+        return {**self.outage.report(), "requests": api.requests, "failed": api.failed, "seconds": api.seconds}
 
     def give_up(self) -> None:
-        """Fail every lookup from now on, those pending too: at shutdown nobody waits longer."""
+        """Fail every lookup from now on, those pending too."""
         with self._lock:
             self._given_up = True
             pending, self._pending = list(self._pending.values()), {}
         for lookup in pending:
-            lookup.error = lookup.error or DirectoryUnavailable(self._message("shutting down"))
-            lookup.done.set()
+            _settle(lookup.answer, DirectoryUnavailable(self._api.message("shutting down")))
 
     def close(self) -> None:
         """End the threads, the workers after what is queued."""
@@ -1781,984 +2687,953 @@ class KeycloakDirectory:
     def _end(self, lookup: _Lookup, error: Optional[DirectoryUnavailable]) -> None:
         """Take the lookup out of those under way; the first who does so notes how it went, so that a failure counts once."""
         with self._lock:
-            if self._pending.get((lookup.attribute, lookup.value)) is not lookup:
+            if self._pending.get(lookup.question) is not lookup:
                 return
-            del self._pending[(lookup.attribute, lookup.value)]
+            del self._pending[lookup.question]
         if error is None:
-            self.outage.note_success(self._message)
-        elif not isinstance(error, NoSingleAnswer):
-            self.outage.note_failure(error)
+            self.outage.note_success(self._api.message)
+        elif lookup.in_time.is_set() and not isinstance(error, NoSingleAnswer):
+            self.outage.note_failure(error, lookup.question)
 
     # ---- worker threads
 
     def _work(self) -> None:
-        with _new_session(self._config.ca_file) as session:
+        with new_session(self._config.ca_file) as session:
             while True:
                 lookup = self._queue.get()
                 if lookup is None:
                     return
-                self._serve(session, lookup)
+                self._work_on(lookup, session)
+                del lookup
 
-    def _serve(self, session: requests.Session, lookup: _Lookup) -> None:
+    def _work_on(self, lookup: _Lookup, session: requests.Session) -> None:
+        if lookup.deadline - time.monotonic() > self._config.timeout_seconds / 2:
+            lookup.in_time.set()
         try:
-            lookup.users = self._search(session, lookup)
-        except DirectoryUnavailable as exc:
-            lookup.error = exc
-        except Exception as exc:  # a bug or bytes nobody thought of: an outage for this question, never the end of the worker
-            log.error("directory: internal error %s", _describe_exception(exc))
-            lookup.error = DirectoryUnavailable(self._message("internal error"))
-        self._end(lookup, lookup.error)
-        lookup.done.set()
+            result: Union[Answer, DirectoryUnavailable] = self._api.search(session, lookup.question, lookup.deadline)
+        except Exception as exc:
+            result = self._as_failure(exc)
+        self._end(lookup, result if isinstance(result, DirectoryUnavailable) else None)
+        _settle(lookup.answer, result)
 
-    def _search(self, session: requests.Session, lookup: _Lookup) -> Users:
-        users = self._search_once(session, lookup)
-        if any(user.enabled for user in users):
-            return users
-        answered_at = time.monotonic()
-        if not users:
-            self._prove_that_we_see_users(session, lookup.deadline)
-        if self._config.canary:
-            self._ask_canaries(session, lookup.deadline, answered_at)
-            # Of two searches at once for somebody whom Keycloak is just importing from LDAP, one is told that he does not exist.
-            users = users or self._search_once(session, lookup)
-        return users
+    def _as_failure(self, exc: Exception) -> DirectoryUnavailable:
+        """The exception as one that handlers expect: a bug or bytes nobody thought of are no answer, never the end of a thread.
 
-    def _search_once(self, session: requests.Session, lookup: _Lookup) -> Users:
-        spellings = [lookup.value]
-        if lookup.attribute == "email" and "xn--" in lookup.value:
-            spellings.append(_to_unicode_domain(lookup.value))  # Keycloak stores an internationalised domain as it was typed
-        found: Dict[str, User] = {}
-        for spelling in dict.fromkeys(spellings):
-            query = {lookup.attribute: spelling, "exact": "true", "briefRepresentation": "true", "max": str(MAX_DIRECTORY_MATCHES)}
-            records = self._api.get_users(session, lookup.deadline, **query)
-            matches = [record for record in records if self._matches(record, lookup)]
-            if len(records) >= MAX_DIRECTORY_MATCHES and not matches:
-                raise NoSingleAnswer(self._message(f"{len(records)} users for one {lookup.attribute} and no exact match"))
-            if any(record.get("enabled") is False for record in matches):
-                # Why a user is disabled is an attribute, which Keycloak 26.0 leaves out of the brief form.
-                records = self._api.get_users(session, lookup.deadline, **{**query, "briefRepresentation": "false"})
-                matches = [record for record in records if self._matches(record, lookup)]
-            found.update(
-                (user.username, user) for user in map(self._to_user, matches) if user.email or lookup.attribute == "username"
-            )
-        return tuple(found.values())
-
-    def _ask_canaries(self, session: requests.Session, deadline: Deadline, answered_at: float) -> None:
-        """Raise DirectoryUnavailable unless every canary is there, asked after the negative answer came.
-
-        While its user storage is down Keycloak may say of anybody that he is missing or disabled, and then of the canaries too. One
-        thread asks, the others that need it wait.
+        A new one: an exception that was raised holds on to all that led to it, such as an answer of a megabyte.
         """
-        with self._canary_turn:
-            while self._canaries_being_asked and self._canaries_there_at < answered_at:
-                if not self._canary_turn.wait(max(0.0, deadline - time.monotonic())):
-                    raise DirectoryUnavailable(self._message("timed out waiting for the canaries"))
-                asked_at, error = self._canary_failure
-                if error and asked_at >= answered_at:
-                    raise DirectoryUnavailable(str(error))
-            if self._canaries_there_at >= answered_at:
-                return
-            self._canaries_being_asked = True
-        asked_at = time.monotonic()
-        failure: Optional[DirectoryUnavailable] = DirectoryUnavailable(self._message("the canaries could not be asked"))
-        try:
-            for address in self._config.canary:
-                records = self._api.get_users(session, deadline, email=address, exact="true", briefRepresentation="true", max="2")
-                if not any(
-                    normalise_address(self._string(each, "email")).text == address and each.get("enabled") is True
-                    for each in records
-                ):
-                    raise DirectoryUnavailable(
-                        self._message(f"canary <{address}> is missing or disabled, no such answer is believed")
-                    )
-            failure = None
-        except DirectoryUnavailable as exc:
-            failure = exc
-            raise
-        finally:
-            with self._canary_turn:
-                self._canaries_being_asked = False
-                self._canary_failure = (asked_at, failure)
-                if failure is None:
-                    self._canaries_there_at = asked_at
-                self._canary_turn.notify_all()
-
-    def _prove_that_we_see_users(self, session: requests.Session, deadline: Deadline) -> None:
-        """Raise DirectoryMisconfigured where an empty answer proves nothing: with the role query-users alone every search is empty.
-
-        Asked again at the first empty answer of each minute, since a role can be lost at run time.
-        """
-        asked_at, sees_users = self._proof  # one read of a tuple needs no lock
-        if time.monotonic() - asked_at > (PROOF_SECONDS if sees_users else PROOF_RETRY_SECONDS):
-            sees_users = self._ask_for_any_user(session, deadline)
-        if not sees_users:
-            raise DirectoryMisconfigured(
-                self._message(f"sees no users at all (query-users is not enough), {self._api.role_remedy}")
-            )
-
-    def _ask_for_any_user(self, session: requests.Session, deadline: Deadline) -> bool:
-        asked_at = time.monotonic()
-        sees_users = bool(self._api.get_users(session, deadline, max="1"))
-        self._proof = (asked_at, sees_users)
-        return sees_users
-
-    def _matches(self, record: Mapping[str, Any], lookup: _Lookup) -> bool:
-        """Is this really the user asked for? Older servers ignore exact=true and send everybody whose name contains the value."""
-        if lookup.attribute == "username":
-            return self._string(record, "username").lower() == lookup.value
-        return normalise_address(self._string(record, "email")).text == lookup.value
-
-    def _to_user(self, record: Mapping[str, Any]) -> User:
-        username, email = self._string(record, "username").lower(), self._string(record, "email")
-        enabled, verified = record.get("enabled"), record.get("emailVerified", False)
-        if not username or not isinstance(enabled, bool) or not isinstance(verified, bool):
-            raise DirectoryUnavailable(self._message("a user record without username or enabled"))
-        is_service_account = bool(record.get("serviceAccountClientId")) or username.startswith("service-account-")
-        if is_service_account or (self._config.require_verified_email and not verified):
-            email = ""
-        attributes = record.get("attributes")
-        reason = attributes.get("disabledReason") if isinstance(attributes, dict) else None
-        locked_out = not enabled and reason in ("permanentLockout", ["permanentLockout"]) and self._config.receive_when_locked_out
-        return User(username, normalise_address(email).text, enabled, locked_out, bool(record.get("federationLink")))
-
-    def _string(self, record: Mapping[str, Any], name: str) -> str:
-        value = record.get(name)
-        if value is not None and not isinstance(value, str):
-            raise DirectoryUnavailable(self._message(f"a user record whose {name} is not text"))
-        return value or ""
-
-    def _message(self, what: str) -> str:
-        return self._api.message(what)
+        if isinstance(exc, DirectoryUnavailable):
+            return type(exc)(exc.text, exc.remedy)
+        log.error("directory: internal error %s", describe_exception(exc))
+        return DirectoryUnavailable(self._api.message("internal error"))
 
     # ---- the probe: a self-check at start, and from the first failure on until Keycloak answers
 
     def _probe(self) -> None:
         profile_seen = self._config.require_verified_email
         pause = 0.0
-        with _new_session(self._config.ca_file) as session:
+        with new_session(self._config.ca_file) as session:
             while True:
                 self.outage.suspected.clear()
                 if self._closed.is_set():
                     return
-                deadline = time.monotonic() + min(self._config.timeout_seconds, PROBE_SECONDS)
                 try:
-                    self._ask_for_any_user(session, deadline)
-                    self._prove_that_we_see_users(session, deadline)
-                    if self._config.canary:
-                        self._ask_canaries(session, deadline, time.monotonic())
-                    email_may_be_taken = not profile_seen and self._api.users_may_edit_email(session, deadline)
+                    self._api.prove(session, time.monotonic(), self._probe_deadline())
+                    self._repeat_what_failed(session)
                 except Exception as exc:
-                    if not isinstance(exc, DirectoryUnavailable):
-                        log.error("directory: internal error %s", _describe_exception(exc))
-                        exc = DirectoryUnavailable(self._message("internal error"))
-                    self.outage.note_failure(exc)
+                    self.outage.note_failure(self._as_failure(exc))
                     pause = min(PROBE_PAUSE_SECONDS, pause * 2 or 0.25)
                     self._closed.wait(pause * random.uniform(0.5, 1))  # noqa: S311  jitter, so that many hosts do not ask at once
                     continue
-                self.outage.note_success(self._message)
-                if email_may_be_taken:
-                    log.error("%s", self._message(EMAIL_MAY_BE_TAKEN))
+                self.outage.note_success(self._api.message)
+                if not profile_seen and self._api.users_may_edit_email(session, self._probe_deadline()):
+                    log.error("%s", self._api.message(EMAIL_MAY_BE_TAKEN))
                 profile_seen, pause = True, 0.0
                 self.outage.suspected.wait()
 
+    def _probe_deadline(self) -> Deadline:
+        return time.monotonic() + min(self._config.timeout_seconds, PROBE_SECONDS)
 
-def _to_unicode_domain(address: str) -> str:
-    local_part, _, domain = address.rpartition("@")
-    try:
-        return f"{local_part}@{idna.decode(domain)}"
-    except (UnicodeError, ValueError, IndexError):
-        return address
+    def _repeat_what_failed(self, session: requests.Session) -> None:
+        """Ask again what failed last and, if it fails, for nobody's name of that kind; raise DirectoryUnavailable if that fails too.
+
+        A question that Keycloak never answers, though it answers others of its kind, is no outage: anybody could ask it.
+        """
+        failed = self.outage.failed
+        if not failed:
+            return
+        try:
+            self._api.search(session, failed, self._probe_deadline())
+        except DirectoryUnavailable:
+            attribute, value = failed
+            other = f"{random.getrandbits(64):x}{value[value.find('@') :] if '@' in value else ''}"  # nobody's name
+            self._api.search(session, (attribute, other), self._probe_deadline())
 
 
-def _describe_exception(exc: BaseException) -> str:
-    """Type, text and place of an unexpected exception on one line."""
-    frame = exc.__traceback__
-    while frame is not None and frame.tb_next is not None:
-        frame = frame.tb_next
-    place = f"{os.path.basename(frame.tb_frame.f_code.co_filename)}:{frame.tb_lineno}" if frame else "?"
-    return f"error={type(exc).__name__} text={escape_for_log(str(exc))} at={place}"
+def _settle(future: Future[Union[Answer, DirectoryUnavailable]], result: Union[Answer, DirectoryUnavailable]) -> None:
+    """Give those who wait the result, unless they have one already."""
+    with contextlib.suppress(InvalidStateError):
+        future.set_result(result)
 
 
-class CachedDirectory:
-    """The directory behind the cache, as the decisions want it: who has this address, and whom does this login name.
+# What is believed of a user. Keycloak gave no answer: what was believed last goes on.
+KNOWN = "known"  # the user is as Keycloak described them last, enabled or not
+DOUBTED = "doubted"  # Keycloak takes back a user it confirmed before, and may be wrong: the grace
+GONE = "gone"  # the user no longer exists
 
-    An answer is remembered for its time to live. A positive one is asked for again in the background when it is used near its end, and
-    serves on while Keycloak is away, until policy.stale_if_error_seconds after it was confirmed.
+
+class Person(NamedTuple):
+    """What is cached and saved of one user. Times are of time.monotonic(), on disk in seconds since 1970."""
+
+    user: User  # as Keycloak described the user last
+    standing: str  # KNOWN, DOUBTED or GONE
+    asked_at: float  # when the newest answer about the user was asked for
+    confirmed_at: float = -math.inf  # the same of the newest that found the user, and receiving mail
+    doubted_seconds: float = 0.0  # how much of the grace has passed
+    former: tuple[Question, ...] = ()  # names that the user had before, the newest first
+    login_by_email: bool = False  # Keycloak was asked: nobody else's username is this user's e-mail
+    shares_email: bool = False  # Keycloak was asked: somebody else has the same e-mail
+
+    def has(self, question: Question) -> bool:
+        """Is this the user's email or username now?"""
+        return bool(getattr(self.user, question[0]) == question[1]) and self.standing != GONE
+
+    @property
+    def names(self) -> tuple[Question, ...]:
+        """All questions that find the user, the former names too."""
+        now = (("username", self.user.username), ("email", self.user.email))
+        return (*(name for name in now if name[1]), *self.former)
+
+    def without(self, taken: Sequence[Question]) -> Person:
+        """The same after another user got these names: they become former ones, and no username or e-mail is left in their place."""
+        username = "" if ("username", self.user.username) in taken else self.user.username
+        email = "" if ("email", self.user.email) in taken else self.user.email
+        if (username, email) == self.user[:2]:
+            return self
+        return _renamed(self, self._replace(user=self.user._replace(username=username, email=email, user_id=self.user.key)))
+
+    def may_have_lost(self, before: Person) -> bool:
+        """Is a right that the user had before not there any more, or in doubt?"""
+        may_send = (self.user.enabled or not before.user.enabled) and (before.shares_email or not self.shares_email)
+        kept = self.standing == KNOWN and self.user.receives and may_send and self.user[:2] == before.user[:2]
+        return before.standing == KNOWN and before.user.receives and not kept
+
+
+def judge(known: Optional[Person], said: Optional[User], asked_at: float, witness_at: float, policy: PolicyConfig) -> Person:
+    """What counts of a user from now on, by what was known and by what Keycloak says now (None: it does not find the user).
+
+    witness_at: when it last confirmed another user of the same federation. Only a user who was there is doubted, and only where
+    Keycloak may be wrong: it finds nobody, or a user storage says "disabled". The grace passes while others are confirmed and
+    somebody looks: between two looks at most 2 * policy.negative_cache_ttl_seconds counts. One of known and said is not None. Pure.
+    """
+    if said and said.receives:
+        return _renamed(known, Person(said, KNOWN, asked_at, asked_at))
+    if known is None:
+        return Person(said or User("", "", enabled=False), KNOWN, asked_at)
+    person = _renamed(known, known._replace(user=said or known.user, asked_at=asked_at))
+    was_there = known.standing == DOUBTED or (known.standing == KNOWN and known.user.receives)
+    believed = person._replace(standing=KNOWN if said else GONE, doubted_seconds=0.0)
+    if not was_there or (said and not said.federation):
+        return believed
+    looked_again = known.standing == DOUBTED and witness_at > known.asked_at
+    longest = max(2 * policy.negative_cache_ttl_seconds, LEAST_LOOK_SECONDS)
+    seconds = known.doubted_seconds + (min(asked_at - known.asked_at, longest) if looked_again else 0.0)
+    if seconds >= policy.disappearance_grace_seconds:
+        return believed
+    return person._replace(standing=DOUBTED, doubted_seconds=seconds)
+
+
+def _renamed(known: Optional[Person], person: Person) -> Person:
+    """The person, with the names that were changed kept as former ones: who uses one of them is no stranger."""
+    if known is None:
+        return person
+    dropped = [name for name in known.names if name not in person._replace(former=()).names]
+    same = known.user[:2] == person.user[:2]
+    shares_email = known.shares_email and known.user.email == person.user.email
+    return person._replace(
+        former=tuple(dropped[:MAX_FORMER_NAMES]), login_by_email=known.login_by_email and same, shares_email=shares_email
+    )
+
+
+class Known(NamedTuple):
+    """What is cached for one question."""
+
+    question: Question
+    people: tuple[Person, ...]  # who have the name, or had it
+    asked_at: float  # when Keycloak was asked last; -inf: never
+
+    @property
+    def here(self) -> tuple[Person, ...]:
+        """Those who have the name now, as far as is known."""
+        return tuple(person for person in self.people if person.has(self.question))
+
+    @property
+    def is_doubted(self) -> bool:
+        """Is a user in doubt who has the name? Or, where nobody has it now, one who lost it to another user?"""
+        here = self.here
+        lost = [person for person in self.people if not here and not getattr(person.user, self.question[0])]
+        return any(person.standing == DOUBTED for person in (*here, *lost))
+
+    @property
+    def is_settled(self) -> bool:
+        """Is it known who has the name? Not where it went from one user to another, and Keycloak was not asked for it since."""
+        here = self.here
+        sharers = [person for person in here if person.shares_email and self.question[0] == "email"]
+        is_clear = len(here) == 1 > len(sharers) or len(here) == len(sharers) > 1
+        return is_clear or self.asked_at > -math.inf or all(person.standing == GONE for person in self.people)
+
+
+Did = TypeVar("Did")
+
+
+class UserStore:
+    """The users that are known: a least-recently-used store that both servers share. Questions are an index into it.
+
+    Questions that found nobody have a tenth of the room beside it, so that a dictionary attack makes the daemon forget nobody.
+    """
+
+    def __init__(self, policy: PolicyConfig) -> None:
+        self.policy = policy  # a reload changes it
+        # (user_id, before, after), called with the lock held; before is None for a new user, after for a forgotten one
+        self.on_change: Callable[[str, Optional[Person], Optional[Person]], None] = lambda user_id, before, after: None
+        self._lock = threading.Lock()  # guards the fields below
+        self._people: OrderedDict[str, Person] = OrderedDict()  # by user_id, longest unused first
+        self._index: dict[Question, tuple[tuple[str, ...], float]] = {}  # (user_ids, asked at), by every name of these people
+        self._nobody: OrderedDict[Question, float] = OrderedDict()  # when asked, by questions that found nobody
+        self._forgotten_at = -math.inf
+        self._witnesses: dict[str, float] = {}  # when a user of this federation was confirmed last
+        self._steps: Optional[list[Callable[[], Any]]] = None  # what has happened while the saved users cannot be read
+        self._has_all_steps = True
+
+    def look(self, question: Question) -> Known:
+        """What is cached for the question; notes the use."""
+        with self._lock:
+            known = self._look(question)
+            for person in known.people:
+                self._people.move_to_end(person.user.key)
+            return known
+
+    def holds(self, known: Known) -> bool:
+        """Is this still what is cached for the question? No lock, and no use noted: each step is one look at a dict."""
+        ids, asked_at = self._index.get(known.question) or ((), self._nobody.get(known.question, -math.inf))
+        if asked_at != known.asked_at or len(ids) != len(known.people):
+            return False
+        for user_id, person in zip(ids, known.people):  # noqa: SIM110  all() of a generator takes twice as long
+            if self._people.get(user_id) is not person:
+                return False
+        return True
+
+    def learn(self, question: Question, answer: Answer) -> tuple[Optional[Known], list[tuple[Person, Person]]]:
+        """Take in what Keycloak said, for all questions at once: what is cached now, and (before, after) of whoever has changed.
+
+        An answer changes nothing of a user if a later question about that user was answered already. Where the two disagree about who was
+        found here, None is returned: ask again. A username belongs to one user, and so does an e-mail that Keycloak did not show with
+        two: who is found with it has taken it from the earlier holder.
+        """
+        with self._lock:
+            return self._do(functools.partial(self._learn, question, answer))
+
+    def _learn(self, question: Question, answer: Answer) -> tuple[Optional[Known], list[tuple[Person, Person]]]:
+        said = {user.key: user for user in answer.users}
+        named = [question, *(("username", user.username) for user in answer.users)]
+        sharers = [user.key for user in answer.users if user.receives and ("email", user.email) == question]
+        changes = []
+        is_overtaken = answer.asked_at < self._forgotten_at
+        is_late = is_overtaken or self._look(question).asked_at > answer.asked_at
+        for user in answer.users:
+            if user.receives:
+                last = self._witnesses.pop(user.federation, -math.inf)
+                self._witnesses[user.federation] = max(last, answer.asked_at)
+                if len(self._witnesses) > MAX_WITNESSES:
+                    del self._witnesses[next(iter(self._witnesses))]
+        others = [user_id for name in named for user_id in self._index.get(name, ((), 0.0))[0]]
+        for user_id in dict.fromkeys((*said, *others)):
+            before, now = self._people.get(user_id), said.get(user_id)
+            is_old = before.asked_at > answer.asked_at if before else is_late or self._was_missed(now, answer.asked_at)
+            if is_old:
+                is_overtaken |= now is not None and not (before and before.standing == KNOWN and before.user == now)
+                if before and before.user == now and user_id in sharers and not is_late:  # by another name asked about later
+                    self._put(user_id, before._replace(shares_email=len(sharers) > 1))
+                continue
+            remaining = before
+            if before and not now:
+                taken = named if sharers and not before.shares_email else named[1:]
+                remaining = before.without(taken)
+                if remaining is before and not before.has(question):
+                    continue
+            federation = now.federation if now else before.user.federation if before else ""
+            after = judge(remaining, now, answer.asked_at, self._witnesses.get(federation, -math.inf), self.policy)
+            if user_id in sharers:
+                after = after._replace(shares_email=len(sharers) > 1)
+            self._put(user_id, after)
+            if before and after != before:
+                changes.append((before, after))
+        if is_overtaken:
+            return None, changes
+        self._note_question(question, answer.asked_at)
+        known = self._look(question)._replace(asked_at=answer.asked_at)
+        self._make_room(len(said))
+        return known, changes
+
+    def allow_login_by_email(self, user: User) -> None:
+        """Note that no other user's username is this user's e-mail, as Keycloak has just said."""
+        with self._lock:
+            self._do(functools.partial(self._allow_login_by_email, user))
+
+    def _allow_login_by_email(self, user: User) -> None:
+        person = self._people.get(user.key)
+        if person and person.user == user and not person.login_by_email:
+            self._put(user.key, person._replace(login_by_email=True))
+
+    def await_saved(self) -> None:
+        """Until take_up() note what happens, to do it again then: the saved users come first, however late they can be read."""
+        with self._lock:
+            self._steps = []
+
+    def take_up(self, people: Iterable[Person], now: float) -> None:
+        """Begin with what was saved: not fresh, but it counts in an outage. What has happened since await_saved() comes after it.
+
+        If that was more than MAX_STEPS, it is not known which users it concerned: a saved user who is not known by then is in doubt.
+        """
+        with self._lock:
+            steps, self._steps = self._steps, None
+            if steps:
+                for each in (self._people, self._index, self._nobody, self._witnesses):
+                    each.clear()
+                self._forgotten_at = -math.inf
+            for person in sorted(people, key=lambda person: person.asked_at):
+                if self._has_all_steps:
+                    self._put(person.user.key, person, is_saved=not steps)
+                elif person.user.key not in self._people:
+                    is_there = person.standing == KNOWN and person.user.receives
+                    self._put(person.user.key, person._replace(standing=DOUBTED, asked_at=now) if is_there else person)
+            self._make_room(0)
+            for step in steps or ():
+                step()
+
+    def forget(self, names: Optional[Iterable[str]], now: float) -> int:
+        """Forget the users with one of these addresses or usernames, and questions about these; None: all. Returns how many.
+
+        A slow answer to an earlier question does not bring them back.
+        """
+        with self._lock:
+            return self._do(functools.partial(self._forget, names, now))
+
+    def _forget(self, names: Optional[Iterable[str]], now: float) -> int:
+        self._forgotten_at = now
+        if names is None:
+            ids, questions = list(self._people), list(self._nobody)
+        else:
+            questions = [(attribute, name) for name in names for attribute in ("username", "email")]
+            ids = list(dict.fromkeys(user_id for each in questions for user_id in self._index.get(each, ((), 0.0))[0]))
+        for user_id in ids:
+            self._put(user_id, None)
+        return len(ids) + sum(self._nobody.pop(each, None) is not None for each in questions)
+
+    def everybody(self) -> dict[str, Person]:
+        """All people, by user_id."""
+        with self._lock:
+            return dict(self._people)
+
+    def sizes(self) -> tuple[int, int]:
+        """How many users are known, and how many questions that found nobody."""
+        return len(self._people), len(self._nobody)
+
+    # ---- with the lock held
+
+    def _do(self, step: Callable[[], Did]) -> Did:
+        """Do it, and note it while the saved users are awaited."""
+        if self._steps is not None:
+            self._steps.append(step)
+            if len(self._steps) > MAX_STEPS:
+                self._steps, self._has_all_steps = None, False
+        return step()
+
+    def _look(self, question: Question) -> Known:
+        ids, asked_at = self._index.get(question) or ((), self._nobody.get(question, -math.inf))
+        return Known(question, tuple(self._people[user_id] for user_id in ids), asked_at)
+
+    def _was_missed(self, user: Optional[User], since: float) -> bool:
+        """Has an answer that was asked for later said something else about a name of this user, who was not known until now?"""
+        looked = [self._look(name) for name in ((("username", user.username), ("email", user.email)) if user else ())]
+        return any(time > since for known in looked for time in (known.asked_at, *(person.asked_at for person in known.people)))
+
+    def _put(self, user_id: str, after: Optional[Person], *, is_saved: bool = False) -> None:
+        """Put the person in place, in the index too; None takes it out. is_saved: as they are on the disk."""
+        before = self._people.pop(user_id, None)
+        if after:
+            self._people[user_id] = after  # at the end: used last
+        old, new = before.names if before else (), after.names if after else ()
+        for name in old:
+            ids = self._index[name][0]
+            if name not in new:
+                ids = tuple(each for each in ids if each != user_id)
+            if not ids:
+                del self._index[name]
+            elif name not in new or (before and after and before.has(name) and not after.has(name)):
+                self._index[name] = (ids, -math.inf)  # it may be somebody else's now: asked for again
+        for name in new if old != new else ():
+            ids, asked_at = self._index.get(name, ((), -math.inf))
+            self._nobody.pop(name, None)
+            # the answer that found the user by another name may be older than the one to this question, or newer: asked for again
+            self._index[name] = (ids, asked_at) if user_id in ids else ((*ids, user_id), -math.inf)
+        if after != before and not is_saved:
+            self.on_change(user_id, before, after)
+
+    def _note_question(self, question: Question, asked_at: float) -> None:
+        ids, before = self._index.get(question) or ((), self._nobody.pop(question, -math.inf))
+        if ids:
+            self._index[question] = (ids, max(before, asked_at))
+        else:
+            self._nobody[question] = max(before, asked_at)
+
+    def _make_room(self, new: int) -> None:
+        """Forget the longest unused. The new people of one answer stay, however small the store is."""
+        while len(self._people) > max(self.policy.cache_max_entries, new):
+            self._put(next(iter(self._people)), None)
+        while len(self._nobody) > max(1, self.policy.cache_max_entries // 10):
+            self._nobody.popitem(last=False)
+
+
+class SavedUsers:
+    """The store of users on disk, last-known.db, so that a restart in an outage knows what was known before. It has no rules of its own.
+
+    A row for each user; not which names nobody has. Written by one thread in the background. Rows belong to a meaning, the settings that
+    an answer of Keycloak depends on: rows of another meaning are not used and stay. A fault is a warning, and what could not be written
+    is tried again; the file is begun again, from memory, only where SQLite says that it is no database or malformed.
+    """
+
+    SCHEMA = "CREATE TABLE IF NOT EXISTS users (meaning TEXT, user_id TEXT, person TEXT NOT NULL, PRIMARY KEY (meaning, user_id)) WITHOUT ROWID"
+
+    def __init__(
+        self, path: str, meaning: str, store: UserStore, clock: Clock = time.monotonic, wall_clock: Clock = time.time
+    ) -> None:
+        self._path, self._meaning, self._store = path, meaning, store
+        self._clock, self._wall_clock = clock, wall_clock
+        self._turn = threading.Condition()  # guards the five below
+        self._waiting: dict[str, Optional[Person]] = {}  # to be written, by user_id; None: to be deleted
+        self._news: set[str] = set()  # user_ids of people with unsaved changes other than times
+        self._noted, self._written = 0, 0  # changes so far, and how many of them are on disk
+        self._closing = False
+        self._fails = False  # of the writer thread: one line when faults begin, one when they end
+        self._is_slow = False  # the same of the threads that wait
+        self._begun_at = clock()
+        store.on_change = self._note
+        store.await_saved()
+        self._taken_up = False
+        self._identity: Optional[tuple[int, int]] = None  # of the file
+        self._is_whole = False  # is all of it, of this meaning, to be written?
+        self._take_up()
+        self._thread = threading.Thread(target=self._write, name="last-known", daemon=True)
+        self._thread.start()
+
+    def may_know_more(self, seconds: float) -> bool:
+        """Could the file, which could not be read yet, know somebody? For so many seconds after the start."""
+        return not self._taken_up and self._clock() - self._begun_at < seconds
+
+    def is_behind(self, people: Iterable[Person]) -> bool:
+        """Is an older state of one of them on the disk, apart from times?"""
+        with self._turn:
+            return any(person.user.key in self._news for person in people)
+
+    def wait(self, seconds: float = 1.0) -> None:
+        """Return when all that was noted so far is on the disk, or after so many seconds, with a warning; at once while the file fails."""
+        with self._turn:
+            noted = self._noted
+            is_written = self._turn.wait_for(lambda: self._written >= noted or self._fails or self._closing, seconds)
+        if not is_written and not self._is_slow:
+            log.warning("last-known: the disk is slow path=%s", self._path)
+        self._is_slow = not is_written
+
+    def close(self, seconds: float = 1.0) -> None:
+        """Write what is waiting, for so many seconds at the most."""
+        with self._turn:
+            self._closing = True
+            self._turn.notify_all()
+        self._thread.join(seconds)
+
+    def _note(self, user_id: str, before: Optional[Person], after: Optional[Person]) -> None:
+        with self._turn:
+            self._waiting[user_id] = after
+            if not (before and after and (*before[:2], before.shares_email) == (*after[:2], after.shares_email)):
+                self._news.add(user_id)
+            self._noted += 1
+            self._turn.notify_all()
+
+    def _take_up(self) -> None:
+        """Put what is saved into the store, if the file can be read now."""
+        age = self._wall_clock() - self._clock()
+        people = []
+        try:
+            with contextlib.closing(self._open()) as connection:
+                self._identity = file_identity(self._path)
+                connection.text_factory = _decode
+                rows = connection.execute("SELECT person FROM users WHERE meaning = ?", (self._meaning,)).fetchall()
+        except Exception as exc:
+            self._note_fault(exc)
+            return
+        for (row,) in rows:
+            try:
+                people.append(person_from_json(row, age, self._begun_at))
+            except (ValueError, TypeError, KeyError, OverflowError, RecursionError):
+                log.warning("last-known: a row that makes no sense is left alone path=%s", self._path)
+        self._store.take_up(people, self._clock())
+        self._taken_up = True
+
+    def _open(self) -> sqlite3.Connection:
+        create_database_file(self._path, 0o600)
+        os.chmod(self._path, 0o600)
+        connection = connect_database(self._path, DATABASE_BUSY_SECONDS)
+        try:
+            connection.execute(self.SCHEMA)
+        except SQLITE_ERRORS:
+            connection.close()
+            raise
+        return connection
+
+    def _write(self) -> None:
+        is_last = False
+        while not is_last:
+            with self._turn:
+                if self._fails or not self._taken_up:
+                    self._turn.wait_for(lambda: self._closing, SAVE_RETRY_SECONDS)
+                else:
+                    self._turn.wait_for(lambda: self._waiting or self._closing)
+                is_last = self._closing
+            self._write_once()
+
+    def _write_once(self) -> None:
+        """Write what is waiting; nothing while the file was not read, since its rows may know more."""
+        if not self._taken_up:
+            self._take_up()
+        if not self._taken_up:
+            return
+        batch: dict[str, Optional[Person]] = {}
+        try:
+            if file_identity(self._path) != self._identity:
+                log.warning("last-known: written again from memory, it was deleted or replaced path=%s", self._path)
+                self._write_everybody()
+            with self._turn:
+                batch, self._waiting = self._waiting, {}
+                noted, is_urgent = self._noted, not self._news.isdisjoint(batch)
+            if batch:
+                self._save(batch, is_urgent)
+        except Exception as exc:
+            with self._turn:
+                self._waiting = {**batch, **self._waiting}
+            self._note_fault(exc)
+            return
+        if self._fails:
+            self._fails = False
+            log.warning("last-known: written again path=%s", self._path)
+        with self._turn:
+            self._written = noted
+            self._news.difference_update(batch.keys() - self._waiting.keys())
+            self._turn.notify_all()
+
+    def _save(self, batch: Mapping[str, Optional[Person]], is_urgent: bool) -> None:
+        age = self._wall_clock() - self._clock()
+        saved = [(self._meaning, json.dumps(user_id), person_to_json(person, age)) for user_id, person in batch.items() if person]
+        forgotten = [(self._meaning, json.dumps(user_id)) for user_id, person in batch.items() if not person]
+        with contextlib.closing(self._open()) as connection:
+            self._identity = file_identity(self._path)
+            # a power failure must not give back a right that was lost; times may be lost
+            connection.execute(f"PRAGMA synchronous = {'FULL' if is_urgent else 'OFF'}")
+            connection.execute("BEGIN IMMEDIATE")
+            if self._is_whole:
+                connection.execute("DELETE FROM users WHERE meaning = ?", (self._meaning,))
+            connection.executemany("INSERT OR REPLACE INTO users VALUES (?, ?, ?)", saved)
+            connection.executemany("DELETE FROM users WHERE meaning = ? AND user_id = ?", forgotten)
+            connection.execute("COMMIT")
+        self._is_whole = False
+
+    def _note_fault(self, exc: Exception) -> None:
+        is_new, self._fails, reason = not self._fails, True, describe_sqlite(exc)
+        if sqlite_fault(exc) == "damaged":
+            try:
+                self._begin_again(reason)
+                return
+            except OSError as error:
+                reason += f", and it cannot be removed: {error.strerror}"
+        if is_new:
+            log.warning("last-known: cannot be used, tried again until it can path=%s reason=%s", self._path, f'"{reason}"')
+
+    def _begin_again(self, reason: str) -> None:
+        """Put a new file in place of it, with all that is in memory; raises OSError."""
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(self._path)
+        self._identity = None
+        log.warning("last-known: begun again from memory path=%s reason=%s", self._path, f'"{reason}"')
+        self._write_everybody()
+
+    def _write_everybody(self) -> None:
+        """Soon, in place of all rows of this meaning."""
+        everybody = self._store.everybody()
+        self._is_whole = True
+        with self._turn:
+            self._waiting = {**everybody, **self._waiting}
+            self._news.update(everybody)
+
+
+def person_to_json(person: Person, age: float) -> str:
+    """A row of the file; age: what makes seconds since 1970 of the clock's."""
+    confirmed_at = None if math.isinf(person.confirmed_at) else person.confirmed_at + age
+    return json.dumps({**person._asdict(), "asked_at": person.asked_at + age, "confirmed_at": confirmed_at})
+
+
+def person_from_json(text: str, age: float, now: float) -> Person:
+    """The person of a row; raises ValueError, TypeError, KeyError or OverflowError for what makes no sense. No time is later than now."""
+    row = json.loads(text)
+    user, confirmed_at = User(*row["user"]), row["confirmed_at"]
+    former = tuple((str(attribute), str(name)) for attribute, name in row["former"])
+    times = [float(row["asked_at"]) - age, -math.inf if confirmed_at is None else float(confirmed_at) - age]
+    is_sound = row["standing"] in (KNOWN, DOUBTED, GONE) and [type(each) for each in user] == [str, str, bool, bool, str, str]
+    is_nameless = row["standing"] == KNOWN and not user.username
+    if not is_sound or is_nameless or not all(each <= math.inf for each in times):  # NaN is not
+        raise ValueError
+    asked_at, confirmed = (min(each, now) for each in times)
+    doubted_seconds, flags = float(row["doubted_seconds"]), (row["login_by_email"] is True, row["shares_email"] is True)
+    person = Person(user, row["standing"], asked_at, confirmed, doubted_seconds, former, *flags)
+    are_names = {attribute for attribute, _ in former} <= {"username", "email"} and len({*person.names}) == len(person.names)
+    if not are_names or not 0 <= doubted_seconds < math.inf:
+        raise ValueError
+    return person
+
+
+class Verdict(NamedTuple):
+    """What follows from the cached people, for one question or two."""
+
+    value: Any  # Users or Login
+    counts: str  # "there", "absent", "doubted", or "unknown": in an outage, nothing that is known decides
+
+
+class Found(NamedTuple):
+    """What the directory found, and where that came from."""
+
+    value: Any  # Users or Login
+    source: str  # "cache", "keycloak" or "static"; "outage": from the cache, since Keycloak gave no answer
+    age_seconds: float
+    known: tuple[Known, ...]  # what it was made from
+    good_until: float  # of the clock: until then the same would be found in the cache, if nothing new is learned
+
+
+def judge_holders(known: Sequence[Known], confirmed_since: Optional[float]) -> Verdict:
+    """Whose primary e-mail it is. confirmed_since: None without an outage; in one, only who was confirmed since then counts."""
+    here = known[0].here
+    since = -math.inf if confirmed_since is None else confirmed_since
+    users = tuple(person.user for person in here)
+    is_open = confirmed_since is not None and bool(here) and not known[0].is_settled
+    if is_open or known[0].is_doubted:
+        return Verdict(users, "doubted")
+    if any(person.standing == KNOWN and person.user.receives and person.confirmed_at >= since for person in here):
+        return Verdict(users, "there")
+    return Verdict(users, "absent" if confirmed_since is None else "unknown")
+
+
+def judge_login(known: Sequence[Known], confirmed_since: Optional[float]) -> Verdict:
+    """Which user a login names; known are the username and, where the login has the form of one, the e-mail.
+
+    In an outage a login by e-mail counts if Keycloak said before that it is nobody's username; and who was refused stays refused.
+    """
+    named, *held = (each.here for each in known)
+    holders = held[0] if held else ()
+    if any(each.is_doubted for each in known if each.here or not (named or holders)):
+        return Verdict(Login("", "missing"), "doubted")
+    login = resolve_login(tuple(person.user for person in named), tuple(person.user for person in holders))
+    if confirmed_since is None:
+        return Verdict(login, "there" if login.username else "absent")
+    if login.username and not known[0 if named else -1].is_settled:
+        return Verdict(login, "doubted")
+    if login.username:
+        person = (*named, *holders)[0]
+        is_usable = person.confirmed_at >= confirmed_since and (named or person.login_by_email)
+        return Verdict(login, "there" if is_usable else "unknown")
+    if not all(each.is_settled for each in known):
+        return Verdict(login, "doubted")
+    return Verdict(login, "absent" if any(each.people for each in known) else "unknown")
+
+
+def newest(known: Sequence[Known]) -> tuple[Known, ...]:
+    """The same, with the newest state of each user that one of them has."""
+    last: dict[str, Person] = {}
+    for person in sorted((person for each in known for person in each.people), key=lambda person: person.asked_at):
+        last[person.user.key] = person
+    return tuple(each._replace(people=tuple(last[person.user.key] for person in each.people)) for each in known)
+
+
+def _questions_of_login(sasl_username: str) -> list[Question]:
+    """Who may be named: the user of this username and, where it has the form of one, of this e-mail."""
+    address = normalise_address(sasl_username)
+    is_address = address.is_plain and sasl_username.startswith(f"{address.local_part}@")  # user%domain and the like are names here
+    return [("username", sasl_username), *([("email", address.text)] if is_address else [])]
+
+
+class UserDirectory:
+    """The directory behind the store of users, as the decisions want it: who has this address, and which user does this login name.
+
+    An answer is cached for its time to live. One about users who are there is asked for again in the background when it is used near
+    its end, and goes on in an outage, until policy.stale_if_error_seconds after the user was confirmed.
     """
 
     def __init__(
         self,
-        directory: Any,
+        directory: Directory,
         policy: PolicyConfig,
         timeout_seconds: float,
-        last_known: Optional[LastKnown] = None,
-        clock: Callable[[], float] = time.monotonic,
+        store: UserStore,
+        saved: Optional[SavedUsers] = None,
+        *,
+        clock: Clock = time.monotonic,
     ) -> None:
-        self._directory = directory
-        self._policy = policy
+        self._directory, self._policy, self._store, self._saved = directory, policy, store, saved
         self._timeout_seconds = timeout_seconds
-        self._last_known = last_known
         self._clock = clock
-        self._cache: Cache = Cache(policy.cache_max_entries, clock)
         self._refresh_seconds = REFRESH_AHEAD * policy.cache_ttl_seconds
-        self.lookups = dict.fromkeys(("cache", "keycloak", "kept", "failed"), 0)  # no lock: it may miss one in a great many
-        self.closed = threading.Event()
-        self._confirmed = ("", -math.inf)  # the username that Keycloak confirmed last, and when
-        self._refreshes: queue.Queue[Optional[Tuple[str, str]]] = queue.Queue(MAX_REFRESHES_WAITING)
-        self._refreshing: Set[Tuple[str, str]] = set()  # what is in the queue; each use of a set is one atomic step
-        if last_known:
-            self._take_up(last_known)
+        self.lookups = {"cache": 0, directory.source: 0}  # no lock: each may miss one in a great many
+        self._refreshes: queue.SimpleQueue[Optional[Question]] = queue.SimpleQueue()
+        self._refreshing: set[Question] = set()  # what is in the queue; each use of a set is one atomic step
         threading.Thread(target=self._refresh, name="refresh", daemon=True).start()
 
-    def _take_up(self, last_known: LastKnown) -> None:
-        """Begin with what was known before: not fresh, but to be kept in an outage."""
-        now, wall_clock = self._clock(), time.time()
-        for kind, name, text, confirmed_at, missing_seconds, missing_at in last_known.load():
-            with contextlib.suppress(ValueError, TypeError):
-                value = Login(text, "enabled") if kind == "login" else tuple(User(*each) for each in json.loads(text))
-                confirmed = now - max(0.0, wall_clock - confirmed_at)
-                kept_until = confirmed + self._policy.stale_if_error_seconds
-                missing = None
-                if missing_seconds is not None and missing_at is not None:
-                    missing = Missing(missing_seconds, now - max(0.0, wall_clock - missing_at))
-                    kept_until = max(kept_until, missing.seen_at + self._policy.disappearance_grace_seconds)
-                self._cache.put((kind, name), Entry(value, True, confirmed, -math.inf, kept_until, missing))
+    def find_holders(self, address: str, deadline: Deadline) -> Found:
+        """The users whose primary e-mail this is, disabled ones too. Raises DirectoryUnavailable, Disappeared."""
+        return self._find([("email", address)], judge_holders, deadline)
 
-    def find_holders(self, address: str, deadline: Deadline) -> Users:
-        """The users whose primary e-mail this is, disabled ones too. Raises DirectoryUnavailable."""
-        holders: Users = self._find(("holders", address), deadline)
-        return holders
+    def find_login(self, sasl_username: str, deadline: Deadline) -> Found:
+        """The Login that sasl_username, lower-cased, names: a username or, where there is no such username, a primary e-mail.
 
-    def find_login(self, sasl_username: str, deadline: Deadline) -> Login:
-        """Whom sasl_username, lower-cased, names: a username or, where there is no such username, a primary e-mail."""
-        login: Login = self._find(("login", sasl_username), deadline)
-        return login
+        Raises DirectoryUnavailable, Disappeared.
+        """
+        questions = _questions_of_login(sasl_username)
+        found = self._find(questions, judge_login, deadline)
+        if found.value.username and found.source != "outage" and len(questions) > 1 and not found.known[0].here:
+            holder = found.known[1].here[0]
+            if not holder.login_by_email:
+                self._store.allow_login_by_email(holder.user)
+        return found
 
-    def find_entry(self, key: Tuple[str, str]) -> Optional[Entry]:
-        """What is remembered of ("holders", address) or ("login", sasl_username), fresh or not."""
-        return self._cache.get(key)
+    def has_lost(self, sasl_username: str, address: str) -> bool:
+        """Is this a former e-mail of a user that the login may name? Asks nobody."""
+        question, names = ("email", address), _questions_of_login(sasl_username)
+        former = [person for person in self._store.look(question).people if not person.has(question)]
+        return any(person.has(name) for person in former for name in names)
 
-    def holds(self, entries: Iterable[Tuple[Tuple[str, str], Entry]]) -> bool:
-        """Is each entry still what is remembered of its key, fresh, and not yet to be asked for again?"""
-        end = self._clock() + self._refresh_seconds
-        for key, entry in entries:  # noqa: SIM110  all() of a generator takes twice as long
-            if end >= entry.fresh_until or not self._cache.holds(key, entry):
+    def holds(self, found: Found) -> bool:
+        """Would the same be found now in the cache, and is it not yet to be asked for again?"""
+        if self._clock() >= found.good_until:
+            return False
+        for known in found.known:  # noqa: SIM110  all() of a generator takes twice as long
+            if not self._store.holds(known):
                 return False
         return True
 
     def forget(self, address: Optional[str]) -> int:
-        """Forget all that is known of the users whom this address, with an extension or without, or login means, on disk too.
+        """Forget the users with this login or address (with its extension or without), on disk too; None: everybody.
 
-        None forgets everybody. Returns how many answers these were.
+        Returns how many users and questions were forgotten.
         """
-        if address is None:
-            if self._last_known:
-                self._last_known.forget(None)
-            return self._cache.forget(lambda key, entry: True)
-        spellings = address_spellings(normalise_address(address), self._policy.recipient_delimiter)
-        names = {spelling.text for spelling, _ in spellings}
-        entries = [self._cache.get((kind, name)) for kind in ("holders", "login") for name in names]
-        names.update(*(_usernames(entry.value) for entry in entries if entry))
-        if self._last_known:
-            self._last_known.forget(names)
-        return self._cache.forget(lambda key, entry: key[1] in names or not names.isdisjoint(_usernames(entry.value)))
+        names = None
+        if address is not None:
+            spellings = address_spellings(normalise_address(address), self._policy.recipient_delimiter)
+            names = {spelling.text for spelling, _ in spellings}
+        count = self._store.forget(names, self._clock())
+        if self._saved:
+            self._saved.wait()
+        return count
 
-    def report(self) -> Dict[str, Any]:
+    def report(self) -> dict[str, Any]:
         """What the map stats says of users and Keycloak."""
-        users, missing = self._cache.sizes()
-        cache = {"users": users, "missing": missing, "limit": self._policy.cache_max_entries}
-        return {"lookups": dict(self.lookups), "cache": cache, "keycloak": self._directory.report()}
-
-    def give_up(self) -> None:
-        """Fail every lookup from now on, those pending too."""
-        self._directory.give_up()
+        users, missing = self._store.sizes()
+        outage = self._directory.outage
+        return {
+            "lookups": {"keycloak": 0, **self.lookups, "outage": outage.cached, "failed": outage.deferred},
+            "cache": {"users": users, "missing": missing, "limit": self._store.policy.cache_max_entries},
+            "keycloak": self._directory.report(),
+        }
 
     def close(self) -> None:
-        """End the threads; the directory gives no answer after this."""
-        self.closed.set()
-        self._directory.close()
+        """End the thread; questions are still answered, until the directory is closed too."""
         self._refreshes.put(None)
 
-    def _find(self, key: Tuple[str, str], deadline: Deadline) -> Any:
-        entry = self._cache.get(key)
-        if entry is not None:
-            remaining = entry.fresh_until - self._clock()
-            if remaining > 0 and entry.missing:
-                raise Disappeared(f"directory: {key[1]} has disappeared")
-            if remaining > 0:
-                if entry.positive and remaining <= self._refresh_seconds:
-                    self._refresh_soon(key)
-                self.lookups["cache"] += 1
-                return entry.value
-        try:
-            value = self._ask(key, deadline)
-        except DirectoryUnavailable as exc:
-            kept = entry is not None and entry.positive and not entry.missing and not isinstance(exc, Disappeared)
-            self._directory.outage.count_answer(kept=kept)
-            self.lookups["kept" if kept else "failed"] += 1
-            if entry is not None and kept:
-                return entry.value
-            raise
-        self.lookups["keycloak"] += 1
-        return value
-
-    def _ask(self, key: Tuple[str, str], deadline: Deadline) -> Any:
-        """Ask the directory itself, and remember the answer."""
-        kind, name = key
-        asked_at = self._clock()
-        if kind == "holders":
-            value: Any = self._directory.find_users("email", name, deadline)
-            positive = any(user.receives for user in value)
-            gone = {user.username for user in value if not user.enabled}
-            usernames = [user.username for user in value]
-            may_be_a_lie = not value or all(user.federated for user in value)
-        else:
-            value = self._ask_login(name, deadline)
-            positive = value.state == "enabled"
-            gone = set() if positive else {name}
-            usernames = [value.username]
-            may_be_a_lie = value.state == "missing" or value.federated
-        known = self._cache.get(key)
-        doubtful = may_be_a_lie and self._policy.disappearance_grace_seconds > 0
-        if gone:  # who may not send any more may not do so under another of his names either
-            self._cache.revise(lambda entry: _take_back_login(entry, gone, Missing(0.0, asked_at) if doubtful else None))
-        if positive:
-            if gone and self._last_known:
-                self._last_known.take_back(key, gone)
-            self._confirmed = (usernames[0], asked_at)
-            self._keep(key, value, usernames, asked_at)
-            return value
-        if doubtful and known and known.positive:
-            self._defer_disappearance(key, known, gone, asked_at)
-        until = asked_at + self._policy.negative_cache_ttl_seconds
-        self._cache.put(key, Entry(value, False, asked_at, until, until))
-        if self._last_known and (gone or (known and known.positive)):
-            self._last_known.take_back(key, gone)
-        return value
-
-    def _keep(self, key: Tuple[str, str], value: Any, usernames: Sequence[str], asked_at: float) -> None:
-        policy = self._policy
-        kept_seconds = max(policy.cache_ttl_seconds, policy.stale_if_error_seconds)
-        self._cache.put(key, Entry(value, True, asked_at, asked_at + policy.cache_ttl_seconds, asked_at + kept_seconds))
-        if self._last_known:
-            text = value.username if key[0] == "login" else json.dumps(value)
-            self._last_known.remember(key, usernames, text, time.time())
-
-    def _defer_disappearance(self, key: Tuple[str, str], known: Entry, gone: Set[str], asked_at: float) -> None:
-        """Raise Disappeared until Keycloak has said for long enough that a user is gone whom it knew; then log that it is believed.
-
-        The time counts only while it confirms other users: a realm whose storage is down, and which lies about everybody, never gets
-        there. Until then the answer is 451, neither the 550 of the lie nor what was known before.
-        """
-        policy = self._policy
-        seconds, seen_at = known.missing or (0.0, asked_at)
-        confirmed_username, confirmed_at = self._confirmed
-        known_usernames = [known.value.username] if key[0] == "login" else [user.username for user in known.value]
-        if confirmed_at > seen_at and confirmed_username not in known_usernames:
-            seconds += asked_at - seen_at
-        if seconds >= policy.disappearance_grace_seconds:
-            log.warning(
-                "directory: %s <%s> has been gone for %.0f s, believed from now on", key[0], escape_for_log(key[1]), seconds
-            )
-            return
-        missing = Missing(seconds, asked_at)
-        kept_until = asked_at + max(policy.stale_if_error_seconds, policy.disappearance_grace_seconds)
-        self._cache.put(
-            key, known._replace(fresh_until=asked_at + policy.negative_cache_ttl_seconds, kept_until=kept_until, missing=missing)
-        )
-        if self._last_known:
-            self._last_known.take_back(key, gone, (seconds, time.time()))
-        raise Disappeared(f"directory: {key[1]} has disappeared")
-
-    def _ask_login(self, sasl_username: str, deadline: Deadline) -> Login:
-        named = self._directory.find_users("username", sasl_username, deadline)
-        address = normalise_address(sasl_username)
-        # user%domain and the like are names here, not addresses
-        may_be_email = address.is_plain and sasl_username.startswith(f"{address.local_part}@")
-        holders = self._directory.find_users("email", address.text, deadline) if may_be_email else ()
-        return resolve_login(named, holders)
-
-    def _refresh_soon(self, key: Tuple[str, str]) -> None:
-        if key not in self._refreshing:
-            self._refreshing.add(key)
+    def _find(self, questions: Sequence[Question], judge_all: Callable[..., Verdict], deadline: Deadline) -> Found:
+        policy, source = self._policy, "cache"
+        asked: dict[Question, Known] = {}
+        while True:  # again after asking: an answer may change what is cached for the other question
+            known = newest([asked.get(question) or self._store.look(question) for question in questions])
+            verdict, now = judge_all(known, None), self._clock()
+            life = policy.cache_ttl_seconds if verdict.counts == "there" else policy.negative_cache_ttl_seconds
+            old = [each.question for each in known if each.question not in asked and now - each.asked_at >= life]
+            if not old:
+                break
             try:
-                self._refreshes.put_nowait(key)
-            except queue.Full:
-                self._refreshing.discard(key)
+                for question in old:
+                    asked[question] = self._ask(question, deadline)
+            except DirectoryUnavailable as exc:
+                known = newest([asked.get(question) or self._store.look(question) for question in questions])
+                return self._find_in_outage(known, judge_all, exc)
+            source = self._directory.source
+        oldest = min(each.asked_at for each in known)
+        if source == "cache" and verdict.counts == "there" and now >= oldest + life - self._refresh_seconds:
+            self._refresh_soon(min(known, key=lambda each: each.asked_at).question)
+        self.lookups[source] += 1
+        self._keep_refusal(verdict, known)
+        is_unsure = verdict.counts == "absent" and self._saved and self._saved.may_know_more(policy.disappearance_grace_seconds)
+        if verdict.counts == "doubted" or is_unsure:
+            raise Disappeared(f"directory: {questions[-1][1]} has disappeared, or it is not known who has this name now")
+        good_until = oldest + life - (self._refresh_seconds if verdict.counts == "there" else 0.0)
+        return Found(verdict.value, source, now - oldest, known, good_until)
+
+    def _find_in_outage(self, known: tuple[Known, ...], judge_all: Callable[..., Verdict], exc: DirectoryUnavailable) -> Found:
+        """What is known already, where Keycloak gives no answer; raises what it failed with where that does not decide."""
+        now = self._clock()
+        verdict = judge_all(known, now - self._policy.stale_if_error_seconds)
+        if verdict.counts == "unknown":
+            self._directory.outage.deferred += 1
+            raise exc
+        self._keep_refusal(verdict, known)
+        if verdict.counts == "doubted":
+            self._directory.outage.deferred += 1
+            raise Disappeared(
+                f"directory: {known[-1].question[1]} has disappeared, or it is not known who has this name now"
+            ) from exc
+        self._directory.outage.cached += 1
+        asked_at = min((person.asked_at for each in known for person in each.people), default=now)
+        return Found(verdict.value, "outage", now - asked_at, known, -math.inf)
+
+    def _keep_refusal(self, verdict: Verdict, known: Sequence[Known]) -> None:
+        """Before a refusal is given, wait until it is on the disk, even if another thread learned it."""
+        if self._saved and verdict.counts != "there" and self._saved.is_behind(each for one in known for each in one.people):
+            self._saved.wait()
+
+    def _ask(self, question: Question, deadline: Deadline) -> Known:
+        """Ask the directory itself, and take in the answer for all questions."""
+        answer = self._directory.find_users(question, deadline)
+        known, changes = self._store.learn(question, answer)
+        for before, after in changes:
+            is_disabled = after.standing == KNOWN and not after.user.receives and after.user.federation
+            if before.standing == DOUBTED and (after.standing == GONE or is_disabled):
+                name, seconds = escape_for_log(after.names[0][1]), self._policy.disappearance_grace_seconds
+                log.warning("directory: user <%s> has been gone for %.0f s, believed from now on", name, seconds)
+        if self._saved and any(after.may_have_lost(before) for before, after in changes):
+            self._saved.wait()
+        return known or self._ask(question, deadline)
+
+    def _refresh_soon(self, question: Question) -> None:
+        if question not in self._refreshing and len(self._refreshing) < MAX_REFRESHES_WAITING:
+            self._refreshing.add(question)
+            self._refreshes.put(question)
 
     def _refresh(self) -> None:
         while True:
-            key = self._refreshes.get()
-            if key is None:
+            question = self._refreshes.get()
+            if question is None:
                 return
             try:
-                self._ask(key, time.monotonic() + self._timeout_seconds)
+                self._ask(question, time.monotonic() + self._timeout_seconds)
             except DirectoryUnavailable:
-                pass  # the entry stays as it is
+                pass  # what is cached stays as it is
             except Exception as exc:
-                log.error("directory: internal error %s", _describe_exception(exc))
-            self._refreshing.discard(key)
-
-
-def _usernames(value: Any) -> Set[str]:
-    """Of the users in an answer of the cache."""
-    return {user.username for user in ((value,) if isinstance(value, Login) else value)} - {""}
-
-
-def _take_back_login(entry: Entry, gone: Set[str], missing: Optional[Missing]) -> Optional[Entry]:
-    """What remains of a kept login of somebody who is gone: with missing, one that is not kept until he is found again."""
-    if not isinstance(entry.value, Login) or entry.value.username not in gone:
-        return entry
-    return entry._replace(fresh_until=-math.inf, missing=entry.missing or missing) if missing else None
-
-
-def resolve_login(named: Users, holders: Users) -> Login:
-    """The login of users found by username (named) and by primary e-mail (holders). A user without an e-mail does not exist."""
-    usernames = {user.username for user in named + holders}
-    if len(usernames) > 1:
-        return Login("", "ambiguous")
-    users = [user for user in named + holders if user.email]
-    if not users:
-        return Login("", "missing")
-    if all(user.enabled for user in users):
-        return Login(users[0].username, "enabled")
-    return Login("", "disabled", any(user.federated for user in users))
+                log.error("directory: internal error %s", describe_exception(exc))
+            self._refreshing.discard(question)
 
 
 # ---------------------------------------------------------------------------------------------------------------------------------
-# 7. Decisions
-# From a request and the facts to an answer: the decision tables, row by row. Pure: no socket, log line or clock. Facts are asked for
-# only when a row needs them, so that an alias is answered while Keycloak is away; a test hands in facts made of plain values.
+# 9. Answers
+# What the handlers ask: the facts for one request, whole answers recalled, the explanation of an answer, and the service that holds
+# all that answers come from. Handler threads enter; the main thread makes the service, and a timer thread asks for postmasters.
 # ---------------------------------------------------------------------------------------------------------------------------------
-
-
-class PolicyRequest(NamedTuple):
-    """The attributes of a policy request that decide, as the client sent them. Source: SMTPD_POLICY_README."""
-
-    protocol_state: str = ""
-    policy_context: str = ""
-    recipient: str = ""
-    sender: str = ""
-    sasl_username: str = ""
-    sasl_method: str = ""
-    text: str = ""  # all of it, where the log finds the others
-
-
-_DECIDING = PolicyRequest._fields[:-1]
-
-
-class Action(NamedTuple):
-    """An answer to Postfix, and why, for the log. level is the level at which it is logged."""
-
-    text: str
-    reason: str
-    level: int = logging.INFO
-
-
-class Owner(NamedTuple):
-    """Whose an address is. username is "" for nobody, and also where two users share a primary e-mail."""
-
-    username: str
-    source: str  # "alias", "primary", "nobody", or why it is not known: "directory-unavailable", "database-unavailable"
-    extension: str = ""  # what was cut off the address to find the owner, with its delimiter
-    is_certain: bool = True  # False for a primary e-mail while SQLite cannot say whether it is an alias as well
-
-
-class Facts:
-    """What a decision may ask. The daemon's are looked up (section 9); a test's are values."""
-
-    def find_alias(self, address: Address) -> Optional[Alias]:
-        """Raises DatabaseUnavailable."""
-        raise NotImplementedError
-
-    def find_app(self, app_id: str, sender: Address) -> Optional[App]:
-        """Raises DatabaseUnavailable."""
-        raise NotImplementedError
-
-    def find_holders(self, address: Address) -> Users:
-        """Raises DirectoryUnavailable."""
-        raise NotImplementedError
-
-    def find_login(self, sasl_username: str) -> Login:
-        """Raises DirectoryUnavailable."""
-        raise NotImplementedError
-
-
-NO_SUCH_USER = "550 5.1.1 No such user"
-LOCAL_SENDER_UNAUTHENTICATED = "553 5.7.1 Sending from local domains requires authentication"
-SENDER_NOT_OWNED = "553 5.7.1 Sender not owned by authenticated user"
-DIRECTORY_FAILED = "451 4.3.0 Temporary authentication/lookup failure"
-INTERNAL_ERROR = "451 4.3.0 Temporary internal error"
-TOKEN_METHODS = frozenset({"xoauth2", "oauthbearer"})  # a Keycloak token; by any other method the login may be an app's
-
-
-@functools.lru_cache(maxsize=100)  # there are a dozen reasons
-def accept(reason: str) -> Action:
-    """No objection. Never OK, which would end Postfix's restriction list and skip the checks after this one (access(5))."""
-    return Action("DUNNO", reason, logging.DEBUG)
-
-
-def is_local(address: Address, policy: PolicyConfig) -> bool:
-    """In our domains, or without a domain, to which Postfix will append one of ours."""
-    return address.domain in policy.domain or bool(address.local_part and not address.domain)
-
-
-def find_owner(address: Address, policy: PolicyConfig, facts: Facts) -> Owner:
-    """Whose address this is: enabled alias, primary e-mail, disabled alias (nobody), then the same without the extension.
-
-    Without SQLite a primary e-mail still counts; without Keycloak only an exact, enabled alias does, since the address might be
-    somebody's primary e-mail. Raises nothing.
-    """
-    if address.domain not in policy.domain or not address.is_plain:
-        return Owner("", "nobody")
-    database_failed = False
-    for spelling, extension in address_spellings(address, policy.recipient_delimiter):
-        alias = None
-        try:
-            alias = facts.find_alias(spelling)
-        except DatabaseUnavailable:
-            database_failed = True
-        if alias and alias.enabled and alias.username:
-            return Owner(alias.username, "alias", extension)
-        try:
-            holders = facts.find_holders(spelling)
-        except DirectoryUnavailable:
-            return Owner("", "directory-unavailable")
-        if any(user.receives for user in holders):
-            return Owner(holders[0].username if len(holders) == 1 else "", "primary", extension, not database_failed)
-        if alias:
-            return Owner("", "nobody")
-    return Owner("", "database-unavailable" if database_failed else "nobody")
-
-
-def decide_recipient(recipient: Address, policy: PolicyConfig, facts: Facts) -> Action:
-    """May mail for recipient come in?
-
-    DUNNO for an address that has an owner and for domains that are not ours, 550 when it has none, 451 when that is not known.
-    """
-    # XXX: user%ours@elsewhere gets 550 if Postfix is not elsewhere and there is no such user of ours: an address form that nobody has
-    # used in this century. Knowing $mydestination would end that.
-    for number, step in enumerate(routing_steps(recipient)):
-        if number == MAX_ROUTES:
-            return Action(NO_SUCH_USER, "too-many-routes")
-        if step.domain in policy.domain or step.domain == policy.mailbox_domain:
-            recipient = step
-            break
-    if policy.mailbox_domain and recipient.domain == policy.mailbox_domain:
-        return Action(NO_SUCH_USER, "mailbox-domain")
-    if not is_local(recipient, policy):
-        return accept("recipient-not-local")
-    owner = find_owner(recipient, policy, facts)
-    if owner.source in ("alias", "primary"):
-        return accept(owner.source)
-    if owner.source == "directory-unavailable":
-        if policy.keycloak_failure_mode == "tempfail":
-            return Action(DIRECTORY_FAILED, owner.source)
-        return Action("DUNNO", owner.source)
-    if owner.source == "database-unavailable":
-        return Action(INTERNAL_ERROR, owner.source)
-    return Action(NO_SUCH_USER, "unknown-recipient")
-
-
-def decide_sender(request: PolicyRequest, policy: PolicyConfig, facts: Facts) -> Action:
-    """May this client, logged in or not, use this sender?"""
-    sender = normalise_address(request.sender)
-    if not request.sasl_username:
-        return decide_unauthenticated_sender(sender, policy)
-    sasl_username = request.sasl_username.lower()
-    if request.sasl_method.lower() not in TOKEN_METHODS:
-        try:
-            app = facts.find_app(sasl_username, sender)
-        except DatabaseUnavailable:
-            return Action(INTERNAL_ERROR, "database-unavailable")
-        if app:  # in whatever state: an app that has a user's name must never become that user
-            return _decide_app(app, policy, facts)
-    return _decide_user(sasl_username, sender, policy, facts)
-
-
-def _decide_app(app: App, policy: PolicyConfig, facts: Facts) -> Action:
-    if app.state != "enabled":
-        return Action(SENDER_NOT_OWNED, f"app-{app.state}")
-    if not app.may_send:
-        return Action(SENDER_NOT_OWNED, "app-sender")
-    if app.owner:
-        try:
-            owner = facts.find_login(app.owner)
-        except DirectoryUnavailable:
-            return _fail_sender(policy)
-        if owner.state != "enabled":
-            return Action(SENDER_NOT_OWNED, f"app-owner-{owner.state}")
-    return accept("app")
-
-
-def decide_unauthenticated_sender(sender: Address, policy: PolicyConfig) -> Action:
-    if not is_local(sender, policy):
-        return accept("sender-not-local")
-    if policy.unauthenticated_local_sender == "reject":
-        return Action(LOCAL_SENDER_UNAUTHENTICATED, "local-sender-unauthenticated")
-    level = logging.INFO if policy.unauthenticated_local_sender == "warn" else logging.DEBUG
-    return Action("DUNNO", "local-sender-unauthenticated", level)
-
-
-def _decide_user(sasl_username: str, sender: Address, policy: PolicyConfig, facts: Facts) -> Action:
-    try:
-        login = facts.find_login(sasl_username)
-    except DirectoryUnavailable:
-        return _decide_user_in_outage(sasl_username, sender, policy, facts)
-    if login.state == "ambiguous":
-        return Action(SENDER_NOT_OWNED, "login-ambiguous", logging.WARNING)
-    if login.state != "enabled":
-        return Action(SENDER_NOT_OWNED, f"login-{login.state}")
-    if sender.text == "":
-        return accept("null-sender")
-    if not is_local(sender, policy):
-        return accept("foreign-sender") if policy.foreign_sender == "dunno" else Action(SENDER_NOT_OWNED, "foreign-sender")
-    owner = find_owner(sender, policy, facts)
-    if owner.username and owner.username == login.username:
-        return accept(f"own-{owner.source}")
-    if owner.source == "directory-unavailable":
-        return _fail_sender(policy)
-    if owner.source == "database-unavailable" or not owner.is_certain:
-        return Action(INTERNAL_ERROR, "database-unavailable")
-    return Action(SENDER_NOT_OWNED, "sender-not-owned")
-
-
-def _decide_user_in_outage(sasl_username: str, sender: Address, policy: PolicyConfig, facts: Facts) -> Action:
-    owner = find_owner(sender, policy, facts)
-    if owner.source == "alias" and owner.username == sasl_username:
-        return accept("own-alias")
-    return _fail_sender(policy)
-
-
-def _fail_sender(policy: PolicyConfig) -> Action:
-    return Action("DUNNO" if policy.keycloak_failure_mode == "dunno" else DIRECTORY_FAILED, "directory-unavailable")
-
-
-def decide_alias(key: str, policy: PolicyConfig, facts: Facts) -> Action:
-    """The socketmap's answer for a key of the alias map: "OK mailbox", "NOTFOUND ", or "TEMP reason".
-
-    "NOTFOUND " keeps its space: Postfix wants one after every status word (socketmap_table(5)).
-    """
-    address = normalise_address(key)
-    quoted = not _DOT_STRING.fullmatch(address.local_part)
-    if "@" not in key or quoted or not address.is_plain or address.domain not in policy.domain:
-        return Action("NOTFOUND ", "not-local", logging.DEBUG)
-    not_found = Action("NOTFOUND ", "no-alias", logging.DEBUG)
-    try:
-        aliases = [facts.find_alias(spelling) for spelling, _ in address_spellings(address, policy.recipient_delimiter)]
-    except DatabaseUnavailable:
-        return Action("TEMP database not usable", "database-unavailable")
-    if not policy.mailbox_domain and not any(alias and alias.enabled for alias in aliases):
-        return not_found  # no alias can own it, so Keycloak need not be asked
-    owner = find_owner(address, policy, facts)
-    if owner.source.endswith("unavailable"):
-        return Action("TEMP lookup failed", owner.source)
-    if owner.source == "nobody" or (owner.source == "primary" and not policy.mailbox_domain):
-        return not_found
-    if not owner.username:
-        return Action("TEMP several users have this address", "shared-primary", logging.ERROR)
-    mailbox = format_mailbox(owner.username, owner.extension, policy.mailbox_domain or address.domain)
-    return Action(f"OK {mailbox}", owner.source, logging.DEBUG)
-
-
-def decide_policy(request: PolicyRequest, policy: PolicyConfig, facts: Facts) -> Action:
-    """The answer to one policy request: at RCPT the recipient, then the sender; at MAIL the sender; else no objection."""
-    if request.protocol_state not in ("RCPT", "MAIL"):
-        return accept("other-state")
-    recipient = None
-    if request.protocol_state == "RCPT" and request.policy_context != "sender":
-        recipient = decide_recipient(normalise_address(request.recipient), policy, facts)
-        if recipient.text != "DUNNO" or request.policy_context == "recipient":
-            return recipient
-    elif request.policy_context == "recipient":
-        return accept("nothing-to-check")
-    sender = decide_sender(request, policy, facts)
-    if not recipient or sender.text != "DUNNO":
-        return sender
-    return Action("DUNNO", f"{recipient.reason},{sender.reason}", max(recipient.level, sender.level))
-
-
-Question = Tuple[str, ...]
-
-
-def policy_question(request: PolicyRequest, policy: PolicyConfig) -> Question:
-    """What of the request decides: requests with the same question have the same answer while policy and facts are the same.
-
-    Of a sender who has not logged in that is only whether he is one of ours, which needs no facts. Mail comes from ever new senders.
-    """
-    if request.sasl_username:
-        return request[: len(_DECIDING)]
-    sender = decide_unauthenticated_sender(normalise_address(request.sender), policy)
-    return (request.protocol_state, request.policy_context, request.recipient, sender.reason)
-
-
-# ---------------------------------------------------------------------------------------------------------------------------------
-# 8. Wire protocols
-# Bytes to requests and answers to bytes. A stream object holds the bytes of one connection that are not a whole request yet. No I/O.
-# ---------------------------------------------------------------------------------------------------------------------------------
-
-
-def _decode(data: bytes) -> str:
-    """Bytes of a client as text; what is not UTF-8 becomes characters that no stored address or name can hold."""
-    return data.decode("utf-8", "surrogateescape")
-
-
-class _Stream:
-    def __init__(self) -> None:
-        self._buffer = b""
-
-    def feed(self, data: bytes) -> None:
-        self._buffer += data
-
-    @property
-    def has_begun(self) -> bool:
-        """Are there bytes of a request that is not whole yet?"""
-        return self._buffer != b""
-
-
-class PolicyStream(_Stream):
-    """Requests of the policy protocol: lines of name=value, ended by an empty line. Source: SMTPD_POLICY_README."""
-
-    def next_request(self) -> Optional[PolicyRequest]:
-        """The next whole request, None when there is none yet; raises ProtocolError for bytes that can never be one."""
-        if not self._buffer:
-            return None
-        if self._buffer.startswith(b"\n"):
-            raise ProtocolError("empty request")
-        end = self._buffer.find(b"\n\n", 0, MAX_POLICY_REQUEST_BYTES)
-        if end < 0:
-            if len(self._buffer) >= MAX_POLICY_REQUEST_BYTES:
-                raise ProtocolError(f"request longer than {MAX_POLICY_REQUEST_BYTES} bytes")
-            return None
-        request, self._buffer = self._buffer[:end], self._buffer[end + 2 :]
-        return parse_policy_request(request)
-
-    @staticmethod
-    def encode(action: Action) -> bytes:
-        return b"action=" + action.text.encode("utf-8", "replace") + b"\n\n"
-
-
-_values_of = operator.itemgetter(*_DECIDING)
-_POLICY_ATTRIBUTE = re.compile(rf"\n(request|{'|'.join(_DECIDING)})=([^\n]*)")
-_LOGGED_ATTRIBUTE = re.compile(r"\n(client_address|queue_id)=([^\n]*)")
-
-
-def parse_policy_request(data: bytes) -> PolicyRequest:
-    """One request without its empty line. Any line but those of the attributes listed is ignored; raises ProtocolError."""
-    text = _decode(b"\n" + data)
-    attributes = dict(_POLICY_ATTRIBUTE.findall(text))
-    if attributes.get("request") != "smtpd_access_policy":
-        raise ProtocolError(f"request={escape_for_log(attributes.get('request', ''))}, expected smtpd_access_policy")
-    try:
-        return PolicyRequest._make((*_values_of(attributes), text))
-    except KeyError:  # Postfix sends them all
-        return PolicyRequest(**{name: value for name, value in attributes.items() if name != "request"}, text=text)
-
-
-class SocketmapQuery(NamedTuple):
-    name: str
-    key: str
-
-
-class SocketmapStream(_Stream):
-    """Queries of the socketmap protocol: netstrings that hold a map name, a space and a key. Source: socketmap_table(5)."""
-
-    def next_request(self) -> Optional[SocketmapQuery]:
-        """The next whole query, None when there is none yet; raises ProtocolError for bytes that are not a netstring."""
-        if not self._buffer:
-            return None
-        digits, colon, rest = self._buffer.partition(b":")
-        if not re.fullmatch(rb"(0|[1-9][0-9]{0,4})?", digits) or (colon and not digits):
-            raise ProtocolError("not a netstring")
-        if not colon:
-            return None
-        length = int(digits)
-        if length > MAX_SOCKETMAP_QUERY_BYTES:
-            raise ProtocolError(f"query longer than {MAX_SOCKETMAP_QUERY_BYTES} bytes")
-        if len(rest) <= length:
-            return None
-        if rest[length : length + 1] != b",":
-            raise ProtocolError("netstring without its comma")
-        self._buffer = rest[length + 1 :]
-        name, _, key = _decode(rest[:length]).partition(" ")
-        return SocketmapQuery(name, key)
-
-    @staticmethod
-    def encode(action: Action) -> bytes:
-        return encode_netstring(action.text.encode("utf-8", "replace"))
-
-
-def encode_netstring(payload: bytes) -> bytes:
-    """Source: D. J. Bernstein, Netstrings, 1997."""
-    return b"%d:%s," % (len(payload), payload)
-
-
-# ---------------------------------------------------------------------------------------------------------------------------------
-# 9. Servers
-# One server a socket, one thread a connection. A handler reads, asks the sections above, writes, and logs one line a decision. A
-# connection stays open after an answer until Postfix closes it: a policy client that is closed on waits a second before it
-# reconnects (smtpd_policy_service_retry_delay), and that second would be paid for every recipient.
-# ---------------------------------------------------------------------------------------------------------------------------------
-
-
-class Remembered(NamedTuple):
-    """An answer, and all that it was made from besides the configuration."""
-
-    action: Action
-    file_state: Optional[FileState]
-    entries: Sequence[Tuple[Tuple[str, str], Entry]]  # of the directory's cache, with their keys
-
-
-class RememberedAnswers:
-    """Answers by their question, the longest known pushed out first. What makes them fast is also why they may be wrong: see LiveFacts."""
-
-    def __init__(self, max_entries: int) -> None:
-        self._max_entries = max_entries
-        self._lock = threading.Lock()  # guards the order of the dict; a look-up needs none
-        self._answers: OrderedDict[Question, Remembered] = OrderedDict()
-        self.get = self._answers.get
-
-    def put(self, question: Question, remembered: Remembered) -> None:
-        """Remember the answer, unless the question is longer than any that is asked twice."""
-        if sum(map(len, question)) > MAX_REMEMBERED_CHARS:
-            return
-        with self._lock:
-            self._answers[question] = remembered
-            if len(self._answers) > self._max_entries:
-                self._answers.popitem(last=False)
-
-    def __len__(self) -> int:
-        return len(self._answers)
-
-
-class Service:
-    """All that answers come from, for one configuration. A reload makes a new one and swaps it in."""
-
-    def __init__(self, config: Config, old: Optional[Service] = None) -> None:
-        self.config = config
-        self.policy = config.policy
-        self.database: Database = old.database if old and old.config.sqlite == config.sqlite else Database(config.sqlite.path)
-        self.timeout_seconds = config.keycloak.timeout_seconds if config.keycloak else 1.0
-        directory: Any = KeycloakDirectory(config.keycloak) if config.keycloak else StaticDirectory(config.static_users or {})
-        self.last_known: Optional[LastKnown] = None
-        if config.keycloak:
-            path = last_known_path(config.sqlite.path)
-            origin = (path, f"{config.keycloak.base_url} {config.keycloak.realm}", config.policy.cache_max_entries)
-            same = old.last_known if old else None
-            self.last_known = same if same and same.identity == origin else LastKnown(*origin)
-        self.directory = CachedDirectory(directory, config.policy, self.timeout_seconds, self.last_known)
-        self.remembered = RememberedAnswers(MAX_REMEMBERED_ANSWERS)
-
-    def recall(self, question: Question, file_state: Optional[FileState]) -> Optional[Action]:
-        """The remembered answer, if all that it was made from still holds: see LiveFacts."""
-        known = self.remembered.get(question)
-        if known is not None and known.file_state == file_state and self.directory.holds(known.entries):
-            return known.action
-        return None
 
 
 class LiveFacts(Facts):
-    """Facts looked up for one request. All its lookups at Keycloak share one deadline, so that nobody waits twice.
+    """Facts looked up for one request, with what is needed to recall, or to explain, the answer made from them.
 
-    An answer is remembered with all that it was made from: the state of the database file when the request came, and entries of the
-    directory's cache. It is given again while the file is in that state and each entry is what the cache holds, so it never outlives
-    its facts; a reload begins with none. Only positive entries count: the others end soon, and anybody can bring them about.
+    All its questions to Keycloak share one deadline, which begins with the first of them, so that nobody waits twice.
     """
 
-    __slots__ = ("_deadline", "_entries", "_file_state", "_lasting", "_lookups", "_seen_at", "_service")
-
-    def __init__(self, service: Service, file_state: Optional[FileState] = None) -> None:
+    def __init__(
+        self, service: Service, version: Optional[Version] = None, *, explained: bool = False, gives_up: bool = False
+    ) -> None:
         self._service = service
-        self._seen_at = time.time()
-        self._file_state = file_state or service.database.state()
-        self._deadline: Deadline = time.monotonic() + service.timeout_seconds
-        self._lookups = 0
-        self._lasting = 0  # of the lookups, those whose answer can be remembered
-        self._entries: List[Tuple[Tuple[str, str], Entry]] = []
-
-    def remember(self, question: Question, action: Action) -> Action:
-        """The answer itself, made from these facts; remembered if they can be held against it later."""
-        # An answer that needed no lookup is made as fast as found.
-        if 0 < self._lookups == self._lasting and self._service.database.shows_commits(self._file_state, self._seen_at):
-            self._service.remembered.put(question, Remembered(action, self._file_state, tuple(self._entries)))
-        return action
+        self.version = version  # of the database, when the request came
+        self.expires_at = math.inf  # of an app, in seconds since 1970
+        self._deadline: Deadline = 0.0
+        self._known: dict[tuple[str, str], Any] = {}  # by what was asked, and its value: one question sees each fact once
+        self.can_be_recalled = True  # can each of them be compared later with what is so then?
+        self._rows = 0  # of the database among them
+        self._is_exact = True  # is each of these from the version above?
+        self._gives_up = gives_up
+        self.found: list[Found] = []  # in the directory
+        self.steps: Optional[list[dict[str, Any]]] = [] if explained else None  # asked, value, found, source, age_seconds, error
 
     def find_alias(self, address: Address) -> Optional[Alias]:
-        self._lookups += 1
-        alias = self._service.database.find_alias(address.text)
-        self._lasting += 1
+        database = self._service.database
+        alias: Optional[Alias] = self._look_up("alias", address.text, lambda: database.find_alias(address.text, self.version))
         return alias
 
     def find_app(self, app_id: str, sender: Address) -> Optional[App]:
-        if not app_id.isprintable():
+        if not is_plain_text(app_id):
             return None
-        self._lookups += 1
-        # a sender that is not printable is never stored
-        app = self._service.database.find_app(app_id, sender.text if sender.text.isprintable() else " ")
-        self._lasting += app is None  # an app may expire without a change of the file
+        text = sender.text if is_plain_text(sender.text) else None  # which no row equals
+        app: Optional[App] = self._look_up("app", app_id, lambda: self._service.database.find_app(app_id, text, self.version))
+        if app and app.expires_at is not None:
+            self.expires_at = app.expires_at
+        self.can_be_recalled &= not app or app.state != "expired"  # the host's clock may be set back
         return app
 
     def find_holders(self, address: Address) -> Users:
-        self._lookups += 1
-        users = self._service.directory.find_holders(address.text, self._deadline)
-        self._note(("holders", address.text), users)
+        directory = self._service.directory
+        users: Users = self._look_up("holders", address.text, lambda: directory.find_holders(address.text, self._until()))
         return users
 
     def find_login(self, sasl_username: str) -> Login:
-        if not sasl_username.isprintable() or len(sasl_username) > MAX_ADDRESS_CHARS:
+        if len(sasl_username) > MAX_ADDRESS_CHARS or not is_plain_text(sasl_username.replace(" ", "")):  # names may hold spaces
             return Login("", "missing")
-        self._lookups += 1
-        login = self._service.directory.find_login(sasl_username, self._deadline)
-        self._note(("login", sasl_username), login)
+        directory = self._service.directory
+        login: Login = self._look_up("login", sasl_username, lambda: directory.find_login(sasl_username, self._until()))
         return login
 
-    def _note(self, key: Tuple[str, str], value: Any) -> None:
-        entry = self._service.directory.find_entry(key)
-        if entry and entry.value is value and entry.positive and not entry.missing:
-            self._entries.append((key, entry))
-            self._lasting += 1
+    def has_lost(self, sasl_username: str, address: Address) -> bool:
+        return self._service.directory.has_lost(sasl_username, address.text)
 
+    @property
+    def is_torn(self) -> bool:
+        """May there be rows of different versions of the database among them?"""
+        return self._rows > 1 and not self._is_exact
 
-_Found = TypeVar("_Found")
+    @property
+    def has_asked(self) -> bool:
+        """Was a fact looked up?"""
+        return bool(self._known)
 
+    def _until(self) -> Deadline:
+        self._deadline = self._deadline or time.monotonic() + self._service.timeout_seconds
+        return self._deadline
 
-class ExplainedFacts(Facts):
-    """Facts looked up anew for a decision that is to be explained, each noted as a step: asked, value, found, source, age, error."""
-
-    def __init__(self, service: Service) -> None:
-        self._facts = LiveFacts(service)
-        self._service = service
-        self.steps: List[Dict[str, Any]] = []
-
-    def find_alias(self, address: Address) -> Optional[Alias]:
-        return self._note("alias", address.text, lambda: self._facts.find_alias(address))
-
-    def find_app(self, app_id: str, sender: Address) -> Optional[App]:
-        return self._note("app", app_id, lambda: self._facts.find_app(app_id, sender))
-
-    def find_holders(self, address: Address) -> Users:
-        return self._note("holders", address.text, lambda: self._facts.find_holders(address))
-
-    def find_login(self, sasl_username: str) -> Login:
-        return self._note("login", sasl_username, lambda: self._facts.find_login(sasl_username))
-
-    def _note(self, asked: str, value: str, find: Callable[[], _Found]) -> _Found:
-        is_directory = asked in ("holders", "login")
-        before = self._service.directory.find_entry((asked, value)) if is_directory else None
-        was_fresh = before is not None and time.monotonic() < before.fresh_until
-        source = "database" if not is_directory else "static" if self._service.config.static_users else "keycloak"
-        step: Dict[str, Any] = {"asked": asked, "value": value, "found": None, "source": source, "age_seconds": None, "error": ""}
-        self.steps.append(step)
+    def _look_up(self, asked: str, value: str, find: Callable[[], Any]) -> Any:
+        if (asked, value) in self._known:
+            return self._known[asked, value]
         try:
+            if self._gives_up and asked in ("alias", "app"):
+                raise DatabaseUnavailable(f"database: {self._service.config.sqlite.path!r}: changes too often to be read")
             found = find()
         except MailcloakError as exc:
-            step["error"] = str(exc)
+            self.can_be_recalled = False
+            self._note_step(asked, value, error=str(exc))
             raise
-        step["found"] = _to_json(found)
-        if before and found is before.value:
-            step["source"] = "cache" if was_fresh else "kept"
-            step["age_seconds"] = time.monotonic() - before.confirmed_at
-        return found
+        if not isinstance(found, Found):
+            self._rows += 1
+            if not self._service.database.has_read(self.version):
+                self.can_be_recalled = self._is_exact = False
+            self._note_step(asked, value, found=found, source="database")
+            self._known[asked, value] = found
+            return found
+        self.found.append(found)
+        self._known[asked, value] = found.value
+        self._note_step(asked, value, found=found.value, source=found.source, age_seconds=found.age_seconds)
+        return found.value
+
+    def _note_step(self, asked: str, value: str, **outcome: Any) -> None:
+        if self.steps is not None:
+            step = {"asked": asked, "value": value, "found": None, "source": "", "age_seconds": None, "error": "", **outcome}
+            self.steps.append({**step, "found": _to_json(step["found"])})
 
 
 def _to_json(found: Any) -> Any:
@@ -2768,54 +3643,183 @@ def _to_json(found: Any) -> Any:
     return None if found is None else [_to_json(each) for each in found]
 
 
-def explain_policy(request: PolicyRequest, service: Service) -> Dict[str, Any]:
+class Recalled(NamedTuple):
+    """A whole answer, and what it was made from besides the configuration."""
+
+    action: Action
+    version: Optional[Version]  # of the database
+    found: Sequence[Found]  # in the directory
+    expires_at: float  # of an app, in seconds since 1970; inf: never
+
+
+class RecalledAnswers:
+    """Whole answers that are given again while all that they were made from is the same.
+
+    An answer is kept with the version of the database file that each of its rows was read from, and with what was found in the
+    directory. It is recalled while the file has that version and the directory would find the same, so it never outlives its facts; a
+    reload begins with none. An answer that needed no look-up is made as fast as recalled.
+    """
+
+    def __init__(self, directory: UserDirectory, max_entries: int) -> None:
+        self._directory = directory
+        self._answers: Remembered[Recalled] = Remembered(max_entries)  # by policy_question() or the map's query
+
+    def recall(self, question: tuple[str, ...], version: Optional[Version]) -> Optional[Action]:
+        """The answer, if all that it was made from still holds."""
+        known = self._answers.get(question)
+        if known is None or known.version != version:
+            return None
+        for found in known.found:
+            if not self._directory.holds(found):
+                return None
+        if known.expires_at < math.inf and time.time() >= known.expires_at:
+            return None
+        return known.action
+
+    def keep(self, question: tuple[str, ...], action: Action, facts: LiveFacts) -> None:
+        """Keep the answer that was made from these facts, if it can be compared with them later, and is not too long."""
+        if not facts.has_asked or not facts.can_be_recalled or sum(map(len, question)) > MAX_RECALLED_CHARS:
+            return
+        if all(found.good_until > -math.inf for found in facts.found):
+            recalled = Recalled(action, facts.version, tuple(facts.found), facts.expires_at)
+            self._answers.put(question, recalled, is_lasting=action.text.startswith(("DUNNO", "OK")))
+
+    def __len__(self) -> int:
+        return len(self._answers)
+
+
+class Service:
+    """All that answers come from, for one configuration. A reload makes a new one and swaps it in.
+
+    What does not depend on what was changed is taken over from an old one (old: the newest first), be it one before the last: the users
+    that are known, the workers, the database.
+    """
+
+    def __init__(self, config: Config, *old: Service) -> None:
+        self.config, self.policy = config, config.policy
+        same_path = [each for each in old if each.config.sqlite == config.sqlite]
+        self.database: Database = same_path[0].database if same_path else Database(config.sqlite.path)
+        self.timeout_seconds = config.keycloak.timeout_seconds if config.keycloak else 1.0
+        self.meaning = meaning_of(config.keycloak) if config.keycloak else ""
+        self.store = UserStore(config.policy)
+        self.saved: Optional[SavedUsers] = None
+        same_meaning = [each for each in same_path if each.meaning == self.meaning]
+        if self.meaning and same_meaning:
+            self.store, self.saved = same_meaning[0].store, same_meaning[0].saved
+            self.store.policy = config.policy
+        elif self.meaning:
+            self.saved = SavedUsers(last_known_path(config.sqlite.path), self.meaning, self.store)
+        self.source: Directory
+        same_source = [each for each in old if each.config.keycloak == config.keycloak]
+        if config.keycloak and same_source:
+            self.source = same_source[0].source
+        elif config.keycloak:
+            self.source = KeycloakDirectory(config.keycloak)
+        else:
+            self.source = StaticDirectory(config.static_users or {})
+        self.directory = UserDirectory(self.source, config.policy, self.timeout_seconds, self.store, self.saved)
+        self.recalled = RecalledAnswers(self.directory, MAX_RECALLED_ANSWERS)
+        self._said: set[str] = set()  # errors that the log has already; each use of a set is one atomic step
+
+    def note_error(self, text: str) -> bool:
+        """Note an error; is it in the log already? One line for each is enough; a reload begins again."""
+        if text in self._said:
+            return True
+        if len(self._said) >= MAX_ERRORS_SAID:
+            self._said.clear()
+        self._said.add(text)
+        return False
+
+    def answer(self, question: tuple[str, ...], decide: Callable[[Facts], Action]) -> tuple[Action, bool]:
+        """(the answer to the question, was it recalled?); decide makes it from facts."""
+        version = self.database.version()
+        recalled = self.recalled.recall(question, version)
+        if recalled is not None:
+            return recalled, True
+        for attempt in range(MAX_ATTEMPTS):
+            facts = LiveFacts(self, version, gives_up=attempt == MAX_ATTEMPTS - 1)
+            action = decide(facts)
+            holds = attempt > 0 or all(self.store.holds(known) for found in facts.found for known in found.known)
+            if holds and not facts.is_torn:
+                break
+            version = self.database.version()  # what an earlier look-up found is no longer so at a later one
+        self.recalled.keep(question, action, facts)
+        return action, False
+
+
+def meaning_of(config: KeycloakConfig) -> str:
+    """The settings that what Keycloak says of users depends on: what is saved under others is not used."""
+    return json.dumps([config.base_url, config.realm, config.require_verified_email, config.receive_when_locked_out])
+
+
+def explain_policy(request: PolicyRequest, service: Service) -> dict[str, Any]:
     """The answer to a policy request and the steps that led to it, by the daemon's own decision."""
-    facts = ExplainedFacts(service)
+    facts = LiveFacts(service, explained=True)
     action = decide_policy(request, service.policy, facts)
-    return {"answer": action.text, "reason": action.reason, "steps": facts.steps}
+    asked = request.recipient if request.policy_context == "recipient" else request.sender
+    return _explain(action, facts, asked, request.sasl_username)
 
 
-def explain_alias(key: str, service: Service) -> Dict[str, Any]:
+def explain_alias(key: str, service: Service) -> dict[str, Any]:
     """The same for a query of the alias map."""
-    facts = ExplainedFacts(service)
-    action = decide_alias(key, service.policy, facts)
-    return {"answer": action.text, "reason": action.reason, "steps": facts.steps}
+    facts = LiveFacts(service, explained=True)
+    return _explain(decide_alias(key, service.policy, facts), facts, key, "")
 
 
-ANSWERS = MappingProxyType({"DUN": "DUNNO", "OK ": "OK", "NOT": "NOTFOUND", "TEM": "TEMP", "PER": "PERM"})  # the others are codes
+def _explain(action: Action, facts: LiveFacts, asked: str, user: str) -> dict[str, Any]:
+    """The answer as mailcloakctl prints it: two reasons where recipient and sender were checked, with rule and change in words."""
+    steps = facts.steps or []
+    deciding = [step["value"] for step in steps if step["asked"] == "alias" and step["found"] and step["found"]["enabled"]]
+    names = {"address": asked, "alias": deciding[-1] if deciding else asked, "user": user}
+    quoted = {name: shlex.quote(value) if value else "'<>'" for name, value in names.items()}
+    reasons = [REASONS[word] for word in action.reason.split(",")]
+    change = "; ".join(reason.change for reason in reasons if reason.change).format(**quoted)
+    if asked and "@" not in asked:
+        change = "ask for it with its domain: Postfix appends $myorigin to an address that has none"
+    rule = "; ".join(reason.rule for reason in reasons)
+    return {"version": __version__, "answer": action.text, "reason": action.reason, "rule": rule, "change": change, "steps": steps}
+
+
+# ---------------------------------------------------------------------------------------------------------------------------------
+# 10. Servers
+# One server for each socket, one thread for each connection. A handler reads, asks the sections above, writes, and logs a line for each
+# decision. A connection stays open after an answer until Postfix closes it: a policy client that is closed on waits a second before it
+# reconnects (smtpd_policy_service_retry_delay), and that second would be paid for every recipient.
+# ---------------------------------------------------------------------------------------------------------------------------------
 
 
 class Tally:
     """How many answers of which kind, and how long they took. Each connection has its own, so that counting needs no lock."""
 
+    BOUNDS = (0.0001, 0.001, 0.01, 0.1, 1.0, 10.0)  # seconds
+
     def __init__(self) -> None:
-        self.answers: Dict[Tuple[str, str], int] = defaultdict(int)  # by the first three characters of the answer, and the reason
-        self.remembered = 0  # of them; each took some microseconds
-        self.took = Durations()  # of the others
+        self.answers: Counter[tuple[str, str]] = Counter()  # by the first word of the answer, and the reason
+        self.recalled = 0  # of them; each took some microseconds, and no clock is asked for it
+        self.counts = [0] * (len(self.BOUNDS) + 1)  # of the others: those that took up to each bound, then those beyond
+        self.seconds = 0.0  # that they took together
+
+    def note_time(self, seconds: float) -> None:
+        self.counts[bisect.bisect_left(self.BOUNDS, seconds)] += 1
+        self.seconds += seconds
 
     def add(self, other: Tally) -> None:
-        for key, count in list(other.answers.items()):
-            self.answers[key] += count
-        self.remembered += other.remembered
-        self.took.add(other.took)
+        self.answers.update(dict(other.answers))  # a copy, since its connection goes on counting
+        self.recalled += other.recalled
+        self.counts = [mine + theirs for mine, theirs in zip(self.counts, other.counts)]
+        self.seconds += other.seconds
 
-    def all_took(self) -> Durations:
-        """The times of all answers: a remembered one counts as within the least bound, without a clock's being asked."""
-        took = Durations()
-        took.add(self.took)
-        took.counts[0] += self.remembered
-        return took
-
-
-_send = call_with_lock("send", ctypes.c_int, ctypes.c_char_p, ctypes.c_size_t, ctypes.c_int)
-_SEND_FLAGS = socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL
+    def times(self) -> dict[str, Any]:
+        """Of all answers, as a histogram: a recalled one counts as within the least bound."""
+        least, *others = self.counts
+        return {"bounds": self.BOUNDS, "counts": [least + self.recalled, *others], "sum": self.seconds}
 
 
 class Handler(socketserver.BaseRequestHandler):
     """One connection: request after request until the client closes it. Subclasses say what a request and an answer are."""
 
     component = ""
-    stream_class: Type[Any]
+    stream_class: type[Any]
     internal_error = Action("", "internal-error")
     server: Server
 
@@ -2830,20 +3834,13 @@ class Handler(socketserver.BaseRequestHandler):
     def handle(self) -> None:
         stream, begun_at = self.stream_class(), 0.0
         try:
-            while True:
-                request = stream.next_request()
-                if request is not None:
+            while data := self._receive_until(begun_at + REQUEST_SECONDS) if begun_at else self._receive():
+                stream.feed(data)
+                for request in iter(stream.next_request, None):
                     self._send(stream.encode(self._answer(request)))
                     begun_at = 0.0
-                    continue
                 if stream.has_begun:
                     begun_at = begun_at or time.monotonic()
-                    data = self._receive_until(begun_at + REQUEST_SECONDS)
-                else:
-                    data = self._receive()
-                if not data:
-                    return
-                stream.feed(data)
         except ProtocolError as exc:
             log.warning("%s: bad request, connection closed reason=%s", self.component, f'"{exc}"')
         except BlockingIOError:
@@ -2876,7 +3873,7 @@ class Handler(socketserver.BaseRequestHandler):
 
     def _send(self, data: bytes) -> None:
         """Send all of it; raises BlockingIOError where the client does not make room for it in time."""
-        sent = _send(self.request.fileno(), data, len(data), _SEND_FLAGS) if _send else 0
+        sent = _send_at_once(self.request.fileno(), data, len(data), _SEND_FLAGS) if _send_at_once else 0
         if sent != len(data):
             self.request.sendall(data[max(0, sent) :])
 
@@ -2890,26 +3887,25 @@ class Handler(socketserver.BaseRequestHandler):
         self.used_at = started = time.monotonic()
         try:
             action = self.decide(request, self.server.service)
-            if log.isEnabledFor(action.level):
+            level = action.level
+            if level == logging.ERROR and self.server.service.note_error(action.text):
+                level = logging.INFO
+            if log.isEnabledFor(level):
                 elapsed_ms = (time.monotonic() - started) * 1000
                 event = self.describe(request, action)
-                log.log(action.level, "%s: %s reason=%s elapsed_ms=%.0f", self.component, event, action.reason, elapsed_ms)
+                log.log(level, "%s: %s reason=%s elapsed_ms=%.0f", self.component, event, action.reason, elapsed_ms)
         except Exception as exc:  # the edge: whatever went wrong, the answer is "try later", never a permission
-            log.error("%s: internal error %s", self.component, _describe_exception(exc))
+            log.error("%s: internal error %s", self.component, describe_exception(exc))
             action = self.internal_error
-        self.tally.answers[action.text[:3], action.reason] += 1
+        self.tally.answers[action.text.partition(" ")[0], action.reason] += 1
         return action
 
-    def _recall_or(self, decide: Callable[[LiveFacts], Action], question: Question, service: Service) -> Action:
-        """The remembered answer to the question, else that of decide, which is remembered if it can be."""
-        file_state = service.database.state()
-        action = service.recall(question, file_state)
-        if action is not None:
-            self.tally.remembered += 1
-            return action
-        facts = LiveFacts(service, file_state)
-        action = facts.remember(question, decide(facts))
-        self.tally.took.note(time.monotonic() - self.used_at)
+    def _answer_from_facts(self, question: tuple[str, ...], decide: Callable[[Facts], Action], service: Service) -> Action:
+        action, is_recalled = service.answer(question, decide)
+        if is_recalled:
+            self.tally.recalled += 1
+        else:
+            self.tally.note_time(time.monotonic() - self.used_at)
         return action
 
     def decide(self, request: Any, service: Service) -> Action:
@@ -2922,28 +3918,30 @@ class Handler(socketserver.BaseRequestHandler):
 
 
 class PolicyHandler(Handler):
+    """A connection to the policy socket."""
+
     component = "policy"
     stream_class = PolicyStream
     internal_error = Action(INTERNAL_ERROR, "internal-error")
 
     def decide(self, request: PolicyRequest, service: Service) -> Action:
         question = policy_question(request, service.policy)
-        return self._recall_or(lambda facts: decide_policy(request, service.policy, facts), question, service)
+        return self._answer_from_facts(question, lambda facts: decide_policy(request, service.policy, facts), service)
 
     def describe(self, request: PolicyRequest, action: Action) -> str:
         event = {"5": "reject", "4": "defer"}.get(action.text[0], "accept")
-        fields = [f"{event} state={escape_for_log(request.protocol_state)}", f"recipient=<{escape_for_log(request.recipient)}>"]
+        state, recipient, sender = map(escape_for_log, (request.protocol_state, request.recipient, request.sender))
         others = dict(_LOGGED_ATTRIBUTE.findall(request.text))
-        fields += [f"sender=<{escape_for_log(request.sender)}>", f"client={escape_for_log(others.get('client_address', ''))}"]
-        fields += [
-            f"{name}={escape_for_log(value)}"
-            for name, value in (("queue_id", others.get("queue_id")), ("sasl_username", request.sasl_username))
-            if value
-        ]
-        return " ".join(fields)
+        client = escape_for_log(others.get("client_address", ""))
+        line = f"{event} state={state} recipient=<{recipient}> sender=<{sender}> client={client}"
+        for name, value in (("queue_id", others.get("queue_id")), ("sasl_username", request.sasl_username)):
+            line += f" {name}={escape_for_log(value)}" if value else ""
+        return line
 
 
 class SocketmapHandler(Handler):
+    """A connection to the socketmap socket."""
+
     component = "socketmap"
     stream_class = SocketmapStream
     internal_error = Action("TEMP internal error", "internal-error")
@@ -2955,14 +3953,15 @@ class SocketmapHandler(Handler):
             return Action("PERM no key", "no-key", logging.ERROR)
         if request.name != "alias":
             return self._administer(request, service)
-        return self._recall_or(lambda facts: decide_alias(request.key, service.policy, facts), ("alias", request.key), service)
+        question = ("alias", request.key)
+        return self._answer_from_facts(question, lambda facts: decide_alias(request.key, service.policy, facts), service)
 
     def _administer(self, request: SocketmapQuery, service: Service) -> Action:
-        """The maps that mailcloakctl asks: stats for everybody who may connect, the others for who could change the answers anyway."""
+        """The maps that mailcloakctl asks: stats for all who may connect, the others for those who could change the answers anyway."""
         if request.name == "stats":
             return Action(f"OK {json.dumps(self.server.daemon.report())}", "stats", logging.DEBUG)
         peer = struct.unpack("3i", self.request.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i")))
-        owner = service.config.sockets.socket_owner_user
+        owner = self.server.owner
         if peer[1] not in (0, os.geteuid(), *([pwd.getpwnam(owner).pw_uid] if owner else [])):
             return Action(
                 f"PERM {request.name} is for root, daemon.user and the owner of the socket", "not-permitted", logging.WARNING
@@ -2995,25 +3994,23 @@ class Server(socketserver.ThreadingUnixStreamServer):
     daemon_threads = True
     block_on_close = False
 
-    def __init__(
-        self, listener: socket.socket, handler: Type[Handler], service: Service, max_connections: int, daemon: Daemon
-    ) -> None:
+    def __init__(self, listener: socket.socket, handler: type[Handler], service: Service, daemon: Daemon) -> None:
         super().__init__(str(listener.getsockname()), handler, bind_and_activate=False)
         self.socket.close()
         self.socket = listener
         self.service = service  # replaced as a whole by a reload; a request uses the one it began with
         self.component = handler.component
+        self.owner = service.config.sockets.socket_owner_user  # a change of it needs a restart
         self.daemon = daemon
-        self.max_connections = max_connections
         self.ended = Tally()  # of connections that have ended; guarded by _connections_changed
         self._full_said_at = -math.inf
         self._connections_changed = threading.Condition()  # guards the keys of connections
-        self.connections: Dict[socket.socket, Optional[Handler]] = {}  # None until its thread runs
+        self.connections: dict[socket.socket, Optional[Handler]] = {}  # None until its thread runs
 
-    def get_request(self) -> Tuple[socket.socket, Any]:
-        """The next connection; raises OSError where there is none or no room, upon which the server looks again."""
-        if len(self.connections) >= self.max_connections:
-            self._make_room(f"{self.max_connections} connections")
+    def get_request(self) -> tuple[socket.socket, Any]:
+        """The next connection; raises OSError where there is none or no room, and the server then looks again."""
+        if len(self.connections) >= self.daemon.max_connections:
+            self._make_room(f"{self.daemon.max_connections} connections")
             raise BlockingIOError
         try:
             return super().get_request()
@@ -3041,7 +4038,7 @@ class Server(socketserver.ThreadingUnixStreamServer):
             self.connections[request] = None
         try:
             super().process_request(request, client_address)
-        except RuntimeError as exc:  # no more threads to be had
+        except RuntimeError as exc:  # the system gives no more threads
             log.error("server: connection refused reason=%s", f'"{exc}"')
             self.shutdown_request(request)
 
@@ -3063,7 +4060,7 @@ class Server(socketserver.ThreadingUnixStreamServer):
         return total
 
     def handle_error(self, request: Any, client_address: Any) -> None:
-        log.error("server: internal error %s", _describe_exception(sys.exc_info()[1] or Exception()))
+        log.error("server: internal error %s", describe_exception(sys.exc_info()[1] or Exception()))
 
     def stop_accepting(self) -> None:
         """Take no further connection, and wake handlers that wait for a request: what has arrived is still read and answered."""
@@ -3081,9 +4078,41 @@ class Server(socketserver.ThreadingUnixStreamServer):
 
 
 # ---------------------------------------------------------------------------------------------------------------------------------
-# 10. Process lifecycle
-# Sockets, privileges, signals, reload, the end. Runs in the main thread, before and after the servers' own threads.
+# 11. Process
+# Sockets, privileges, signals, reload, the end. The main thread enters; a timer thread asks for postmasters and closes what a reload
+# replaced, and handler threads ask for the report.
 # ---------------------------------------------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def locked_directory(path: str) -> Iterator[None]:
+    """Keep other daemons from the sockets in this directory: from looking for stale ones to listening.
+
+    Without it, one daemon could remove a socket that another has just bound, or take one that does not listen yet for stale. Where the
+    directory cannot be locked, that is logged and it is used all the same, since anybody who can read it could hold the lock.
+    """
+    with contextlib.ExitStack() as stack:
+        try:
+            descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+            stack.callback(os.close, descriptor)
+            _lock_within(LOCK_SECONDS, descriptor)
+        except FileNotFoundError:
+            pass  # bind() will say so
+        except OSError as exc:
+            log.info("server: directory not locked path=%s reason=%s", path, f'"{exc.strerror}"')
+        yield
+
+
+def _lock_within(seconds: float, descriptor: int) -> None:
+    """Lock the file until its descriptor is closed. Source: flock(2)."""
+    deadline = time.monotonic() + seconds
+    while True:
+        try:
+            return fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if time.monotonic() > deadline:
+                raise
+            time.sleep(0.01)
 
 
 def remove_stale_socket(path: str, key: str) -> None:
@@ -3096,38 +4125,20 @@ def remove_stale_socket(path: str, key: str) -> None:
         raise StartError(f"{key}: {path!r}: {exc.strerror}") from exc
     if not stat.S_ISSOCK(status.st_mode):
         raise StartError(f"{key}: {path!r} is there and is not a socket, move it away or choose another path")
-    with contextlib.closing(socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)) as probe:
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
         probe.settimeout(1)
-        try:
-            probe.connect(path)
-        except ConnectionRefusedError:
-            pass
-        except FileNotFoundError:
-            return
-        except OSError as exc:
-            raise StartError(f"{key}: {path!r} is there and cannot be tried: {exc.strerror or exc}") from exc
-        else:
-            raise StartError(f"{key}: {path!r} is served by another running daemon, stop it first")
+        error = probe.connect_ex(path)
+    if error == 0:
+        raise StartError(f"{key}: {path!r} is served by another running daemon, stop it first")
+    if error == errno.ENOENT:
+        return
+    if error != errno.ECONNREFUSED:
+        raise StartError(f"{key}: {path!r} is there and cannot be tried: {os.strerror(error)}")
     try:
         os.unlink(path)
     except OSError as exc:
         raise StartError(f"{key}: {path!r} is stale and cannot be removed: {exc.strerror}") from exc
     log.info("server: stale socket removed path=%s", path)
-
-
-@contextlib.contextmanager
-def _acting_as(uid: int, gid: int) -> Iterator[None]:
-    """For a moment, create files as another user; only root can."""
-    old_uid, old_gid = os.geteuid(), os.getegid()
-    os.setegid(gid)
-    try:
-        os.seteuid(uid)
-        try:
-            yield
-        finally:
-            os.seteuid(old_uid)
-    finally:
-        os.setegid(old_gid)
 
 
 def _hand_over_socket(path: str, uid: int, gid: int, mode: int) -> None:
@@ -3145,7 +4156,7 @@ def _hand_over_socket(path: str, uid: int, gid: int, mode: int) -> None:
 
 
 def _bind_in_group(listener: socket.socket, path: str, gid: int) -> None:
-    """Bind as an ordinary user, who can give away only what is his own; a directory with setgid makes files of its own group."""
+    """Bind as an ordinary user, who can change the group of own files only; a directory with setgid makes files of its own group."""
     listener.bind(path)
     if os.lstat(path).st_gid != gid:
         os.chown(path, -1, gid, follow_symlinks=False)
@@ -3154,8 +4165,8 @@ def _bind_in_group(listener: socket.socket, path: str, gid: int) -> None:
 def bind_socket(path: str, key: str, sockets: SocketsConfig) -> socket.socket:
     """A listening socket with its owner, group and mode; raises StartError.
 
-    As root the socket is made under the owner's own ids and with the umask that leaves the mode asked for, so there is no moment
-    in which anybody else could connect, and nothing that a swapped file could be chowned for. Only where the owner may not write
+    As root the socket is made under the owner's own ids and with the umask that leaves the mode asked for, so nobody else can
+    connect at any moment, and no chown is needed that could hit a swapped file. Only where the owner may not write
     the directory, root makes it, closed to everybody, and hands it over.
     """
     uid = pwd.getpwnam(sockets.socket_owner_user).pw_uid if sockets.socket_owner_user else os.geteuid()
@@ -3164,29 +4175,34 @@ def bind_socket(path: str, key: str, sockets: SocketsConfig) -> socket.socket:
         raise StartError(
             f"{key}: only root can give a socket to another user, start as root or set socket_owner_user and socket_owner_group to ''"
         )
-    remove_stale_socket(path, key)
+    with locked_directory(os.path.dirname(path)):
+        remove_stale_socket(path, key)
+        try:
+            return _make_socket(path, uid, gid, sockets.socket_mode)
+        except OSError as exc:
+            raise StartError(f"{key}: {path!r} cannot be made: {exc.strerror or exc}{_socket_hint(exc, path)}") from exc
+
+
+def _make_socket(path: str, uid: int, gid: int, mode: int) -> socket.socket:
     listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-    old_umask = os.umask(0o777 & ~sockets.socket_mode)
+    old_umask = os.umask(0o777 & ~mode)
     try:
         if os.geteuid() != 0:
             _bind_in_group(listener, path, gid)
         else:
             try:
-                with _acting_as(uid, gid):
+                with acting_as(uid, gid):
                     _bind_in_group(listener, path, gid)
             except PermissionError:
                 os.umask(0o777)
                 listener.bind(path)
-                _hand_over_socket(path, uid, gid, sockets.socket_mode)
-    except StartError:
+                _hand_over_socket(path, uid, gid, mode)
+        listener.listen(LISTEN_BACKLOG)
+    except BaseException:
         listener.close()
         raise
-    except OSError as exc:
-        listener.close()
-        raise StartError(f"{key}: {path!r} cannot be made: {exc.strerror or exc}{_socket_hint(exc, path)}") from exc
     finally:
         os.umask(old_umask)
-    listener.listen(LISTEN_BACKLOG)
     return listener
 
 
@@ -3196,7 +4212,7 @@ def _socket_hint(exc: OSError, path: str) -> str:
     return f", as user {pwd.getpwuid(os.geteuid()).pw_name!r}" if exc.errno == errno.EACCES else ""
 
 
-def take_over_sockets() -> Dict[str, socket.socket]:
+def take_over_sockets() -> dict[str, socket.socket]:
     """The listening sockets that a service manager hands over, by name, {} if none; raises StartError for others than ours.
 
     Source: sd_listen_fds(3): descriptors from 3 on, LISTEN_PID, LISTEN_FDS, LISTEN_FDNAMES.
@@ -3207,7 +4223,10 @@ def take_over_sockets() -> Dict[str, socket.socket]:
     count = os.environ.pop("LISTEN_FDS", "0")
     if sorted(names) != ["policy", "socketmap"] or count != str(len(names)):
         raise StartError(f"sockets: expected two handed over, named policy and socketmap, got {count} named {':'.join(names)!r}")
-    listeners = {name: socket.socket(fileno=number) for number, name in enumerate(names, 3)}
+    try:
+        listeners = {name: socket.socket(fileno=number) for number, name in enumerate(names, 3)}
+    except OSError as exc:
+        raise StartError(f"sockets: two were announced by LISTEN_FDS, and are not there: {exc.strerror}") from exc
     for name, listener in listeners.items():
         listener.set_inheritable(False)
         if (listener.family, listener.type) != (socket.AF_UNIX, socket.SOCK_STREAM):
@@ -3222,7 +4241,7 @@ def notify(**state: object) -> None:
         with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as manager:
             manager.setblocking(False)
             lines = "\n".join(f"{name}={value}" for name, value in state.items())
-            manager.sendto(lines.encode(), "\0" + path[1:] if path.startswith("@") else path)
+            manager.sendto(os.fsencode(lines), "\0" + path[1:] if path.startswith("@") else path)
 
 
 def drop_privileges(user: str) -> None:
@@ -3254,17 +4273,23 @@ def allow_connections(wanted: int) -> int:
             with contextlib.suppress(ValueError, OSError):  # only root may raise the hard limit
                 resource.setrlimit(resource.RLIMIT_NOFILE, (soft_limit, hard_limit))
                 soft = soft_limit
-    return wanted if soft < 0 else max(1, min(wanted, (soft - SPARE_FILES) // (2 * FILES_PER_CONNECTION)))
+    allowed = wanted if soft < 0 else max(1, min(wanted, (soft - SPARE_FILES) // (2 * FILES_PER_CONNECTION)))
+    if allowed < wanted:
+        log.warning(
+            "config: daemon.max_connections: lowered to %d, the limit of open files allows no more; raise that limit", allowed
+        )
+    return allowed
 
 
 def warn_of_missing_postmasters(service: Service) -> None:
-    """One line for the domains whose postmaster nobody is, as far as can be told now (RFC 5321, section 4.5.1)."""
-    facts = LiveFacts(service)
-    missing = [
-        f"postmaster@{domain}"
-        for domain in sorted(service.policy.domain)
-        if find_owner(Address("postmaster", domain), service.policy, facts).source == "nobody"
-    ]
+    """One line for the domains that have no postmaster (RFC 5321, section 4.5.1); nothing where that cannot be told now."""
+    missing = []
+    for domain in sorted(service.policy.domain):
+        source = find_owner(Address("postmaster", domain), service.policy, LiveFacts(service)).source
+        if source in UNKNOWN:
+            break  # Keycloak is not asked again and again for this
+        if source == "nobody":
+            missing.append(f"postmaster@{domain}")
     if missing:
         remedy = f"mailcloakctl aliases add {missing[0]} USERNAME"
         log.warning("config: policy.domain: nobody has %s, which RFC 5321 asks for: %s", " or ".join(missing), remedy)
@@ -3278,28 +4303,29 @@ class Daemon:
 
     def __init__(self, config: Config) -> None:
         self._config = config
-        self._servers: List[Server] = []
-        self._listeners: Dict[str, socket.socket] = {}  # by the component that serves it
-        self._owns_sockets = True
+        self.max_connections = config.daemon.max_connections  # to each socket
+        self._servers: list[Server] = []
+        self._socket_files: dict[str, Optional[tuple[int, int]]] = {}  # path and identity of those that we made
         self._started, self._started_at = time.monotonic(), time.time()
-        self._last_reload: Optional[Dict[str, Any]] = None  # {"at": seconds since 1970, "ok": bool}
-        self._retired: List[CachedDirectory] = []  # of configurations that a reload replaced, until they are closed
+        self._last_reload: Optional[dict[str, Any]] = None  # {"at": seconds since 1970, "ok": bool}
+        self._retired: list[Service] = []  # that a reload replaced, at most one
+        self._retired_until = 0.0  # of time.monotonic(): its requests have ended by then
 
     def run(self) -> None:
         """Serve until a signal says stop; raises StartError if that cannot begin."""
-        # before any thread, so that each inherits it and only sigwait() sees them
-        signal.pthread_sigmask(signal.SIG_BLOCK, self.SIGNALS)
+        signal.pthread_sigmask(signal.SIG_BLOCK, self.SIGNALS)  # before any thread: each inherits it, and only sigwait() sees them
+        threading.stack_size(THREAD_STACK_BYTES)
         for warning in self._config.warnings:
             log.warning("%s", warning)
-        self._listeners = take_over_sockets()
-        self._owns_sockets = not self._listeners  # those that were handed over stay for the next daemon
+        listeners = take_over_sockets()  # by the component that serves it
         sockets = self._config.sockets
-        paths = {"policy": sockets.policy_socket, "socketmap": sockets.socketmap_socket}
         try:
-            if self._owns_sockets:
-                for name, path in paths.items():
-                    self._listeners[name] = bind_socket(path, f"sockets.{name}_socket", sockets)
-            max_connections = allow_connections(self._config.daemon.max_connections)
+            if not listeners:
+                for name, path in (("policy", sockets.policy_socket), ("socketmap", sockets.socketmap_socket)):
+                    listeners[name] = bind_socket(path, f"sockets.{name}_socket", sockets)
+                    self._socket_files[path] = file_identity(path)
+            self.max_connections = allow_connections(self.max_connections)
+            import_http()
             drop_privileges(self._config.daemon.user)
             self._open_database()
         except MailcloakError:
@@ -3307,37 +4333,25 @@ class Daemon:
             raise
         self._warn_of_unreadable_files()
         service = Service(self._config)
-        if max_connections < self._config.daemon.max_connections:
-            log.warning(
-                "config: daemon.max_connections: lowered to %d, the limit of open files allows no more; raise that limit",
-                max_connections,
-            )
         for handler in (PolicyHandler, SocketmapHandler):
-            server = Server(self._listeners[handler.component], handler, service, max_connections, self)
+            server = Server(listeners[handler.component], handler, service, self)
             self._servers.append(server)
             # shutdown() must be called from another thread than serve_forever() runs in, or it waits for itself
-            threading.Thread(
-                target=server.serve_forever, kwargs={"poll_interval": 0.2}, name=handler.component, daemon=True
-            ).start()
+            threading.Thread(target=server.serve_forever, args=[POLL_SECONDS], name=handler.component, daemon=True).start()
         user = pwd.getpwuid(os.geteuid()).pw_name
-        log.info(
-            "daemon: started version=%s pid=%d user=%s policy_socket=%s socketmap_socket=%s",
-            __version__,
-            os.getpid(),
-            user,
-            *(str(self._listeners[name].getsockname()) for name in paths),
-        )
+        details = [__version__, os.getpid(), user, *(server.server_address for server in self._servers)]
+        log.info("daemon: started version=%s pid=%d user=%s policy_socket=%s socketmap_socket=%s", *details)
         notify(READY=1, STATUS=f"serving, configuration {self._config.path}")
-        if self._config.keycloak:  # not at once: it may be starting with us, and the first minute belongs to those who ask
+        if self._config.keycloak:  # later: Keycloak may be starting with us, and the first seconds belong to mail
             timer = threading.Timer(POSTMASTER_SECONDS, warn_of_missing_postmasters, [service])
             timer.daemon = True
             timer.start()
         else:
             warn_of_missing_postmasters(service)
-        while True:
-            received = signal.Signals(signal.sigwait(self.SIGNALS))
-            if received != signal.SIGHUP:
-                break
+        while (received := self._next_signal()) in (None, signal.SIGHUP):
+            if received is None:
+                self._end_retired(self._servers[0].service)
+                continue
             notify(RELOADING=1, MONOTONIC_USEC=time.clock_gettime_ns(time.CLOCK_MONOTONIC) // 1000)
             is_good = self._reload()
             self._last_reload = {"at": time.time(), "ok": is_good}
@@ -3345,8 +4359,15 @@ class Daemon:
         notify(STOPPING=1, STATUS=f"stopping on {received.name}")
         self._stop(received)
 
-    def report(self) -> Dict[str, Any]:
-        """What the map stats answers: counters since the start, and the state of things. No address and no name is in it."""
+    def _next_signal(self) -> Optional[signal.Signals]:
+        """Wait for it; None if it is time to end what a reload has retired."""
+        if not self._retired:
+            return signal.Signals(signal.sigwait(self.SIGNALS))
+        found = signal.sigtimedwait(self.SIGNALS, max(0.0, self._retired_until - time.monotonic()))
+        return signal.Signals(found.si_signo) if found else None
+
+    def report(self) -> dict[str, Any]:
+        """What the map stats answers: counters since the start, and the state of things. No name and no address but a canary's."""
         service = self._servers[0].service
         tallies = {server.component: server.tally() for server in self._servers}
         return {
@@ -3357,20 +4378,17 @@ class Daemon:
             "uptime_seconds": time.monotonic() - self._started,
             "last_reload": self._last_reload,
             "answers": [
-                {"service": name, "answer": ANSWERS.get(answer, answer), "reason": reason, "count": count}
+                {"service": name, "answer": answer, "reason": reason, "count": count}
                 for name, tally in tallies.items()
                 for (answer, reason), count in sorted(tally.answers.items())
             ],
-            "remembered_answers": {
-                "given": sum(tally.remembered for tally in tallies.values()),
-                "kept": len(service.remembered),
-            },
-            "seconds": {name: tally.all_took().to_json() for name, tally in tallies.items()},
+            "recalled_answers": {"given": sum(tally.recalled for tally in tallies.values()), "kept": len(service.recalled)},
+            "seconds": {name: tally.times() for name, tally in tallies.items()},
             **service.directory.report(),
             "database": {"path": service.config.sqlite.path, "works": service.database.works()},
             "connections": {
                 **{server.component: len(server.connections) for server in self._servers},
-                "limit": self._servers[0].max_connections,
+                "limit": self.max_connections,
             },
         }
 
@@ -3383,7 +4401,7 @@ class Daemon:
             with contextlib.closing(Database(path)) as database:
                 database.check()
         except DatabaseUnavailable as exc:
-            log.error("%s; answers that need it are deferred until it is mended", exc)
+            log.error("%s; answers that need it are deferred until it is fixed", exc)
 
     def _warn_of_unreadable_files(self) -> None:
         keycloak = self._config.keycloak
@@ -3410,23 +4428,33 @@ class Daemon:
                     log.warning("config: %s.%s: a change here needs a restart", block, field.name)
         old_service = self._servers[0].service
         try:
-            service = Service(config, old_service)
-        except RuntimeError as exc:  # no more threads to be had
+            service = Service(config, old_service, *self._retired)
+        except RuntimeError as exc:  # the system gives no more threads
             log.error("daemon: reload refused, the old configuration stays in force reason=%s", f'"{exc}"')
             return False
         self._config = config
         for server in self._servers:
             server.service = service
-        # Requests that began with the old one may still look something up there, for as long as one request may take.
-        self._retired = [directory for directory in self._retired if not directory.closed.is_set()] + [old_service.directory]
-        timer = threading.Timer(2 * old_service.timeout_seconds, old_service.directory.close)
-        timer.daemon = True
-        timer.start()
-        if old_service.last_known and old_service.last_known is not service.last_known:
-            old_service.last_known.close()
+        self._retire(old_service, service)
         log.setLevel(config.daemon.log_level)
         log.info("daemon: reloaded config=%s", config.path)
         return True
+
+    def _retire(self, old: Service, new: Service) -> None:
+        """Let the requests that began with the old one end. Reloads in a row pile up no threads: the one before it is ended now."""
+        old.directory.close()
+        self._end_retired(new, old)
+        self._retired, self._retired_until = [old], time.monotonic() + 2 * old.timeout_seconds
+
+    def _end_retired(self, *others: Service) -> None:
+        """End what none of the others uses."""
+        for service in self._retired:
+            if not any(each.source is service.source for each in others):
+                service.source.give_up()
+                service.source.close()
+            if service.saved and not any(each.saved is service.saved for each in others):
+                service.saved.close()
+        self._retired = []
 
     def _stop(self, received: signal.Signals) -> None:
         log.info("daemon: stopping signal=%s", received.name)
@@ -3438,27 +4466,28 @@ class Daemon:
         for server in self._servers:
             server.stop_accepting()
         if not all(server.wait_for_connections(started + SHUTDOWN_LOOKUP_SECONDS) for server in self._servers):
-            for directory in (self._servers[0].service.directory, *self._retired):
-                directory.give_up()
+            for service in (self._servers[0].service, *self._retired):
+                service.source.give_up()
         if not all(server.wait_for_connections(started + SHUTDOWN_TOTAL_SECONDS) for server in self._servers):
             log.warning("daemon: connections cut off at the end of the time to stop")
-        last_known = self._servers[0].service.last_known
-        if last_known:
-            last_known.close()
+        for service in (self._servers[0].service, *self._retired):
+            if service.saved:
+                service.saved.close(max(0.0, started + SHUTDOWN_SECONDS - time.monotonic()))
         log.info("daemon: stopped")
 
     def _remove_sockets(self) -> None:
-        """Take our sockets' names away, so that nobody connects any more."""
-        for listener in self._listeners.values() if self._owns_sockets else ():
-            path = str(listener.getsockname())
+        """Take our sockets' names away, so that nobody connects any more; those that were handed over stay for the next daemon."""
+        for path, identity in self._socket_files.items():
             try:
-                os.unlink(path)
+                if identity and file_identity(path) == identity:  # perhaps somebody has removed ours, and started another daemon
+                    os.unlink(path)
             except OSError as exc:  # daemon.user may not write there; the next start removes it
                 log.info("server: socket left behind path=%s reason=%s", path, f'"{exc.strerror}"')
 
 
 # ---------------------------------------------------------------------------------------------------------------------------------
-# 11. main
+# 12. main
+# Arguments, config, start, exit code.
 # ---------------------------------------------------------------------------------------------------------------------------------
 
 
@@ -3491,6 +4520,38 @@ def _parse_arguments(argv: Optional[Sequence[str]]) -> argparse.Namespace:
     return options
 
 
+class _Stderr(logging.Handler):
+    """Standard error. Nobody waits long for a service manager or a pipe that takes no more: lines are lost then, and counted."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._lost = 0
+        self._poll = select.poll()
+        self._poll.register(2, select.POLLOUT)
+        try:
+            self._mode = os.fstat(2).st_mode
+        except OSError:  # it is closed
+            self._mode = 0
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if self._lost:
+            text = f"daemon: {self._lost} lines of the log were lost, it took no more"
+            if self._write(logging.LogRecord(log.name, logging.WARNING, "", 0, text, (), None)):
+                self._lost = 0
+        if self._lost or not self._write(record):
+            self._lost += 1
+
+    def _write(self, record: logging.LogRecord) -> bool:
+        data = self.format(record).encode("utf-8", "backslashreplace")[: MAX_LOG_LINE_BYTES - 1] + b"\n"
+        if stat.S_ISSOCK(self._mode) and _send_at_once and _send_at_once(2, data, len(data), _SEND_FLAGS) > 0:  # systemd's
+            return True
+        try:
+            has_room = stat.S_ISREG(self._mode) or self._poll.poll(0 if self._lost else LOG_WAIT_MILLISECONDS)
+            return bool(has_room) and os.write(2, data) > 0
+        except OSError:  # the disk is full, or nobody will ever read it
+            return False
+
+
 class _Syslog(logging.Handler):
     """The host's syslog, facility mail, ident mailcloak."""
 
@@ -3507,59 +4568,38 @@ class _Syslog(logging.Handler):
 
 def configure_logging(config: DaemonConfig) -> None:
     """Log to stderr, each line with its time, or to syslog, which has its own; raises StartError where there is no syslog."""
-    handler = _Syslog() if config.log == "syslog" else logging.StreamHandler()
-    handler.setFormatter(
-        logging.Formatter("%(asctime)s %(levelname)s %(message)s" if config.log == "stderr" else "%(levelname)s %(message)s")
-    )
+    to_syslog = config.log == "syslog"
+    handler = _Syslog() if to_syslog else _Stderr()
+    handler.setFormatter(logging.Formatter("%(levelname)s %(message)s" if to_syslog else "%(asctime)s %(levelname)s %(message)s"))
     for level in (logging.DEBUG, logging.INFO, logging.WARNING, logging.ERROR):
         logging.addLevelName(level, logging.getLevelName(level).lower())
+    # What no line shows is not looked up for each of them (Python's Logging HOWTO, Optimization).
+    logging._srcfile, logging.logThreads, logging.logProcesses, logging.logMultiprocessing = None, False, False, False
     log.addHandler(handler)
     log.propagate = False
-    for library in ("urllib3", "requests"):  # whoever listens at the root logger: urllib3 quotes the headers of a server there
+    for library in ("urllib3", "requests"):  # keep them from handlers of the root logger: urllib3 logs headers of the server
         logging.getLogger(library).propagate = False
     log.setLevel(config.log_level)
-
-
-def postfix_warnings(config: Config) -> Iterator[str]:
-    """What does not fit the Postfix of this host, if there is one. Source: postconf(1)."""
-    postconf = shutil.which("postconf", path=f"{os.environ.get('PATH', '')}:/usr/sbin")
-    if not postconf:
-        return
-    try:
-        command = [postconf, "-h", "queue_directory", "recipient_delimiter"]
-        output = subprocess.run(command, check=True, capture_output=True, text=True, timeout=10).stdout
-        queue_directory, delimiter = output.splitlines()
-    except (OSError, ValueError, subprocess.SubprocessError) as exc:
-        yield f"config: postconf could not be asked whether this fits Postfix: {type(exc).__name__}"
-        return
-    for key in ("policy_socket", "socketmap_socket"):
-        path = getattr(config.sockets, key)
-        if os.path.commonpath([path, queue_directory]) != queue_directory:
-            yield f"config: sockets.{key}: {path} is not below Postfix's queue_directory {queue_directory}, where a chrooted smtpd looks"
-    if delimiter != config.policy.recipient_delimiter:
-        ours = config.policy.recipient_delimiter
-        yield f"config: policy.recipient_delimiter: {ours!r} here, {delimiter!r} in Postfix's main.cf; both must be the same"
 
 
 def main(argv: Optional[Sequence[str]] = None) -> int:
     """Run the daemon; returns its exit code."""
     options = _parse_arguments(argv)
+    if not options.check_config:  # before all that takes time: until run() waits for them, a SIGHUP would end the program
+        signal.pthread_sigmask(signal.SIG_BLOCK, Daemon.SIGNALS)
     try:
         config = load_config(options.config)
     except ConfigError as exc:
-        print("\n".join(exc.problems), file=sys.stderr)
+        print(exc, file=sys.stderr)
         return EXIT_CONFIG
     if options.check_config:
-        print("\n".join((*config.warnings, *postfix_warnings(config), f"config: {config.path}: good")), file=sys.stderr)
+        print(*config.warnings, *postfix_warnings(config), f"config: {config.path}: good", sep="\n", file=sys.stderr)
         return EXIT_OK
     try:
         configure_logging(config.daemon)
         Daemon(config).run()
     except StartError as exc:
-        if log.handlers:
-            log.error("%s", exc)
-        else:
-            print(exc, file=sys.stderr)
+        log.error("%s", exc)  # without a handler yet, logging writes it to stderr
         return EXIT_FAILED
     return EXIT_OK
 

@@ -3,12 +3,14 @@
  *   load SOCKET CONNECTIONS SECONDS HOLD < QUESTIONS
  *
  * QUESTIONS: netstrings in pairs, a request and the answer that it must get; any other answer ends the run. The requests are sent in
- *            turn, over whichever connection is free, and begin anew after the last.
+ *            turn, over whichever connection is free, and start again after the last.
  * SECONDS:   the time that is measured. It begins when each connection has asked once and had its answer. 0: until each request has
- *            been sent once, all of it measured. What is in flight at the end is waited for, so that the server is left in peace.
- * HOLD:      so many seconds more the connections stay open, silent, after the figures have been printed.
- * Prints one line of JSON: answers, seconds, the 50th and 99th percentile and the greatest time of an answer, in microseconds, and
- * the processor seconds that load itself used. One thread and epoll, so that it costs far less than what it measures.
+ *            been sent once, all of it measured; -1: the same, but it begins when each connection has asked once. What is in flight at
+ *            the end is waited for, so that the server has nothing left to do.
+ * HOLD:      for this many seconds the connections stay open and silent after the figures have been printed.
+ * Prints one line of JSON: answers, seconds, the 50th and 99th percentile and the greatest time of an answer, and the longest time in
+ * which no connection got one (gap; here everything from the first request to the last answer counts), all in microseconds, and the
+ * processor seconds that load itself used. One thread and epoll, so that it costs far less than what it measures.
  */
 #define _GNU_SOURCE
 #include <errno.h>
@@ -51,6 +53,7 @@ static int connection_count, epoll;
 static struct epoll_event *events;
 static uint32_t histogram[SLOTS];
 static uint64_t answers, greatest_ns; /* as the histogram, since they were set to 0 */
+static uint64_t gap_ns;
 
 static void fail(const char *what)
 {
@@ -139,10 +142,11 @@ static void record(uint64_t took_ns)
     histogram[took_ns / 1000 < SLOTS ? took_ns / 1000 : SLOTS - 1]++;
 }
 
-/* Ask so many requests, or until the time is over. Each connection has had its answer then; answers that came too late do not count. */
+/* Ask this many requests, or until the time is over. Then each connection has its answer; answers that came too late do not count. */
 static void ask(size_t left, uint64_t end_ns)
 {
     size_t in_flight = 0;
+    uint64_t last = now_ns();
     for (int index = 0; index < connection_count && left; index++, left--, in_flight++)
         send_next(&connections[index]);
     while (in_flight) {
@@ -157,6 +161,8 @@ static void ask(size_t left, uint64_t end_ns)
                 continue;
             in_flight--;
             uint64_t now = now_ns();
+            gap_ns = now - last > gap_ns ? now - last : gap_ns;
+            last = now;
             if (now >= end_ns)
                 continue;
             record(now - connection->sent_at);
@@ -207,14 +213,16 @@ int main(int argc, char **argv)
     strcpy(address.sun_path, argv[1]);
     connection_count = atoi(argv[2]);
     double seconds = atof(argv[3]), hold = atof(argv[4]);
-    if (connection_count < 1 || seconds < 0 || hold < 0) {
+    if (connection_count < 1 || hold < 0) {
         errno = 0;
         fail("arguments");
     }
     read_questions();
     connect_all(&address);
-    if (seconds > 0) {
+    size_t left = question_count;
+    if (seconds != 0) {
         ask((size_t)connection_count, UINT64_MAX);
+        left -= left < (size_t)connection_count ? left : (size_t)connection_count;
         memset(histogram, 0, sizeof histogram);
         answers = greatest_ns = 0;
     }
@@ -223,12 +231,13 @@ int main(int argc, char **argv)
     if (seconds > 0)
         ask(SIZE_MAX, end);
     else {
-        ask(question_count, UINT64_MAX);
+        ask(left, UINT64_MAX);
         end = now_ns();
     }
-    printf("{\"answers\": %llu, \"seconds\": %.3f, \"p50_us\": %.0f, \"p99_us\": %.0f, \"max_us\": %.0f, \"processor_seconds\": %.3f}\n",
+    printf("{\"answers\": %llu, \"seconds\": %.3f, \"p50_us\": %.0f, \"p99_us\": %.0f, \"max_us\": %.0f, \"gap_us\": %.0f, "
+           "\"processor_seconds\": %.3f}\n",
            (unsigned long long)answers, (double)(end - started) / 1e9, percentile(0.5), percentile(0.99), (double)greatest_ns / 1000,
-           processor_seconds() - processor);
+           (double)gap_ns / 1000, processor_seconds() - processor);
     fflush(stdout);
     usleep((useconds_t)(hold * 1e6));
     return 0;

@@ -1,9 +1,9 @@
 #!/usr/bin/env python3
 """Show what mailcloak does, without Keycloak, Postfix or root.
 
-demo.py                ask a daemon of its own a dozen questions in Postfix's protocols, and show the answers
-demo.py run            leave that daemon in the foreground
-demo.py ask ADDRESS    ask the daemon that "run" started whether ADDRESS may receive, showing the bytes
+demo.py                start a daemon, ask it a dozen questions in Postfix's protocols, and show the answers
+demo.py run            run that daemon in the foreground
+demo.py ask ADDRESS    ask the daemon that "run" started whether ADDRESS may receive, and show the bytes
 """
 
 from __future__ import annotations
@@ -33,9 +33,9 @@ SOURCES = {
     "sender-not-owned": "directory: the address is not the user's",
     "app": "SQLite: the app's list of senders",
     "app-sender": "SQLite: not in the app's list",
-    "local-sender-unauthenticated": "our own domain, and nobody logged in",
-    "sender-not-local": "a sender elsewhere is not ours to judge",
-    "recipient-not-local": "relaying is Postfix's own decision",
+    "local-sender-unauthenticated": "our own domain, and no login",
+    "sender-not-local": "not our domain: mailcloak does not check it",
+    "recipient-not-local": "not our domain: Postfix decides about relaying",
     "no-alias": "SQLite: no such alias",
 }
 
@@ -44,8 +44,8 @@ OUTSIDE = "friend@elsewhere.test"
 QUESTIONS = [
     ("mail for a user, alice@demo.test", {"recipient": "alice@demo.test"}, "DUNNO"),
     ("mail for an alias, info@demo.test", {"recipient": "info@demo.test"}, "DUNNO"),
-    ("mail for a tagged address, alice+shop@demo.test", {"recipient": "alice+shop@demo.test"}, "DUNNO"),
-    ("mail for a stranger, nobody@demo.test", {"recipient": "nobody@demo.test"}, "550 5.1.1 No such user"),
+    ("mail for an address with an extension, alice+shop@demo.test", {"recipient": "alice+shop@demo.test"}, "DUNNO"),
+    ("mail for an unknown user, nobody@demo.test", {"recipient": "nobody@demo.test"}, "550 5.1.1 No such user"),
     ("mail for another host, x@elsewhere.test", {"recipient": "x@elsewhere.test"}, "DUNNO"),
     ("alice sends as herself", {"sender": "alice@demo.test", "user": "alice"}, "DUNNO"),
     ("alice sends as her alias info@demo.test", {"sender": "info@demo.test", "user": "alice"}, "DUNNO"),
@@ -61,7 +61,7 @@ QUESTIONS = [
         "553 5.7.1 Sender not owned by authenticated user",
     ),
     (
-        "a stranger outside sends as bob@demo.test",
+        "a client without a login sends as bob@demo.test",
         {"sender": "bob@demo.test"},
         "553 5.7.1 Sending from local domains requires authentication",
     ),
@@ -142,7 +142,7 @@ def ask(directory: Path, asked: dict[str, str] | str) -> str:
 
 
 def read_source(log: Path, asked: dict[str, str] | str) -> str:
-    """Where the last answer came from, by the daemon's own log line: the reason of the recipient check, then of the sender check."""
+    """Where the last answer came from, read from the daemon's log: the reason of the recipient check or of the sender check."""
     reasons = re.findall(r"reason=(\S+)", log.read_text())[-1].split(",")  # logged before the answer is sent
     reason = reasons[0] if "recipient" in asked else reasons[-1]
     return SOURCES.get(reason, reason)
@@ -187,7 +187,7 @@ def run() -> int:
     RUN_DIR.mkdir(mode=0o700, exist_ok=True)
     status = RUN_DIR.lstat()
     if status.st_uid != os.getuid() or not stat.S_ISDIR(status.st_mode):
-        sys.exit(f"{RUN_DIR} is not a folder of yours, remove it")
+        sys.exit(f"{RUN_DIR} is not your own folder, remove it")
     config = write_config(RUN_DIR)
     run_ctl(config, "aliases", "add", "info@demo.test", "alice")
     python = Path(sys.executable)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import functools
+import json
 import os
 import pty
 import pwd
@@ -11,6 +13,7 @@ import select
 import shutil
 import signal
 import socket
+import ssl
 import struct
 import subprocess
 import sys
@@ -20,6 +23,7 @@ import time
 from collections import defaultdict
 from fcntl import ioctl
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 import yaml
@@ -27,7 +31,9 @@ import yaml
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 sys.path.insert(0, str(Path(__file__).resolve().parent))
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)  # with it each run of mailcloakctl would compile mailcloak.py again
 
+from ctl_server import CtlServer  # noqa: E402
 from keycloak_stand_in import KeycloakStandIn  # noqa: E402
 
 # What a test marked real(NAME) needs: the programs, and the packages that bring them.
@@ -46,12 +52,27 @@ REAL_SERVERS = {
 }
 
 
+# The modules whose outcome a version of Python or of a library can change. What is left to the one full run: documents, man pages,
+# completions, doctor, installing, and what asks the same code again with more data.
+EVERY_PYTHON = (
+    *("addresses", "cache", "clients", "config", "database", "hostile_streams", "keycloak", "lifecycle", "mailcloakctl"),
+    *("maps", "policy_decisions", "recalled", "sockets", "status", "wire"),
+)
+
+SHARED_KEYCLOAK, GROUPS = "keycloak", "groups"  # what pytest-xdist's workers share: where it runs, which tests stay together
+
+
 def pytest_addoption(parser):
     parser.addoption("--long", action="store_true", help="also run the tests that take minutes, as with CI set")
+    parser.addoption("--every-python", action="store_true", help="run the modules alone that are worth running on each Python")
 
 
 def _find_program(name):
     return shutil.which(name, path=os.environ.get("PATH", "") + ":/usr/sbin:/sbin")
+
+
+def _needs(item, server):
+    return any(server in marker.args for marker in item.iter_markers("real"))
 
 
 def _lacks(item):
@@ -68,8 +89,80 @@ def _lacks(item):
 
 @pytest.hookimpl(trylast=True)  # after -k and -m
 def pytest_collection_modifyitems(config, items):
+    _leave_out(config, items)
+    if hasattr(config, "workerinput"):
+        groups = _find_groups(items)
+        items.sort(key=lambda item: _rank(item, item.nodeid in groups))
+        once_for_all(config, GROUPS, lambda: groups)
+
+
+def _rank(item, is_grouped):
+    """Tests of a lower rank begin earlier: what takes long, so that no worker is left with it at the end."""
+    has = item.get_closest_marker
+    return bool(has("alone")), not has("long"), not is_grouped, not _needs(item, "keycloak")
+
+
+@pytest.hookimpl(hookwrapper=True, tryfirst=True)  # before pytest-timeout looks at its clock
+def pytest_runtest_protocol(item):
+    """A test marked alone waits until pytest-xdist's other workers have ended theirs, and they wait for it."""
+    if not hasattr(item.config, "workerinput"):
+        yield
+        return
+    folder, alone = Path(item.config.workerinput["shared_folder"]), item.get_closest_marker("alone")
+    with open(folder / "gate", "w") as gate, open(folder / "running", "w") as running_tests:
+        fcntl.flock(gate, fcntl.LOCK_EX)  # who waits here for the others keeps new ones out
+        fcntl.flock(running_tests, fcntl.LOCK_EX if alone else fcntl.LOCK_SH)
+        if not alone:
+            fcntl.flock(gate, fcntl.LOCK_UN)
+        yield
+
+
+def _find_groups(items):
+    """Which tests stay together in one of pytest-xdist's workers: {test: group}.
+
+    They are those with one xdist_group, and those that use a fixture of their whole module, so that it is made once. A fixture of
+    the whole session is made in each worker that needs it, or shared by all with once_for_all().
+    """
+    shared, together = {}, {}  # the fixtures that a test shares with others; a fixture, and all that must be in the same worker
+    for item in items:
+        fixtures = item._fixtureinfo.name2fixturedefs.items()
+        names = {f"{item.module.__name__}.{name}" for name, found in fixtures if found[-1].scope == "module" and name[0] != "_"}
+        names.update(marker.args[0] for marker in item.iter_markers("xdist_group"))
+        shared[item.nodeid] = names
+        all_names = names.union(*(together.get(name, ()) for name in names))
+        together.update(dict.fromkeys(all_names, all_names))
+    return {test: min(together[min(names)]) for test, names in shared.items() if names}
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config, log):
+    """In place of --dist loadgroup, which does nothing with pytest 9.2 (pytest-xdist's issue 1386) and renames tests with others."""
+    if config.getvalue("dist") != "loadgroup":
+        return None
+    from xdist.scheduler import LoadScopeScheduling
+
+    class GroupScheduling(LoadScopeScheduling):
+        groups = None
+
+        def _split_scope(self, nodeid):
+            if self.groups is None:  # all workers have collected by now
+                self.groups = json.loads((Path(config.shared_folder) / GROUPS).read_text())
+            return self.groups.get(nodeid, nodeid)
+
+    config.option.loadscopereorder = False  # the order is that of pytest_collection_modifyitems
+    return GroupScheduling(config, log)
+
+
+def _leave_out(config, items):
     """Take out what cannot run here, or takes minutes; where CI is set everything stays, and fails where something is lacking."""
     config.left_out = []
+    if config.getoption("--every-python"):
+        other = [item for item in items if item.module.__name__.removeprefix("test_") not in EVERY_PYTHON]
+        items[:] = [item for item in items if item not in set(other)]
+        config.hook.pytest_deselected(items=other)
+        missing = [name for name in EVERY_PYTHON if not (ROOT / "tests" / f"test_{name}.py").exists()]
+        if missing:
+            raise pytest.UsageError(f"EVERY_PYTHON in conftest.py names modules that are not there: {missing}")
     if os.environ.get("CI"):
         return
     kept, deselected = [], []
@@ -91,13 +184,47 @@ def pytest_runtest_setup(item):
 
 
 def pytest_sessionfinish(session):
+    if ctl_server.cache_info().currsize:
+        ctl_server().close()
     if hasattr(session.config, "workeroutput"):  # one of pytest-xdist's workers, each of which has collected the same
         session.config.workeroutput["left_out"] = session.config.left_out
 
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_testnodedown(node):
-    node.config.left_out = [tuple(each) for each in node.workeroutput.get("left_out", ())]
+    if hasattr(node, "workeroutput"):  # not of a worker that has crashed
+        node.config.left_out = [tuple(each) for each in node.workeroutput.get("left_out", ())]
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_configure_node(node):
+    """A folder for what pytest-xdist's workers share."""
+    if not hasattr(node.config, "shared_folder"):
+        node.config.shared_folder = tempfile.mkdtemp(prefix="mc", dir="/tmp")
+    node.workerinput["shared_folder"] = node.config.shared_folder
+
+
+def pytest_unconfigure(config):
+    """When all workers are gone, the end of what they shared."""
+    folder = getattr(config, "shared_folder", None)
+    if folder:
+        for path in Path(folder).glob(SHARED_KEYCLOAK):
+            from real.keycloak import PrivateKeycloak
+
+            PrivateKeycloak(**json.loads(path.read_text())).close()
+        shutil.rmtree(folder)
+
+
+def once_for_all(config, name, make):
+    """What make() returns, made once for all of pytest-xdist's workers; it must be of JSON."""
+    if not hasattr(config, "workerinput"):
+        return make()
+    path = Path(config.workerinput["shared_folder"]) / name
+    with open(f"{path}.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not path.exists():
+            path.write_text(json.dumps(make()))
+        return json.loads(path.read_text())
 
 
 def pytest_terminal_summary(terminalreporter, config):
@@ -169,13 +296,45 @@ def keycloak():
         yield stand_in
 
 
+class Certificate(NamedTuple):
+    file: str
+    context: ssl.SSLContext
+
+
 @pytest.fixture(scope="session")
-def real_keycloak():
-    """A real Keycloak for the whole run; each module makes its own realms."""
+def certificate(tmp_path_factory):
+    """A certificate of its own authority for 127.0.0.1, and the context of a server that has it."""
+    folder = tmp_path_factory.mktemp("tls")
+    key, file = folder / "key.pem", folder / "cert.pem"
+    command = ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2", "-subj", "/CN=127.0.0.1"]
+    subprocess.run(
+        [*command, "-addext", "subjectAltName=IP:127.0.0.1", "-keyout", str(key), "-out", str(file)],
+        check=True,
+        capture_output=True,
+    )
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(file, key)
+    return Certificate(str(file), context)
+
+
+@pytest.fixture(scope="session")
+def real_keycloak(pytestconfig):
+    """A real Keycloak for the whole run, one for all of pytest-xdist's workers; each module makes its own realms."""
     from real.keycloak import PrivateKeycloak
 
-    with running(PrivateKeycloak()) as server:
-        yield server
+    def start():
+        server = PrivateKeycloak()
+        try:
+            return server.start().description()
+        except BaseException:
+            server.close()
+            raise
+
+    if hasattr(pytestconfig, "workerinput"):
+        yield PrivateKeycloak(**once_for_all(pytestconfig, SHARED_KEYCLOAK, start))  # its end: pytest_unconfigure
+    else:
+        with running(PrivateKeycloak()) as server:
+            yield server
 
 
 @pytest.fixture(params=["daemon-running", "daemon-stopped"])
@@ -258,6 +417,10 @@ class SocketmapClient(PolicyClient):
         return self.receive()
 
 
+# Not mailcloak.py itself, which Python would compile at each start: that is most of the start.
+START_DAEMON = "import sys; sys.path.insert(0, sys.argv.pop(1)); import mailcloak; sys.exit(mailcloak.main())"
+
+
 class Daemon:
     """mailcloak.py as a process of its own, with its config, sockets and log in one directory."""
 
@@ -267,7 +430,7 @@ class Daemon:
         self.config = {**config, "daemon": {"log_level": level, **config.get("daemon", {})}}
         self.log_path = self.directory / "log"
         self.process = None
-        self._command = [python, str(ROOT / "mailcloak.py"), "--config", str(self.config_path)]
+        self._command = [python, "-c", START_DAEMON, str(ROOT), "--config", str(self.config_path)]
         self._environment = {**os.environ, **(environment or {})}
         self._clients = []
 
@@ -367,14 +530,38 @@ def as_nobody(function):
 
 
 def run_ctl(*arguments, check=True, **options):
-    command = [sys.executable, str(ROOT / "mailcloakctl.py"), *map(str, arguments)]
-    options = {"capture_output": True, "text": True, "timeout": 60, **options}
-    if "input" not in options:
-        options["stdin"] = subprocess.DEVNULL
-    result = subprocess.run(command, check=False, **options)
+    """mailcloakctl, with the options of subprocess.run(); in a process of its own where there are more than input and text."""
+    run = run_ctl_in_fork if options.keys() <= {"input", "text"} else run_ctl_process
+    result = run(*map(str, arguments), **options)
     if check:
         assert result.returncode == 0, result.stderr
     return result
+
+
+def run_ctl_process(*arguments, **options):
+    """mailcloakctl.py as people run it."""
+    command = [sys.executable, str(ROOT / "mailcloakctl.py"), *arguments]
+    options = {"capture_output": True, "text": True, "timeout": 60, **options}
+    if "input" not in options:
+        options["stdin"] = subprocess.DEVNULL
+    return subprocess.run(command, check=False, **options)
+
+
+ctl_server = functools.cache(CtlServer)
+
+
+def run_ctl_in_fork(*arguments, input="", text=True):
+    """The same without Python's start, see ctl_server.py."""
+    with contextlib.ExitStack() as stack:
+        stdin, stdout, stderr = (stack.enter_context(tempfile.TemporaryFile()) for _ in range(3))
+        stdin.write(input.encode() if text else input)
+        stdin.seek(0)
+        code = ctl_server().run(arguments, stdin=stdin, stdout=stdout, stderr=stderr, timeout=60)
+        outputs = []
+        for file in (stdout, stderr):
+            file.seek(0)
+            outputs.append(file.read().decode() if text else file.read())
+    return subprocess.CompletedProcess(["mailcloakctl", *arguments], code, *outputs)
 
 
 class Terminal:

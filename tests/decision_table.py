@@ -1,4 +1,4 @@
-"""The tables of the reference as data: one world of users, aliases and apps, and rows of question and answer.
+"""The decision tables as data: one set of users, aliases and apps, and rows of question and answer.
 
 Each row is tried on the pure functions and over the wire, see test_policy_decisions.py.
 """
@@ -13,6 +13,7 @@ UNAUTHENTICATED = "553 5.7.1 Sending from local domains requires authentication"
 DIRECTORY = "451 4.3.0 Temporary authentication/lookup failure"
 INTERNAL = "451 4.3.0 Temporary internal error"
 DUNNO = "DUNNO"
+DELIMITER = "TEMP username {} holds a recipient delimiter"
 
 # username, primary e-mail, enabled
 USERS = [
@@ -40,6 +41,9 @@ USERS = [
     ("hans", "hans@xn--bcher-kva.test", True),
     ("ulla", "ulla@bücher.test", True),
     ("jürgen", "jürgen@d1.test", True),
+    ("mina", "می\u200cخواهم@d1.test", True),  # with a non-joiner, as Persian is written
+    ("newton", "x\U000e0fff@d1.test", True),  # of a character that no table of Unicode has yet
+    ("lou+2", "lou@d1.test", True),  # a username that Dovecot would cut
 ]
 
 # alias, username, enabled
@@ -60,6 +64,11 @@ ALIASES = [
     ("spaced@d1.test", "two words", 1),
     ("büro@d1.test", "alice", 1),
     ("info@xn--bcher-kva.test", "hans", 1),
+    ("dash@d1.test", "anne-marie", 1),
+    ("plus@d1.test", "alice+x", 1),
+    ("leading@d1.test", "+alice", 1),
+    ("plus-address@d1.test", "erin+x@d2.test", 1),
+    ("dash-domain@d1.test", "erin@d-2.test", 1),
 ]
 
 # app, enabled, senders, owner, expires_at
@@ -114,6 +123,7 @@ def _with(**changes):
 
 
 MAILBOXES = _with(mailbox_domain="mailbox.internal")
+STREETS = _with(domain="strasse.test")
 DASHES = _with(recipient_delimiter="+-")
 RECIPIENTS_PASS = _with(keycloak_failure_mode="dunno-recipients")
 ALL_PASS = _with(keycloak_failure_mode="dunno")
@@ -189,7 +199,25 @@ ROWS = [
     _recipient("international-domain-a-label", "ulla@xn--bcher-kva.test", DUNNO),
     _recipient("international-domain-alias", "info@BÜCHER.test", DUNNO),
     _recipient("international-domain-stranger", "stranger@bücher.test", NO_SUCH_USER),
-    _recipient("domain-not-convertible", "x@\u2488.test", DUNNO),
+    _recipient("domain-not-convertible", "x@\u2488.test", INTERNAL),
+    _recipient("domain-not-convertible-outage-all-pass", "x@\u2488.test", INTERNAL, keycloak="down", policy=ALL_PASS),
+    _recipient("domain-not-convertible-inside", "x%\u1e9e.test@elsewhere.test", INTERNAL),
+    _recipient("domain-not-convertible-outside", "alice%d1.test@\u1e9e.test", INTERNAL),
+    _recipient("domain-not-convertible-in-a-local-part", "x%\u1e9e.test@d1.test", NO_SUCH_USER),
+    _recipient("domain-of-ours-and-many-ignored-signs", "stranger@d1" + "\u00ad" * 255 + ".test", INTERNAL),
+    _recipient("domain-of-ours-in-fullwidth", "stranger@ｄ１.test", NO_SUCH_USER),
+    _recipient("domain-that-postfix-folds-to-ours", "stranger@straße.test", INTERNAL, policy=STREETS),
+    _recipient("domain-that-postfix-folds-to-ours-user", "alice%straße.test@elsewhere.test", INTERNAL, policy=STREETS),
+    _recipient("domain-that-postfix-folds-to-ours-a-label", "x@xn--strae-oqa.test", DUNNO, policy=STREETS),
+    _recipient("domain-that-postfix-folds-to-others", "x@straße.test", DUNNO),
+    _recipient(
+        "domain-that-postfix-folds-to-the-mailbox-domain", "x@straße.test", INTERNAL, policy=_with(mailbox_domain="strasse.test")
+    ),
+    _recipient("domain-emoji", "x@😀.test", DUNNO),
+    _recipient("joiner-unknown", "ali\u200cce@d1.test", NO_SUCH_USER),
+    _recipient("joiner-outage", "ali\u200cce@d1.test", DIRECTORY, keycloak="down"),
+    _recipient("persian", "می\u200cخواهم@d1.test", DUNNO),
+    _recipient("newer-than-pythons-tables", "x\U000e0fff@d1.test", DUNNO),
     _recipient("mailbox-domain", "alice@mailbox.internal", NO_SUCH_USER, policy=MAILBOXES),
     _recipient("mailbox-domain-unset", "alice@mailbox.internal", DUNNO),
     _recipient("outage-primary", "alice@d1.test", DIRECTORY, keycloak="down"),
@@ -221,6 +249,18 @@ ROWS = [
     _sender("source-route", "@x.test:alice@d1.test", UNAUTHENTICATED),
     _sender("wide-dot", "alice@d1\u3002test", UNAUTHENTICATED),
     _sender("international-domain", "x@bücher.test", UNAUTHENTICATED),
+    _sender("domain-not-convertible", "x@\u1e9e.test", INTERNAL),
+    _sender("domain-not-convertible-dunno", "x@\u1e9e.test", INTERNAL, policy=_with(unauthenticated_local_sender="dunno")),
+    _sender("domain-not-convertible-outage-all-pass", "x@\u1e9e.test", INTERNAL, keycloak="down", policy=ALL_PASS),
+    _sender("domain-of-ours-and-many-ignored-signs", "alice@d1" + "\u00ad" * 255 + ".test", INTERNAL),
+    _sender("domain-not-utf8", "alice@d1\udcff.test", INTERNAL),
+    _sender("domain-that-postfix-folds-to-ours", "alice@straße.test", INTERNAL, policy=STREETS),
+    _sender("domain-that-postfix-folds-to-others", "x@straße.test", DUNNO),
+    _sender("domain-emoji", "x@😀.test", DUNNO),
+    _sender("mailbox-domain", "alice@mailbox.internal", UNAUTHENTICATED, policy=MAILBOXES),
+    _sender("mailbox-domain-any-case", "alice@Mailbox.Internal.", UNAUTHENTICATED, policy=MAILBOXES),
+    _sender("mailbox-domain-null", "", DUNNO, policy=MAILBOXES),
+    _sender("mailbox-domain-unset", "alice@mailbox.internal", DUNNO),
     _sender("local-warn", "alice@d1.test", DUNNO, policy=_with(unauthenticated_local_sender="warn")),
     _sender("local-dunno", "alice@d1.test", DUNNO, policy=_with(unauthenticated_local_sender="dunno")),
     _sender("local-outage", "alice@d1.test", UNAUTHENTICATED, keycloak="down"),
@@ -235,6 +275,7 @@ ROWS = [
     _app("tagged-not-allowed", "printer", "scan+x@d1.test", NOT_OWNED),
     _app("null-not-allowed", "printer", "", NOT_OWNED),
     _app("null-allowed", "shop", "", DUNNO),
+    _app("domain-not-convertible", "printer", "scan@\u1e9e.test", INTERNAL),
     _app("foreign-allowed", "shop", "news@elsewhere.test", DUNNO),
     _app("foreign-not-allowed", "shop", "x@elsewhere.test", NOT_OWNED),
     _app("foreign-dunno-is-for-users-alone", "shop", "x@elsewhere.test", NOT_OWNED, policy=_with(foreign_sender="dunno")),
@@ -283,6 +324,16 @@ ROWS = [
     _token("foreign-own-primary", "frank", "frank@elsewhere.test", NOT_OWNED),
     _token("foreign-dunno", "alice", "x@elsewhere.test", DUNNO, policy=_with(foreign_sender="dunno")),
     _token("foreign-dunno-missing-user", "stranger", "x@elsewhere.test", NOT_OWNED, policy=_with(foreign_sender="dunno")),
+    _token("domain-not-convertible", "alice", "alice@\u1e9e.test", INTERNAL),
+    _token("domain-not-convertible-foreign-dunno", "alice", "x@\u1e9e.test", INTERNAL, policy=_with(foreign_sender="dunno")),
+    _token(
+        "mailbox-domain",
+        "alice",
+        "bob@mailbox.internal",
+        NOT_OWNED,
+        policy=_with(mailbox_domain="mailbox.internal", foreign_sender="dunno"),
+    ),
+    _token("own-persian", "mina", "می\u200cخواهم@d1.test", DUNNO),
     _token("alias-in-foreign-domain", "alice", "x@foreign.test", NOT_OWNED),
     _token("missing", "stranger", "alice@d1.test", NOT_OWNED),
     _token("missing-null", "stranger", "", NOT_OWNED),
@@ -310,9 +361,11 @@ ROWS = [
     _token("app-name-by-token", "printer", "printer@d1.test", DUNNO),
     _token("app-name-by-token-app-sender", "printer", "scan@d1.test", NOT_OWNED),
     _token("outage-primary", "alice", "alice@d1.test", DIRECTORY, keycloak="down"),
-    _token("outage-alias", "alice", "info@d1.test", DUNNO, keycloak="down"),
-    _token("outage-alias-any-case", "Alice", "INFO@d1.test", DUNNO, keycloak="down"),
-    _token("outage-other-method-alias", "alice", "info@d1.test", DUNNO, method="PLAIN", keycloak="down"),
+    _token("outage-alias", "alice", "info@d1.test", DIRECTORY, keycloak="down"),
+    _token("outage-alias-any-case", "Alice", "INFO@d1.test", DIRECTORY, keycloak="down"),
+    _token("outage-other-method-alias", "alice", "info@d1.test", DIRECTORY, method="PLAIN", keycloak="down"),
+    _token("outage-alias-recipients-pass", "alice", "info@d1.test", DIRECTORY, keycloak="down", policy=RECIPIENTS_PASS),
+    _token("outage-alias-all-pass", "alice", "info@d1.test", DUNNO, keycloak="down", policy=ALL_PASS),
     _token("outage-others-alias", "bob", "info@d1.test", DIRECTORY, keycloak="down"),
     _token("outage-disabled-alias", "alice", "old@d1.test", DIRECTORY, keycloak="down"),
     _token("outage-null", "alice", "", DIRECTORY, keycloak="down"),
@@ -359,6 +412,28 @@ ROWS = [
     _map("international-local-part", "alias büro@d1.test", "OK alice@d1.test"),
     _map("international-domain", "alias info@bücher.test", "OK hans@xn--bcher-kva.test"),
     _map("foreign", "alias x@foreign.test", "NOTFOUND "),
+    _map("domain-not-convertible", "alias info@\u1e9e.test", "TEMP domain not convertible"),
+    _map("domain-not-convertible-database-broken", "alias info@\u1e9e.test", "TEMP domain not convertible", database="broken"),
+    _map("domain-that-postfix-folds-to-ours", "alias info@straße.test", "TEMP domain not convertible", policy=STREETS),
+    _map("domain-that-postfix-folds-to-others", "alias info@straße.test", "NOTFOUND "),
+    _map("domain-not-convertible-bare", "alias \u1e9e.test", "NOTFOUND "),
+    _map("domain-not-convertible-quoted", 'alias "in fo"@\u1e9e.test', "TEMP domain not convertible"),
+    _map("quoted-extension", 'alias "info+x."@d1.test', 'OK "alice+x."@d1.test'),
+    _map("quoted-extension-with-quotes", 'alias "info+a\\"b"@d1.test', 'OK "alice+a\\"b"@d1.test'),
+    _map("quoted-stranger", 'alias "stranger+x."@d1.test', "NOTFOUND "),
+    _map("quoted-without-need", 'alias "info+x"@d1.test', "NOTFOUND "),
+    _map("domain-not-convertible-alone", "alias @\u1e9e.test", "NOTFOUND "),
+    _map("username-with-another-delimiter", "alias dash@d1.test", "OK anne-marie@d1.test"),
+    _map("username-with-delimiter-of-two", "alias dash@d1.test", DELIMITER.format("anne-marie"), policy=DASHES),
+    _map("username-with-delimiter", "alias plus@d1.test", DELIMITER.format("alice+x")),
+    _map("username-with-delimiter-tagged", "alias plus+y@d1.test", DELIMITER.format("alice+x")),
+    _map("username-with-delimiter-first", "alias leading@d1.test", DELIMITER.format("+alice")),
+    _map("username-with-delimiter-no-delimiter", "alias plus@d1.test", "OK alice+x@d1.test", policy=_with(recipient_delimiter="")),
+    _map("username-that-is-an-address-with-delimiter", "alias plus-address@d1.test", DELIMITER.format("erin+x@d2.test")),
+    _map(
+        "username-that-is-an-address-with-delimiter-in-its-domain", "alias dash-domain@d1.test", "OK erin@d-2.test", policy=DASHES
+    ),
+    _map("primary-of-username-with-delimiter", "alias lou@d1.test", "NOTFOUND "),
     _map("no-at", "alias info", "NOTFOUND "),
     _map("percent", "alias info%d1.test", "NOTFOUND "),
     _map("bare-domain", "alias d1.test", "NOTFOUND "),
@@ -383,9 +458,12 @@ ROWS = [
     _map("mailboxes-primary", "alias zed@d1.test", "OK zoe@mailbox.internal", policy=MAILBOXES),
     _map("mailboxes-primary-tagged", "alias carol+x@d2.test", "OK carol+x@mailbox.internal", policy=MAILBOXES),
     _map("mailboxes-username-that-is-an-address", "alias erin@d1.test", "OK erin@d1.test", policy=MAILBOXES),
+    _map("mailboxes-primary-of-username-with-delimiter", "alias lou@d1.test", DELIMITER.format("lou+2"), policy=MAILBOXES),
+    _map("mailboxes-alias-of-username-with-delimiter", "alias plus@d1.test", DELIMITER.format("alice+x"), policy=MAILBOXES),
+    _map("mailboxes-domain-not-convertible", "alias info@\u1e9e.test", "TEMP domain not convertible", policy=MAILBOXES),
     _map("mailboxes-stranger", "alias stranger@d1.test", "NOTFOUND ", policy=MAILBOXES),
     _map("mailboxes-disabled-user", "alias dora@d1.test", "NOTFOUND ", policy=MAILBOXES),
-    _map("mailboxes-shared-primary", "alias twin@d1.test", "TEMP several users have this address", policy=MAILBOXES),
+    _map("mailboxes-shared-primary", "alias twin@d1.test", "TEMP several users have twin@d1.test", policy=MAILBOXES),
     _map("mailboxes-own-domain", "alias alice@mailbox.internal", "NOTFOUND ", policy=MAILBOXES),
     _map("mailboxes-outage-alias", "alias info@d1.test", "OK alice@mailbox.internal", policy=MAILBOXES, keycloak="down"),
     _map("mailboxes-outage-primary", "alias alice@d1.test", "TEMP lookup failed", policy=MAILBOXES, keycloak="down"),

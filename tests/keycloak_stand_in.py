@@ -39,6 +39,7 @@ class KeycloakStandIn:
         self.latency_seconds = 0.0
         self.fault = None
         self.token_fault = None  # as fault, but of the token endpoint alone
+        self.profile_fault = None  # as fault, but of the user profile alone
         self.fault_seconds = 30.0
         self.ignore_exact = False
         self.empty_value_finds_all = True  # as 26.7.0; 26.0.7 finds nobody
@@ -271,7 +272,7 @@ class _Handler(BaseHTTPRequestHandler):
         keycloak.note("profile" if asks_profile else "users", query)
         if keycloak.latency_seconds:
             keycloak.wait(keycloak.latency_seconds)
-        if self._misbehave(keycloak.fault):
+        if self._misbehave(keycloak.profile_fault if asks_profile and keycloak.profile_fault else keycloak.fault):
             return
         scheme, _, token = self.headers.get("Authorization", "").partition(" ")
         if scheme != "Bearer" or not keycloak.accepts(token):

@@ -1,115 +1,470 @@
-"""The cache: time to live, bounds, and who is pushed out."""
+"""The users that are known: what counts of each after a new answer, the bounds of the store, and who is forgotten first."""
 
 from __future__ import annotations
 
+import dataclasses
+import math
 import threading
 
-from conftest import Clock
+import pytest
 
 import mailcloak
+from mailcloak import DOUBTED, GONE, KNOWN, Answer, Person, User
+
+POLICY = mailcloak.read_block(
+    mailcloak.PolicyConfig,
+    "policy",
+    {"domain": "d1.test", "disappearance_grace_seconds": 100, "negative_cache_ttl_seconds": 10},
+    [],
+)
+ALICE = User("alice", "alice@d1.test", True, user_id="id-alice")
+DISABLED = ALICE._replace(enabled=False)
+LOCKED_OUT = DISABLED._replace(locked_out=True)
+LDAP = ALICE._replace(federation="ldap")
+LDAP_DISABLED = LDAP._replace(enabled=False)
+RENAMED = ALICE._replace(username="alicia", email="alicia@d1.test")
+EMAIL, USERNAME = ("email", "alice@d1.test"), ("username", "alice")
 
 
-class PlainCache(mailcloak.Cache):
-    """With values in place of entries."""
-
-    def put(self, key, value, ttl_seconds, *, positive):
-        now = self._clock()
-        super().put(key, mailcloak.Entry(value, positive, now, now + ttl_seconds, now + ttl_seconds))
-
-    def get(self, key):
-        entry = super().get(key)
-        return entry.value if entry else None
+def store_of(max_entries):
+    return mailcloak.UserStore(dataclasses.replace(POLICY, cache_max_entries=max_entries))
 
 
-def make_cache(max_entries=100):
-    clock = Clock()
-    return PlainCache(max_entries, clock), clock
+def user(number, **more):
+    return User(f"u{number}", f"u{number}@d1.test", True, user_id=f"id-{number}")._replace(**more)
 
 
-def test_entry_serves_until_its_end():
-    cache, clock = make_cache()
-    cache.put("a", 1, 10, positive=True)
-    clock.now += 9.99
-    assert cache.get("a") == 1
-    clock.now += 0.01
-    assert cache.get("a") is None
-    assert len(cache) == 0
+def by_email(number):
+    return ("email", f"u{number}@d1.test")
 
 
-def test_new_answer_replaces_the_old_of_the_other_kind():
-    cache, _ = make_cache()
-    cache.put("a", "missing", 10, positive=False)
-    cache.put("a", "found", 10, positive=True)
-    assert (cache.get("a"), len(cache)) == ("found", 1)
-    cache.put("a", "missing", 10, positive=False)
-    assert (cache.get("a"), len(cache)) == ("missing", 1)
+def learn(store, question, *users, at=0.0):
+    """What the store holds for the question after this answer."""
+    return store.learn(question, Answer(users, at))[0]
 
 
-def test_answer_that_was_asked_for_earlier_does_not_replace_a_newer_one():
-    cache, clock = make_cache()
-    late = mailcloak.Entry("found", True, clock.now, clock.now + 10, clock.now + 10)
-    clock.now += 1
-    cache.put("a", "missing", 10, positive=False)
-    mailcloak.Cache.put(cache, "a", late)
-    assert cache.get("a") == "missing"
+def fill(store, numbers, at=0.0):
+    for number in numbers:
+        learn(store, by_email(number), user(number), at=at)
 
 
-def test_full_cache_pushes_out_the_longest_unused():
-    cache, _ = make_cache(3)
-    for key in "abc":
-        cache.put(key, key, 10, positive=True)
-    cache.get("a")
-    cache.put("d", "d", 10, positive=True)
-    assert [cache.get(key) for key in "abcd"] == ["a", None, "c", "d"]
+# ---- what counts of a user from now on
 
 
-def test_negative_entries_never_push_out_positive_ones():
-    cache, _ = make_cache(20)
-    for key in range(20):
-        cache.put(key, key, 10, positive=True)
-    for key in range(100, 1100):
-        cache.put(key, "missing", 10, positive=False)
-    assert [cache.get(key) for key in range(20)] == list(range(20))
-    assert len(cache) == 20
+def known(user, standing=KNOWN, seconds=0.0, asked_at=1000.0, **more):
+    return Person(user, standing, asked_at, 900.0, seconds, **more)
 
 
-def test_negative_entries_have_a_tenth_of_the_room():
-    cache, _ = make_cache(100)
-    for key in range(1000):
-        cache.put(key, "missing", 10, positive=False)
-    assert len(cache) == 10
-    assert cache.get(999) == "missing"
+@pytest.mark.parametrize(
+    ("before", "said", "witness_at", "standing", "seconds"),
+    [
+        # nobody is known: what Keycloak says counts
+        pytest.param(None, ALICE, -math.inf, KNOWN, 0, id="new"),
+        pytest.param(None, DISABLED, -math.inf, KNOWN, 0, id="new-disabled"),
+        pytest.param(None, LDAP_DISABLED, -math.inf, KNOWN, 0, id="new-disabled-by-ldap"),
+        # who is there counts at once, whatever was before
+        pytest.param(known(ALICE), ALICE, 1010, KNOWN, 0, id="still-there"),
+        pytest.param(known(ALICE), LOCKED_OUT, 1010, KNOWN, 0, id="locked-out"),
+        pytest.param(known(ALICE, DOUBTED, 50), ALICE, 1010, KNOWN, 0, id="back-in-the-grace"),
+        pytest.param(known(ALICE, GONE), ALICE, 1010, KNOWN, 0, id="back-after-the-grace"),
+        pytest.param(known(DISABLED), ALICE, 1010, KNOWN, 0, id="enabled-again"),
+        # Keycloak's own "disabled" counts at once, a user storage's does not
+        pytest.param(known(ALICE), DISABLED, 1010, KNOWN, 0, id="disabled"),
+        pytest.param(known(ALICE, DOUBTED, 50), DISABLED, 1010, KNOWN, 0, id="disabled-in-the-grace"),
+        pytest.param(known(LDAP), LDAP_DISABLED, 1010, DOUBTED, 0, id="disabled-by-ldap"),
+        pytest.param(known(LDAP_DISABLED), LDAP_DISABLED, 1010, KNOWN, 0, id="disabled-by-ldap-since-ever"),
+        pytest.param(known(LDAP_DISABLED, DOUBTED, 95), LDAP_DISABLED, 1010, KNOWN, 0, id="disabled-by-ldap-for-the-grace"),
+        # who is missing is doubted first, where the user was there
+        pytest.param(known(ALICE), None, 1010, DOUBTED, 0, id="missing"),
+        pytest.param(known(LOCKED_OUT), None, 1010, DOUBTED, 0, id="missing-and-was-locked-out"),
+        pytest.param(known(DISABLED), None, 1010, GONE, 0, id="missing-and-was-disabled"),
+        pytest.param(known(ALICE, GONE), None, 1010, GONE, 0, id="missing-and-was-gone"),
+        # the grace: what was observed counts, twice a negative life at most, and only while others are confirmed
+        pytest.param(known(ALICE, DOUBTED, 50), None, 1010, DOUBTED, 60, id="grace-passes"),
+        pytest.param(known(ALICE, DOUBTED, 95), None, 1010, GONE, 0, id="grace-is-over"),
+        pytest.param(known(ALICE, DOUBTED, 89), None, 1010, DOUBTED, 99, id="grace-is-almost-over"),
+        pytest.param(known(ALICE, DOUBTED, 50, asked_at=0.0), None, 1010, DOUBTED, 70, id="long-ago-counts-two-lives"),
+        pytest.param(known(ALICE, DOUBTED, 95), None, 999, DOUBTED, 95, id="nobody-else-confirmed-since"),
+        pytest.param(known(ALICE, DOUBTED, 95), None, 1000, DOUBTED, 95, id="confirmed-at-the-last-look-not-since"),
+        pytest.param(known(ALICE, DOUBTED, 95), None, -math.inf, DOUBTED, 95, id="nobody-else-ever"),
+    ],
+)
+def test_judgement_of_a_user_by_what_was_known_and_what_is_said(before, said, witness_at, standing, seconds):
+    after = mailcloak.judge(before, said, 1010.0, witness_at, POLICY)
+    assert (after.standing, after.doubted_seconds, after.asked_at) == (standing, seconds, 1010.0)
+    assert after.user == (said or before.user)
+    if said and said.receives:
+        assert after.confirmed_at == 1010.0
+    else:
+        assert after.confirmed_at == (before.confirmed_at if before else -math.inf)
 
 
-def test_positive_entries_push_out_negative_ones_first():
-    cache, _ = make_cache(10)
-    cache.put("gone", "missing", 10, positive=False)
-    for key in range(10):
-        cache.put(key, key, 10, positive=True)
-    assert cache.get("gone") is None
-    assert [cache.get(key) for key in range(10)] == list(range(10))
+def test_grace_counts_two_seconds_between_looks_where_the_negative_life_is_shorter():
+    policy = POLICY.__class__(**{**POLICY.__dict__, "negative_cache_ttl_seconds": 0.0})
+    after = mailcloak.judge(known(ALICE, DOUBTED, 50), None, 1010.0, 1009.0, policy)
+    assert (after.standing, after.doubted_seconds) == (DOUBTED, 52)
 
 
-def test_full_cache_forgets_what_a_refused_negative_answer_replaces():
-    cache, _ = make_cache(2)
-    cache.put("a", "found", 10, positive=True)
-    cache.put("b", "found", 10, positive=True)
-    cache.put("a", "missing", 10, positive=False)
-    assert cache.get("a") in (None, "missing")
+def test_no_grace_at_all_is_believed_at_once():
+    policy = POLICY.__class__(**{**POLICY.__dict__, "disappearance_grace_seconds": 0.0})
+    assert mailcloak.judge(known(ALICE), None, 1010.0, -math.inf, policy).standing == GONE
+    assert mailcloak.judge(known(LDAP), LDAP_DISABLED, 1010.0, -math.inf, policy).standing == KNOWN
 
 
-def test_threads_leave_it_within_its_bound():
-    cache, _ = make_cache(50)
+def test_names_that_a_user_had_are_kept_and_the_login_by_email_is_not():
+    before = known(ALICE, login_by_email=True)
+    after = mailcloak.judge(before, RENAMED, 1010.0, 1010.0, POLICY)
+    assert after.former == (USERNAME, EMAIL)
+    assert after.names == (("username", "alicia"), ("email", "alicia@d1.test"), USERNAME, EMAIL)
+    assert not after.login_by_email
+    assert mailcloak.judge(before, ALICE, 1010.0, 1010.0, POLICY).login_by_email
+    for number in range(20):
+        after = mailcloak.judge(after, RENAMED._replace(username=f"alicia{number}"), 1010.0, 1010.0, POLICY)
+    assert after.former == tuple(("username", f"alicia{number}") for number in (18, 17, 16, 15))
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "lost"),
+    [
+        pytest.param(known(ALICE), known(ALICE), False, id="same"),
+        pytest.param(known(ALICE), known(DISABLED), True, id="disabled"),
+        pytest.param(known(ALICE), known(LOCKED_OUT), True, id="locked-out"),
+        pytest.param(known(ALICE), known(ALICE, DOUBTED), True, id="in-doubt"),
+        pytest.param(known(ALICE), known(RENAMED), True, id="renamed"),
+        pytest.param(known(ALICE, DOUBTED), known(ALICE, GONE), False, id="lost-before"),
+        pytest.param(known(DISABLED), known(ALICE), False, id="enabled"),
+    ],
+)
+def test_loss_of_a_right_is_known(before, after, lost):
+    assert after.may_have_lost(before) is lost
+
+
+# ---- one user, many questions
+
+
+def test_user_found_by_one_question_is_known_to_all():
+    store = store_of(10)
+    learn(store, EMAIL, ALICE, at=5)
+    assert [person.user for person in store.look(USERNAME).here] == [ALICE]
+    assert store.look(USERNAME).asked_at == -math.inf  # nobody has asked this question yet
+    assert store.look(EMAIL).asked_at == 5
+
+
+@pytest.mark.parametrize("asked", [EMAIL, USERNAME], ids=["by-email", "by-username"])
+@pytest.mark.parametrize("said", [(), (DISABLED,), (RENAMED,)], ids=["missing", "disabled", "renamed"])
+def test_user_who_lost_a_right_lost_it_for_every_question(asked, said):
+    store = store_of(10)
+    for question in (EMAIL, USERNAME):
+        learn(store, question, ALICE)
+    learn(store, asked, *said, at=1)
+    for question in (EMAIL, USERNAME):
+        (person,) = store.look(question).people
+        assert not (person.has(question) and person.standing == KNOWN and person.user.enabled)
+
+
+def test_answer_that_was_asked_for_earlier_changes_nothing_of_a_user():
+    store = store_of(10)
+    learn(store, EMAIL, DISABLED, at=10)
+    for question in (EMAIL, USERNAME):
+        assert learn(store, question, ALICE, at=9) is None  # a newer answer says something else: ask again
+        assert [person.user for person in store.look(question).people] == [DISABLED]
+    assert [person.user for person in learn(store, EMAIL, ALICE, at=11).people] == [ALICE]
+    assert learn(store, EMAIL, at=10.5).here[0].standing == KNOWN  # missing, but asked for earlier
+
+
+def test_user_with_another_email_has_no_right_to_the_old_one_and_is_no_stranger():
+    store = store_of(10)
+    learn(store, EMAIL, ALICE)
+    learn(store, ("username", "alicia"), RENAMED, at=1)
+    assert store.look(EMAIL).here == ()
+    assert [person.user for person in store.look(EMAIL).people] == [RENAMED]
+
+
+def test_address_that_was_given_up_is_free_for_another_user():
+    store = store_of(10)
+    learn(store, EMAIL, ALICE)
+    learn(store, USERNAME, ALICE._replace(email="new@d1.test"), at=1)
+    other = user(1, email="alice@d1.test")
+    found = learn(store, EMAIL, other, at=2)
+    assert [person.user for person in found.here] == [other]
+    assert store.look(("email", "new@d1.test")).here[0].standing == KNOWN
+
+
+def test_new_user_of_the_same_name_replaces_the_old_one():
+    store = store_of(10)
+    learn(store, EMAIL, ALICE)
+    new = ALICE._replace(user_id="id-new", email="new@d1.test")
+    found = learn(store, USERNAME, new, at=1)
+    assert [person.user for person in found.here] == [new]
+    assert [(person.user.username, person.standing) for person in store.look(EMAIL).here] == [("", DOUBTED)]
+
+
+def test_new_user_of_the_same_name_and_address_replaces_the_old_one():
+    store = store_of(10)
+    learn(store, EMAIL, ALICE)
+    new = ALICE._replace(user_id="id-new")
+    assert [person.user for person in learn(store, USERNAME, new, at=1).here] == [new]
+    assert [person.user for person in learn(store, EMAIL, new, at=2).here] == [new]
+
+
+def test_two_users_of_one_address_are_both_there():
+    store = store_of(10)
+    twins = [user(number, email="twin@d1.test") for number in (1, 2)]
+    assert {person.user for person in learn(store, ("email", "twin@d1.test"), *twins).here} == set(twins)
+    assert [person.user for person in learn(store, ("email", "twin@d1.test"), twins[0], at=1).here if person.standing == KNOWN] == [
+        twins[0]
+    ]
+
+
+@pytest.mark.parametrize(("federation", "passes"), [("ldap", True), ("", False), ("other-ldap", False)])
+def test_grace_passes_while_users_of_the_same_federation_are_confirmed(federation, passes):
+    store = store_of(10)
+    learn(store, EMAIL, LDAP)
+    for number in range(1, 20):
+        learn(store, by_email(1), user(1, federation=federation), at=number * 10)
+        found = learn(store, EMAIL, at=number * 10 + 1)
+    assert (found.people[0].standing == GONE) is passes
+    assert store.look(USERNAME).people[0].standing == (GONE if passes else DOUBTED)
+
+
+def test_what_is_held_is_told_from_what_has_changed():
+    store = store_of(10)
+    found, nobody = learn(store, EMAIL, ALICE), learn(store, by_email(1))
+    assert store.holds(found)
+    assert store.holds(nobody)
+    learn(store, by_email(2), user(2), at=1)
+    assert store.holds(found)
+    learn(store, USERNAME, DISABLED, at=1)
+    assert not store.holds(found)
+    learn(store, by_email(1), user(1), at=1)
+    assert not store.holds(nobody)
+
+
+def test_login_by_email_is_noted_of_the_user_as_described():
+    store = store_of(10)
+    learn(store, EMAIL, ALICE)
+    store.allow_login_by_email(RENAMED)
+    assert not store.look(EMAIL).people[0].login_by_email
+    store.allow_login_by_email(ALICE)
+    assert store.look(EMAIL).people[0].login_by_email
+    learn(store, USERNAME, ALICE, at=1)
+    assert store.look(EMAIL).people[0].login_by_email
+    learn(store, USERNAME, RENAMED, at=2)
+    assert not store.look(EMAIL).people[0].login_by_email
+
+
+# ---- bounds
+
+
+def test_full_store_forgets_who_was_used_longest_ago():
+    store = store_of(3)
+    fill(store, (1, 2, 3))
+    store.look(by_email(1))
+    fill(store, [4])
+    assert [bool(store.look(by_email(number)).people) for number in (1, 2, 3, 4)] == [True, False, True, True]
+    assert store.sizes() == (3, 0)
+    assert len(store._index) == 6  # nothing is left of the forgotten one
+
+
+def test_user_who_is_gone_is_remembered_as_long_as_others():
+    """So that a user who is asked about is no stranger, though the answer serves nobody any more."""
+    store = store_of(3)
+    fill(store, [1])
+    learn(store, by_email(1), at=1)
+    fill(store, [2, 3])
+    for _ in range(10):
+        assert store.look(by_email(1)).people
+    fill(store, [4])
+    assert store.look(by_email(1)).people[0].standing == DOUBTED
+
+
+def test_questions_that_found_nobody_never_push_out_users():
+    store = store_of(20)
+    fill(store, range(20))
+    for number in range(100, 1100):
+        assert learn(store, by_email(number)).asked_at == 0
+    assert store.sizes() == (20, 2)
+    assert all(store.look(by_email(number)).here for number in range(20))
+
+
+def test_questions_that_found_nobody_have_a_tenth_of_the_room():
+    store = store_of(100)
+    for number in range(1000):
+        learn(store, by_email(number), at=number)
+    assert store.sizes() == (0, 10)
+    assert store.look(by_email(999)).asked_at == 999
+    assert store.look(by_email(989)).asked_at == -math.inf
+
+
+def test_user_who_is_found_is_no_question_without_an_answer_any_more():
+    store = store_of(10)
+    learn(store, by_email(1))
+    learn(store, by_email(1), user(1), at=1)
+    assert store.sizes() == (1, 0)
+    store.forget(None, 0.0)
+    assert store.sizes() == (0, 0)
+    assert store._index == {}
+
+
+def test_smaller_limit_counts_from_the_next_answer():
+    store = store_of(100)
+    fill(store, range(50))
+    store.policy = dataclasses.replace(POLICY, cache_max_entries=10)
+    fill(store, [50])
+    assert store.sizes() == (10, 0)
+    assert store.look(by_email(50)).here
+
+
+def test_saved_users_are_taken_up_to_the_limit_the_newest_of_them():
+    store = store_of(3)
+    store.take_up([Person(user(number), KNOWN, float(number), float(number)) for number in (4, 1, 5, 2, 3)], 100)
+    assert set(store.everybody()) == {"id-3", "id-4", "id-5"}
+    assert store.look(by_email(5)).asked_at == -math.inf  # asked about anew
+
+
+def test_saved_user_does_not_replace_one_that_is_known():
+    store = store_of(3)
+    store.await_saved()
+    learn(store, EMAIL, DISABLED, at=9)
+    store.take_up([Person(ALICE, KNOWN, 1.0, 1.0)], 100)
+    assert [person.user for person in store.look(EMAIL).people] == [DISABLED]
+
+
+@pytest.mark.parametrize(("names", "count"), [(["alice@d1.test"], 1), (["alice"], 1), (["u1@d1.test"], 1), (["bob"], 0), (None, 3)])
+def test_forgotten_users_and_questions_are_counted(names, count):
+    store = store_of(30)
+    learn(store, EMAIL, ALICE)
+    learn(store, by_email(1))
+    learn(store, by_email(2))
+    assert store.forget(names, 0.0) == count
+    assert sum(store.sizes()) == 3 - count
+    assert store.forget(names, 0.0) == 0
+
+
+def test_every_change_of_a_user_is_told():
+    """What is on disk follows from it."""
+    store, told = store_of(2), {}
+
+    def tell(user_id, before, after):
+        assert told.get(user_id) == before
+        told[user_id] = after
+
+    store.on_change = tell
+    learn(store, EMAIL, ALICE)
+    fill(store, [1], at=1)
+    learn(store, USERNAME, DISABLED, at=2)
+    learn(store, by_email(1), at=3)
+    assert told == store.everybody()
+    fill(store, [2], at=4)
+    assert told == {**store.everybody(), "id-alice": None}
+    store.forget(None, 0.0)
+    assert set(told.values()) == {None}
+
+
+def test_threads_leave_it_whole_and_within_its_bound():
+    store, failures = store_of(50), []
 
     def work(seed):
-        for number in range(3000):
-            key = (number * seed) % 97
-            cache.put(key, key, 10, positive=bool(number % 3))
-            assert cache.get(key) in (None, key)
+        try:
+            for number in range(1500):
+                who = (number * seed) % 97
+                users = [user(who, enabled=bool(number % 5))] if number % 3 else []
+                found = learn(store, by_email(who), *users, at=float(number))
+                assert all(person.user.username == f"u{who}" for person in (found.people if found else ()))
+                assert all(person.user.username == f"u{who}" for person in store.look(("username", f"u{who}")).people)
+                store.holds(found or store.look(by_email(who)))
+                if number % 100 == 0:
+                    store.forget([f"u{who}"], 0.0)
+        except Exception as exc:
+            failures.append(exc)
 
     threads = [threading.Thread(target=work, args=(seed,)) for seed in (3, 5, 7, 11)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    assert len(cache) <= 50
+    assert not failures
+    people = store.everybody()
+    assert len(people) <= 50
+    assert store.sizes()[1] <= 5
+    names = {name: set() for person in people.values() for name in person.names}
+    for user_id, person in people.items():
+        for name in person.names:
+            names[name].add(user_id)
+    assert {name: set(ids) for name, (ids, _) in store._index.items()} == names
+
+
+def test_federations_without_an_end_take_little_room(monkeypatch):
+    monkeypatch.setattr(mailcloak, "MAX_WITNESSES", 10)
+    store = store_of(10)
+    for number in range(50):
+        learn(store, by_email(number), user(number, federation=f"ldap{number}"))
+    assert len(store._witnesses) == 10
+
+
+def test_user_without_an_id_whose_name_another_has_now_is_still_somebody():
+    store = store_of(10)
+    nameless = ALICE._replace(user_id="")
+    learn(store, EMAIL, nameless)
+    learn(store, USERNAME, ALICE._replace(email="new@d1.test"), at=1)
+    assert [person.standing for person in store.look(EMAIL).here] == [DOUBTED]
+    assert [person.user for person in learn(store, EMAIL, ALICE, at=2).here] == [ALICE]
+
+
+def test_user_read_from_the_disk_after_keycloak_did_not_find_them_is_in_doubt():
+    store = store_of(10)
+    store.await_saved()
+    learn(store, USERNAME, at=5)
+    store.take_up([mailcloak.Person(ALICE, KNOWN, 1, 1), mailcloak.Person(user(1), KNOWN, 1, 1)], 100)
+    assert [person.standing for person in store.look(USERNAME).people] == [DOUBTED]
+    assert [person.standing for person in store.look(by_email(1)).people] == [KNOWN]
+
+
+X, Y = (User(name, f"{name}@d1.test", True, user_id=f"id-{name}") for name in ("xen", "yan"))
+
+
+@pytest.mark.parametrize("between", [(), ((("username", "yan"), (Y._replace(email="a@d1.test"),)),)], ids=["nobody", "somebody"])
+def test_late_answer_about_a_user_not_known_is_overtaken_by_any_newer_one_about_their_names(between):
+    store = store_of(10)
+    learn(store, ("email", "a@d1.test"), at=20)
+    for number, (question, users) in enumerate(between):
+        learn(store, question, *users, at=30 + number)
+    assert learn(store, ("username", "xen"), X._replace(email="a@d1.test"), at=10) is None
+    assert "id-xen" not in store.everybody()
+
+
+def test_late_answer_about_a_user_whose_username_another_has_by_now_is_overtaken():
+    store = store_of(10)
+    learn(store, ("email", "xen@d1.test"), X._replace(username="yan"), at=20)
+    assert learn(store, ("email", "yan@d1.test"), Y, at=10) is None
+
+
+def test_shared_email_is_nobodys_in_an_outage_after_one_of_its_users_was_forgotten():
+    store = store_of(10)
+    question = ("email", "shared@d1.test")
+    learn(store, question, *(user._replace(email="shared@d1.test") for user in (X, Y)))
+    assert mailcloak.judge_holders([store.look(question)], -math.inf).counts == "there"  # both: no owner
+    store.forget(["yan"], 1)
+    assert mailcloak.judge_holders([store.look(question)], -math.inf).counts == "doubted"
+    known = [store.look(("username", "shared@d1.test")), store.look(question)]
+    assert mailcloak.judge_login(known, -math.inf).counts == "doubted"
+    assert mailcloak.judge_login([store.look(("username", "xen"))], -math.inf).counts == "there"
+
+
+def test_email_that_somebody_else_turns_out_to_share_is_a_right_that_was_lost():
+    store = store_of(10)
+    question, mine = ("email", "xen@d1.test"), X
+    store.learn(question, Answer((mine,), 0.0))
+    (before, after), *_ = store.learn(question, Answer((mine, Y._replace(email="xen@d1.test")), 1.0))[1]
+    assert after.may_have_lost(before)
+
+
+def test_saved_users_are_in_doubt_after_more_than_can_be_noted_while_they_could_not_be_read(monkeypatch):
+    monkeypatch.setattr(mailcloak, "MAX_STEPS", 5)
+    store = store_of(10)
+    store.await_saved()
+    for number in range(6):
+        learn(store, by_email(number), user(number))
+    store.take_up([Person(user(1)._replace(enabled=False), KNOWN, 1.0, 1.0), Person(ALICE, KNOWN, 1.0, 1.0)], 100)
+    assert [person.standing for person in store.look(USERNAME).people] == [DOUBTED]
+    assert [person.user for person in store.look(by_email(1)).people] == [user(1)]

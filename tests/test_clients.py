@@ -1,4 +1,4 @@
-"""Clients that are slow, silent or too many: they hold up nobody, and nothing of them is left behind."""
+"""Clients that are slow, silent or too many: they delay nobody else, and leave nothing behind."""
 
 from __future__ import annotations
 

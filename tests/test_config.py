@@ -1,4 +1,4 @@
-"""The configuration: each way in which a file can be wrong has its message, all of a file's problems come at once, secrets stay hidden."""
+"""The configuration: each possible mistake has its message, all problems of a file are reported at once, secrets stay hidden."""
 
 from __future__ import annotations
 
@@ -59,8 +59,9 @@ def problems_of(load):
     def problems_of(config):
         with pytest.raises(mailcloak.ConfigError) as caught:
             load(config)
-        assert str(caught.value) == "\n".join(caught.value.problems)
-        return caught.value.problems
+        problems = [str(problem) for problem in caught.value.problems]
+        assert str(caught.value) == "\n".join(problems)
+        return problems
 
     return problems_of
 
@@ -209,6 +210,11 @@ EXACT = {
         "policy.cache_ttl_seconds",
         None,
         "config: policy.cache_ttl_seconds: expected a positive number, got nothing",
+    ),
+    "last-known.db": (
+        "sqlite.path",
+        "/var/lib/mailcloak/last-known.db",
+        "config: sqlite.path: expected another name than last-known.db, the file in which the daemon saves users",
     ),
     "fraction": ("policy.cache_max_entries", 1.5, "config: policy.cache_max_entries: expected a whole number, 1 or more, got 1.5"),
     "whole number as boolean": (
@@ -477,7 +483,9 @@ def test_file_that_is_no_mapping_is_one_problem(load, problems_of, content):
 def test_file_that_is_missing_is_one_problem(tmp_path):
     with pytest.raises(mailcloak.ConfigError) as caught:
         mailcloak.load_config(str(tmp_path / "absent.yaml"))
-    assert caught.value.problems == [f"config: {tmp_path / 'absent.yaml'}: cannot be read: No such file or directory"]
+    assert [str(problem) for problem in caught.value.problems] == [
+        f"config: {tmp_path / 'absent.yaml'}: cannot be read: No such file or directory"
+    ]
 
 
 def test_merge_key_may_be_overridden(load):
@@ -635,10 +643,15 @@ def test_repr_never_shows_the_secret(load):
 # ---- warnings
 
 
+def as_text(problems):
+    """Each as the log shows it."""
+    return tuple(str(problem) for problem in problems)
+
+
 def test_config_with_a_secret_that_others_can_read_is_warned_about(load):
     load(GOOD)
     load.path.chmod(0o644)
-    assert mailcloak.load_config(str(load.path)).warnings == (
+    assert as_text(mailcloak.load_config(str(load.path)).warnings) == (
         f"config: {load.path}: holds the client secret and every user of this host can read it, chmod o-r",
     )
 
@@ -646,7 +659,7 @@ def test_config_with_a_secret_that_others_can_read_is_warned_about(load):
 def test_secret_file_that_others_can_read_is_warned_about(load, tmp_path):
     (tmp_path / "secret").write_text(SECRET)
     (tmp_path / "secret").chmod(0o644)
-    assert load(with_secret_file(tmp_path / "secret")).warnings == (
+    assert as_text(load(with_secret_file(tmp_path / "secret")).warnings) == (
         f"config: {tmp_path / 'secret'}: holds the client secret and every user of this host can read it, chmod o-r",
     )
 
@@ -673,8 +686,24 @@ def test_config_without_a_secret_that_others_can_read_is_not_warned_about(load):
     ids=["http", "user outside policy.domain", "socket open to all"],
 )
 def test_doubtful_value_is_warned_about(load, config, warning):
-    (given,) = load(config).warnings
+    (given,) = as_text(load(config).warnings)
     assert given.startswith(warning)
+
+
+def test_program_tells_from_the_kind_what_a_problem_is(load, tmp_path):
+    (tmp_path / "secret").write_text(SECRET)
+    (tmp_path / "secret").chmod(0o644)
+    config = with_secret_file(tmp_path / "secret")
+    config["keycloak"]["base_url"] = "http://sso.example.org"
+    config["sockets"] = {**config["sockets"], "socket_mode": "0666"}
+    assert [(warning.key, warning.kind) for warning in load(config).warnings] == [
+        (str(tmp_path / "secret"), "secret-exposed"),
+        ("keycloak.base_url", "plain-http"),
+        ("sockets.socket_mode", ""),
+    ]
+    with pytest.raises(mailcloak.ConfigError) as caught:
+        mailcloak.load_config(str(tmp_path / "absent.yaml"))
+    assert [problem.kind for problem in caught.value.problems] == ["unreadable"]
 
 
 # ---- the command line

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import shutil
 import signal
 import sqlite3
 import stat
@@ -66,8 +67,48 @@ def test_row_with_a_username_of_another_type_ends_nothing(static_daemon, value):
 def test_row_that_is_not_utf8_is_a_temporary_failure_of_that_row_alone(static_daemon):
     sql(static_daemon.database, "INSERT INTO aliases (alias_email, username) VALUES ('bad@d1.test', CAST(x'ff' AS TEXT))")
     static_daemon.ctl("aliases", "add", "good@d1.test", "alice")
-    assert static_daemon.ask_map("alias bad@d1.test") == "TEMP database not usable"
-    assert static_daemon.ask_map("alias good@d1.test") == "OK alice@d1.test"
+    for _ in range(2):
+        assert static_daemon.ask_map("alias bad@d1.test") == "TEMP database not usable"
+        assert static_daemon.ask(recipient="bad@d1.test") == INTERNAL
+        assert static_daemon.ask_map("alias good@d1.test") == "OK alice@d1.test"
+    assert json.loads(static_daemon.ask_map("stats *")[3:])["database"]["works"] is True
+    lines = [line for line in static_daemon.log().splitlines() if " database: " in line and "created" not in line]
+    assert len(lines) == 1
+    assert "the row bad@d1.test of aliases is not UTF-8; answers that need it are deferred until it is fixed" in lines[0]
+
+
+def test_app_whose_owner_is_not_utf8_is_a_temporary_failure_of_that_app_alone(static_daemon):
+    sql(
+        static_daemon.database,
+        "INSERT INTO apps (app_id, secret_hash, owner) VALUES ('bad', 'x', CAST(x'ff' AS TEXT)), ('good', 'x', NULL)",
+        "INSERT INTO app_from (app_id, from_addr) VALUES ('bad', 'scan@d1.test'), ('good', 'scan@d1.test')",
+    )
+    ask = {"protocol_state": "MAIL", "sender": "scan@d1.test", "sasl_method": "PLAIN"}
+    assert static_daemon.ask(**ask, sasl_username="bad") == INTERNAL
+    assert static_daemon.ask(**ask, sasl_username="good") == "DUNNO"
+
+
+@pytest.mark.parametrize(
+    ("expires_at", "answer"),
+    [
+        ("NULL", "DUNNO"),
+        ("4000000000", "DUNNO"),
+        ("1000000000", "553"),
+        ("4000000000.5", "553"),
+        ("'2099-01-01'", "553"),
+        ("''", "553"),
+        ("x'ff'", "553"),
+    ],
+    ids=["none", "future", "past", "fraction", "date", "empty", "blob"],
+)
+def test_app_expires_at_a_whole_number_and_anything_else_has_expired(static_daemon, expires_at, answer):
+    sql(
+        static_daemon.database,
+        f"INSERT INTO apps (app_id, secret_hash, expires_at) VALUES ('printer', 'x', {expires_at})",
+        "INSERT INTO app_from (app_id, from_addr) VALUES ('printer', 'scan@d1.test')",
+    )
+    ask = {"protocol_state": "MAIL", "sender": "scan@d1.test", "sasl_username": "printer", "sasl_method": "PLAIN"}
+    assert static_daemon.ask(**ask).startswith(answer)
 
 
 def test_missing_file_is_created_with_its_schema_and_a_warning(static_daemon):
@@ -99,7 +140,8 @@ def test_lost_file_of_a_daemon_that_has_run_is_not_made_anew(make_daemon, keyclo
     result = daemon.ctl("aliases", "add", "x@d1.test", "alice", check=False)
     assert result.returncode == 1
     for text in (daemon.log(), result.stderr):
-        assert "restore it from a backup" in text
+        assert "restore it from a backup; only if it held nothing you need, delete both it and" in text
+        assert "the daemon then creates a new database" in text
         assert str(daemon.database.parent / "last-known.db") in text
     daemon.database.write_bytes(good)
     assert daemon.ask(recipient="info@d1.test") == "DUNNO"
@@ -284,7 +326,7 @@ def test_broken_file_is_a_temporary_failure_until_it_is_back(static_daemon, faul
     assert maps.ask("alias info@d1.test") == "OK alice@d1.test"
     assert client.ask(recipient="info@d1.test") == "DUNNO"
     log = static_daemon.log()
-    assert log.count("; answers that need it are deferred until it is mended") == 1
+    assert log.count("; answers that need it are deferred until it is fixed") == 1
     assert log.count("warning database: works again path=") == 1
 
 
@@ -359,4 +401,37 @@ def test_daemon_never_writes_to_the_database(static_daemon):
     assert static_daemon.database.read_bytes() == before
     database = mailcloak.Database(str(static_daemon.database))
     with pytest.raises(mailcloak.DatabaseUnavailable, match="readonly"):
-        database._rows("DELETE FROM aliases", ())
+        database._ask("DELETE FROM aliases", (), None)
+
+
+@pytest.mark.real("root")
+def test_root_gives_away_no_file_that_a_link_in_the_directory_names(short_dir, monkeypatch):
+    """The directory belongs to the daemon's user, who puts a link in place of the copy that mailcloakctl makes as root."""
+    short_dir.chmod(0o755)
+    directory, secret = short_dir / "state", short_dir / "secret"
+    directory.mkdir(mode=0o750)
+    secret.write_text("secret")
+    secret.chmod(0o600)
+    path = str(directory / "state.db")
+    mailcloak.prepare_database(path, 2)
+    with contextlib.closing(mailcloak.connect_database(path, 2)) as database:
+        database.execute("PRAGMA user_version = 1")
+    for each in (directory, path):
+        shutil.chown(each, "nobody", "nogroup")
+    create = mailcloak.create_database_file
+
+    def create_and_swap(name, mode=0o640):
+        made = create(name, mode)
+        if made and "version-" in name:
+            os.unlink(name)
+            os.symlink(secret, name)
+        return made
+
+    monkeypatch.setattr(mailcloak, "create_database_file", create_and_swap)
+    with pytest.raises(mailcloak.DatabaseUnavailable):
+        mailcloak.prepare_database(path, 2)
+    status = secret.stat()
+    assert (status.st_uid, status.st_mode & 0o777, secret.read_text()) == (0, 0o600, "secret")
+    monkeypatch.undo()
+    assert "migrated" in mailcloak.prepare_database(path, 2)
+    assert {each.owner() for each in directory.iterdir()} == {"nobody"}

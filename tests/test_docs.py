@@ -77,8 +77,8 @@ def test_sample_with_its_placeholders_is_refused_naming_each(load):
     with pytest.raises(mailcloak.ConfigError) as caught:
         load(config)
     hint = "expected your own value in place of the placeholder"
-    assert all(hint in problem for problem in caught.value.problems), caught.value.problems
-    keys = [problem.split(": ")[1] for problem in caught.value.problems]
+    assert all(hint in problem.text for problem in caught.value.problems), caught.value.problems
+    keys = [problem.key for problem in caught.value.problems]
     assert sorted(keys) == ["keycloak.base_url", "keycloak.client_id", "keycloak.client_secret", "keycloak.realm", "policy.domain"]
 
 

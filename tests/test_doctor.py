@@ -1,4 +1,4 @@
-"""mailcloakctl doctor: each mistake, made on purpose, is found by its name with its remedy; a sound installation has no finding."""
+"""mailcloakctl doctor: each mistake, made on purpose, is found by its name with its remedy; a good installation has no finding."""
 
 from __future__ import annotations
 
@@ -12,6 +12,8 @@ import re
 import shutil
 import socket
 import sqlite3
+import subprocess
+import sys
 import time
 from email.utils import formatdate
 from pathlib import Path
@@ -30,6 +32,7 @@ from test_status import STATS
 
 import mailcloak
 import mailcloakctl
+import mailcloakdoctor
 
 ROLE_ALIASES = {f"{name}@{domain}": "alice" for name in ("postmaster", "abuse") for domain in ("d1.test", "d2.test")}
 
@@ -41,7 +44,7 @@ class Realm(KeycloakStandIn):
         super().__init__()
         self.components = None  # None: may not be read
         self.honours_first = True
-        self.token_roles = None  # None: a token that cannot be read
+        self.token_roles = ["view-users", "query-users", "query-groups"]  # None: a token that cannot be read
         self.ahead_seconds = 0
         original = self._server.RequestHandlerClass
 
@@ -117,16 +120,23 @@ class Site:
 
 def run_checks(config_path, *checks, **options):
     names = {"config": str(config_path), "db": None, "json": True, "postfix_config": None, "dovecot_config": None}
-    host = mailcloakctl.Installation(argparse.Namespace(**{**names, **options}))
-    return [finding for check in (mailcloakctl.check_config, *checks) for finding in mailcloakctl.run_check(check, host)]
+    host = mailcloakdoctor.Installation(argparse.Namespace(**{**names, **options}))
+    return [finding for check in (mailcloakdoctor.check_config, *checks) for finding in mailcloakdoctor.run_check(check, host)]
 
 
 def the_only(findings, state, check):
-    """The one finding of that name, and nothing else that is not ok."""
-    wrong = [finding for finding in findings if finding.state != "ok"]
+    """The one finding of that name, and nothing else with a remedy: what others are skipped for is what this one says."""
+    wrong = [finding for finding in findings if finding.remedy]
     assert [(finding.state, finding.check) for finding in wrong] == [(state, check)], wrong
-    assert wrong[0].remedy
+    assert all(finding.state in ("ok", "skipped") for finding in findings if not finding.remedy)
     return wrong[0]
+
+
+def the_only_skipped(findings, check, why):
+    """One check was skipped for that reason, and there is nothing to do about it; all else is good."""
+    (found,) = [finding for finding in findings if finding.state != "ok"]
+    assert (found.state, found.check, found.remedy) == ("skipped", check, "")
+    assert why in found.text
 
 
 def nothing(findings):
@@ -162,7 +172,7 @@ def no_long_waits(monkeypatch):
 
 
 def test_good_configuration_has_no_finding(site):
-    nothing(site.findings(mailcloakctl.check_config_files))
+    nothing(site.findings(mailcloakdoctor.check_config_files))
 
 
 def test_bad_configuration_is_a_problem_for_each_of_its_lines(site):
@@ -172,36 +182,38 @@ def test_bad_configuration_is_a_problem_for_each_of_its_lines(site):
     assert {first.check, second.check} == {"config"}
     assert "policy.cache_ttl_seconds: expected a positive number, got -1" in first.text + second.text
     assert "unknown key; did you mean 'recipient_delimiter'?" in first.text + second.text
-    assert first.remedy == "mend it; mailcloak --check-config says when it is good"
+    assert first.remedy == "fix it; mailcloak --check-config says when it is good"
 
 
 def test_good_blocks_of_a_bad_configuration_serve_the_other_checks(site):
     site.config["policy"]["domain"] = 7
-    found = site.findings(mailcloakctl.check_database, mailcloakctl.check_daemon, mailcloakctl.check_postfix)
+    found = site.findings(mailcloakdoctor.check_database, mailcloakdoctor.check_daemon, mailcloakdoctor.check_postfix)
     assert named(found, "database")[0].text == f"{site.database} has 4 aliases and 0 apps"
     assert "there is no socket at" in named(found, "daemon")[0].text
-    assert named(found, "postfix")[0].text.startswith("not checked")
+    assert named(found, "postfix")[0].state == "skipped"
 
 
 def test_domain_in_which_no_user_has_an_e_mail_is_a_problem(keycloak_site):
     keycloak_site.config["policy"]["domain"] = ["elsewhere.test"]
     keycloak_site.execute("DELETE FROM aliases")
-    checks = (mailcloakctl.check_database, mailcloakctl.check_keycloak, mailcloakctl.check_users)
+    checks = (mailcloakdoctor.check_database, mailcloakdoctor.check_keycloak, mailcloakdoctor.check_users)
     found = the_only(keycloak_site.findings(*checks), "problem", "users")
     assert "typing error in policy.domain" in found.remedy
 
 
 def test_next_step_is_a_remedy_and_not_a_hint_at_another_finding(capsys):
-    vague = mailcloakctl.problem("daemon-keycloak", "away", f"{mailcloakctl.SEE_FINDINGS} about Keycloak")
-    mailcloakctl.print_summary([vague, mailcloakctl.problem("keycloak-token", "refused", "mend the secret")])
-    mailcloakctl.print_summary([vague])
+    vague = mailcloakdoctor.problem("daemon-keycloak", "away", f"{mailcloakdoctor.SEE_FINDINGS} about Keycloak")
+    mailcloakctl.print_summary(
+        [vague, mailcloakdoctor.problem("keycloak-token", "refused", "fix the secret")], mailcloakdoctor.SEE_FINDINGS
+    )
+    mailcloakctl.print_summary([vague], mailcloakdoctor.SEE_FINDINGS)
     shown = capsys.readouterr().out
-    assert "next           keycloak-token: mend the secret; then" in shown
+    assert "next           keycloak-token: fix the secret; then" in shown
     assert "next           daemon-keycloak: look at the findings about Keycloak; then" in shown
 
 
 def test_configuration_that_is_missing_is_a_problem(tmp_path):
-    found = run_checks(tmp_path / "absent.yaml", *mailcloakctl.CHECKS[1:])
+    found = run_checks(tmp_path / "absent.yaml", *mailcloakdoctor.CHECKS[1:])
     assert "cannot be read: No such file or directory" in named(found, "config")[0].text
     assert named(found, "config")[0].remedy.startswith("make it of config.yaml.sample")
     assert not named(found, "postfix")[0].text.startswith("the check")
@@ -213,13 +225,38 @@ def test_configuration_that_this_user_may_not_read_asks_for_root(site):
     site.write_config()
     outcome = as_nobody(lambda: run_checks(site.config_path)[0])
     assert "Permission denied" in outcome
-    assert mailcloakctl.AS_ROOT in outcome
+    assert mailcloakdoctor.AS_ROOT in outcome
+
+
+def skipped_checks(findings):
+    return {finding.check: finding.text for finding in findings if finding.state == "skipped"}
+
+
+def test_secret_is_not_said_to_be_safe_where_its_file_is_not_known(site):
+    site.config["static_users"] = 7
+    found = site.findings(mailcloakdoctor.check_config_files)
+    assert "which file holds the client secret is not known" in skipped_checks(found)["config-mode"]
+    assert ("ok", "config-mode") not in [(finding.state, finding.check) for finding in found]
+
+
+def test_file_that_cannot_be_looked_at_is_not_said_to_be_safe(site):
+    site.write_config()
+    site.config_path.unlink()
+    found = site.findings(mailcloakdoctor.check_config_files, write=False)
+    assert ("ok", "config-mode") not in [(finding.state, finding.check) for finding in found]
+    assert f"{site.config_path}: No such file or directory" in [finding.text for finding in named(found, "config-mode")]
+
+
+def test_access_is_skipped_where_the_user_of_the_daemon_is_not_known(site):
+    site.config["daemon"]["log_level"] = "loud"
+    found = site.findings(mailcloakdoctor.check_config_files, mailcloakdoctor.check_database)
+    assert {"config-access", "database-access"} <= set(skipped_checks(found))
 
 
 def test_secret_that_every_user_can_read_is_a_problem(keycloak_site):
     keycloak_site.write_config()
     keycloak_site.config_path.chmod(0o644)
-    found = the_only(keycloak_site.findings(mailcloakctl.check_config_files, write=False), "problem", "config-mode")
+    found = the_only(keycloak_site.findings(mailcloakdoctor.check_config_files, write=False), "problem", "config-mode")
     assert found.remedy.startswith(f"chmod o-r {keycloak_site.config_path}")
     assert CLIENT_SECRET not in str(found)
 
@@ -230,17 +267,18 @@ def test_secret_file_that_every_user_can_read_is_a_problem(keycloak_site, short_
     del keycloak_site.config["keycloak"]["client_secret"]
     keycloak_site.config["keycloak"]["client_secret_file"] = str(secret)
     assert (
-        f"chmod o-r {secret}" in the_only(keycloak_site.findings(mailcloakctl.check_config_files), "problem", "config-mode").remedy
+        f"chmod o-r {secret}"
+        in the_only(keycloak_site.findings(mailcloakdoctor.check_config_files), "problem", "config-mode").remedy
     )
     secret.chmod(0o600)
-    nothing(keycloak_site.findings(mailcloakctl.check_config_files))
+    nothing(keycloak_site.findings(mailcloakdoctor.check_config_files))
 
 
 @pytest.mark.parametrize("mode", [0o620, 0o602])
 def test_configuration_that_others_can_change_is_a_problem(site, mode):
     site.write_config()
     site.config_path.chmod(mode)
-    found = the_only(site.findings(mailcloakctl.check_config_files, write=False), "problem", "config-mode")
+    found = the_only(site.findings(mailcloakdoctor.check_config_files, write=False), "problem", "config-mode")
     assert found.remedy == f"chmod go-w {site.config_path}"
 
 
@@ -248,17 +286,17 @@ def test_configuration_that_others_can_change_is_a_problem(site, mode):
 def test_configuration_that_others_can_replace_is_a_problem(site, mode):
     site.write_config()
     site.config_path.parent.chmod(mode)
-    found = the_only(site.findings(mailcloakctl.check_config_files, write=False), "problem", "config-mode")
+    found = the_only(site.findings(mailcloakdoctor.check_config_files, write=False), "problem", "config-mode")
     assert found.remedy == f"chmod go-w {site.config_path.parent}"
     site.config_path.parent.chmod(0o1777)  # where nobody can replace what is another's
-    nothing(site.findings(mailcloakctl.check_config_files, write=False))
+    nothing(site.findings(mailcloakdoctor.check_config_files, write=False))
 
 
 @pytest.mark.real("root")
 def test_configuration_of_another_user_is_a_problem(site):
     site.write_config()
     shutil.chown(site.config_path, "nobody")
-    found = the_only(site.findings(mailcloakctl.check_config_files, write=False), "problem", "config-mode")
+    found = the_only(site.findings(mailcloakdoctor.check_config_files, write=False), "problem", "config-mode")
     assert "belongs to user nobody" in found.text
     assert found.remedy == f"chown root {site.config_path}"
 
@@ -281,7 +319,7 @@ def test_directory_that_the_daemon_cannot_enter_is_a_warning_whose_remedy_helps(
     site.config_path.chmod(0o644)
     shutil.chown(folder, owner, group)
     folder.chmod(mode)
-    found = the_only(site.findings(mailcloakctl.check_config_files, write=False), "warning", "config-access")
+    found = the_only(site.findings(mailcloakdoctor.check_config_files, write=False), "warning", "config-access")
     assert f"may not enter {folder}" in found.text
     assert found.remedy == remedy.replace("{}", str(folder))
 
@@ -289,8 +327,8 @@ def test_directory_that_the_daemon_cannot_enter_is_a_warning_whose_remedy_helps(
 @pytest.mark.real("root")
 def test_configuration_that_a_reload_cannot_read_is_a_warning(site):
     site.config["daemon"]["user"] = "nobody"
-    found = the_only(site.findings(mailcloakctl.check_config_files), "warning", "config-access")
-    assert f"user nobody, whom the daemon becomes, may not read {site.config_path}" in found.text
+    found = the_only(site.findings(mailcloakdoctor.check_config_files), "warning", "config-access")
+    assert f"user nobody, which the daemon becomes, may not read {site.config_path}" in found.text
     assert found.remedy.startswith("chgrp nobody ")
 
 
@@ -302,10 +340,10 @@ def test_access_of_the_daemon_is_not_checked_by_another_user(site):
     site.database.chmod(0o644)
 
     def run():
-        found = run_checks(site.config_path, mailcloakctl.check_config_files, mailcloakctl.check_database)
+        found = run_checks(site.config_path, mailcloakdoctor.check_config_files, mailcloakdoctor.check_database)
         return [(finding.state, finding.check, finding.remedy) for finding in found if finding.check.endswith("-access")]
 
-    assert as_nobody(run) == str([("warning", name, mailcloakctl.AS_ROOT) for name in ("config-access", "database-access")])
+    assert as_nobody(run) == str([("skipped", name, mailcloakdoctor.AS_ROOT) for name in ("config-access", "database-access")])
 
 
 def test_warnings_of_the_configuration_are_shown_with_their_remedy(keycloak_site):
@@ -320,7 +358,7 @@ def test_warnings_of_the_configuration_are_shown_with_their_remedy(keycloak_site
 
 
 def test_good_database_has_no_finding(site):
-    nothing(site.findings(mailcloakctl.check_database))
+    nothing(site.findings(mailcloakdoctor.check_database))
 
 
 def files(directory):
@@ -338,41 +376,43 @@ def test_doctor_leaves_everything_as_it_was(site, mode):
     site.write_config()
     before = files(site.database.parent)
     assert "-wal" not in str(before.keys())
-    found = run_checks(site.config_path, *mailcloakctl.CHECKS[1:])
+    found = run_checks(site.config_path, *mailcloakdoctor.CHECKS[1:])
     assert named(found, "database")[0].state == "ok"
     assert files(site.database.parent) == before
 
 
 def test_wal_mode_is_a_warning(site):
     site.execute("PRAGMA journal_mode = WAL")
-    found = the_only(site.findings(mailcloakctl.check_database), "warning", "database-journal")
+    found = the_only(site.findings(mailcloakdoctor.check_database), "warning", "database-journal")
     assert f"stop the daemon, then sqlite3 {site.database} 'PRAGMA journal_mode = DELETE'" in found.remedy
     assert "sqlite_readonly = yes" in found.remedy
 
 
 def test_database_that_is_missing_is_a_problem_and_is_not_made(site):
     site.database.unlink()
-    assert "start the daemon, which makes it" in the_only(site.findings(mailcloakctl.check_database), "problem", "database").remedy
+    assert (
+        "start the daemon, which makes it" in the_only(site.findings(mailcloakdoctor.check_database), "problem", "database").remedy
+    )
     assert not site.database.exists()
 
 
-def test_database_that_was_lost_is_to_be_restored_and_not_made_anew(site):
+def test_database_that_was_lost_is_to_be_restored_and_not_made_again(site):
     site.database.unlink()
     (site.database.parent / "last-known.db").touch()
-    found = the_only(site.findings(mailcloakctl.check_database), "problem", "database")
+    found = the_only(site.findings(mailcloakdoctor.check_database), "problem", "database")
     assert "restore it from a backup" in found.remedy
     assert "start" not in found.remedy.replace("restart", "")
 
 
 def test_database_that_strangers_may_replace_is_a_problem(site):
     site.database.parent.chmod(0o757)
-    found = the_only(site.findings(mailcloakctl.check_database), "problem", "database-mode")
+    found = the_only(site.findings(mailcloakdoctor.check_database), "problem", "database-mode")
     assert found.remedy == f"chmod o-w {site.database.parent}"
 
 
 def test_disk_without_room_is_a_problem(site, monkeypatch):
-    monkeypatch.setattr(mailcloakctl, "NEEDED_BYTES", 2**62)
-    assert the_only(site.findings(mailcloakctl.check_database), "problem", "database-room").remedy == "make room on it"
+    monkeypatch.setattr(mailcloakdoctor, "NEEDED_BYTES", 2**62)
+    assert the_only(site.findings(mailcloakdoctor.check_database), "problem", "database-room").remedy == "make room on it"
 
 
 @pytest.mark.real("root")
@@ -382,12 +422,14 @@ def test_database_that_its_owner_may_not_write_is_a_problem(site):
     for path in (site.database, site.database.parent):
         shutil.chown(path, "nobody")
     site.database.chmod(0o440)
-    assert the_only(site.findings(mailcloakctl.check_database), "problem", "database-access").remedy == f"chmod u+w {site.database}"
+    assert (
+        the_only(site.findings(mailcloakdoctor.check_database), "problem", "database-access").remedy == f"chmod u+w {site.database}"
+    )
 
 
 def test_file_that_is_no_database_is_a_problem(site):
     site.database.write_bytes(b"a letter to my aunt\n" * 100)
-    found = the_only(site.findings(mailcloakctl.check_database), "problem", "database")
+    found = the_only(site.findings(mailcloakdoctor.check_database), "problem", "database")
     assert "file is not a database" in found.text
     assert "restore this one from a backup" in found.remedy
 
@@ -400,53 +442,76 @@ def test_database_that_is_damaged_is_a_problem(site):
     leaves = [index for index, page in enumerate(pages) if page[0] == 10 and index]  # leaf pages of an index
     content[leaves[-1] * 4096 + 3 : leaves[-1] * 4096 + 5] = b"\x00\x01"  # says that it holds one row alone
     site.database.write_bytes(content)
-    found = [finding for finding in site.findings(mailcloakctl.check_database) if finding.state == "problem"]
+    found = [finding for finding in site.findings(mailcloakdoctor.check_database) if finding.state == "problem"]
     assert [finding.check for finding in found] == ["database"]
     assert found[0].remedy == "restore it from a backup"
 
 
+def test_database_that_was_not_read_holds_neither_aliases_nor_apps_that_are_good(site, monkeypatch):
+    site.database.write_bytes(b"a letter to my aunt\n" * 100)
+    checks = (mailcloakdoctor.check_role_addresses, mailcloakdoctor.check_aliases, mailcloakdoctor.check_apps)
+    found = site.findings(mailcloakdoctor.check_database, *checks)
+    assert skipped_checks(found) == dict.fromkeys(("postmaster", "abuse", "aliases", "apps"), "the database was not read")
+    monkeypatch.setattr(mailcloakdoctor, "run_program", lambda *_: ("", ""))  # a Dovecot without a passdb
+    found = site.findings(mailcloakdoctor.check_database, mailcloakdoctor.check_dovecot)
+    assert "are there apps that would need one? the database was not read" in skipped_checks(found)["dovecot"]
+
+
+def test_database_too_big_to_be_searched_for_damage_is_not_said_to_be_whole(site, monkeypatch):
+    for number in range(3000):
+        site.insert("aliases", alias_email=f"{number}@d1.test", username="alice")
+    monkeypatch.setattr(mailcloakctl, "ANSWER_SECONDS", 0.0)
+    found = site.findings(mailcloakdoctor.check_database)
+    assert "was not searched for damage to its end" in skipped_checks(found)["database"]
+
+
+def test_checks_that_need_the_configuration_are_skipped_without_it(tmp_path):
+    found = run_checks(tmp_path / "absent.yaml", *mailcloakdoctor.CHECKS[1:])
+    assert {"daemon", "socket-policy", "socket-aliases", "postfix", "keycloak", "postmaster", "users"} <= set(skipped_checks(found))
+
+
 def test_database_of_another_version(site):
     site.execute("PRAGMA user_version = 4711")
-    found = the_only(site.findings(mailcloakctl.check_database), "problem", "database")
+    found = the_only(site.findings(mailcloakdoctor.check_database), "problem", "database")
     assert "schema version 4711" in found.text
     assert "install the newer mailcloak again" in found.remedy
     site.execute("DROP TABLE apps")
     site.execute("CREATE TABLE apps (app_id TEXT PRIMARY KEY, secret_hash TEXT NOT NULL, enabled INTEGER NOT NULL DEFAULT 1)")
     site.execute("PRAGMA user_version = 1")
     site.execute("INSERT INTO apps (app_id, secret_hash) VALUES ('printer', 'x')")
-    found = the_only(site.findings(mailcloakctl.check_database, mailcloakctl.check_apps), "warning", "database")
+    found = the_only(site.findings(mailcloakdoctor.check_database, mailcloakdoctor.check_apps), "warning", "database")
     assert "restart the daemon: it migrates the file" in found.remedy
     assert site.execute("PRAGMA user_version") == [(1,)]
 
 
 def test_database_that_strangers_may_use(site):
     site.database.chmod(0o644)
-    found = the_only(site.findings(mailcloakctl.check_database), "warning", "database-mode")
+    found = the_only(site.findings(mailcloakdoctor.check_database), "warning", "database-mode")
     assert found.remedy == f"chmod o-r {site.database}"
     site.database.chmod(0o646)
-    assert the_only(site.findings(mailcloakctl.check_database), "problem", "database-mode").remedy.startswith("chmod o-rwx ")
+    assert the_only(site.findings(mailcloakdoctor.check_database), "problem", "database-mode").remedy.startswith("chmod o-rwx ")
 
 
 @pytest.mark.real("root")
 def test_database_that_the_daemon_may_not_write_is_a_problem(site):
     site.config["daemon"]["user"] = "nobody"
-    found = the_only(site.findings(mailcloakctl.check_database), "problem", "database-access")
+    found = the_only(site.findings(mailcloakdoctor.check_database), "problem", "database-access")
     assert "may not read" in found.text
     site.database.chmod(0o640)
     shutil.chown(site.database, "nobody")
-    found = the_only(site.findings(mailcloakctl.check_database), "problem", "database-access")
+    found = the_only(site.findings(mailcloakdoctor.check_database), "problem", "database-access")
     assert f"may not write {site.database.parent}" in found.text
     shutil.chown(site.database.parent, "nobody")
-    nothing(site.findings(mailcloakctl.check_database))
+    nothing(site.findings(mailcloakdoctor.check_database))
 
 
 @pytest.mark.real("root")
 def test_database_that_this_user_may_not_read_is_not_checked(site):
     site.write_config()
     site.config_path.chmod(0o644)
-    outcome = as_nobody(lambda: run_checks(site.config_path, mailcloakctl.check_database)[1])
-    assert "not checked" in outcome
-    assert mailcloakctl.AS_ROOT in outcome
+    outcome = as_nobody(lambda: run_checks(site.config_path, mailcloakdoctor.check_database)[1])
+    assert "state='skipped'" in outcome
+    assert mailcloakdoctor.AS_ROOT in outcome
 
 
 # ---- the daemon and its sockets
@@ -470,18 +535,18 @@ def running(site):
 
         def findings(*checks):
             fake.maps["stats"] = f"OK {json.dumps(stats)}"
-            return site.findings(*(checks or (mailcloakctl.check_daemon,)), write=False)
+            return site.findings(*(checks or (mailcloakdoctor.check_daemon,)), write=False)
 
         yield findings, stats, fake
 
 
 def test_good_daemon_has_no_finding(running):
     findings, _, _ = running
-    nothing(findings(mailcloakctl.check_daemon, mailcloakctl.check_sockets))
+    nothing(findings(mailcloakdoctor.check_daemon, mailcloakdoctor.check_sockets))
 
 
 def test_daemon_that_is_not_running_is_a_problem(site):
-    found = site.findings(mailcloakctl.check_daemon, mailcloakctl.check_sockets)
+    found = site.findings(mailcloakdoctor.check_daemon, mailcloakdoctor.check_sockets)
     assert "there is no socket at" in named(found, "daemon")[0].text
     assert "rc-service mailcloak start" in named(found, "daemon")[0].remedy
     assert [finding.check for finding in found if finding.state == "problem"] == ["daemon", "socket-policy", "socket-aliases"]
@@ -503,7 +568,7 @@ DAEMONS = {
         lambda stats: change(stats, last_reload={"at": 1.0, "ok": False}),
         "problem",
         "daemon-config",
-        "mend the configuration, and reload the daemon",
+        "fix the configuration, and reload the daemon",
     ),
     "changed since": (lambda stats: change(stats, started_at=1.0), "warning", "daemon-config", "reload the daemon (rc-service"),
     "changed since a reload": (
@@ -525,7 +590,7 @@ DAEMONS = {
         "reload it, so that it uses",
     ),
     "Keycloak": (
-        lambda stats: change(stats, keycloak={"state": "away", "failure": "timed out"}),
+        lambda stats: change(stats, keycloak={**STATS["keycloak"], "state": "away", "failure": "timed out"}),
         "problem",
         "daemon-keycloak",
         "look at the findings about Keycloak",
@@ -540,6 +605,23 @@ def test_daemon_that_is_not_well(running, mistake, state, check, remedy):
     assert remedy in the_only(findings(), state, check).remedy
 
 
+def test_daemon_of_another_version_is_said_with_both_versions(running):
+    findings, stats, _ = running
+    stats.clear()
+    stats.update({"version": "0.0.9", "pid": "in another form"})
+    text = the_only(findings(), "warning", "daemon").text
+    assert text == f"the running daemon is version 0.0.9, this is {mailcloak.__version__}"
+
+
+def test_configuration_whose_time_cannot_be_seen_is_not_said_to_be_read(running, site, monkeypatch):
+    findings, _, _ = running
+    monkeypatch.setattr(
+        mailcloakdoctor.os, "stat", lambda path: (_ for _ in ()).throw(PermissionError(13, "Permission denied", path))
+    )
+    (found,) = [each for each in findings() if each.check == "daemon-config"]
+    assert (found.state, found.remedy) == ("skipped", mailcloakdoctor.AS_ROOT)
+
+
 def test_configuration_that_was_reloaded_after_its_change_is_no_finding(running):
     findings, stats, _ = running
     stats.update(started_at=1.0, last_reload={"at": time.time() + 5, "ok": True})
@@ -551,7 +633,7 @@ def test_daemon_that_hangs_is_given_up(running, monkeypatch):
     monkeypatch.setattr(mailcloakctl, "ANSWER_SECONDS", 0.5)
     fake.policy = "hang"
     started = time.monotonic()
-    found = findings(mailcloakctl.check_sockets)
+    found = findings(mailcloakdoctor.check_sockets)
     assert "no answer at" in the_only(found, "problem", "socket-policy").text
     assert time.monotonic() - started < 10
 
@@ -559,7 +641,7 @@ def test_daemon_that_hangs_is_given_up(running, monkeypatch):
 def test_socket_that_is_something_else_is_a_problem(site):
     path = Path(site.config["sockets"]["policy_socket"])
     path.write_text("")
-    found = named(site.findings(mailcloakctl.check_sockets), "socket-policy")[0]
+    found = named(site.findings(mailcloakdoctor.check_sockets), "socket-policy")[0]
     assert (found.state, found.text) == ("problem", f"{path} is not a socket")
 
 
@@ -568,20 +650,20 @@ def test_socket_that_objects_to_nothing_asked_is_a_problem(running, service, che
     findings, _, fake = running
     fake.policy = "OK" if service == "policy" else "DUNNO"
     fake.maps["alias"] = "OK x@y" if service == "socketmap" else "NOTFOUND "
-    assert the_only(findings(mailcloakctl.check_sockets), "problem", check).remedy == "restart the daemon"
+    assert the_only(findings(mailcloakdoctor.check_sockets), "problem", check).remedy == "restart the daemon"
 
 
 def test_socket_of_another_mode_than_configured_is_a_warning(running, site):
     findings, _, _ = running
     os.chmod(site.config["sockets"]["policy_socket"], 0o600)
-    assert "restart the daemon" in the_only(findings(mailcloakctl.check_sockets), "warning", "socket-policy").remedy
+    assert "restart the daemon" in the_only(findings(mailcloakdoctor.check_sockets), "warning", "socket-policy").remedy
 
 
 @pytest.mark.real("root")
 def test_socket_of_another_owner_than_configured_is_a_warning(running, site):
     findings, _, _ = running
     shutil.chown(site.config["sockets"]["socketmap_socket"], "nobody")
-    assert the_only(findings(mailcloakctl.check_sockets), "warning", "socket-aliases")
+    assert the_only(findings(mailcloakdoctor.check_sockets), "warning", "socket-aliases")
 
 
 # ---- Postfix, by the real postconf on a private instance
@@ -618,7 +700,7 @@ def mail_site(short_dir, make_config, postfix):
 @pytest.fixture
 def ask_postfix(mail_site, postfix):
     def ask(**options):
-        return mail_site.findings(mailcloakctl.check_postfix, **{"postfix_config": [str(postfix.config)], **options})
+        return mail_site.findings(mailcloakdoctor.check_postfix, **{"postfix_config": [str(postfix.config)], **options})
 
     return ask
 
@@ -755,7 +837,7 @@ MAIN_MISTAKES = {
         "postfix-domains",
         "main.cf: add d2.test to virtual_mailbox_domains",
     ),
-    "domain twice": ({"mydestination": "d1.test"}, "problem", "postfix-domains", "leave it in virtual_mailbox_domains alone"),
+    "domain twice": ({"mydestination": "d1.test"}, "problem", "postfix-domains", "leave it only in virtual_mailbox_domains"),
     "domain without mailboxes": (
         {"virtual_mailbox_domains": "d1.test", "virtual_alias_domains": "d2.test"},
         "problem",
@@ -814,7 +896,7 @@ SOUND_SETTINGS = {
     "alias map among others": {
         "virtual_alias_maps": "texthash:/etc/other, socketmap:unix:private/mailcloak-socketmap:alias",
     },
-    "domains in a table": {"virtual_mailbox_domains": "texthash:/etc/postfix/domains"},
+    "further domains in a table": {"virtual_mailbox_domains": "d1.test, d2.test, texthash:/etc/postfix/domains"},
     "default action of all": {
         RECIPIENTS: "check_policy_service unix:private/mailcloak",
         "smtpd_policy_service_default_action": "defer_if_permit try later",
@@ -827,6 +909,12 @@ SOUND_SETTINGS = {
 def test_other_sound_settings_have_no_finding(ask_postfix, postfix, settings):
     postfix.set(**settings)
     nothing(ask_postfix())
+
+
+@real_postfix
+def test_domains_in_a_table_are_not_looked_for(ask_postfix, postfix):
+    postfix.set(virtual_mailbox_domains="d1.test, texthash:/etc/postfix/domains")
+    the_only_skipped(ask_postfix(), "postfix-domains", "is d2.test in texthash:/etc/postfix/domains?")
 
 
 def add_to_service(postfix, name, option):
@@ -902,11 +990,11 @@ def test_socket_outside_the_queue_directory_is_a_problem_for_a_chroot_alone(site
             **{SENDERS: "", RECIPIENTS: f"check_policy_service unix:{policy}"},
         )
         ask = {"postfix_config": [str(postfix.config)]}
-        found = [each for each in site.findings(mailcloakctl.check_postfix, **ask) if each.check == "postfix-access"]
+        found = [each for each in site.findings(mailcloakdoctor.check_postfix, **ask) if each.check == "postfix-access"]
         assert [each.state for each in found] == ["problem"] * 2
         assert f"sockets: put both below {postfix.queue_directory}/private" in found[0].remedy
         postfix._run("postconf", "-F", "*/*/chroot=n")
-        nothing(site.findings(mailcloakctl.check_postfix, **ask))
+        nothing(site.findings(mailcloakdoctor.check_postfix, **ask))
 
 
 @real_postfix
@@ -932,34 +1020,34 @@ def test_who_is_not_root_is_told_what_was_not_checked(mail_site, postfix):
     mail_site.config_path.chmod(0o644)
 
     def run():
-        found = run_checks(mail_site.config_path, mailcloakctl.check_postfix, postfix_config=[str(postfix.config)])
+        found = run_checks(mail_site.config_path, mailcloakdoctor.check_postfix, postfix_config=[str(postfix.config)])
         return [(finding.state, finding.check, finding.remedy) for finding in found if finding.state != "ok"]
 
-    assert as_nobody(run) == str([("warning", "postfix-access", mailcloakctl.AS_ROOT)] * 2)
+    assert as_nobody(run) == str([("skipped", "postfix-access", mailcloakdoctor.AS_ROOT)] * 2)
 
 
 @pytest.mark.real("postfix")
 def test_folder_that_is_no_configuration_of_postfix_is_a_problem(site, tmp_path):
-    found = the_only(site.findings(mailcloakctl.check_postfix, postfix_config=[str(tmp_path)]), "problem", "postfix")
+    found = the_only(site.findings(mailcloakdoctor.check_postfix, postfix_config=[str(tmp_path)]), "problem", "postfix")
     assert found.text.startswith("not checked: postconf failed: ")
-    assert "mend main.cf" in found.remedy
+    assert "fix main.cf" in found.remedy
     assert "--postfix-config" in found.remedy
 
 
-def test_host_without_postfix_is_a_warning(site, monkeypatch, tmp_path):
-    monkeypatch.setattr(mailcloakctl, "SYSTEM_PATH", str(tmp_path))
-    found = the_only(site.findings(mailcloakctl.check_postfix), "warning", "postfix")
-    assert found.text == "not checked: there is no postconf in the PATH"
-    nothing(site.findings(mailcloakctl.check_dovecot))
+def test_host_without_postfix_is_skipped_with_a_remedy_and_one_without_dovecot_is_none(site, monkeypatch, tmp_path):
+    monkeypatch.setattr(mailcloakdoctor, "SYSTEM_PATH", str(tmp_path))
+    found = the_only(site.findings(mailcloakdoctor.check_postfix), "skipped", "postfix")
+    assert found.text == "there is no postconf in the PATH"
+    the_only_skipped(site.findings(mailcloakdoctor.check_dovecot), "dovecot", "there is no doveconf in the PATH")
 
 
 def test_program_that_hangs_is_given_up(site, monkeypatch, tmp_path):
     program = tmp_path / "postconf"
     program.write_text("#!/bin/sh\nexec sleep 60\n")
     program.chmod(0o755)
-    monkeypatch.setattr(mailcloakctl, "SYSTEM_PATH", f"{tmp_path}:/bin:/usr/bin")
+    monkeypatch.setattr(mailcloakdoctor, "SYSTEM_PATH", f"{tmp_path}:/bin:/usr/bin")
     monkeypatch.setattr(mailcloakctl, "ANSWER_SECONDS", 0.5)
-    found = the_only(site.findings(mailcloakctl.check_postfix), "warning", "postfix")
+    found = the_only(site.findings(mailcloakdoctor.check_postfix), "skipped", "postfix")
     assert "postconf gave no answer within" in found.text
 
 
@@ -973,7 +1061,7 @@ def test_program_that_hangs_is_given_up(site, monkeypatch, tmp_path):
     ],
 )
 def test_list_of_postfix_is_split_outside_braces(text, words):
-    assert mailcloakctl.split_list(text) == words
+    assert mailcloakdoctor.split_list(text) == words
 
 
 @pytest.mark.parametrize(
@@ -991,7 +1079,7 @@ def test_list_of_postfix_is_split_outside_braces(text, words):
     ],
 )
 def test_policy_service_of_postfix_is_understood(text, endpoint, options):
-    assert mailcloakctl.read_policy_service(text) == (endpoint, options)
+    assert mailcloakdoctor.read_policy_service(text) == (endpoint, options)
 
 
 # ---- Dovecot
@@ -999,14 +1087,14 @@ def test_policy_service_of_postfix_is_understood(text, endpoint, options):
 
 def sample_query_23():
     text = (ROOT / "examples" / "dovecot-2.3" / "dovecot-sql.conf.ext").read_text(encoding="utf-8")
-    return mailcloakctl.PasswordQuery("sample", mailcloakctl.read_sql_options(text)["password_query"], "", True)
+    return mailcloakdoctor.PasswordQuery("sample", mailcloakdoctor.read_settings(text)["password_query"], "", True)
 
 
 def sample_query_24():
     text = (ROOT / "examples" / "dovecot-2.4" / "dovecot.conf").read_text(encoding="utf-8")
     lines = re.search(r"^passdb sql \{\n.*?^\}\n", text, re.MULTILINE | re.DOTALL)[0]
     joined = re.sub(r"\\\n\s*", "", "\n".join(line for line in lines.splitlines() if not line.strip().startswith("#")))
-    (found,) = mailcloakctl.find_password_queries(f"sql_driver = sqlite\nsqlite_path = /x.db\n{joined}\n")
+    (found,) = mailcloakdoctor.find_password_queries(f"sql_driver = sqlite\nsqlite_path = /x.db\n{joined}\n")
     assert (found.place, found.database, found.percent_doubled) == ("passdb sql", "/x.db", False)
     return found
 
@@ -1016,7 +1104,7 @@ SAMPLE_QUERIES = {"2.3": sample_query_23, "2.4": sample_query_24}
 
 @pytest.mark.parametrize("sample", SAMPLE_QUERIES.values(), ids=SAMPLE_QUERIES)
 def test_query_of_the_sample_has_no_finding(sample):
-    nothing(list(mailcloakctl.check_query(sample())))
+    nothing(list(mailcloakdoctor.check_query(sample())))
 
 
 QUERY_MISTAKES = {
@@ -1042,7 +1130,7 @@ def test_mistake_in_the_query_is_a_problem(sample, old, new, says):
     assert query != sample().query
     if says.startswith("does not give the hash") and "x" in new:
         query = query.replace("app_id AS user", "'u' AS user")
-    found = the_only(list(mailcloakctl.check_query(sample()._replace(query=query))), "problem", "dovecot-query")
+    found = the_only(list(mailcloakdoctor.check_query(sample()._replace(query=query))), "problem", "dovecot-query")
     assert says in found.text
     assert "examples/dovecot-2.3/dovecot-sql.conf.ext" in found.remedy
 
@@ -1050,14 +1138,14 @@ def test_mistake_in_the_query_is_a_problem(sample, old, new, says):
 @pytest.mark.parametrize(("sample", "variable"), [(sample_query_23, "%r"), (sample_query_24, "%{remote_ip}")])
 def test_query_with_a_variable_that_is_not_known_is_not_checked(sample, variable):
     query = sample().query + f" AND '{variable}' <> ''"
-    found = the_only(list(mailcloakctl.check_query(sample()._replace(query=query))), "warning", "dovecot-query")
+    found = the_only(list(mailcloakdoctor.check_query(sample()._replace(query=query))), "skipped", "dovecot-query")
     assert f"uses {variable}, which is not known here" in found.text
 
 
 @pytest.mark.parametrize("variable", ["%u", "%Lu", "%n", "%{user}", "%{username}", "%L{user}"])
 def test_names_of_the_login_in_a_query_of_dovecot_2_3(variable):
-    query = mailcloakctl.PasswordQuery("", f"'{variable}' 100%%", "", True)
-    assert mailcloakctl.fill_query(query, "bob", "smtp") == "'bob' 100%"
+    query = mailcloakdoctor.PasswordQuery("", f"'{variable}' 100%%", "", True)
+    assert mailcloakdoctor.fill_query(query, "bob", "smtp") == "'bob' 100%"
 
 
 @pytest.fixture(scope="module")
@@ -1080,7 +1168,7 @@ real_dovecot = pytest.mark.real("dovecot", "root")
 
 def ask_dovecot(site, instance):
     return site.findings(
-        mailcloakctl.check_database, mailcloakctl.check_dovecot, dovecot_config=str(instance.config / "dovecot.conf")
+        mailcloakdoctor.check_database, mailcloakdoctor.check_dovecot, dovecot_config=str(instance.config / "dovecot.conf")
     )
 
 
@@ -1133,18 +1221,18 @@ def test_dovecot_without_the_database_matters_only_where_there_are_apps(site, tm
     first = "dovecot_config_version = 2.4.0\ndovecot_storage_version = 2.4.0\n" if installed_version() >= (2, 4) else ""
     path = tmp_path / "dovecot.conf"
     path.write_text(f"{first}ssl = no\n")
-    ask = (mailcloakctl.check_database, mailcloakctl.check_dovecot)
+    ask = (mailcloakdoctor.check_database, mailcloakdoctor.check_dovecot)
     nothing(site.findings(*ask, dovecot_config=str(path)))
     site.insert("apps", app_id="printer", secret_hash="x")
     assert "1 app cannot log in" in the_only(site.findings(*ask, dovecot_config=str(path)), "warning", "dovecot").text
 
 
 @real_dovecot
-def test_dovecot_whose_configuration_is_bad_is_a_warning(site, tmp_path):
+def test_dovecot_whose_configuration_is_bad_is_skipped(site, tmp_path):
     path = tmp_path / "dovecot.conf"
     path.write_text("passdb {\n")
-    found = the_only(site.findings(mailcloakctl.check_dovecot, dovecot_config=str(path)), "warning", "dovecot")
-    assert found.text.startswith("not checked: doveconf failed")
+    found = the_only(site.findings(mailcloakdoctor.check_dovecot, dovecot_config=str(path)), "skipped", "dovecot")
+    assert found.text.startswith("doveconf failed")
     assert "--dovecot-config" in found.remedy
 
 
@@ -1152,7 +1240,7 @@ def test_dovecot_whose_configuration_is_bad_is_a_warning(site, tmp_path):
 
 
 def ask_keycloak(site):
-    return site.findings(mailcloakctl.check_database, mailcloakctl.check_keycloak)
+    return site.findings(mailcloakdoctor.check_database, mailcloakdoctor.check_keycloak)
 
 
 def test_good_keycloak_has_no_finding(keycloak_site, realm):
@@ -1207,7 +1295,7 @@ KEYCLOAKS = {
         lambda site, realm: site.config["keycloak"].update(canary="canary@d1.test"),
         "problem",
         "keycloak-canary",
-        "make that user in Keycloak, or enable him",
+        "make or enable that user in Keycloak",
     ),
     "federation without canary": (
         lambda site, realm: realm.user("bob").update(federationLink="ldap-1"),
@@ -1262,9 +1350,24 @@ def test_email_that_must_be_verified_may_be_changed_by_users(keycloak_site, real
 
 def test_profile_that_cannot_be_read_is_not_checked(keycloak_site, realm):
     realm.profile_edit = None
-    found = ask_keycloak(keycloak_site)
-    nothing(found)
-    assert named(found, "keycloak-email")[0].text.startswith("not checked")
+    the_only_skipped(ask_keycloak(keycloak_site), "keycloak-email", "The user profile of the realm cannot be read")
+
+
+def test_token_that_cannot_be_read_says_nothing_of_further_roles(keycloak_site, realm):
+    realm.token_roles = None
+    the_only_skipped(ask_keycloak(keycloak_site), "keycloak-role", "Its token does not name its roles")
+
+
+def test_keycloak_that_does_not_tell_the_time_is_not_said_to_agree(keycloak_site, monkeypatch):
+    monkeypatch.setattr(mailcloakdoctor.KeycloakReader, "_note_clock", lambda *_, **__: None)
+    the_only_skipped(ask_keycloak(keycloak_site), "keycloak-clock", "does not say what time it is")
+
+
+def test_user_that_the_daemon_cannot_use_is_a_problem(keycloak_site, realm):
+    realm.user("bob")["enabled"] = "yes"
+    found = the_only(ask_keycloak(keycloak_site), "problem", "keycloak-users")
+    assert found.items[0].startswith("bob (")
+    assert "3 users" in [finding.text for finding in named(ask_keycloak(keycloak_site), "keycloak-users")]
 
 
 @pytest.fixture
@@ -1281,11 +1384,7 @@ def provider(name="ldap", policy=None, **config):
 
 
 def test_cache_policy_of_a_federation_that_cannot_be_read_is_said(federated):
-    found = ask_keycloak(federated)
-    nothing(found)
-    assert "not checked: a canary protects only where the federation's cache policy in Keycloak is NO_CACHE" in (
-        named(found, "keycloak-cache-policy")[0].text
-    )
+    the_only_skipped(ask_keycloak(federated), "keycloak-cache-policy", "is the federation's cache policy in Keycloak NO_CACHE?")
 
 
 @pytest.mark.parametrize("policy", [None, "DEFAULT", "EVICT_DAILY"])
@@ -1299,7 +1398,7 @@ def test_cache_policy_no_cache_has_no_finding(federated, realm):
     realm.components = [provider(policy="NO_CACHE"), provider("unused", enabled=["false"])]
     found = ask_keycloak(federated)
     nothing(found)
-    assert named(found, "keycloak-cache-policy")[0].text == "federation ldap: NO_CACHE, so a canary is seen to be gone"
+    assert named(found, "keycloak-cache-policy")[0].text == "federation ldap: NO_CACHE, so it is noticed when a canary is gone"
 
 
 def test_second_federation_without_a_canary_is_a_warning(federated, realm):
@@ -1318,39 +1417,38 @@ def add_users(realm, number):
 
 
 def test_users_are_read_page_by_page(keycloak_site, realm, monkeypatch):
-    monkeypatch.setattr(mailcloakctl, "PAGE_USERS", 10)
+    monkeypatch.setattr(mailcloakdoctor, "PAGE_USERS", 10)
     add_users(realm, 26)  # and four others
     assert named(ask_keycloak(keycloak_site), "keycloak-users")[0].text == "30 users"
     assert [query["first"] for query in realm.searches if "first" in query] == ["0", "10", "20", "30"]
 
 
 def test_server_that_gives_the_same_page_again_is_not_asked_for_ever(keycloak_site, realm, monkeypatch):
-    monkeypatch.setattr(mailcloakctl, "PAGE_USERS", 10)
+    monkeypatch.setattr(mailcloakdoctor, "PAGE_USERS", 10)
     realm.honours_first = False
     add_users(realm, 26)
     assert "more than can be read: the first 10 were looked at" in named(ask_keycloak(keycloak_site), "keycloak-users")[0].text
     assert len([query for query in realm.searches if "first" in query]) == 2
 
 
-def test_of_too_many_users_those_are_looked_up_whom_aliases_and_apps_name(keycloak_site, realm, monkeypatch):
-    monkeypatch.setattr(mailcloakctl, "PAGE_USERS", 10)
-    monkeypatch.setattr(mailcloakctl, "MAX_USERS", 20)
-    monkeypatch.setattr(mailcloakctl, "MAX_SINGLE_LOOKUPS", 2)
+def test_of_too_many_users_those_are_looked_up_that_aliases_and_apps_name(keycloak_site, realm, monkeypatch):
+    monkeypatch.setattr(mailcloakdoctor, "PAGE_USERS", 10)
+    monkeypatch.setattr(mailcloakdoctor, "MAX_USERS", 20)
+    monkeypatch.setattr(mailcloakdoctor, "MAX_SINGLE_LOOKUPS", 2)
     add_users(realm, 50)
     keycloak_site.execute("DELETE FROM aliases WHERE alias_email LIKE 'abuse@%'")
     realm.add_user("late", "abuse@d1.test")
     for username in ("u0049", "x1gone", "x2unknown"):
         keycloak_site.insert("aliases", alias_email=f"of-{username}@d1.test", username=username)
     checks = (
-        mailcloakctl.check_database,
-        mailcloakctl.check_keycloak,
-        mailcloakctl.check_role_addresses,
-        mailcloakctl.check_aliases,
+        mailcloakdoctor.check_database,
+        mailcloakdoctor.check_keycloak,
+        mailcloakdoctor.check_role_addresses,
+        mailcloakdoctor.check_aliases,
     )
     found = keycloak_site.findings(*checks)
-    assert (
-        "more than can be read: the first 20 were looked at, and 2 more whom aliases and apps name; not checked: 1 others of these"
-        in (named(found, "keycloak-users")[0].text)
+    assert "more than can be read: the first 20 were looked at, and 2 more that aliases and apps name; not 1 others of these" in (
+        named(found, "keycloak-users")[0].text
     )
     assert named(found, "alias-user-missing")[0].items == ("of-x1gone@d1.test (x1gone)",)
     assert named(found, "abuse")[0].items == ("abuse@d2.test",)
@@ -1359,7 +1457,7 @@ def test_of_too_many_users_those_are_looked_up_whom_aliases_and_apps_name(keyclo
 @pytest.mark.real("keycloak")
 def test_real_keycloak_is_understood(short_dir, make_config, real_keycloak, monkeypatch):
     monkeypatch.setattr(mailcloakctl, "ANSWER_SECONDS", 20.0)
-    monkeypatch.setattr(mailcloakctl, "PAGE_USERS", 5)
+    monkeypatch.setattr(mailcloakdoctor, "PAGE_USERS", 5)
     users = [real_user(f"u{number:02}", f"u{number:02}@d1.test") for number in range(12)]
     clients, accounts = zip(
         service_client("seeing", "s" * 20, "view-users"),
@@ -1374,7 +1472,7 @@ def test_real_keycloak_is_understood(short_dir, make_config, real_keycloak, monk
     def wrong(client_id):
         site.config["keycloak"]["client_id"] = client_id
         found = ask_keycloak(site)
-        return {(finding.state, finding.check) for finding in found if finding.state != "ok"}, found
+        return {(finding.state, finding.check) for finding in found if finding.remedy}, found
 
     states, found = wrong("seeing")
     assert states == {("problem", "keycloak-email")}  # of a stock realm
@@ -1382,7 +1480,7 @@ def test_real_keycloak_is_understood(short_dir, make_config, real_keycloak, monk
     assert wrong("mighty")[0] == {("problem", "keycloak-email"), ("warning", "keycloak-role")}
     assert wrong("blind")[0] == {("problem", "keycloak-role")}
     real_keycloak.setup("doctor", "email-by-administrators")
-    nothing(wrong("seeing")[1])
+    the_only_skipped(wrong("seeing")[1], "keycloak-clock", "does not say what time it is")  # as Keycloak 26 does not
     config = {"vendor": ["other"], "connectionUrl": ["ldap://127.0.0.1:1"], "enabled": ["true"], "editMode": ["READ_ONLY"]}
     config.update(
         {"usersDn": ["ou=people"], "usernameLDAPAttribute": ["uid"], "rdnLDAPAttribute": ["uid"], "uuidLDAPAttribute": ["uid"]}
@@ -1402,8 +1500,13 @@ def test_real_keycloak_is_understood(short_dir, make_config, real_keycloak, monk
 
 
 def ask_all(site):
-    checks = (mailcloakctl.check_role_addresses, mailcloakctl.check_aliases, mailcloakctl.check_users, mailcloakctl.check_apps)
-    return site.findings(mailcloakctl.check_database, mailcloakctl.check_keycloak, *checks)
+    checks = (
+        mailcloakdoctor.check_role_addresses,
+        mailcloakdoctor.check_aliases,
+        mailcloakdoctor.check_users,
+        mailcloakdoctor.check_apps,
+    )
+    return site.findings(mailcloakdoctor.check_database, mailcloakdoctor.check_keycloak, *checks)
 
 
 def alias(address, username, **more):
@@ -1477,6 +1580,13 @@ DATA = {
         "problem",
         "alias-chain",
         ("bob@d1.test -> carol@d1.test -> bob@d1.test", "carol@d1.test -> bob@d1.test -> carol@d1.test"),
+        "with the last user",
+    ),
+    "chain by an extension": (
+        both(alias("info@d1.test", "bob"), alias("bob+list@d1.test", "alice"), alias("bob+own@d1.test", "bob")),
+        "problem",
+        "alias-chain",
+        ("info@d1.test -> bob+list@d1.test -> alice@d1.test",),
         "with the last user",
     ),
     "alias elsewhere": (alias("info@other.test", "alice"), "warning", "alias-domain", ("info@other.test",), "policy.domain"),
@@ -1571,12 +1681,20 @@ def test_postmaster_may_be_a_primary_email(keycloak_site, realm):
 
 def test_without_keycloak_the_rest_is_checked(keycloak_site, realm):
     realm.stop()
+    keycloak_site.insert("apps", app_id="printer", secret_hash="x", owner="gone")
     keycloak_site.insert("aliases", alias_email="info@other.test", username="gone")
     keycloak_site.execute("DELETE FROM aliases WHERE alias_email = 'abuse@d1.test'")
     found = ask_all(keycloak_site)
-    assert {finding.check for finding in found if finding.state != "ok"} == {"keycloak-token", "alias-domain"}
-    assert [finding.text for finding in named(found, "abuse")] == ["not checked, since Keycloak cannot be asked: abuse@d1.test"]
-    assert "not checked, since Keycloak cannot be asked" in named(found, "aliases")[0].text
+    assert {finding.check for finding in found if finding.remedy} == {"keycloak-token", "alias-domain"}
+    assert [finding.text for finding in named(found, "abuse")] == [
+        "does a user have abuse@d1.test? the users of Keycloak were not read"
+    ]
+    assert {finding.check: finding.text for finding in found if finding.state == "skipped"} == {
+        "abuse": "does a user have abuse@d1.test? the users of Keycloak were not read",
+        "aliases": "do their users exist? the users of Keycloak were not read",
+        "users": "the users of Keycloak were not read",
+        "apps": "do their owners exist, and is one called like a user? the users of Keycloak were not read",
+    }
 
 
 def test_static_users_are_checked_like_others(site):
@@ -1674,15 +1792,33 @@ def test_doctor_fits_a_terminal_and_shows_its_progress_there(whole):
     assert max(map(len, plain.splitlines())) <= 70
 
 
+@pytest.mark.parametrize(("remedy", "code"), [("", 0), ("run it as root", 1)], ids=["nothing to do", "something to do"])
+def test_skipped_check_counts_as_a_warning_where_something_can_be_done(site, capsys, monkeypatch, remedy, code):
+    def check(host):
+        yield mailcloakdoctor.ok("first", "good")
+        yield mailcloakdoctor.skipped("second", "not to be seen", remedy)
+        yield mailcloakdoctor.skipped("third", "nor this")
+
+    monkeypatch.setattr(mailcloakdoctor, "CHECKS", (check,))
+    doctor = ("--config", str(site.config_path), "doctor")
+    assert mailcloakctl.main(list(doctor)) == code
+    shown = capsys.readouterr().out
+    assert "skipped  second                 not to be seen\n" in shown
+    assert "\n2 skipped, 1 ok\n" in shown
+    assert ("next           second: run it as root; then" if remedy else "next           nothing; ") in shown
+    assert mailcloakctl.main([*doctor, "--json"]) == code
+    assert [finding["state"] for finding in json.loads(capsys.readouterr().out)] == ["ok", "skipped", "skipped"]
+
+
 def test_check_that_fails_itself_does_not_end_the_others(site, capsys, monkeypatch):
     def check_nothing(host):
-        yield mailcloakctl.ok("first", "before")
+        yield mailcloakdoctor.ok("first", "before")
         raise ZeroDivisionError("for \x1b once")
 
     def check_more(host):
-        yield mailcloakctl.ok("second", "after")
+        yield mailcloakdoctor.ok("second", "after")
 
-    monkeypatch.setattr(mailcloakctl, "CHECKS", (check_nothing, check_more))
+    monkeypatch.setattr(mailcloakdoctor, "CHECKS", (check_nothing, check_more))
     assert mailcloakctl.main(["--config", str(site.config_path), "doctor"]) == 2
     shown = capsys.readouterr().out
     assert "problem  doctor                 check_nothing failed: error=ZeroDivisionError text=" in shown
@@ -1690,15 +1826,52 @@ def test_check_that_fails_itself_does_not_end_the_others(site, capsys, monkeypat
     assert "ok       second                 after" in shown
 
 
+def test_doctor_whose_file_is_missing_says_so_and_the_other_commands_work(site, tmp_path):
+    """As after a copy by hand of the two other files."""
+    site.write_config()
+    for name in ("mailcloak.py", "mailcloakctl.py"):
+        shutil.copy(ROOT / name, tmp_path)
+
+    def run(*words):
+        command = [sys.executable, "-B", str(tmp_path / "mailcloakctl.py"), "--config", str(site.config_path), *words]
+        return subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
+
+    result = run("doctor")
+    assert (result.returncode, result.stdout) == (1, "")
+    missing = tmp_path.resolve() / "mailcloakdoctor.py"
+    assert (
+        result.stderr
+        == f"mailcloakctl: doctor: {missing} is missing; install mailcloak again (make install), which puts it there\n"
+    )
+    assert "postmaster@d1.test" in run("aliases", "list").stdout
+    missing.write_text("import module_that_is_not_there\n")
+    assert "module_that_is_not_there" in run("doctor").stderr
+
+
+def test_doctor_alone_loads_the_checks(site):
+    code = "import sys, mailcloakctl; code = mailcloakctl.main(sys.argv[1:]); print(code, 'mailcloakdoctor' in sys.modules)"
+
+    def run(*words):
+        command = [sys.executable, "-c", code, "--db", str(site.database), *words]
+        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=60, cwd=ROOT).stdout.splitlines()[-1]
+
+    assert run("aliases", "list") == "0 False"
+    assert run("doctor").endswith(" True")
+
+
 def test_names_of_findings_are_of_one_form():
-    source = (ROOT / "mailcloakctl.py").read_text(encoding="utf-8")
-    names = set(re.findall(r'(?:ok|warning|problem)\(\s*"([^"]*)",', source))
+    source = (ROOT / "mailcloakdoctor.py").read_text(encoding="utf-8")
+    names = set(re.findall(r'(?:ok|skipped|warning|problem|make)\(\s*"([^"]*)",', source))
     assert len(names) > 30
     assert all(re.fullmatch(r"[a-z]+(-[a-z]+)*", name) and len(name) <= 22 for name in names), names
+    listed = re.findall(r"^  ([a-z, -]+?)  ", mailcloakdoctor.__doc__.partition("The checks: ")[2], re.MULTILINE)
+    listed = ", ".join(listed).split(", ")
+    assert sorted(set(listed)) == sorted(listed), "a check is explained twice"
+    assert names | {"postmaster", "abuse", "socket-policy", "socket-aliases"} == set(listed)
 
 
 def test_doctor_with_another_database(site, capsys, tmp_path, monkeypatch):
-    monkeypatch.setattr(mailcloakctl, "CHECKS", (mailcloakctl.check_database,))
+    monkeypatch.setattr(mailcloakdoctor, "CHECKS", (mailcloakdoctor.check_database,))
     assert mailcloakctl.main(["--db", str(site.database), "doctor", "--json"]) == 0
     assert f"{site.database} has 4 aliases" in capsys.readouterr().out
     assert mailcloakctl.main(["--db", str(tmp_path / "absent.db"), "doctor", "--json"]) == 2

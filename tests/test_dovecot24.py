@@ -1,6 +1,6 @@
 """Postfix, mailcloak and Dovecot 2.4 on examples/postfix and examples/dovecot-2.4; `make test-debian13` runs this on Debian 13.
 
-Keycloak is not there: the daemon knows its users by static_users, and a stand-in answers Dovecot for the userinfo endpoint. The
+There is no Keycloak: the daemon has its users from static_users, and a stand-in answers Dovecot for the userinfo endpoint. The
 real Keycloak is in test_real_mail.py, with the Dovecot 2.3 of Debian 12.
 """
 
@@ -26,18 +26,18 @@ from test_real_mail import (
 )
 
 __test__ = installed_version() >= (2, 4)  # an older Dovecot does not understand the sample
-pytestmark = [pytest.mark.real("postfix", "dovecot", "root"), pytest.mark.timeout(180)]
+pytestmark = [pytest.mark.real("postfix", "dovecot", "root"), pytest.mark.timeout(600)]
 
 USERS = {"alice": "alice@d1.test", "bob": "bob@d1.test"}
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def userinfo():
     with UserinfoStandIn().running() as stand_in:
         yield stand_in
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def host(userinfo):
     """The mail host of most tests."""
     with running(MailHost24(userinfo, USERS)) as instance:

@@ -1,4 +1,4 @@
-"""The inputs that the fuzzer found worth keeping, through its checks, without the fuzzer; and that the checks do find what they look for."""
+"""The fuzzer's inputs in the corpus pass its checks, without the fuzzer; and the checks find the faults they look for."""
 
 from __future__ import annotations
 

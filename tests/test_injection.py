@@ -1,4 +1,4 @@
-"""Nasty text in every attribute and query: nothing of it leaves its place in the log, in a search at Keycloak, in SQL or in an answer."""
+"""Hostile text in every attribute and query: it never leaves its place in the log, in a search at Keycloak, in SQL or in an answer."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ import mailcloak
 NO_SUCH_USER = "550 5.1.1 No such user"
 NOT_OWNED = "553 5.7.1 Sender not owned by authenticated user"
 UNAUTHENTICATED = "553 5.7.1 Sending from local domains requires authentication"
+INTERNAL = "451 4.3.0 Temporary internal error"
 
 CONTROL = {
     "cr": "x\ry",
@@ -87,6 +88,20 @@ FORMS = {  # how the text stands in an address
     "before-domain": "alice@d1.test{}",
     "routed": "{}%d1.test@elsewhere.test",
 }
+
+
+def not_convertible(texts):
+    """Which of them, in a domain, make it one that could be ours: not ASCII and no domain, or with what Postfix may drop."""
+    dropped = {*map(chr, range(33)), *'"(),;<>\\\x7f'}
+    return {
+        f"{name}-{form}"
+        for name, text in texts.items()
+        for form in ("domain", "before-domain")
+        if (not text.isascii() and name != "zero-width") or not dropped.isdisjoint(text)  # zero-width is ignored
+    }
+
+
+NOT_CONVERTIBLE = not_convertible({name: text.partition("\n")[0] for name, text in NASTY.items()})  # the attribute ends there
 ADDRESSES = {f"{name}-{form}": pattern.format(text) for name, text in NASTY.items() for form, pattern in FORMS.items()}
 
 VALUE = r'([^ <>"]*)'
@@ -141,7 +156,7 @@ def exchange(client, data):
     client.send_bytes(data)
     answer = client.receive()
     assert client.buffer == b""
-    assert answer is None or answer.isprintable()
+    assert answer is None or not re.search(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]", answer)
     return answer
 
 
@@ -242,8 +257,9 @@ def test_nasty_address_is_nobody_elses_and_stays_in_its_place(
     for name, text in ADDRESSES.items():
         attributes = {**GOOD, **others, attribute: text}
         answers[name] = exchange(client, policy_bytes(attributes))
-        assert answers[name] in ("DUNNO", NO_SUCH_USER, NOT_OWNED, UNAUTHENTICATED), name
+        assert answers[name] in ("DUNNO", NO_SUCH_USER, NOT_OWNED, UNAUTHENTICATED, INTERNAL), name
         sent.append(attributes)
+    assert {name for name in answers if answers[name] == INTERNAL} == (set() if attribute == "sasl_username" else NOT_CONVERTIBLE)
     assert {name for name in answers if answers[name] == "DUNNO" and name in names_of(forms)} == accepted
     expected = [tuple(shortened(attributes.get(name, "")) for name in LOGGED) for attributes in sent]
     assert decisions(keycloak_daemon, POLICY_LINE) == expected
@@ -310,7 +326,7 @@ WILD_NAMES = ("a*", "*", "a%", "%", "_lice", "?lice", "[a]lice", "a.*", "alice|b
 
 @pytest.mark.parametrize("server", ["exact", "wildcards"])
 def test_user_whose_name_is_a_wildcard_is_that_user_alone(keycloak_daemon, keycloak, server):
-    """Even where the server takes his name for a pattern and sends everybody whom it fits."""
+    """Even if the server reads the name as a pattern and sends every user that matches it."""
     for wild in WILD_NAMES:
         keycloak.add_user(wild, f"{wild}@d1.test")
     if server == "wildcards":
@@ -439,7 +455,10 @@ def test_nasty_key_is_nobodys_and_stays_in_its_place(keycloak_daemon, raw_search
             keys.append(pattern.format(text) or "x")
             answers[name, form] = exchange(client, socketmap_bytes(f"alias {keys[-1]}"))
             assert exchange(client, socketmap_bytes("alias info@d1.test")) == "OK alice@d1.test"
-    found = {names: answer for names, answer in answers.items() if answer != "NOTFOUND "}
+    found = {names: answer for names, answer in answers.items() if answer.startswith("OK ")}
+    deferred = {f"{name}-{form}" for (name, form), answer in answers.items() if answer == "TEMP domain not convertible"}
+    assert not_convertible(MAP_TEXTS) >= deferred >= {"right-to-left-domain", "bytes-of-no-utf8-before-domain"}
+    assert len(found) + len(deferred) + list(answers.values()).count("NOTFOUND ") == len(answers)
     assert {form for _, form in found} == {"extension"}
     for (name, _), answer in found.items():
         text = MAP_TEXTS[name].lower()
@@ -447,7 +466,7 @@ def test_nasty_key_is_nobodys_and_stays_in_its_place(keycloak_daemon, raw_search
         assert not set(text) & set(' ,:;"()<>[]\\@'), f"{answer} would be more than one address"
     assert len(found) > 5
     logged = decisions(keycloak_daemon, SOCKETMAP_LINE)
-    expected = [(answer[3:] if answer != "NOTFOUND " else "", shortened(key)) for key, answer in zip(keys, answers.values())]
+    expected = [(answer[3:] if answer.startswith("OK ") else "", shortened(key)) for key, answer in zip(keys, answers.values())]
     assert [(mailbox, key) for _, key, mailbox in logged[::2]] == expected
     emails = {mailcloak.normalise_address(key).text for key in keys}  # whether a spelling with an extension is somebody's own
     assert {kind for kind, _ in searched(raw_searches)} == {"email"}

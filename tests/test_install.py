@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import ast
 import importlib.util
+import json
 import marshal
 import os
 import re
+import shutil
 import subprocess
 import sys
 
@@ -18,6 +20,7 @@ PREFIXES = ("/usr/local", "/usr")
 BELOW_PREFIX = {
     "lib/mailcloak/mailcloak.py",
     "lib/mailcloak/mailcloakctl.py",
+    "lib/mailcloak/mailcloakdoctor.py",
     "lib/systemd/system/mailcloak.service",
     "lib/systemd/system/mailcloak.socket",
     "lib/systemd/system/mailcloak-socketmap.socket",
@@ -35,18 +38,14 @@ BELOW_PREFIX = {
     "share/zsh/site-functions/_mailcloakctl",
 }
 BELOW_ETC = {"conf.d/mailcloak", "init.d/mailcloak", "mailcloak/config.yaml.sample"}
-EXECUTABLE = {
-    "lib/mailcloak/mailcloak.py",
-    "lib/mailcloak/mailcloakctl.py",
-    "sbin/mailcloak",
-    "sbin/mailcloakctl",
-    "init.d/mailcloak",
-}
+EXECUTABLE = {"sbin/mailcloak", "sbin/mailcloakctl", "init.d/mailcloak"}
+OPENRC = {"etc/conf.d/mailcloak", "etc/init.d/mailcloak"}
+SYSTEMD = {f"lib/systemd/system/mailcloak{name}" for name in (".service", ".socket", "-socketmap.socket")}
 
 
-def run(target, directory, prefix="/usr/local", python=sys.executable, check=True):
+def run(target, directory, prefix="/usr/local", python=sys.executable, check=True, init="both", **more):
     """What make install and make uninstall run."""
-    environment = {**os.environ, "DESTDIR": str(directory), "PREFIX": str(prefix), "PYTHON": str(python)}
+    environment = {**os.environ, "DESTDIR": str(directory), "PREFIX": str(prefix), "PYTHON": str(python), "INIT": init, **more}
     result = subprocess.run(
         ["./install", target], cwd=ROOT, env=environment, capture_output=True, text=True, check=False, timeout=60
     )
@@ -81,12 +80,46 @@ def test_everything_is_where_it_belongs_with_its_mode(installed):
         assert (directory / path).stat().st_mode & 0o777 == (0o755 if name in EXECUTABLE else 0o644), path
 
 
-def test_programs_name_their_interpreter_and_are_otherwise_as_they_were(installed):
+def test_programs_name_their_interpreter_and_modules_are_as_they_were(installed):
     directory, prefix, _ = installed
-    for name in ("mailcloak.py", "mailcloakctl.py"):
-        first, _, rest = text(directory / prefix[1:] / "lib/mailcloak" / name).partition("\n")
-        assert first == f"#!{sys.executable}"
-        assert rest == text(ROOT / name).partition("\n")[2]
+    for name in ("mailcloak", "mailcloakctl"):
+        assert text(directory / prefix[1:] / "sbin" / name).startswith(f"#!{sys.executable}\n")
+    for name in ("mailcloak.py", "mailcloakctl.py", "mailcloakdoctor.py"):
+        assert text(directory / prefix[1:] / "lib/mailcloak" / name) == text(ROOT / name)
+
+
+def test_program_finds_its_modules_behind_a_link(installed, tmp_path):
+    directory, prefix, _ = installed
+    (tmp_path / "mailcloak").symlink_to(directory / prefix[1:] / "sbin/mailcloak")
+    said = subprocess.run([tmp_path / "mailcloak", "--version"], capture_output=True, text=True, check=True, timeout=30)
+    assert said.stdout.startswith("mailcloak ")
+
+
+@pytest.mark.parametrize("init", ["openrc", "systemd", "both"])
+def test_files_of_one_service_manager_alone(tmp_path, init):
+    """update-rc.d of Debian refuses OpenRC's script, and systemctl enable fails with it."""
+    said = run("install", tmp_path, "/usr", init=init).stdout
+    there = files(tmp_path)
+    assert (there >= OPENRC, there.isdisjoint(OPENRC)) == ((True, False) if init != "systemd" else (False, True))
+    units = {f"usr/{name}" for name in SYSTEMD}
+    assert (there >= units, there.isdisjoint(units)) == ((True, False) if init != "openrc" else (False, True))
+    assert ("rc-update add" in said, "systemctl" in said.replace("systemd-sysusers", "")) == (init != "systemd", init != "openrc")
+
+
+@pytest.mark.parametrize("has_openrc", [True, False], ids=["openrc", "no-openrc"])
+def test_service_manager_of_this_host_is_taken(tmp_path, has_openrc):
+    """OpenRC's files where there is openrc-run, and systemd does not run."""
+    commands = tmp_path / "bin"
+    commands.mkdir()
+    for name in ("cat", "cmp", "dirname", "id", "install", "mkdir", "mktemp", "rm", "sed", "sh"):
+        (commands / name).symlink_to(shutil.which(name))
+    if has_openrc:
+        (commands / "openrc-run").write_text("#!/bin/sh\n")
+        (commands / "openrc-run").chmod(0o755)
+    run("install", tmp_path / "dest", init="", PATH=str(commands))
+    is_openrc = has_openrc and not os.path.isdir("/run/systemd/system")
+    assert (tmp_path / "dest/etc/init.d/mailcloak").exists() == is_openrc
+    assert (tmp_path / "dest/usr/local/lib/systemd").exists() != is_openrc
 
 
 def test_compiled_modules_name_the_path_without_destdir(installed):
@@ -106,6 +139,8 @@ def test_programs_run_from_there(installed, make_config, short_dir):
 
     for program in ("mailcloak", "mailcloakctl"):
         assert re.fullmatch(rf"{program} \d+\.\d+\.\d+\n", start(program, "--version").stdout)
+    found = start("mailcloakctl", "--config", str(config), "doctor", "--json")
+    assert json.loads(found.stdout)[0] == {"check": "config", "state": "ok", "text": f"{config} is good", "remedy": "", "items": []}
     checked = start("mailcloak", "--config", str(config), "--check-config")
     assert (checked.returncode, f"config: {config}: good" in checked.stderr) == (0, True)
     assert start("mailcloakctl", "--config", str(config), "aliases", "add", "info@d1.test", "alice").returncode == 0
@@ -150,6 +185,7 @@ def test_program_is_named_in_full_where_its_folder_is_not_in_path(tmp_path, monk
 @pytest.mark.real("make")
 def test_make_hands_its_variables_on(tmp_path):
     command = ["make", "--no-print-directory", "install", f"DESTDIR={tmp_path}/a b", "PREFIX=/opt/x", f"PYTHON={sys.executable}"]
+    command.append("INIT=both")
     said = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True, timeout=60).stdout
     assert {"opt/x/sbin/mailcloak", "etc/init.d/mailcloak"} <= files(tmp_path / "a b")
     assert "systemctl link /opt/x/lib/systemd/system/mailcloak" in said
@@ -168,6 +204,19 @@ def test_systemd_makes_the_user_from_its_file(installed, tmp_path):
     assert "mailcloak:" in text(tmp_path / "etc/group")
 
 
+@pytest.mark.real("systemd")
+@pytest.mark.parametrize("prefix", PREFIXES)
+def test_systemctl_enables_and_disables_service_and_sockets_together(tmp_path, prefix):
+    run("install", tmp_path, prefix, init="systemd")
+
+    def systemctl(verb):
+        subprocess.run(["systemctl", f"--root={tmp_path}", verb, "mailcloak"], check=True, timeout=30, capture_output=True)
+        return {path.name for path in (tmp_path / "etc/systemd/system").rglob("*.wants/*")}
+
+    assert systemctl("enable") == {"mailcloak.service", "mailcloak.socket", "mailcloak-socketmap.socket"}
+    assert systemctl("disable") == set()
+
+
 # ---- again, and away
 
 
@@ -183,7 +232,7 @@ def test_second_install_renews_programs_and_leaves_what_an_administrator_wrote(t
     assert (text(config), text(settings)) == ("precious: 1\n", 'mailcloak_log="/var/log/mail"\n')
     assert f"kept {settings}" in said
     assert "config.yaml.sample /etc" not in said  # the step that would make one
-    assert text(program).startswith(f"#!{sys.executable}\n# mailcloak: ")
+    assert text(program) == text(ROOT / "mailcloak.py")
     assert text(sample) == text(ROOT / "config.yaml.sample")
 
 
@@ -251,6 +300,12 @@ def test_interpreter_that_is_not_fit_is_refused_with_the_reason(tmp_path, script
     assert not (tmp_path / "dest").exists()
 
 
+def test_service_manager_that_is_not_known_is_refused(tmp_path):
+    result = run("install", tmp_path, check=False, init="sysv")
+    assert (result.returncode != 0, "INIT must be openrc, systemd or both, got 'sysv'" in result.stderr) == (True, True)
+    assert files(tmp_path) == set()
+
+
 @pytest.mark.parametrize("prefix", ["usr/local", "/", "/opt/my programs", "/opt/$(id)"])
 def test_prefix_that_cannot_be_one_is_refused(tmp_path, prefix):
     result = run("install", tmp_path, prefix, check=False)
@@ -261,7 +316,7 @@ def test_prefix_that_cannot_be_one_is_refused(tmp_path, prefix):
 
 def test_modules_that_are_checked_are_those_that_the_programs_import():
     imported = set()
-    for name in ("mailcloak.py", "mailcloakctl.py"):
+    for name in ("mailcloak.py", "mailcloakctl.py", "mailcloakdoctor.py"):
         for node in ast.walk(ast.parse(text(ROOT / name))):
             if isinstance(node, (ast.Import, ast.ImportFrom)):
                 names = [node.module] if isinstance(node, ast.ImportFrom) else [each.name for each in node.names]

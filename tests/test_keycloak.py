@@ -1,13 +1,19 @@
-"""The directory client against a stand-in for Keycloak: what it asks, what it makes of answers, and of no answer."""
+"""The directory client against a stand-in for Keycloak: what it asks, how it reads answers, and what it does without an answer."""
 
 from __future__ import annotations
 
+import contextlib
+import gc
+import gzip
+import json
+import math
 import re
 import socket
-import ssl
-import subprocess
 import threading
 import time
+import tracemalloc
+import warnings
+import weakref
 from concurrent.futures import ThreadPoolExecutor
 from http.server import BaseHTTPRequestHandler, HTTPServer
 
@@ -28,7 +34,7 @@ def directory(keycloak):
     wait_until(lambda: any(kind == "profile" for kind, _ in keycloak.requests), what="self-check")
     wait_until(lambda: keycloak.at_once == 0, what="its end")
     keycloak.forget_requests()
-    client._api._token = ""  # as if nothing had been asked yet
+    client._api._token = mailcloak.Token("", -math.inf, time.monotonic())  # as if nothing had been asked yet
     yield client
     client.close()
 
@@ -41,16 +47,17 @@ def make_directory(keycloak, **more):
 
 
 def find(directory, attribute, value, seconds=1.0):
-    return directory.find_users(attribute, value, time.monotonic() + seconds)
+    """The users of the answer."""
+    return directory.find_users((attribute, value), time.monotonic() + seconds).users
 
 
 # ---- what is asked
 
 
 def test_search_asks_exactly_one_question_with_one_token(keycloak, directory):
-    keycloak.add_user("alice", "alice@d1.test")
+    user_id = keycloak.add_user("alice", "alice@d1.test")["id"]
     for _ in range(3):
-        assert find(directory, "email", "alice@d1.test") == (mailcloak.User("alice", "alice@d1.test", True),)
+        assert find(directory, "email", "alice@d1.test") == (mailcloak.User("alice", "alice@d1.test", True, user_id=user_id),)
     query = {"email": "alice@d1.test", "exact": "true", "briefRepresentation": "true", "max": "10"}
     assert keycloak.searches == [query] * 3
     assert keycloak.token_requests == 1
@@ -76,13 +83,13 @@ def test_base_url_with_a_path_and_a_realm_with_a_slash_work():
 
 def test_token_is_renewed_at_four_fifths_of_its_life(keycloak, directory, monkeypatch):
     keycloak.token_seconds = 100
-    now = time.monotonic()
-    monkeypatch.setattr(mailcloak.time, "monotonic", lambda: now)
+    clock, later = time.monotonic, 0
+    monkeypatch.setattr(mailcloak.time, "monotonic", lambda: clock() + later)
     find(directory, "email", "a@d1.test")
-    now += 79
+    later = 78
     find(directory, "email", "b@d1.test")
     assert keycloak.token_requests == 1
-    now += 2
+    later = 81
     find(directory, "email", "c@d1.test")
     assert keycloak.token_requests == 2
 
@@ -177,12 +184,28 @@ def test_full_list_without_the_user_is_no_answer(keycloak, directory):
         find(directory, "email", "alice@d1.test")
 
 
+@pytest.mark.parametrize(("count", "email"), [(10, "alice@d1.test"), (11, "alice@d1.test"), (101, "{n}@d1.test")])
+def test_more_users_than_were_asked_for_are_no_answer(keycloak, directory, count, email):
+    keycloak.search = lambda query: [{**keycloak.users[0], "id": str(n), "email": email.format(n=n)} for n in range(count)]
+    with pytest.raises(mailcloak.DirectoryUnavailable, match=f"{count} users for one email, (there may be more|more than)"):
+        find(directory, "email", "alice@d1.test")
+
+
+@pytest.mark.parametrize("email", ["alice@\uff441.test", "alice@d1\u3002test", "alice@d1.test.", "alice%d1.test"])
+def test_email_that_is_another_spelling_of_an_address_is_no_address(keycloak, directory, email):
+    """Keycloak takes it for another e-mail than alice@d1.test, so two users may have the two."""
+    keycloak.add_user("alice", "Alice@D1.test")
+    keycloak.add_user("mallory", email)
+    assert [user.email for user in find(directory, "username", "mallory")] == [""]
+    assert [user.email for user in find(directory, "username", "alice")] == ["alice@d1.test"]
+
+
 def test_unverified_address_counts_unless_verification_is_required(keycloak):
     keycloak.add_user("alice", "alice@d1.test", verified=False)
     lax, strict = make_directory(keycloak), make_directory(keycloak, require_verified_email=True)
     assert find(lax, "email", "alice@d1.test")
-    assert not find(strict, "email", "alice@d1.test")
-    assert find(strict, "username", "alice") == (mailcloak.User("alice", "", True),)
+    assert [user.email for user in find(strict, "email", "alice@d1.test")] == [""]
+    assert [user[:3] for user in find(strict, "username", "alice")] == [("alice", "", True)]
     keycloak.user("alice")["emailVerified"] = True
     assert find(strict, "email", "alice@d1.test")
     lax.close()
@@ -193,14 +216,14 @@ def test_service_account_has_no_address(keycloak, directory):
     keycloak.add_user("service-account-shop", "shop@d1.test")
     keycloak.add_user("robot", "robot@d1.test", serviceAccountClientId="robot")
     keycloak.search = lambda query: keycloak.users[-1:] if query.get("email") == "robot@d1.test" else keycloak.users[-2:-1]
-    assert find(directory, "email", "shop@d1.test") == ()
-    assert find(directory, "email", "robot@d1.test") == ()
+    for name in ("shop", "robot"):
+        assert [user.email for user in find(directory, "email", f"{name}@d1.test")] == [""]
 
 
 @pytest.mark.parametrize("stored", ["ulla@bücher.test", "ulla@BÜCHER.test", "ulla@xn--bcher-kva.test"])
 def test_international_domain_is_found_in_either_spelling(keycloak, directory, stored):
     keycloak.add_user("ulla", stored)
-    assert find(directory, "email", "ulla@xn--bcher-kva.test") == (mailcloak.User("ulla", "ulla@xn--bcher-kva.test", True),)
+    assert [user[:3] for user in find(directory, "email", "ulla@xn--bcher-kva.test")] == [("ulla", "ulla@xn--bcher-kva.test", True)]
 
 
 # ---- no usable answer is an outage, never "no such user"
@@ -231,8 +254,12 @@ def test_fault_of_the_token_endpoint_is_an_outage_within_the_timeout(keycloak, d
         find(directory, "email", "alice@d1.test")
     assert time.monotonic() - started < 1.5
     keycloak.token_fault = None
-    wait_until(lambda: not directory.outage.established)
-    assert find(directory, "email", "alice@d1.test", 3)
+
+    def is_found():
+        with contextlib.suppress(mailcloak.DirectoryUnavailable):  # the probe's own request for a token may still be under way
+            return find(directory, "email", "alice@d1.test", 3)
+
+    wait_until(is_found)
 
 
 @pytest.mark.parametrize("fault", ["stall", "drip", "drip-headers"])
@@ -297,7 +324,7 @@ def test_outage_is_logged_once_and_its_end_with_a_count(keycloak_daemon, keycloa
     assert keycloak_daemon.ask(recipient="stranger@d1.test") == REJECT
     log = keycloak_daemon.log()
     assert log.count("warning directory: realm 'mail': search failed (HTTP 503)") == 1
-    assert re.search(r"answers again, after \d+ s, 0 answers were kept ones, 4 deferred", log)
+    assert re.search(r"answers again, after \d+ s; 0 answers came from the cache, 4 were deferred", log)
 
 
 def test_secrets_and_tokens_are_not_logged_at_debug(keycloak_daemon, keycloak):
@@ -311,6 +338,52 @@ def test_secrets_and_tokens_are_not_logged_at_debug(keycloak_daemon, keycloak):
     assert tokens
     log = keycloak_daemon.log()
     assert not any(secret in log for secret in [*tokens, CLIENT_SECRET])
+
+
+# ---- what is done once for all who need it
+
+
+def share(first_seconds, first_result, second_since=0.0):
+    """What two threads get from shared work: the second asks while the first is at it, with time enough. (results, how often done)."""
+    shared, calls = mailcloak.Shared("a test"), []
+
+    def work(number):
+        calls.append(number)
+        if number == 1:
+            time.sleep(0.3)
+        result = first_result if number == 1 else "good"
+        if result != "good":
+            raise mailcloak.DirectoryUnavailable(result)
+        return result
+
+    def get(number, since, seconds):
+        try:
+            return shared.get(since, time.monotonic() + seconds, lambda: work(number))
+        except mailcloak.DirectoryUnavailable as exc:
+            return str(exc)
+
+    with ThreadPoolExecutor(2) as pool:
+        first = pool.submit(get, 1, 0.0, first_seconds)
+        wait_until(lambda: calls)
+        second = pool.submit(get, 2, time.monotonic() if second_since is None else second_since, 5.0)
+        return (first.result(), second.result()), calls
+
+
+def test_result_serves_those_who_wait_for_it():
+    assert share(5.0, "good") == (("good", "good"), [1])
+
+
+def test_failure_is_one_of_all_who_wait_for_it():
+    assert share(5.0, "refused") == (("refused", "refused"), [1])
+
+
+def test_failure_for_lack_of_time_is_none_of_those_who_have_more():
+    assert share(0.2, "timed out") == (("timed out", "good"), [1, 2])
+
+
+@pytest.mark.parametrize("result", ["good", "refused"])
+def test_work_that_began_before_it_was_needed_is_done_again(result):
+    assert share(5.0, result, second_since=None) == ((result, "good"), [1, 2])
 
 
 # ---- the self-check
@@ -375,7 +448,7 @@ def test_daemon_answers_while_the_self_check_hangs(keycloak, make_daemon):
 def test_empty_answer_of_a_role_that_sees_nobody_is_no_proof_until_it_is_mended(keycloak_daemon, keycloak):
     keycloak.role = "query-users"
     for _ in range(2):
-        keycloak_daemon.reload()  # forgets the check that succeeded at start
+        keycloak_daemon.reload()
         assert keycloak_daemon.ask(recipient="stranger@d1.test") == DEFER
         assert keycloak_daemon.ask(recipient="alice@d1.test") == DEFER
     keycloak_daemon.wait_for_log(SEES_NOBODY)
@@ -384,17 +457,62 @@ def test_empty_answer_of_a_role_that_sees_nobody_is_no_proof_until_it_is_mended(
     assert keycloak_daemon.ask(recipient="alice@d1.test") == "DUNNO"
 
 
-def test_role_lost_at_run_time_is_noticed_at_the_first_empty_answer_of_a_minute(keycloak, directory, monkeypatch):
-    assert find(directory, "email", "stranger@d1.test") == ()
-    checks = keycloak.self_checks
-    assert find(directory, "email", "other@d1.test") == ()
-    assert keycloak.self_checks == checks
+def test_each_empty_answer_is_believed_after_a_proof_asked_for_after_it(keycloak, directory):
+    for number in range(3):
+        assert find(directory, "email", f"stranger{number}@d1.test") == ()
+    asked = [(kind, query.get("email") or query.get("max")) for kind, query in keycloak.requests if kind == "users"]
+    assert asked == [("users", each) for number in range(3) for each in (f"stranger{number}@d1.test", "1")]
+
+
+def test_disabled_answer_is_believed_after_the_same_proof_and_an_enabled_one_needs_none(keycloak, directory):
+    keycloak.add_user("alice", "alice@d1.test")
+    assert find(directory, "email", "alice@d1.test")
+    assert keycloak.self_checks == 0
+    keycloak.user("alice")["enabled"] = False
+    assert find(directory, "email", "alice@d1.test")
+    assert keycloak.self_checks == 1
+
+
+def test_proof_is_shared_by_those_who_wait_for_it(keycloak, directory):
+    keycloak.latency_seconds = 0.2
+    with ThreadPoolExecutor(40) as pool:
+        answers = list(pool.map(lambda number: find(directory, "email", f"u{number}@d1.test", 10), range(40)))
+    assert answers == [()] * 40
+    assert 1 <= keycloak.self_checks < 20
+
+
+@pytest.mark.parametrize("known_before", [True, False])
+def test_role_lost_at_run_time_refuses_nobody(keycloak, make_daemon, known_before):
+    """Not even the first question after it, though another one was answered just before."""
+    names = [f"user{number}" for number in range(20)]
+    for name in names:
+        keycloak.add_user(name, f"{name}@d1.test")
+    policy = {"domain": "d1.test", "cache_ttl_seconds": 0.01, "negative_cache_ttl_seconds": 0, "disappearance_grace_seconds": 0}
+    daemon = make_daemon(keycloak=keycloak.config(), policy=policy).start()
+    if known_before:
+        assert {daemon.ask(recipient=f"{name}@d1.test") for name in names} == {"DUNNO"}
+    assert daemon.ask(recipient="stranger@d1.test") == REJECT
     keycloak.role = "query-users"
-    now = time.monotonic() + 61
-    monkeypatch.setattr(mailcloak.time, "monotonic", lambda: now)
-    with pytest.raises(mailcloak.DirectoryUnavailable, match="sees no users at all"):
-        directory.find_users("email", "alice@d1.test", now + 1)
-    assert keycloak.self_checks > checks
+    clients = [daemon.policy() for _ in names]
+    for name, client in zip(names, clients):
+        client.send(recipient=f"{name}@d1.test", sender=f"{name}@d1.test", sasl_username=name, sasl_method="XOAUTH2")
+    assert {client.receive() for client in clients} <= {DEFER, "DUNNO"}
+    assert daemon.ask(recipient="stranger@d1.test") == DEFER
+    daemon.wait_for_log(SEES_NOBODY)
+
+
+@pytest.mark.parametrize("name", ["username", "email", "id", "federationLink"])
+def test_name_that_is_over_long_or_no_text_is_no_answer(keycloak, directory, name):
+    user = keycloak.add_user("alice", "alice@d1.test", federationLink="ldap")
+    original = keycloak.search
+    for value in ("a" * 256 + "@d1.test", 5, ["alice"]):
+        keycloak.search = lambda query, value=value: [{**user, name: value}] if query != {"max": "1"} else original(query)
+        with pytest.raises(mailcloak.DirectoryUnavailable, match=f"a user record whose {name} "):
+            find(directory, "email", "alice@d1.test")
+        keycloak.search = original
+        wait_until(lambda: not directory.outage._failures)
+    (found,) = find(directory, "email", "alice@d1.test")
+    assert (found.federation, found.user_id, found.key) == ("ldap", user["id"], user["id"])
 
 
 def test_self_check_is_repeated_in_an_outage_until_it_is_over(keycloak):
@@ -431,6 +549,264 @@ def test_email_that_users_may_edit_is_one_error_line(keycloak, make_daemon, edit
     assert daemon.ask(recipient="alice@d1.test") == "DUNNO"
     assert daemon.stop() == 0
     assert daemon.log().count(f" error directory: realm 'mail': {TAKEN}") == said
+
+
+# ---- the bytes of an answer
+
+
+class RawServer:
+    """A server that reads a request without a body and lets behave(connection) write what it likes, on one connection after the other."""
+
+    def __init__(self, behave, context=None):
+        self.requests, self.connections, self.stopping = [], 0, threading.Event()
+        self._behave, self._context = behave, context
+        self._listener = socket.create_server(("127.0.0.1", 0))
+        self.url = f"{'https' if context else 'http'}://127.0.0.1:{self._listener.getsockname()[1]}"
+        threading.Thread(target=self._serve, daemon=True).start()
+
+    def _serve(self):
+        while True:
+            try:
+                connection, _ = self._listener.accept()
+            except OSError:
+                return
+            self.connections += 1
+            threading.Thread(target=self._serve_connection, args=[connection], daemon=True).start()
+
+    def _serve_connection(self, connection):
+        with contextlib.suppress(OSError):
+            if self._context:
+                connection = self._context.wrap_socket(connection, server_side=True)
+            with connection, connection.makefile("rb") as lines:
+                head = ""
+                for line in lines:
+                    head += line.decode()
+                    if line == b"\r\n":
+                        self.requests.append(head)
+                        self._behave(connection)
+                        head = ""
+        self.stopping.set()
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.stopping.set()
+        self._listener.shutdown(socket.SHUT_RDWR)
+        self._listener.close()
+
+
+class Client:
+    """Requests with one session, as a worker of the directory makes them."""
+
+    def __init__(self, server, ca_file=""):
+        self.session = mailcloak.new_session(ca_file)
+        self.url = server.url
+        block = {"base_url": server.url, "realm": "mail", "client_id": "x", "client_secret": "y"}
+        self._api = mailcloak.KeycloakApi(mailcloak.read_block(mailcloak.KeycloakConfig, "keycloak", block, []))
+
+    def get(self, seconds=5.0):
+        return self._api._exchange(self.session, time.monotonic() + seconds, "GET", self.url)
+
+
+def answer_once(data):
+    return RawServer(lambda connection: connection.sendall(data))
+
+
+CHUNKED = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n"
+# What is sent once, then for ever.
+ENDLESS = {
+    "100 Continue": (b"", b"HTTP/1.1 100 Continue\r\n\r\n"),
+    "lines of a 100 Continue": (b"HTTP/1.1 100 Continue\r\n", b"X: y\r\n"),
+    "status line": (b"HTTP/1.1 200 ", b"O"),
+    "header": (b"HTTP/1.1 200 OK\r\nX: ", b"y"),
+    "headers": (b"HTTP/1.1 200 OK\r\n", b"X: y\r\n"),
+    "chunk size": (CHUNKED, b"0"),
+    "chunk extension": (CHUNKED + b"1;", b"x"),
+    "small chunks": (CHUNKED, b"1\r\n \r\n"),
+    "trailer": (CHUNKED + b"2\r\n[]\r\n0\r\nX: ", b"y"),
+    "trailers": (CHUNKED + b"2\r\n[]\r\n0\r\n", b"X: y\r\n"),
+    "body without a length": (b"HTTP/1.0 200 OK\r\n\r\n", b" "),
+}
+
+
+def send_for_ever(beginning, unit, pause):
+    """A server that goes on until its client has gone, for four seconds at most, so that a client that stays fails its test."""
+
+    def behave(connection):
+        end = time.monotonic() + 4
+        connection.sendall(beginning)
+        while time.monotonic() < end:
+            connection.sendall(unit)
+            if pause:
+                time.sleep(pause)
+
+    return behave
+
+
+@pytest.mark.parametrize("what", ENDLESS)
+@pytest.mark.parametrize("speed", ["drips", "floods"])
+def test_answer_without_an_end_ends_at_the_deadline(what, speed):
+    beginning, unit = ENDLESS[what]
+    behave = send_for_ever(beginning, unit, 0.02) if speed == "drips" else send_for_ever(beginning, unit * (16384 // len(unit)), 0)
+    with RawServer(behave) as server:
+        client = Client(server)
+        started = time.monotonic()
+        with pytest.raises(mailcloak.DirectoryUnavailable):
+            client.get(0.5)
+        assert time.monotonic() - started < 1.0
+        client.session.close()
+
+
+def test_answer_without_an_end_ends_at_the_deadline_over_tls_too(certificate):
+    with RawServer(send_for_ever(b"", b"HTTP/1.1 100 Continue\r\n\r\n", 0.02), certificate.context) as server:
+        client = Client(server, certificate.file)
+        started = time.monotonic()
+        with pytest.raises(mailcloak.DirectoryUnavailable, match="timed out"):
+            client.get(0.5)
+        assert time.monotonic() - started < 1.0
+        client.session.close()
+
+
+LINE = b"X: " + b"y" * 11_000 + b"\r\n"  # 95 are more than 1 MiB, and less than what http.client itself allows
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        pytest.param(lambda lines: b"HTTP/1.1 200 OK\r\n" + lines + b"Content-Length: 2\r\n\r\n[]", id="headers"),
+        pytest.param(
+            lambda lines: b"HTTP/1.1 100 Continue\r\n" + lines + b"\r\nHTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\n[]",
+            id="100-continue",
+        ),
+        pytest.param(
+            lambda lines: CHUNKED + lines.replace(b"X: ", b"1;").replace(b"\r\n", b"\r\n \r\n") + b"2\r\n[]\r\n0\r\n\r\n",
+            id="chunk-extensions",
+        ),
+        pytest.param(lambda lines: CHUNKED + b"2\r\n[]\r\n0\r\n" + lines + b"\r\n", id="trailers"),
+        pytest.param(
+            lambda lines: b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n[]" % (len(lines) + 2) + b" " * len(lines), id="body"
+        ),
+    ],
+)
+def test_all_bytes_of_an_answer_count_towards_its_limit(make):
+    with answer_once(make(LINE * 90)) as server:
+        client = Client(server)
+        status, body = client.get()
+        assert (status, body.strip()) == (200, b"[]")
+        client.session.close()
+    with answer_once(make(LINE * 96)) as server:
+        client = Client(server)
+        with pytest.raises(mailcloak.DirectoryUnavailable, match="an answer of more than 1048576 bytes"):
+            client.get()
+        client.session.close()
+
+
+@pytest.mark.parametrize("status", ["200 OK", "302 Found\r\nLocation: /elsewhere", "401 Unauthorized"])
+@pytest.mark.parametrize("encoding", ["gzip", "GZIP", "deflate", "gzip, gzip", "br", "x"])
+def test_answer_in_a_content_encoding_is_no_answer_and_is_not_decoded(status, encoding):
+    """A few hundred bytes that would become a hundred megabytes: urllib3 1.26, which Debian 12 has, decodes any number of layers at once."""
+    bomb = gzip.compress(gzip.compress(bytes(30 * 1024 * 1024)))
+    head = f"HTTP/1.1 {status}\r\nContent-Encoding: {encoding}\r\nContent-Length: {len(bomb)}\r\n\r\n".encode()
+    with answer_once(head + bomb) as server:
+        client = Client(server)
+        tracemalloc.start()
+        try:
+            with pytest.raises(mailcloak.DirectoryUnavailable, match="Content-Encoding"):
+                client.get()
+            _, peak = tracemalloc.get_traced_memory()
+        finally:
+            tracemalloc.stop()
+        assert peak < 4 * 1024 * 1024
+        client.session.close()
+
+
+def test_answer_that_says_that_it_is_not_encoded_is_good():
+    with answer_once(b"HTTP/1.1 200 OK\r\nContent-Encoding: Identity\r\nContent-Length: 2\r\n\r\n[]") as server:
+        client = Client(server)
+        assert client.get() == (200, b"[]")
+        assert "\r\nAccept-Encoding: identity\r\n" in server.requests[0]
+        client.session.close()
+
+
+def test_cookies_are_neither_kept_nor_sent():
+    head = b"HTTP/1.1 200 OK\r\nSet-Cookie: a=b; Path=/; Max-Age=1000\r\nSet-Cookie: c=d; Domain=127.0.0.1\r\nContent-Length: 2\r\n\r\n"
+    with answer_once(head + b"[]") as server:
+        client = Client(server)
+        for _ in range(3):
+            assert client.get() == (200, b"[]")
+            assert not client.session.cookies
+        assert not [request for request in server.requests if "cookie" in request.lower()]
+        client.session.close()
+
+
+def test_cookie_that_makes_no_sense_is_not_looked_at():
+    """http.cookiejar prints a warning with a traceback for a year of thousands of digits."""
+    head = f"HTTP/1.1 200 OK\r\nSet-Cookie: a=b; expires=Fri, 01-Jan-{'9' * 5000} 00:00:00 GMT\r\nContent-Length: 2\r\n\r\n"
+    with answer_once(head.encode() + b"[]") as server, warnings.catch_warnings():
+        warnings.simplefilter("error")
+        client = Client(server)
+        assert client.get() == (200, b"[]")
+        client.session.close()
+
+
+def test_answer_with_a_byte_order_mark_is_read_and_one_in_another_encoding_is_no_answer(keycloak):
+    api = mailcloak.KeycloakApi(mailcloak.read_block(mailcloak.KeycloakConfig, "keycloak", keycloak.config(), []))
+    assert api._json(b"\xef\xbb\xbf[]") == []
+    for encoding in ("utf-16", "utf-16-le", "utf-32-be"):
+        with pytest.raises(mailcloak.DirectoryUnavailable, match="not JSON"):
+            api._json("[{}]".encode(encoding))
+
+
+def test_second_answer_about_a_disabled_user_is_held_to_the_same_limits(keycloak_daemon, keycloak):
+    disabled = keycloak.add_user("dora", "dora@d1.test", enabled=False)
+    others = [{**disabled, "id": f"id{number}", "username": f"u{number}", "enabled": True} for number in range(1000)]
+    search = keycloak.search
+    keycloak.search = lambda query: search(query) if query.get("briefRepresentation") == "true" or "email" not in query else others
+    assert keycloak_daemon.ask(recipient="dora@d1.test") == DEFER
+    assert json.loads(keycloak_daemon.ask_map("stats *")[3:])["cache"]["users"] == 0
+
+
+def test_question_that_failed_holds_on_to_nothing(keycloak, monkeypatch):
+    """Not even until Python's collector runs: an answer may have a megabyte, and anybody can go on asking."""
+    directory = mailcloak.KeycloakDirectory(mailcloak.read_block(mailcloak.KeycloakConfig, "keycloak", keycloak.config(), []))
+    answers = []
+
+    class Records(list):
+        pass
+
+    def get_users(*_, **query):
+        records = Records([{"username": "x", "enabled": True}] * (1 if query == {"max": "1"} else 1000))
+        answers.append(weakref.ref(records))
+        return records
+
+    monkeypatch.setattr(directory._api, "get_users", get_users)
+    gc.disable()
+    try:
+        for number in range(5):
+            with contextlib.suppress(mailcloak.DirectoryUnavailable):
+                directory.find_users(("username", f"x{number}"), time.monotonic() + 5)
+                raise AssertionError
+        wait_until(lambda: not any(answer() for answer in answers[-5:]), 3, "end of what was answered")
+    finally:
+        gc.enable()
+        directory.close()
+
+
+def test_session_keeps_one_connection_and_closes_it_at_its_end():
+    """urllib3 2 would leave the end to the garbage collector."""
+    answers = [b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\n[]", CHUNKED + b"2\r\n[]\r\n0\r\n\r\n"] * 3
+    with RawServer(lambda connection: connection.sendall(answers.pop())) as server:
+        client = Client(server)
+        while answers:
+            assert client.get() == (200, b"[]")
+        assert server.connections == 1
+        gc.disable()
+        try:
+            client.session.close()
+            assert server.stopping.wait(5)
+        finally:
+            gc.enable()
 
 
 # ---- what is remembered
@@ -481,22 +857,13 @@ def test_one_request_waits_no_longer_than_one_timeout(keycloak, make_daemon):
 # ---- TLS
 
 
-def test_certificate_of_an_unknown_authority_is_refused_and_ca_file_admits_it(tmp_path, keycloak):
-    key, certificate = tmp_path / "key.pem", tmp_path / "cert.pem"
-    command = ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2", "-subj", "/CN=127.0.0.1"]
-    subprocess.run(
-        [*command, "-addext", "subjectAltName=IP:127.0.0.1", "-keyout", str(key), "-out", str(certificate)],
-        check=True,
-        capture_output=True,
-    )
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    context.load_cert_chain(certificate, key)
+def test_certificate_of_an_unknown_authority_is_refused_and_ca_file_admits_it(certificate, keycloak):
     server = HTTPServer(("127.0.0.1", 0), BaseHTTPRequestHandler)
-    server.socket = context.wrap_socket(server.socket, server_side=True)
+    server.socket = certificate.context.wrap_socket(server.socket, server_side=True)
     server.handle_error = lambda *_: None
     threading.Thread(target=server.serve_forever, daemon=True).start()
     url = f"https://127.0.0.1:{server.server_port}"
-    for ca_file, message in (("", "certificate refused (self"), (str(certificate), "no token (HTTP 501)")):
+    for ca_file, message in (("", "certificate refused (self"), (certificate.file, "no token (HTTP 501)")):
         config = {**keycloak.config(timeout_seconds=5), "base_url": url, "ca_file": ca_file}
         directory = mailcloak.KeycloakDirectory(mailcloak.read_block(mailcloak.KeycloakConfig, "keycloak", config, []))
         with pytest.raises(mailcloak.DirectoryUnavailable) as caught:

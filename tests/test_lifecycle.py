@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import os
 import pwd
+import re
 import shutil
 import signal
 import socket
@@ -77,6 +80,98 @@ def test_socket_of_a_running_daemon_is_not_stolen(static_daemon, make_daemon):
     assert "sockets.policy_socket: " in log
     assert "is served by another running daemon, stop it first" in log
     assert static_daemon.ask(recipient="alice@d1.test") == "DUNNO"
+
+
+def another(daemon, make_daemon):
+    """A daemon for the same sockets, with another configuration file, log and database."""
+    other = make_daemon(static_users=USERS, sqlite={"path": str(daemon.directory / "other.db")})
+    other.log_path, other.config_path = daemon.directory / "other.log", daemon.directory / "other.yaml"
+    other._command[-1] = str(other.config_path)
+    return other
+
+
+def test_socket_that_is_of_another_daemon_by_now_is_not_removed_at_the_end(static_daemon, make_daemon):
+    other = another(static_daemon, make_daemon)
+    (static_daemon.directory / "policy").unlink()
+    (static_daemon.directory / "socketmap").unlink()
+    other.start()
+    assert static_daemon.stop() == 0
+    assert other.ask(recipient="alice@d1.test") == "DUNNO"
+    assert other.ask_map("alias x@d1.test") == "NOTFOUND "
+    (static_daemon.directory / "policy").unlink()
+    assert other.stop() == 0
+    assert "left behind" not in other.log()
+    assert not (static_daemon.directory / "socketmap").exists()
+
+
+def test_of_daemons_started_at_once_one_serves_and_the_others_say_so(make_daemon):
+    daemons = [make_daemon(static_users=USERS)]
+    daemons += [another(daemons[0], make_daemon)]
+    for _ in range(5):
+        for daemon in daemons:
+            daemon.launch()
+        wait_until(lambda: sum(daemon.process.poll() is None for daemon in daemons) == 1, what="end of one of the two")
+        (serving,) = [daemon for daemon in daemons if daemon.process.poll() is None]
+        (refused,) = [daemon for daemon in daemons if daemon is not serving]
+        serving.wait_for_log("daemon: started")
+        assert refused.process.returncode == 1
+        assert "is served by another running daemon, stop it first" in refused.log()
+        assert serving.ask(recipient="alice@d1.test") == "DUNNO"
+        assert serving.ask_map("alias x@d1.test") == "NOTFOUND "
+        serving.process.kill()  # so that the next two find stale sockets
+        serving.process.wait()
+        for daemon in daemons:
+            daemon.log_path.unlink()
+
+
+def bind_at_once(path, count):
+    """Bind the path in so many processes at once; how many could, and whether the path leads to one of them."""
+    go, going, done, ending = *os.pipe(), *os.pipe()
+    told, telling = os.pipe()
+    children = []
+    for _ in range(count):
+        children.append(os.fork())
+        if children[-1] == 0:
+            os.close(going)
+            os.close(ending)
+            os.read(go, 1)  # until the parent closes it
+            try:
+                _listener = mailcloak.bind_socket(path, "x", mailcloak.SocketsConfig(path, "", "", "", 0o660))
+                os.write(telling, b"+")
+            except BaseException:
+                os.write(telling, b"-")
+            os.read(done, 1)
+            os._exit(0)
+    os.close(going)
+    answers = ""
+    while len(answers) < count:
+        answers += os.read(told, count).decode()
+    with socket.socket(socket.AF_UNIX) as client:
+        is_served = client.connect_ex(path) == 0
+    os.close(ending)
+    for child in children:
+        os.waitpid(child, 0)
+    for descriptor in (go, done, told, telling):
+        os.close(descriptor)
+    return answers.count("+"), is_served
+
+
+def test_stale_socket_is_replaced_by_one_of_many_that_find_it_at_once(short_dir):
+    outcomes = {bind_at_once(str(short_dir / "policy"), 4) for _ in range(100)}
+    assert outcomes == {(1, True)}
+
+
+def test_directory_that_cannot_be_locked_is_told_and_used(short_dir, monkeypatch, caplog):
+    caplog.set_level("INFO", "mailcloak")
+    monkeypatch.setattr(mailcloak, "LOCK_SECONDS", 0.2)
+    path = str(short_dir / "policy")
+    descriptor = os.open(short_dir, os.O_RDONLY)
+    fcntl.flock(descriptor, fcntl.LOCK_SH)
+    try:
+        mailcloak.bind_socket(path, "x", mailcloak.SocketsConfig(path, "", "", "", 0o660)).close()
+    finally:
+        os.close(descriptor)
+    assert f'server: directory not locked path={short_dir} reason="Resource temporarily unavailable"' in caplog.text
 
 
 @pytest.mark.parametrize("kind", ["file", "directory", "symlink"])
@@ -191,6 +286,73 @@ def test_config_its_user_cannot_read_is_warned_about(make_daemon):
     assert "not readable by user 'nobody', a reload will fail" in daemon.log()
 
 
+NOTES_LATE_IMPORTS = """
+import sys
+
+import mailcloak
+
+dropped = []
+drop_privileges = mailcloak.drop_privileges
+mailcloak.drop_privileges = lambda user: (drop_privileges(user), dropped.append(user))
+
+
+def note(event, arguments):
+    if dropped and event == "import" and arguments[0] not in sys.builtin_module_names:
+        print("late import", arguments[0], file=sys.stderr)
+
+
+sys.addaudithook(note)
+sys.exit(mailcloak.main())
+"""
+
+
+@pytest.mark.parametrize("scheme", ["http", "https"])
+def test_nothing_is_imported_after_root_is_given_up(make_daemon, keycloak, certificate, scheme):
+    """Its user may not be able to read the directories of Python's modules, wherever these are installed."""
+    daemon = make_daemon(static_users=USERS)
+    daemon._command = [sys.executable, "-c", NOTES_LATE_IMPORTS, str(daemon.config_path)]
+    daemon._environment["PYTHONPATH"] = str(ROOT)
+    daemon.start()
+    assert daemon.ask(recipient="jürgen@bücher.test") == "DUNNO"
+    del daemon.config["static_users"]
+    if scheme == "https":
+        keycloak._server.socket = certificate.context.wrap_socket(keycloak._server.socket, server_side=True)
+    url = keycloak.url.replace("http:", f"{scheme}:")
+    daemon.config["keycloak"] = keycloak.config(base_url=url, ca_file=certificate.file, timeout_seconds=2)
+    daemon.config["policy"]["domain"] = ["d1.test", "xn--bcher-kva.test"]
+    keycloak.add_user("ulla", "ulla@bücher.test")
+    daemon.reload()
+    assert daemon.ask(recipient="ulla@xn--bcher-kva.test") == "DUNNO"
+    assert daemon.ask(recipient="stranger@d1.test") == "550 5.1.1 No such user"
+    for fault in ("gzip", "redirect", "truncated", "not-json", "status-503"):
+        keycloak.fault = fault
+        daemon.reload()
+        assert daemon.ask(recipient=f"{fault}@d1.test").startswith("451 ")
+    for host in ("no-such-host.invalid", "bücher.invalid"):
+        daemon.config["keycloak"]["base_url"] = f"{scheme}://{host}"
+        daemon.reload()
+        assert daemon.ask(recipient="stranger@d1.test").startswith("451 ")
+    assert daemon.stop() == 0
+    assert [line for line in daemon.log().splitlines() if "late import" in line] == []
+
+
+def test_command_that_asks_no_keycloak_imports_no_library_for_it(static_daemon):
+    command = [
+        sys.executable,
+        "-X",
+        "importtime",
+        str(ROOT / "mailcloakctl.py"),
+        "--db",
+        str(static_daemon.database),
+        "aliases",
+        "list",
+    ]
+    result = subprocess.run(command, check=True, capture_output=True, text=True)
+    imported = {line.rpartition("|")[2].strip() for line in result.stderr.splitlines()}
+    assert "mailcloak" in imported
+    assert imported & {"requests", "urllib3", "http.client", "charset_normalizer", "certifi", "encodings.idna"} == set()
+
+
 # ---- signals
 
 
@@ -303,7 +465,30 @@ def test_reload_names_what_needs_a_restart(static_daemon):
     assert static_daemon.ask(recipient="alice@d1.test") == "DUNNO"
 
 
-def test_many_reloads_leave_no_threads_behind(make_daemon, keycloak):
+@pytest.mark.parametrize("change", [None, "keycloak", "realm", "policy"])
+def test_reloads_in_a_row_pile_up_no_threads(make_daemon, keycloak, change):
+    daemon = make_daemon(keycloak=keycloak.config(timeout_seconds=30)).start()
+
+    def threads():
+        return len(os.listdir(f"/proc/{daemon.process.pid}/task"))
+
+    assert daemon.ask(recipient="x@d1.test") == "550 5.1.1 No such user"
+    wait_for_self_check(keycloak)
+    before = threads()
+    for number in range(10):
+        if change == "keycloak":
+            daemon.config["keycloak"]["timeout_seconds"] = 31 + number
+        elif change == "realm":
+            daemon.config["keycloak"]["realm"] = f"mail{number}"
+        elif change == "policy":
+            daemon.config["policy"]["cache_ttl_seconds"] = 100 + number
+        daemon.reload()
+    # the one before may go on for those who ask it: eight workers, a probe and the timer that ends them
+    most = before + (10 if change in ("keycloak", "realm") else 0)
+    wait_until(lambda: threads() <= most, 5, "end of the threads of all configurations but two")
+
+
+def test_client_of_keycloak_that_a_reload_replaced_ends_when_nobody_can_need_it(make_daemon, keycloak):
     daemon = make_daemon(keycloak=keycloak.config(timeout_seconds=0.5)).start()
 
     def threads():
@@ -311,9 +496,20 @@ def test_many_reloads_leave_no_threads_behind(make_daemon, keycloak):
 
     assert daemon.ask(recipient="x@d1.test") == "550 5.1.1 No such user"
     before = threads()
-    for _ in range(10):
-        daemon.reload()
+    daemon.config["keycloak"]["timeout_seconds"] = 0.6
+    daemon.reload()
     wait_until(lambda: threads() <= before, what="end of the old lookup threads")
+
+
+def test_reload_with_the_same_keycloak_keeps_its_connections_and_token(make_daemon, keycloak):
+    daemon = make_daemon(keycloak=keycloak.config()).start()
+    wait_for_self_check(keycloak)
+    for number in range(3):
+        daemon.config["policy"]["cache_ttl_seconds"] = 100 + number
+        daemon.reload()
+        assert daemon.ask(recipient=f"u{number}@d1.test") == "550 5.1.1 No such user"
+    assert keycloak.token_requests == 1
+    assert keycloak.requests.count(("profile", {})) == 1
 
 
 # ---- the one file
@@ -388,6 +584,7 @@ def test_request_with_several_lookups_is_answered_at_the_end_after_a_reload_too(
     clients[0].send(recipient="a@d1.test", sender="c@d1.test", sasl_username="e", sasl_method="XOAUTH2")
     wait_until(lambda: keycloak.searches)
     keycloak.fault = None
+    daemon.config["keycloak"]["timeout_seconds"] = 29  # so that another client of Keycloak takes over
     daemon.reload()
     wait_until(lambda: keycloak.requests.count(("profile", {})) == 2)
     keycloak.fault = "stall"
@@ -396,3 +593,89 @@ def test_request_with_several_lookups_is_answered_at_the_end_after_a_reload_too(
     daemon.process.terminate()
     assert [client.receive() for client in clients] == ["451 4.3.0 Temporary authentication/lookup failure"] * 2
     assert daemon.process.wait(10) == 0
+
+
+# ---- the log
+
+
+@pytest.mark.parametrize("kind", ["pipe", "socket"])
+def test_log_that_nobody_reads_makes_nobody_wait(make_daemon, kind):
+    """The socket is what systemd gives a service."""
+    daemon = make_daemon(static_users=USERS)
+    daemon.write_config()
+    ends = [os.fdopen(end, "rb") for end in os.pipe()] if kind == "pipe" else socket.socketpair()
+    with contextlib.ExitStack() as stack:
+        ours, theirs = map(stack.enter_context, ends)
+        daemon.process = subprocess.Popen(daemon._command, stderr=theirs, env=daemon._environment)
+        os.set_blocking(ours.fileno(), False)
+        said = b""
+
+        def read():
+            nonlocal said
+            with contextlib.suppress(BlockingIOError):
+                while data := os.read(ours.fileno(), 65536):
+                    said += data
+            return said.decode()
+
+        wait_until(lambda: "daemon: started" in read(), what="start")
+        client = daemon.policy()
+        for number in range(4000):
+            assert client.ask(recipient=f"nobody{number}@d1.test").startswith("550")
+        assert 0 < read().count("reason=unknown-recipient") < 4000
+        assert client.ask(recipient="last@d1.test").startswith("550")
+        lines = read().splitlines()
+        lost = re.fullmatch(r"[\d-]+ [\d:,]+ warning daemon: (\d+) lines of the log were lost, it took no more", lines[-2])
+        assert int(lost[1]) + sum("reason=unknown-recipient" in line for line in lines) == 4001
+        assert "<last@d1.test>" in lines[-1]
+        daemon.process.terminate()
+        assert daemon.process.wait(10) == 0
+
+
+def test_log_whose_reader_has_gone_ends_nothing(make_daemon):
+    daemon = make_daemon(static_users=USERS)
+    daemon.write_config()
+    ours, theirs = os.pipe()
+    daemon.process = subprocess.Popen(daemon._command, stderr=theirs, env=daemon._environment)
+    os.close(ours)
+    os.close(theirs)
+    wait_until(lambda: os.path.exists(daemon.config["sockets"]["socketmap_socket"]), what="start")
+    assert [daemon.ask(recipient="nobody@d1.test")[:3] for _ in range(3)] == ["550"] * 3
+    daemon.process.terminate()
+    assert daemon.process.wait(10) == 0
+
+
+def with_own_dev(daemon, syslog_path=None):
+    """The daemon with a /dev of its own, whatever this host logs to: /dev/log leads to that socket, or is not there."""
+    link = f"ln -s {syslog_path} /dev/log &&" if syslog_path else ""
+    devices = "mknod -m 666 /dev/null c 1 3 && mknod -m 666 /dev/urandom c 1 9"
+    script = f'mount -t tmpfs tmpfs /dev && {devices} && {link} exec "$@"'
+    daemon._command = ["unshare", "--mount", "sh", "-c", script, "sh", *daemon._command]
+    daemon.config["daemon"]["log"] = "syslog"
+    return daemon
+
+
+@root_only
+def test_lines_go_to_syslog_with_their_priority_and_without_their_time(make_daemon, short_dir):
+    path = short_dir / "dev-log"
+    with contextlib.closing(socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)) as syslog:
+        syslog.bind(str(path))
+        path.chmod(0o666)
+        syslog.settimeout(10)
+        daemon = with_own_dev(make_daemon(static_users=USERS), path)
+        daemon.launch()
+        lines = [syslog.recv(2000).decode()]
+        while "daemon: started" not in lines[-1]:
+            lines.append(syslog.recv(2000).decode())
+        assert re.fullmatch(r"<22>\w+ +\d+ [\d:]+ mailcloak\[\d+\]: info daemon: started version=.*", lines[-1].rstrip("\0\n"))
+        daemon.ask(recipient="nobody@d1.test")
+        while "nobody@d1.test" not in lines[-1]:
+            lines.append(syslog.recv(2000).decode())
+        assert re.match(r"<22>.*\]: info policy: reject .*recipient=<nobody@d1.test> .*reason=unknown-recipient", lines[-1])
+        assert {line[:4] for line in lines if "]: warning " in line} == {"<20>"}  # facility mail, priority warning
+        assert daemon.log() == ""
+
+
+@root_only
+def test_syslog_without_a_syslog_daemon_is_refused_at_the_start(make_daemon):
+    daemon = with_own_dev(make_daemon(static_users=USERS))
+    assert "daemon.log: there is no /dev/log, start a syslog daemon or set it to stderr" in launch_and_fail(daemon)

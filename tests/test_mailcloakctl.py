@@ -17,9 +17,11 @@ import sqlite3
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import pytest
-from conftest import ROOT, Terminal, as_nobody, run_ctl, wait_until
+import yaml
+from conftest import ROOT, Terminal, as_nobody, run_ctl, run_ctl_in_fork, run_ctl_process, wait_until
 
 import mailcloak
 import mailcloakctl
@@ -207,6 +209,63 @@ def test_alias_that_forms_no_chain_is_added(ctl, there, address, username):
     for row in there:
         ctl.insert("aliases", *row)
     ctl("aliases", "add", address, username)
+    assert (address, username, 1) in ctl.aliases()
+
+
+CHAINS_BY_EXTENSION = {
+    "mailbox with an extension is an alias": ([("bob+x@d1.test", "carol")], "info@d1.test", "bob", "and bob+x@d1.test is itself"),
+    "mailbox of another alias's user, with an extension": (
+        [("info@d1.test", "bob")],
+        "bob-x@d1.test",
+        "carol",
+        "would carry mail with that extension on to carol",
+    ),
+    "without its extension it is an alias": ([("bob@d1.test", "carol")], "bob+x@d1.test", "bob", "which is itself an alias"),
+    "circle by an extension": ([("bob+x@d1.test", "info")], "info@d1.test", "bob", "would close a circle"),
+}
+
+
+@pytest.mark.parametrize(("there", "address", "username", "says"), CHAINS_BY_EXTENSION.values(), ids=CHAINS_BY_EXTENSION)
+def test_alias_of_an_alias_with_an_extension_is_refused_unless_force(ctl, make_config, there, address, username, says):
+    """Mail for info+x leads to bob+x, since the map puts the extension back behind the username."""
+    config_path = ctl.path.parent / "config.yaml"
+    blocks = make_config(sqlite={"path": str(ctl.path)}, policy={"recipient_delimiter": "+-"}, static_users={"bob": "bob@d1.test"})
+    config_path.write_text(yaml.safe_dump(blocks))
+    for row in there:
+        ctl.insert("aliases", *row)
+    command = ("--config", config_path, "aliases", "add", address, username)
+    result = run_ctl(*command, check=False)
+    assert (result.returncode, ctl.aliases()) == (1, [(*row, 1) for row in there])
+    assert says in result.stderr
+    run_ctl(*command, "--force")
+    assert (address, username, 1) in ctl.aliases()
+
+
+@pytest.mark.parametrize(
+    ("there", "address", "username"),
+    [
+        ([("info@d1.test", "bob")], "bob+x@d1.test", "bob"),
+        ([("bob+x@d1.test", "bob")], "info@d1.test", "bob"),
+        ([("bob@d1.test", "bob")], "bob+x@d1.test", "carol"),
+        ([("bob+x@d2.test", "carol")], "info@d1.test", "bob"),
+        ([("bob_x@d1.test", "carol")], "info@d1.test", "bob"),
+        ([("owner-x@d1.test", "carol")], "info@d1.test", "owner"),
+        ([("bob+x@d1.test", "carol")], "info+y@d1.test", "bob"),
+        ([("info+y@d1.test", "bob")], "bob+x@d1.test", "carol"),
+        ([("bob+x@d1.test", "carol")], "info@d1.test", "bob@d1.test"),
+    ],
+    ids=[
+        *("own mailbox", "own mailbox is there", "its base is an alias", "other domain", "no delimiter", "never cut"),
+        *("extension of its own", "other with an extension of its own", "username that is an address"),
+    ],
+)
+def test_alias_with_an_extension_that_forms_no_chain_is_added(ctl, make_config, there, address, username):
+    config_path = ctl.path.parent / "config.yaml"
+    blocks = make_config(sqlite={"path": str(ctl.path)}, policy={"recipient_delimiter": "+-"}, static_users={"bob": "bob@d1.test"})
+    config_path.write_text(yaml.safe_dump(blocks))
+    for row in there:
+        ctl.insert("aliases", *row)
+    run_ctl("--config", config_path, "aliases", "add", address, username)
     assert (address, username, 1) in ctl.aliases()
 
 
@@ -555,7 +614,7 @@ def test_apps_add_of_an_existing_app_keeps_owner_and_expiry(filled):
             "'soon' is not a date such as 2027-01-31, a number of days such as 90d, or never",
         ),
         (["set", "printer", "--expires", "0d"], "is not a date"),
-        (["set", "printer", "--expires", "-5d"], None),
+        (["set", "printer", "--expires=-5d"], "is not a date"),  # Python 3.14 takes "-5d" behind a space as a value, too
         (["set", "printer", "--expires", "2027-02-30"], "is not a date"),
         (["set", "printer", "--expires", "2001-01-01"], "2001-01-01 is in the past; apps disable takes an app out of use at once"),
         (["set", "printer", "--expires", "9999-12-31"], "is not a date"),
@@ -567,8 +626,8 @@ def test_apps_add_of_an_existing_app_keeps_owner_and_expiry(filled):
 def test_owner_or_expiry_that_makes_no_sense_changes_nothing(filled, arguments, message):
     before = app_row(filled)
     result = filled("apps", *arguments, check=False)
-    assert (result.returncode, result.stdout) == (1 if message else 2, "")
-    assert (message or "expected one argument") in result.stderr
+    assert (result.returncode, result.stdout) == (1, "")
+    assert message in result.stderr
     assert app_row(filled) == before
 
 
@@ -705,6 +764,28 @@ def test_usage_error_exits_2_and_shows_no_token(filled, arguments):
     assert TOKEN not in message
 
 
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("aliases", "list"),
+        ("aliases", "add", "bücher@d1.test", "Zoë"),
+        ("aliases", "add", "info@d1.test", "bob"),
+        ("apps", "add", "printer", "--token-stdin"),
+        ("no", "such", "noun"),
+        ("--version",),
+    ],
+    ids=" ".join,
+)
+def test_process_does_and_says_what_the_forks_of_the_other_tests_do(filled, arguments):
+    command = ("--db", str(filled.path), *arguments)
+    content = filled.path.read_bytes()
+    expected = run_ctl_process(*command, input=TOKEN)
+    assert "Traceback" not in expected.stderr
+    filled.path.write_bytes(content)
+    result = run_ctl_in_fork(*command, input=TOKEN)
+    assert (result.returncode, result.stdout, result.stderr) == (expected.returncode, expected.stdout, expected.stderr)
+
+
 def test_help_and_version_exit_0():
     assert run_ctl("--version").stdout == f"mailcloakctl {mailcloak.__version__}\n"
     assert "example: mailcloakctl apps allow printer" in run_ctl("apps", "allow", "--help").stdout
@@ -726,6 +807,18 @@ def test_symlink_in_another_folder_works(ctl, tmp_path):
     result = subprocess.run(command, cwd="/", env=environment, capture_output=True, text=True, timeout=60, check=False)
     assert result.returncode == 0, result.stderr
     assert ctl.aliases() == [("info@d1.test", "alice", 1)]
+
+
+def test_command_starts_without_the_modules_that_only_others_need(filled):
+    """mailcloakctl is run in loops of scripts, and its start is most of its time."""
+    program = """if True:
+        import sys, mailcloakctl
+        mailcloakctl.main(sys.argv[1:])
+        rare = "difflib email getpass hashlib http idna mailcloakdoctor requests ssl subprocess unicodedata urllib3"
+        print(*(set(rare.split()) & set(sys.modules)), file=sys.stderr)"""
+    command = [sys.executable, "-c", program, "--db", str(filled.path), "aliases", "list"]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True, cwd=ROOT)
+    assert (result.stdout.count("info@d1.test"), result.stderr) == (1, "\n")
 
 
 # ---- the prompt
@@ -790,12 +883,24 @@ def test_database_that_is_missing_is_created_by_add_which_says_so(missing, argum
 
 
 @pytest.mark.real("root")
-def test_database_that_root_creates_belongs_to_the_owner_of_its_directory(missing):
+def test_database_that_root_creates_belongs_to_the_owner_of_its_directory(missing, short_dir):
     owner, group = pwd.getpwnam("nobody").pw_uid, grp.getgrnam("daemon").gr_gid
-    os.chown(missing.path.parent, owner, group)
+    os.chown(short_dir, owner, group)
+    missing.path = short_dir / "state.db"
     missing("aliases", "add", "info@d1.test", "alice")
     status = missing.path.stat()
     assert (status.st_uid, status.st_gid, status.st_mode & 0o7777) == (owner, group, 0o640)
+
+
+@pytest.mark.real("root")
+def test_database_in_a_directory_that_its_owner_cannot_reach_is_not_created(missing, short_dir):
+    directory = short_dir / "state"
+    directory.mkdir()
+    os.chown(directory, pwd.getpwnam("nobody").pw_uid, -1)
+    short_dir.chmod(0o700)
+    missing.path = directory / "state.db"
+    result = missing("aliases", "add", "info@d1.test", "alice", check=False)
+    assert (result.returncode, "cannot be created: Permission denied, as user 'nobody'" in result.stderr) == (1, True)
 
 
 def test_owner_group_and_mode_of_an_existing_database_stay(filled):
@@ -967,6 +1072,16 @@ def test_alias_outside_policy_domain_is_added_with_a_warning(ctl, config):
     assert len(ctl.aliases()) == 2
 
 
+@pytest.mark.parametrize("username", ["anne-marie", "alice+x", "anne-marie@d1.test"])
+def test_username_that_dovecot_would_cut_is_refused(ctl, config, username):
+    path = config("policy: {domain: d1.test, recipient_delimiter: +-}\nsqlite: {path: DB}\n")
+    result = run_ctl("--config", path, "aliases", "add", "info@d1.test", username, check=False)
+    assert result.returncode == 1
+    assert f"aliases: {username} holds a character of policy.recipient_delimiter (+-)" in result.stderr
+    assert ctl.aliases() == []
+    assert run_ctl("--config", path, "aliases", "add", "info@d1.test", "anne.marie").returncode == 0
+
+
 def test_alias_of_an_alias_is_added_where_mailbox_domain_makes_chains_impossible(ctl, config):
     path = config("policy: {domain: d1.test, mailbox_domain: mailbox.internal}\nsqlite: {path: DB}\n")
     ctl.insert("aliases", "info@d1.test", "bob")
@@ -1006,3 +1121,23 @@ def test_option_that_is_empty_is_a_usage_error(option):
     result = run_ctl(option, "", "aliases", "list", check=False)
     assert result.returncode == 2
     assert "it must name a file" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("disk", "way_out"),
+    [
+        (SimpleNamespace(f_flag=os.ST_RDONLY, f_favail=9), "mounted read-only, mount it for writing"),
+        (SimpleNamespace(f_flag=0, f_favail=0), "make room on its disk"),
+        (PermissionError(13, "Permission denied"), "or restore this one from a backup"),
+    ],
+    ids=["read-only", "no-inodes", "not-to-be-entered"],
+)
+def test_way_out_of_an_error_fits_the_disk(tmp_path, monkeypatch, disk, way_out):
+    def statvfs(path):
+        if isinstance(disk, OSError):
+            raise disk
+        return disk
+
+    monkeypatch.setattr(os, "statvfs", statvfs)
+    (tmp_path / "state.db").touch()
+    assert way_out in mailcloakctl.database_remedy(sqlite3.OperationalError("disk I/O error"), str(tmp_path / "state.db"))

@@ -1,4 +1,4 @@
-"""The decision tables of behaviour, on the pure functions and over the wire."""
+"""The decision tables, on the pure functions and over the wire."""
 
 from __future__ import annotations
 
@@ -133,6 +133,12 @@ def test_table_has_no_two_rows_of_one_name():
     assert sorted(set(names)) == sorted(names)
 
 
+def test_domain_that_is_ours_as_written_and_as_postfix_folds_it_is_certain():
+    policy = make_policy([("domain", ["strasse.test", "straße.test"])])
+    action = mailcloak.decide_policy(mailcloak.PolicyRequest("RCPT", recipient="stranger@straße.test"), policy, PlainFacts(UP))
+    assert action.text == table.NO_SUCH_USER
+
+
 # ---- what is asked, and in which order
 
 
@@ -197,6 +203,7 @@ def test_keycloak_is_asked_only_what_the_row_needs(request_, asked):
         pytest.param(
             (), {"sasl_username": "zed@d1.test", "sasl_method": "XOAUTH2"}, logging.WARNING, id="ambiguous-login-at-warning"
         ),
+        pytest.param((), {"recipient": "x@\u1e9e.test"}, logging.INFO, id="deferral-at-info"),
     ],
 )
 def test_level_of_the_log_line(changes, attributes, level):
@@ -204,3 +211,17 @@ def test_level_of_the_log_line(changes, attributes, level):
         mailcloak.PolicyRequest(protocol_state="RCPT", **attributes), make_policy(changes), PlainFacts(UP)
     )
     assert action.level == level
+
+
+def test_username_that_dovecot_would_cut_is_an_error_in_the_log():
+    assert mailcloak.decide_alias("plus@d1.test", make_policy(()), PlainFacts(UP)).level == logging.ERROR
+
+
+def test_sender_whose_domain_is_not_convertible_is_no_question_that_was_answered_before():
+    """Of a sender without a login, a remembered answer knows only the reason."""
+    policy = make_policy(())
+    questions = [
+        mailcloak.policy_question(mailcloak.PolicyRequest("RCPT", "", "alice@d1.test", sender), policy)
+        for sender in ("x@elsewhere.test", "x@\u1e9e.test")
+    ]
+    assert questions[0] != questions[1]

@@ -13,7 +13,7 @@ from real.ldap import PrivateSlapd, federate
 from real.postfix import PrivatePostfix, daemon_behind
 from test_outages import DEFER, NOT_OWNED, REJECT, SHORT
 
-pytestmark = [pytest.mark.real("keycloak"), pytest.mark.timeout(180)]
+pytestmark = [pytest.mark.real("keycloak"), pytest.mark.timeout(600)]
 
 SECRET = "a-client-secret-of-the-tests"
 CLIENT, ACCOUNT = service_client("mailcloak", SECRET, "view-users")
@@ -29,7 +29,7 @@ def address(username):
 
 
 def own(username):
-    """The attributes of a user who sends from his own address."""
+    """The attributes of a user who sends from their own address."""
     return {"protocol_state": "MAIL", "sender": address(username), "sasl_username": username, "sasl_method": "XOAUTH2"}
 
 
@@ -111,7 +111,7 @@ def mail_daemon(mortal_keycloak, postfix):
 
 
 def refusal_code(postfix, recipient):
-    """The code by which Postfix refuses a recipient; None if it takes him."""
+    """The code by which Postfix refuses a recipient; None if it accepts the recipient."""
     refusal = postfix.refusal("sender@elsewhere.test", recipient)
     return refusal[0] if refusal else None
 
@@ -174,7 +174,7 @@ class Realm:
         federate(keycloak, self.name, slapd, cache_policy)
 
     def find(self, username):
-        """What Keycloak has to say of him, asked as the daemon does; that imports him."""
+        """What Keycloak says about the user, asked as the daemon does; this imports the user."""
         query = {"email": address(username), "exact": "true", "briefRepresentation": "true"}
         return self.keycloak.admin("GET", f"/{self.name}/users", **query)
 
@@ -216,7 +216,7 @@ def start_daemon(make_daemon, realm):
 
 
 def answers_for(seconds, question):
-    """All answers that come while it is asked again and again for so long."""
+    """All answers that come while it is asked again and again for this long."""
     found, deadline = set(), time.monotonic() + seconds
     while time.monotonic() < deadline:
         found.update(question())
@@ -249,7 +249,7 @@ def test_ldap_away_without_canaries_nobody_whom_the_daemon_has_seen_is_refused(s
 @pytest.mark.real("slapd")
 def test_ldap_away_with_canaries_nobody_at_all_is_refused(start_daemon, realm):
     assert realm.find("canary")
-    assert realm.find("canary")  # from the second time on Keycloak has him in its cache, where the cache policy lets it
+    assert realm.find("canary")  # from the second time Keycloak has this user in its cache, if the cache policy allows it
     daemon = start_daemon(canary=[address("canary"), address("canary-local")])
     known, unknown = ("seen-canaries", "local"), ("imported-canaries", "unseen-canaries", "local-unseen", "stranger")
     assert ask(daemon, *known) == ask_senders(daemon, *known) == ["DUNNO"] * 2

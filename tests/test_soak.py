@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 from conftest import ROOT, wait_until
 
-pytestmark = [pytest.mark.long, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.long, pytest.mark.timeout(1200)]
 
 COMMAND = [sys.executable, str(ROOT / "tests" / "soak.py"), "--json"]
 
@@ -68,3 +68,25 @@ def test_soak_that_is_interrupted_takes_everything_with_it(number):
     else:
         assert not os.path.exists(directory)
         assert json.loads(output)["problems"] == []
+
+
+def test_soak_that_finds_a_leak_fails_and_keeps_the_log(tmp_path):
+    text = (ROOT / "mailcloak.py").read_text(encoding="utf-8")
+    for place, leak in (
+        ("        self.tally = Tally()\n", "        self.tally = Tally()\n        LEAK.append(bytes(300))\n"),
+        ("\nclass MailcloakError", "\nLEAK = []\n\n\nclass MailcloakError"),
+    ):
+        assert text.count(place) == 1
+        text = text.replace(place, leak)
+    shutil.copytree(ROOT / "tests", tmp_path / "tests", ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copy(ROOT / "mailcloakctl.py", tmp_path)
+    (tmp_path / "mailcloak.py").write_text(text, encoding="utf-8")
+    command = [sys.executable, str(tmp_path / "tests" / "soak.py"), "24"]
+    result = subprocess.run(command, capture_output=True, text=True, check=False, stdin=subprocess.DEVNULL)
+    assert result.returncode == 1, result.stderr
+    log_path = Path(re.fullmatch(r"soak: the daemon's log is (/tmp/mailcloak-soak-\w+\.log)", result.stderr.splitlines()[-1])[1])
+    log = log_path.read_text(encoding="utf-8", errors="replace")
+    log_path.unlink()
+    assert "memory: entries after 8 s" in result.stderr
+    assert log.count("daemon: started") == 1
+    assert log.count("policy: reject") > 100

@@ -1,4 +1,4 @@
-"""Who may connect, from the first moment on: how the sockets are made, what a swapped file can bring about, and that root is gone."""
+"""Who may connect, from the first moment: how the sockets are created, what a swapped file can cause, and that root is given up."""
 
 from __future__ import annotations
 
@@ -142,8 +142,8 @@ def test_socket_in_a_directory_of_its_owner_is_made_by_its_owner_and_never_touch
             rf"^bind\(.*/private/{name}\".*\) += 0",
             r"^setresuid\(-1, 0, -1\) += 0",
             r"^setresgid\(-1, 0, -1\) += 0",
-            r"^umask\(",
             r"^listen\(.*\) += 0",
+            r"^umask\(",
         )
     assert_root_is_given_up(rest)
     assert not [call for call in calls if re.match(r"l?chown|fchownat|chmod|fchmodat", call)], calls
@@ -175,7 +175,7 @@ def test_socket_in_a_directory_closed_to_its_owner_is_handed_over_as_the_file_it
             rf"^(chown|fchownat)\((AT_FDCWD, )?\"/proc/self/fd/\d+\", {DAEMON.pw_uid}, {DAEMON.pw_gid}(, 0)?\) += 0",
         )
         rest = assert_in_order(rest, r"^f?chmod(at)?\((AT_FDCWD, )?\"/proc/self/fd/\d+\", 0660\) += 0")
-        rest = assert_in_order(rest, r"^umask\(", r"^listen\(.*\) += 0")
+        rest = assert_in_order(rest, r"^listen\(.*\) += 0", r"^umask\(")
     assert_root_is_given_up(rest)
     by_name = [call for call in calls if re.match(r"l?chown|fchownat|chmod|fchmodat", call) and "/proc/self/fd/" not in call]
     assert not by_name, by_name
@@ -202,7 +202,7 @@ def test_socket_in_a_directory_that_passes_on_its_group_has_its_own_group(short_
 
 @pytest.mark.real("root")
 def test_socket_of_an_ordinary_user_has_the_group_asked_for_before_anybody_can_connect(short_dir, monkeypatch):
-    """A group of his own that is not the first: the file is made with the first one, and nothing listens until that is changed."""
+    """A group of the owner that is not the first: the file is created with the first one, and nothing listens until that is changed."""
     folder = short_dir / "run"
     folder.mkdir()
     shutil.chown(folder, "nobody")
@@ -272,7 +272,7 @@ def test_owner_and_group_may_connect_and_nobody_else(make_daemon, short_dir, mod
 
 
 class Folder:
-    """A directory in which nobody may write, files that he would like to have, and files of his own."""
+    """A directory in which the user nobody may write, files that this user would like to have, and this user's own files."""
 
     def __init__(self, directory, owner):
         self.path = directory / "run"
@@ -285,7 +285,7 @@ class Folder:
         self.secret.write_text("precious")
         self.secret.chmod(0o600)
         self.shared.write_text("precious")
-        self.shared.chmod(0o666)  # the kernel lets him make a hard link to a file only if he may write it
+        self.shared.chmod(0o666)  # the kernel lets a user make a hard link to a file only if the user may write it
         self.own = self.path / "own"
         self.socket = self.path / "own-socket"
         as_nobody(self._make_own)
@@ -339,7 +339,7 @@ class Folder:
 
 @contextlib.contextmanager
 def attacked(folder):
-    """While the block runs, nobody attacks; yields what he reports, filled in at the end."""
+    """While the block runs, the user nobody attacks; yields the attacker's report, filled in at the end."""
     report = {}
     attacker = threading.Thread(target=lambda: report.update(json.loads(as_nobody(folder.attack))))
     attacker.start()

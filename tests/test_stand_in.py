@@ -1,6 +1,6 @@
-"""The stand-in for Keycloak answers as the real one does: alike in status and in every field that the daemon reads.
+"""The stand-in for Keycloak answers as the real one does: with the same status and the same values in every field that the daemon reads.
 
-Both get the same users, and each request is made of both. KEYCLOAK_VERSION says which real one.
+Both get the same users and the same requests. KEYCLOAK_VERSION says which real one.
 """
 
 import pytest
@@ -8,7 +8,7 @@ import requests
 from keycloak_stand_in import CLIENT_ID, CLIENT_SECRET, KeycloakStandIn
 from real.keycloak import VERSION, service_client, user
 
-pytestmark = [pytest.mark.real("keycloak"), pytest.mark.timeout(180)]
+pytestmark = [pytest.mark.real("keycloak"), pytest.mark.timeout(600)]
 
 REALM = "mail-as-stand-in"
 FIELDS = ("username", "email", "emailVerified", "enabled", "serviceAccountClientId")  # of a user, what the daemon reads

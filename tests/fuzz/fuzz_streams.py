@@ -1,6 +1,6 @@
 """Fuzz one of the two parsers with atheris: fuzz_streams.py policy|socketmap [options and folders of libFuzzer].
 
-Without atheris it is of no use; what it checks is in stream_checks.py. tests/fuzz/run runs it on both for a given time.
+It needs atheris; the checks are in stream_checks.py. tests/fuzz/run runs it on both parsers for a given time.
 
 Try again what the fuzzer has found:       fuzz_streams.py policy .venv-fuzz/findings/policy-crash-...
 Take what it has learnt into the corpus:   fuzz_streams.py policy -merge=1 tests/fuzz/corpus/policy .venv-fuzz/learnt/policy

@@ -10,13 +10,13 @@ from __future__ import annotations
 import pickle
 import re
 from dataclasses import replace
-from typing import Any, List, NamedTuple, Optional
+from typing import Any, NamedTuple, Optional
 
 import mailcloak
 
 MAX_STREAM_BYTES = 64 * 1024  # four times the longest request; longer streams only cost time
 MAX_DECIDED = 8  # different requests of one stream that are answered
-PIECE_ENDS = {0xF8: (1, 1), 0xF9: (4, 1), 0xFA: (4, 4), 0xFB: (4, 16), 0xFC: (4, 64), 0xFD: (4, 256)}  # so many pieces, of so many
+PIECE_ENDS = {0xF8: (1, 1), 0xF9: (4, 1), 0xFA: (4, 4), 0xFB: (4, 16), 0xFC: (4, 64), 0xFD: (4, 256)}  # pieces, copies in each
 
 POLICY = mailcloak.PolicyConfig(domain=frozenset({"d1.test", "d2.test"}), recipient_delimiter="+-")
 POLICIES = (
@@ -26,19 +26,19 @@ POLICIES = (
 )
 
 POLICY_ANSWER = re.compile(rb"action=(DUNNO|(550|553|451) [45]\.\d\.\d [A-Za-z /]+)\n\n")
-SOCKETMAP_ANSWER = re.compile(r'OK alice[^\s,:;"()<>\[\]\\@]*@(d1|d2|mailbox)\.test|NOTFOUND |TEMP [a-z ]+')
+SOCKETMAP_ANSWER = re.compile(r'OK alice[^\s\x00-\x1f\x7f-\x9f,:;"()<>\[\]\\@]*@(d1|d2|mailbox)\.test|NOTFOUND |TEMP [a-z ]+')
 
 
 class Outcome(NamedTuple):
     """What a stream gave: its requests, and the text of the protocol error that ended them, None if there was none."""
 
-    requests: List[Any]
+    requests: list[Any]
     error: Optional[str]
 
 
-def to_pieces(data: bytes) -> List[bytes]:
+def to_pieces(data: bytes) -> list[bytes]:
     """The pieces in which an input is fed; the first that would make the stream longer than MAX_STREAM_BYTES ends it."""
-    pieces: List[bytes] = []
+    pieces: list[bytes] = []
     room, start = MAX_STREAM_BYTES, 0
     for end, byte in enumerate(data + b"\xf8"):
         if byte in PIECE_ENDS:
@@ -77,7 +77,7 @@ def check(stream_class: Any, data: bytes) -> None:
         check_request(stream_class, request)
 
 
-def feed(stream_class: Any, pieces: List[bytes]) -> Outcome:
+def feed(stream_class: Any, pieces: list[bytes]) -> Outcome:
     """What the pieces give, up to the first error as in the daemon, while the stream never keeps more than one request."""
     stream, requests = stream_class(), []
     for piece in pieces:
@@ -127,7 +127,7 @@ def is_answer(stream_class: Any, encoded: bytes) -> bool:
     if issubclass(stream_class, mailcloak.PolicyStream):
         return POLICY_ANSWER.fullmatch(encoded) is not None
     payload = netstring_payload(encoded)
-    return payload is not None and payload.isprintable() and SOCKETMAP_ANSWER.fullmatch(payload) is not None
+    return payload is not None and SOCKETMAP_ANSWER.fullmatch(payload) is not None
 
 
 def netstring_payload(encoded: bytes) -> Optional[str]:

@@ -1,6 +1,6 @@
 """A private Dovecot 2.3 on the sample files of examples/dovecot-2.3, in a directory and on a port of its own.
 
-Only paths, ports, hosts and the names of accounts are other than in the sample. The system's own Dovecot is not touched. Needs root.
+Only paths, ports, hosts and the names of accounts differ from the sample. The system's own Dovecot is not touched. Needs root.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import ssl
 import subprocess
 import tempfile
 from pathlib import Path
-from typing import List, NamedTuple
+from typing import NamedTuple
 
 from conftest import ROOT, wait_until
 from real.postfix import free_port
@@ -47,7 +47,7 @@ def new_source():
 class Process(NamedTuple):
     command: str
     uid: int
-    groups: List[int]
+    groups: list[int]
 
 
 class _ImapClient(imaplib.IMAP4_SSL):

@@ -1,6 +1,6 @@
 """A private Dovecot 2.4 on the sample file of examples/dovecot-2.4, and a mail host around it without Keycloak.
 
-Only paths, ports, hosts and the names of accounts are other than in the sample. Needs root.
+Only paths, ports, hosts and the names of accounts differ from the sample. Needs root.
 """
 
 from __future__ import annotations

@@ -63,7 +63,7 @@ def run(*command, **options):
 
 
 def user(username, email, **more):
-    """A user as Keycloak imports him: enabled, with a verified e-mail and the password of every user."""
+    """A user as Keycloak imports one: enabled, with a verified e-mail and the password of every user."""
     credentials = [{"type": "password", "value": PASSWORD, "temporary": False}]
     names = {"firstName": username.title(), "lastName": "Test"}
     return {
@@ -86,22 +86,29 @@ def service_client(client_id, secret, *roles):
 
 
 class PrivateKeycloak:
-    """One server. Realms are made by create_realm; their users are changed by add_user and change_user."""
+    """One server. Realms are made by create_realm; their users are changed by add_user and change_user.
 
-    def __init__(self, version=VERSION):
+    What description() says of a server that runs makes another object for it, in another process too.
+    """
+
+    def __init__(self, version=VERSION, directory=None, port=None, process_group=None, start_seconds=0.0):
         self.version = version
-        self.directory = Path(tempfile.mkdtemp(prefix="kc", dir="/tmp"))
+        self.directory = Path(directory or tempfile.mkdtemp(prefix="kc", dir="/tmp"))
         self.directory.chmod(0o755)
         self.log_path = self.directory / "log"
-        self.port = free_port()
+        self.port = port or free_port()
         self.url = f"http://127.0.0.1:{self.port}"
         self.process = None
-        self.start_seconds = 0.0
+        self.process_group, self.start_seconds = process_group, start_seconds
         self._session = requests.Session()
         self._session.trust_env = False
         self._admin_token, self._admin_token_good_until = "", 0.0
 
     # ---- running
+
+    def description(self):
+        names = ("version", "port", "process_group", "start_seconds")
+        return {"directory": str(self.directory), **{name: getattr(self, name) for name in names}}
 
     def start(self):
         """Start it and wait until it answers."""
@@ -131,6 +138,7 @@ class PrivateKeycloak:
                 cwd=home,
                 start_new_session=True,  # kc.sh starts a child; both are ended by their process group
             )
+        self.process_group = self.process.pid
         wait_until(lambda: self.process.poll() is not None or self._answers(), 100, what="start of Keycloak")
         assert self.process.poll() is None, self.log()
         self.start_seconds = time.monotonic() - started  # with the fetch, where it was one
@@ -142,8 +150,10 @@ class PrivateKeycloak:
         return False
 
     def close(self):
-        if self.process and self.process.poll() is None:
-            os.killpg(self.process.pid, signal.SIGKILL)  # there is nothing to save
+        if self.process_group and not (self.process and self.process.poll() is not None):
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(self.process_group, signal.SIGKILL)  # there is nothing to save
+        if self.process:
             self.process.wait(20)
         self._session.close()
         shutil.rmtree(self.directory, ignore_errors=True)
@@ -189,7 +199,9 @@ class PrivateKeycloak:
             {"realmRoles": [f"default-roles-{name.lower()}"], **user} for user in users
         ]  # which an import does not give by itself
         realm = {"realm": name, "enabled": True, "sslRequired": "none", "clients": [mail_client, *clients], "users": users}
-        self.admin("POST", "", {**realm, **more})
+        with open(self.directory / "realms.lock", "w") as lock:  # of two that are made at a time Keycloak refuses one
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            self.admin("POST", "", {**realm, **more})
 
     def user_id(self, realm, username):
         (found,) = self.admin("GET", f"/{realm}/users", username=username, exact="true")
@@ -212,12 +224,12 @@ class PrivateKeycloak:
         return response.json()["access_token"]
 
     def token(self, realm, username):
-        """What the user's mail program gets when he logs in."""
+        """What the user's mail program gets at a login."""
         form = {"grant_type": "password", "client_id": MAIL_CLIENT, "username": username, "password": PASSWORD, "scope": "openid"}
         return self.request_token(realm, **form)
 
     def edit_own_email(self, realm, token, email):
-        """What a user does on the page of his own account; the HTTP status."""
+        """What a user does on their own account page; the HTTP status."""
         url = f"{self.url}/realms/{realm}/account/"
         headers = {"Authorization": f"Bearer {token}", "Accept": "application/json"}
         profile = self._session.get(url, headers=headers, timeout=30)

@@ -24,7 +24,7 @@ PASSWORD_MECHANISMS = ("PLAIN", "LOGIN")
 
 
 class Received(NamedTuple):
-    """A message as it lies in a mailbox: whom Postfix delivered it to, and which mailbox it came from."""
+    """A message in a mailbox: the recipient that Postfix delivered it to, and the mailbox that it came from."""
 
     delivered_to: str
     text: str

@@ -9,6 +9,7 @@ import contextlib
 import json
 import os
 import re
+import secrets
 import shutil
 import signal
 import smtplib
@@ -78,9 +79,17 @@ postlog unix-dgram n - n - 1 postlogd
 
 
 def free_port():
-    with contextlib.closing(socket.socket()) as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+    """A port that nobody listens on.
+
+    It stays free until a server has started on it, which can take seconds: it is below those that the kernel chooses for clients,
+    and each of pytest-xdist's workers has a thousand of its own.
+    """
+    worker = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0")[2:]) % 20
+    while True:
+        port = 12_000 + 1_000 * worker + secrets.randbelow(1_000)
+        with contextlib.closing(socket.socket()) as probe, contextlib.suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return port
 
 
 # Refusals as a client reads them, {} being the address.

@@ -1,0 +1,1531 @@
+# mailcloakdoctor: the checks of mailcloakctl doctor. MIT licence, see LICENSE.
+"""Check a whole installation of mailcloak: what "mailcloakctl doctor" runs, and nothing else loads.
+
+A check changes nothing, and waits for nothing longer than mailcloakctl.ANSWER_SECONDS. What it finds has one of four states:
+  ok        looked at, and good
+  skipped   could not be looked at, and why; with a remedy it counts as a warning, without one there is nothing to do about it
+  warning   works, but not as it should, or not for long; exit code 1
+  problem   mail is lost, refused or wrongly let through, or will be; exit code 2
+Where the first check of a group is skipped or a problem, those of the group that need it do not run and are not listed.
+
+The checks: what each looks at, and the remedy.
+  config                  does the daemon accept the file? Fix what is named; mailcloak --check-config says when it is good
+  config-mode             can others change it, the secret or the certificates, or read the secret? chmod, chown
+  config-access           can the daemon's user read them at a reload? chgrp, chmod
+
+  database                is it there, whole and of this schema? Start the daemon, which makes or migrates it; restore a backup
+  database-mode           can strangers read, change or replace it? chmod
+  database-room           has its disk 10 MB left? Make room
+  database-access         can the daemon's user write it and its directory? chown, chmod
+  database-journal        can Dovecot read it as an ordinary user: not in WAL mode? PRAGMA journal_mode = DELETE
+
+  daemon                  does it run, and is it of this version? Start it, restart it
+  daemon-config           has it read the file that is there now? Reload it
+  daemon-database         can it use the database, and is it this one? The findings about the database; reload it
+  daemon-keycloak         does Keycloak answer the daemon? The findings about Keycloak
+  socket-policy, socket-aliases   does the socket answer, with the owner and mode of the configuration? Restart the daemon
+
+  postfix                 can postconf read main.cf? Name its folder with --postfix-config
+  postfix-access          can Postfix's own user connect, from its chroot? socket_owner_user; sockets below queue_directory
+  postfix-smtpd           does each smtpd ask about each recipient and each sender? check_policy_service
+  postfix-permit          does a permission stand before mailcloak in its list? Move check_policy_service to the front
+  postfix-trial           is mailcloak behind warn_if_reject? Take it out after the trial
+  postfix-default-action  is mail deferred while mailcloak does not answer? default_action
+  postfix-timeout         does Postfix wait longer for mailcloak than mailcloak for Keycloak? timeout=30s
+  postfix-aliases         does cleanup ask for aliases, directly and by the right name? virtual_alias_maps
+  postfix-domains         does Postfix take mail for policy.domain, and not for unchecked domains? virtual_mailbox_domains
+  postfix-delimiter       is recipient_delimiter the same in Postfix and mailcloak? policy.recipient_delimiter
+  postfix-rewriting       does Postfix rewrite addresses after mailcloak was asked? Its defaults in main.cf
+  postfix-settings        does main.cf set what Postfix does not know? Look for typing errors
+
+  dovecot                 does Dovecot look for apps in this database? The passdb of the examples
+  dovecot-query           does its query let apps in only while they are enabled, and only to send? The query of the examples
+  dovecot-access          can the process that asks the database read it? extra_groups, chmod
+
+  keycloak                all of the following, where they are skipped or fail as a whole
+  keycloak-token          does Keycloak give the client a token? URL, realm, client and secret of the configuration
+  keycloak-clock          is Keycloak's clock that of this host? Set the clock
+  keycloak-role           may the client see users, and do nothing more? Roles of its service account
+  keycloak-email          may users change their own e-mail, and so take an address? examples/keycloak/setup
+  keycloak-users          can all users be read, and can the daemon use them? Correct the user in Keycloak
+  keycloak-canary         is there a canary for each user federation, and is it there? keycloak.canary
+  keycloak-cache-policy   is it noticed when a canary is gone: cache policy NO_CACHE? Keycloak, User federation
+
+  postmaster, abuse       does a user receive mail for them, in each domain (RFC 5321, RFC 2142)? aliases add
+  aliases, users, apps    is anything wrong with one of them? Else they are ok, or skipped:
+  alias-spelling          is each alias stored in the form in which it is looked up? aliases add, and delete the old row
+  alias-domain            is each alias in policy.domain? policy.domain, aliases del
+  alias-chain             does the mailbox of an alias lead on to another user? aliases add --replace, policy.mailbox_domain
+  alias-user-missing, alias-user-disabled   is its user there, and enabled? aliases add --replace
+  alias-shadow            does an alias take the mail of a user with this primary e-mail? aliases del
+  primary-shared          have several users the same e-mail? Change it in Keycloak
+  login-ambiguous         is the username of one user the e-mail of another? Rename the user in Keycloak
+  primary-name, mailbox-name                does a user's e-mail lead to another mailbox? policy.mailbox_domain
+  username-delimiter      does a username hold a character of recipient_delimiter? Rename the user in Keycloak
+  app-expired             has an enabled app expired? apps set --expires
+  app-name                has an app the name of a user? apps add under another name
+  app-owner-missing, app-owner-disabled     is its owner there, and enabled? apps set --owner
+  doctor                  did a check itself fail? Report it; the others run in any case
+"""
+
+from __future__ import annotations
+
+import argparse
+import base64
+import concurrent.futures
+import contextlib
+import email.utils
+import functools
+import grp
+import json
+import os
+import pwd
+import re
+import select
+import shlex
+import shutil
+import signal
+import socket
+import sqlite3
+import stat
+import subprocess
+import threading
+import time
+import urllib.parse
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from types import SimpleNamespace
+from typing import Any, NamedTuple, Optional, TypeVar
+
+import mailcloak
+import mailcloakctl as ctl  # for what it has of output, and for the questions to the running daemon
+
+# ---------------------------------------------------------------------------------------------------------------------------------
+# Findings
+# ---------------------------------------------------------------------------------------------------------------------------------
+
+
+class Finding(NamedTuple):
+    """One line of doctor."""
+
+    check: str  # the name of the check, for programs
+    state: str  # ok, skipped, warning or problem
+    text: str
+    remedy: str = ""
+    items: tuple[str, ...] = ()  # all that the text speaks of; people are shown the first few
+
+
+Findings = Iterator[Finding]
+AS_ROOT = "run mailcloakctl doctor as root"
+FIX_CONFIG = "fix the configuration first"
+SEE_FINDINGS = "look at the findings"  # of other checks, whose remedies come first
+NO_USERS = "the users of Keycloak were not read"
+NO_DATABASE = "the database was not read"
+NO_CONFIG = "the configuration is not good"
+
+
+def ok(check: str, text: str) -> Finding:
+    """Looked at, and good."""
+    return Finding(check, "ok", text)
+
+
+def skipped(check: str, why: str, remedy: str = "") -> Finding:
+    """Not looked at, and why; the remedy is for what an administrator can do about that."""
+    return Finding(check, "skipped", why, remedy)
+
+
+def warning(check: str, text: str, remedy: str) -> Finding:
+    """Works, but not as it should."""
+    return Finding(check, "warning", text, remedy)
+
+
+def problem(check: str, text: str, remedy: str) -> Finding:
+    """Does not work, or lets through what it should not."""
+    return Finding(check, "problem", text, remedy)
+
+
+def about(items: Sequence[str], finding: Finding) -> list[Finding]:
+    """The finding, with the items that it speaks of behind its text; nothing where there are none."""
+    return [finding._replace(text=f"{finding.text}: {ctl.shorten(items)}", items=tuple(items))] if items else []
+
+
+# ---------------------------------------------------------------------------------------------------------------------------------
+# What the checks look at
+# ---------------------------------------------------------------------------------------------------------------------------------
+
+
+class Installation:
+    """What the checks look at, and what they find out for those after them; None is what is not known."""
+
+    def __init__(self, options: argparse.Namespace) -> None:
+        self.options = options
+        self.config_path = os.path.abspath(options.config or mailcloak.DEFAULT_CONFIG_PATH)
+        blocks: dict[str, Any] = {}
+        with contextlib.suppress(mailcloak.ConfigError):  # check_config reports it; the good blocks of a bad file are used
+            blocks = mailcloak.read_blocks(self.config_path)[0]
+        self.keycloak: Optional[mailcloak.KeycloakConfig] = blocks.get("keycloak")
+        self.static_users: Optional[Mapping[str, str]] = blocks.get("static_users")
+        self.policy: Optional[mailcloak.PolicyConfig] = blocks.get("policy")
+        self.sockets: Optional[mailcloak.SocketsConfig] = blocks.get("sockets")
+        self.daemon: Optional[mailcloak.DaemonConfig] = blocks.get("daemon")
+        path = options.db or (blocks["sqlite"].path if "sqlite" in blocks else mailcloak.DEFAULT_DATABASE_PATH)
+        self.database_path = str(os.path.abspath(path))
+        self.aliases: Optional[dict[str, mailcloak.Alias]] = None  # by address
+        self.apps: Optional[dict[str, mailcloak.App]] = None  # by app_id; who may send as what is not read
+        self.users: Optional[dict[str, mailcloak.User]] = None  # by username
+        self.users_not_looked_up: set[str] = set()  # of those that aliases and apps name
+        self.find_holders: Callable[[str], mailcloak.Users] = not_asked  # of a primary e-mail; raises DirectoryUnavailable
+        self.unusable_users: list[str] = []  # with records that the daemon does not understand, and why
+        self.federations: set[str] = set()  # from which users come
+
+
+def not_asked(_: str) -> mailcloak.Users:
+    """What is known of the holders of an e-mail before Keycloak was asked. Raises DirectoryUnavailable."""
+    raise mailcloak.DirectoryUnavailable("not asked")
+
+
+# ---------------------------------------------------------------------------------------------------------------------------------
+# Other users
+# Whether another user could do something is tried by a process of that user, for which doctor has to be root.
+# ---------------------------------------------------------------------------------------------------------------------------------
+
+
+def try_as(
+    user: str, work: Callable[[], str], check: str, question: str, *, groups: Sequence[int] = (), root: str = ""
+) -> tuple[str, list[Finding]]:
+    """What work() says in a process of that user, "" for nothing wrong; and a finding of that check where it cannot be asked.
+
+    root: the path to make its root directory first, if any. An error of work() is given as its text.
+    """
+    try:
+        entry = pwd.getpwnam(user)
+    except KeyError:
+        return "", [problem(check, f"{question} There is no user {user!r}", "make that user, or name another")]
+    if entry.pw_uid == os.geteuid() != 0 and not root:
+        return work(), []
+    if os.geteuid() != 0:
+        return "", [skipped(check, f"{question} Only root can act as user {user!r}", AS_ROOT)]
+    all_groups = sorted({*os.getgrouplist(user, entry.pw_gid), *groups})  # before the chroot, where there is no list of groups
+    reader, writer = os.pipe()
+    child = os.fork()
+    if child == 0:
+        try:
+            if root:
+                os.chroot(root)
+                os.chdir("/")
+            os.setgroups(all_groups)
+            os.setresgid(entry.pw_gid, entry.pw_gid, entry.pw_gid)
+            os.setresuid(entry.pw_uid, entry.pw_uid, entry.pw_uid)
+            text = work()
+        except BaseException as exc:
+            text = getattr(exc, "strerror", None) or type(exc).__name__
+        os.write(writer, text.encode())
+        os._exit(0)
+    os.close(writer)
+    try:
+        if select.select([reader], [], [], ctl.ANSWER_SECONDS)[0]:
+            return os.read(reader, 4096).decode(), []
+        os.kill(child, signal.SIGKILL)
+        return f"no answer within {ctl.ANSWER_SECONDS:.0f} s", []
+    finally:
+        os.close(reader)
+        os.waitpid(child, 0)
+
+
+def why_not(path: str, mode: int) -> str:
+    """Why this process may not read (os.R_OK) or write (os.W_OK) the path; "" if it may."""
+    directory = "/"
+    for part in os.path.dirname(path).strip("/").split("/"):
+        directory = os.path.join(directory, part)
+        if not os.access(directory, os.X_OK):
+            return f"may not enter {directory}"
+    if not os.path.exists(path):
+        return f"finds no {path}"
+    for bit, word in ((os.R_OK, "read"), (os.W_OK, "write")):
+        if mode & bit and not os.access(path, bit):
+            return f"may not {word} {path}"
+    return ""
+
+
+def access_remedy(why: str, user: str, groups: Sequence[int], otherwise: str) -> str:
+    """What lets the user, who is in these groups, do what why_not() says is not allowed.
+
+    otherwise: the remedy for a path of other users and groups, with {path} in it, and {bit} for the letter of chmod.
+    """
+    match = re.fullmatch(r"may not (enter|read|write) (/.*)", why)
+    if not match:
+        return "restore what is missing"
+    path, bit = shlex.quote(match[2]), {"enter": "x", "read": "r", "write": "w"}[match[1]]
+    status = os.stat(match[2])
+    if bit == "w" and os.statvfs(match[2]).f_flag & os.ST_RDONLY:
+        return "mount its file system for writing, it is mounted read-only"
+    if status.st_uid == pwd.getpwnam(user).pw_uid:
+        return f"chmod u+{bit} {path}"
+    if status.st_gid in groups:
+        return f"chmod g+{bit} {path}"
+    return otherwise.replace("{path}", path).replace("{bit}", bit)
+
+
+def check_daemon_access(host: Installation, work: Callable[[], str], failure: Finding) -> list[Finding]:
+    """The failure, with why the user that the daemon becomes may not do the work behind its text; nothing where it may.
+
+    The remedy of failure is the last argument of access_remedy().
+    """
+    if host.daemon is None:
+        return [skipped(failure.check, f"the user that the daemon becomes is not known: {NO_CONFIG}")]
+    user = host.daemon.user
+    why, found = try_as(user, work, failure.check, "may the daemon use it?") if user else ("", [])
+    if not why:
+        return found
+    remedy = access_remedy(why, user, os.getgrouplist(user, pwd.getpwnam(user).pw_gid), failure.remedy)
+    return [failure._replace(text=f"{failure.text}user {user}, which the daemon becomes, {why}", remedy=remedy)]
+
+
+# ---------------------------------------------------------------------------------------------------------------------------------
+# Configuration, database, daemon, sockets
+# ---------------------------------------------------------------------------------------------------------------------------------
+
+
+NEEDED_BYTES = 10 * 1024 * 1024  # that the disk of the database should have left
+LOOPBACK = ("localhost", "127.0.0.1", "::1")
+
+
+def check_config(host: Installation) -> Findings:
+    """The file as the daemon reads it."""
+    path = host.config_path
+    try:
+        config = mailcloak.load_config(path)
+    except mailcloak.ConfigError as exc:
+        for each in exc.problems:
+            remedy = each.remedy or "fix it; mailcloak --check-config says when it is good"
+            if each.kind == "unreadable" and not os.path.exists(path):
+                remedy = "make it of config.yaml.sample, which make install puts into /etc/mailcloak; or name another with --config"
+            elif each.kind == "unreadable" and os.geteuid() != 0:
+                remedy = AS_ROOT
+            yield problem("config", f"{each.key}: {each.text}", remedy)
+        return
+    yield ok("config", f"{path} is good")
+    is_local = config.keycloak is not None and urllib.parse.urlsplit(config.keycloak.base_url).hostname in LOOPBACK
+    for each in config.warnings:
+        # config-mode says more of the secret, and a Keycloak on this very host needs no https
+        if each.kind != "secret-exposed" and not (each.kind == "plain-http" and is_local):
+            yield warning("config", f"{each.key}: {each.text}", each.remedy or "change it in the configuration")
+
+
+def check_config_files(host: Installation) -> Findings:
+    """Who may read and change the configuration, the secret and the certificates."""
+    keycloak = host.keycloak
+    secret_file = (keycloak.client_secret_file or host.config_path) if keycloak else ""
+    found: list[Finding] = []
+    for path in dict.fromkeys(filter(None, (host.config_path, secret_file, keycloak.ca_file if keycloak else ""))):
+        try:
+            mode = os.stat(path).st_mode
+        except OSError as exc:
+            found.append(skipped("config-mode", f"{path}: {exc.strerror}", AS_ROOT if isinstance(exc, PermissionError) else ""))
+            continue
+        if mode & 0o022:
+            remedy = f"chmod go-w {shlex.quote(path)}"
+            found.append(problem("config-mode", f"{path} can be changed by others than its owner", remedy))
+        found += check_owner(host, path)
+        found += check_directory(os.path.dirname(path), 0o022, "config-mode", path)
+        if path == secret_file and mode & 0o004:
+            text = f"{path} holds the client secret, and every user of this host can read it"
+            remedy = f"chmod o-r {shlex.quote(path)}, and make a new secret in Keycloak if others have had an account here"
+            found.append(problem("config-mode", text, remedy))
+        remedy = f"chgrp {host.daemon.user if host.daemon else ''} {{path}}; chmod g+{{bit}} {{path}}"
+        failure = warning("config-access", "a reload will fail: ", remedy)
+        found += check_daemon_access(host, functools.partial(why_not, path, os.R_OK), failure)
+    if not keycloak and host.static_users is None:
+        found.append(skipped("config-mode", f"which file holds the client secret is not known: {NO_CONFIG}"))
+    yield from dict.fromkeys(found) or [ok("config-mode", "only its owner changes it, and no stranger reads the secret")]
+
+
+def check_owner(host: Installation, path: str) -> list[Finding]:
+    """A finding where the owner is not root, not the daemon's user and not the user who asks."""
+    uid = os.stat(path).st_uid
+    trusted = [0, os.geteuid()]
+    with contextlib.suppress(KeyError):  # there is no such user; config-access reports it
+        trusted.append(pwd.getpwnam((host.daemon.user if host.daemon else "") or "root").pw_uid)
+    text = f"{path} belongs to {ctl.owner_name(path)}, who can change it"
+    return [] if uid in trusted else [problem("config-mode", text, f"chown root {shlex.quote(path)}")]
+
+
+def check_directory(directory: str, bits: int, check: str, path: str) -> list[Finding]:
+    """A finding where others, by these bits of its mode, may put another file in place of the path."""
+    mode = os.stat(directory).st_mode
+    if not mode & bits or mode & stat.S_ISVTX:
+        return []
+    remedy = f"chmod {'o' if bits == 0o002 else 'go'}-w {shlex.quote(directory)}"
+    return [problem(check, f"others may put another file in place of {path}, since they can write {directory}", remedy)]
+
+
+def check_database(host: Installation) -> Findings:
+    """The file, opened as the programs open it, and read whole; what the daemon may do with it."""
+    path = host.database_path
+    try:
+        status = os.stat(path)
+    except FileNotFoundError:
+        remedy = "start the daemon, which makes it; or name the right one in sqlite.path"
+        if os.path.exists(mailcloak.last_known_path(path)):  # a daemon has run on one
+            remedy = "restore it from a backup, or name the right one in sqlite.path; a daemon that runs needs no restart"
+        yield problem("database", f"{path} does not exist", remedy)
+        return
+    except OSError as exc:
+        yield problem("database", f"{path}: {exc.strerror}", AS_ROOT if os.geteuid() else "correct the path in sqlite.path")
+        return
+    try:
+        with contextlib.closing(mailcloak.connect_database(path, ctl.ANSWER_SECONDS)) as database:
+            yield from read_database(host, database)
+    except mailcloak.SQLITE_ERRORS as exc:
+        if os.geteuid() != 0 and not os.access(path, os.R_OK | os.W_OK):
+            yield skipped("database", f"this user may not use {path}", AS_ROOT)
+        else:
+            yield problem("database", f"{path}: {mailcloak.describe_sqlite(exc)}", ctl.database_remedy(exc, path))
+    if status.st_mode & 0o002:
+        yield problem("database-mode", f"every user of this host can change {path}", f"chmod o-rwx {shlex.quote(path)}")
+    elif status.st_mode & 0o004:
+        remedy = f"chmod o-r {shlex.quote(path)}"
+        yield warning("database-mode", f"every user of this host can read {path}, with the hashes of the apps' tokens", remedy)
+    else:
+        yield ok("database-mode", f"{path} is closed to strangers")
+    directory, mode = os.path.dirname(path), os.R_OK | os.W_OK
+    yield from check_directory(directory, 0o002, "database-mode", path)
+    room = os.statvfs(directory)
+    free_bytes = room.f_bavail * room.f_frsize
+    if free_bytes < NEEDED_BYTES and not room.f_flag & os.ST_RDONLY:
+        yield problem("database-room", f"the disk of {path} has only {free_bytes // 1024} kB left", "make room on it")
+    failure = problem("database-access", "", f"chown {host.daemon.user if host.daemon else ''}: {{path}}")
+    yield from check_daemon_access(host, lambda: why_not(path, mode) or why_not(directory, mode), failure)
+
+
+def read_database(host: Installation, database: sqlite3.Connection) -> Findings:
+    """Schema, aliases and apps, damage, and the kind of its journal."""
+    path = host.database_path
+    database.execute("PRAGMA query_only = ON")
+    version = database.execute("PRAGMA user_version").fetchone()[0]
+    if version > mailcloak.SCHEMA_VERSION:
+        remedy = "install the newer mailcloak again, or restore the older database"
+        yield problem("database", f"{path} has schema version {version}, this mailcloak knows {mailcloak.SCHEMA_VERSION}", remedy)
+        return
+    if version < mailcloak.SCHEMA_VERSION:
+        remedy = "restart the daemon: it migrates the file, and leaves a copy of it as it was"
+        yield warning("database", f"{path} has schema version {version}, older than {mailcloak.SCHEMA_VERSION}", remedy)
+    rows = database.execute("SELECT alias_email, username, enabled FROM aliases ORDER BY alias_email")
+    host.aliases = {str(address): mailcloak.Alias(str(username).lower(), enabled == 1) for address, username, enabled in rows}
+    columns = {row[1] for row in database.execute("PRAGMA table_info(apps)")}
+    owner, expired = ("owner", "expires_at <= ?") if {"owner", "expires_at"} <= columns else ("NULL", "NULL <= ?")
+    state = f"CASE WHEN enabled IS NOT 1 THEN 'disabled' WHEN {expired} THEN 'expired' ELSE 'enabled' END"
+    rows = database.execute(f"SELECT app_id, {state}, {owner} FROM apps ORDER BY app_id", (time.time(),))  # noqa: S608
+    host.apps = {str(app_id): mailcloak.App(state, False, str(owner or "").lower()) for app_id, state, owner in rows}
+    yield from check_damage(path, database)
+    if version == mailcloak.SCHEMA_VERSION:
+        yield ok("database", f"{path} has {ctl.counted(host.aliases, 'alias', 'aliases')} and {ctl.counted(host.apps, 'app')}")
+    if database.execute("PRAGMA journal_mode").fetchone()[0] == "wal":
+        text = f"{path} is in WAL mode: Dovecot cannot read it as an ordinary user while no other program has it open"
+        remedy = f"stop the daemon, then sqlite3 {shlex.quote(path)} 'PRAGMA journal_mode = DELETE'; Dovecot 2.4 needs sqlite_readonly = yes, or it brings WAL back"
+        yield warning("database-journal", text, remedy)
+    else:
+        yield ok("database-journal", "a rollback journal, which everybody who may read the file can use")
+
+
+def check_damage(path: str, database: sqlite3.Connection) -> Findings:
+    """Search the whole file for damage, as far as there is time."""
+    deadline = time.monotonic() + ctl.ANSWER_SECONDS
+    database.set_progress_handler(lambda: time.monotonic() > deadline, 10_000)
+    try:
+        damage = str(database.execute("PRAGMA quick_check(1)").fetchone()[0])
+        if damage != "ok":
+            yield problem("database", f"{path} is damaged: {damage}", "restore it from a backup")
+    except sqlite3.OperationalError as exc:
+        yield skipped("database", f"{path} was not searched for damage to its end, within {ctl.ANSWER_SECONDS:.0f} s: {exc}")
+    finally:
+        database.set_progress_handler(None, 0)
+
+
+def check_daemon(host: Installation) -> Findings:
+    """Is it running, is it this version, and does it work with what is on the disk now?"""
+    if host.sockets is None:
+        yield skipped("daemon", "the configuration does not say where its sockets are", FIX_CONFIG)
+        return
+    try:
+        stats = ctl.RunningDaemon(host.sockets, ctl.ANSWER_SECONDS).ask_json("stats", "*")
+    except ctl.OtherVersion as exc:
+        yield warning("daemon", exc.text, "restart the daemon")
+        return
+    except ctl.Refused as exc:
+        yield problem("daemon", exc.text, exc.remedy)
+        return
+    yield ok("daemon", f"it runs: version {stats['version']}, pid {stats['pid']}, up {ctl.shown_seconds(stats['uptime_seconds'])}")
+    yield from check_read_config(host, stats)
+    used = stats["database"]
+    if not used["works"]:
+        remedy = f"{SEE_FINDINGS} about the database, and at its log"
+        yield problem("daemon-database", "the daemon cannot use the database", remedy)
+    elif used["path"] != host.database_path:
+        yield warning("daemon-database", f"the daemon uses {used['path']}", f"reload it, so that it uses {host.database_path}")
+    keycloak = stats["keycloak"]
+    if keycloak and keycloak["state"] == "away":
+        text = f"for the daemon Keycloak is {ctl.describe_keycloak(keycloak)[0]}"
+        yield problem("daemon-keycloak", text, f"{SEE_FINDINGS} about Keycloak")
+
+
+def check_read_config(host: Installation, stats: dict[str, Any]) -> Findings:
+    """Did the daemon read the file that is there now?"""
+    path, reload = host.config_path, stats["last_reload"]
+    if os.path.realpath(stats["config"]) != os.path.realpath(path):
+        remedy = "name that file with --config, or restart the daemon"
+        yield warning("daemon-config", f"the daemon reads {stats['config']}, not {path}", remedy)
+        return
+    if reload and not reload["ok"]:
+        text = f"the reload of {ctl.shown_time(reload['at'])} was refused, the configuration of before is in force"
+        yield problem("daemon-config", text, "fix the configuration, and reload the daemon")
+        return
+    try:
+        changed_at = os.stat(path).st_mtime
+    except OSError as exc:
+        yield skipped("daemon-config", f"{path}: {exc.strerror}", AS_ROOT if isinstance(exc, PermissionError) else "")
+        return
+    if changed_at > (reload["at"] if reload else stats["started_at"]):
+        text = f"{path} was changed at {ctl.shown_time(changed_at)}, after the daemon read it"
+        remedy = "reload the daemon (rc-service mailcloak reload, systemctl reload mailcloak); sockets and daemon need a restart"
+        yield warning("daemon-config", text, remedy)
+    else:
+        yield ok("daemon-config", "the daemon has read the configuration as it is now")
+
+
+def check_sockets(host: Installation) -> Findings:
+    """Both sockets: who owns them, and whether they answer."""
+    if host.sockets is None:
+        yield skipped("socket-policy", NO_CONFIG)
+        yield skipped("socket-aliases", NO_CONFIG)
+        return
+    daemon = ctl.RunningDaemon(host.sockets, ctl.ANSWER_SECONDS)
+    for check, path in (("socket-policy", host.sockets.policy_socket), ("socket-aliases", host.sockets.socketmap_socket)):
+        try:
+            status = os.lstat(path)
+        except OSError as exc:
+            remedy = AS_ROOT if isinstance(exc, PermissionError) else "start the daemon, which makes it; restart one that runs"
+            yield problem(check, f"{path}: {exc.strerror}", remedy)
+            continue
+        if not stat.S_ISSOCK(status.st_mode):
+            yield problem(check, f"{path} is not a socket", "move it away, and restart the daemon")
+            continue
+        try:
+            is_policy = check == "socket-policy"
+            answer = daemon.ask_policy(protocol_state="CONNECT") if is_policy else daemon.ask_map("alias", "no-domain")[0]
+        except ctl.Refused as exc:
+            yield problem(check, exc.text, exc.remedy)
+            continue
+        if answer not in ("DUNNO", "NOTFOUND"):
+            yield problem(check, f"{path} answers {answer!r} where it should have no objection", "restart the daemon")
+        elif stat.S_IMODE(status.st_mode) != host.sockets.socket_mode or not has_owner(status, host.sockets):
+            remedy = "restart the daemon; where a service manager makes the sockets, set owner, group and mode there"
+            yield warning(check, f"{path} has another owner or mode than sockets of the configuration says", remedy)
+        else:
+            yield ok(check, f"{path} answers")
+
+
+def has_owner(status: os.stat_result, sockets: mailcloak.SocketsConfig) -> bool:
+    """Does the socket belong to the user and the group that the configuration names?"""
+    with contextlib.suppress(KeyError):
+        if sockets.socket_owner_user and pwd.getpwnam(sockets.socket_owner_user).pw_uid != status.st_uid:
+            return False
+        if sockets.socket_owner_group and grp.getgrnam(sockets.socket_owner_group).gr_gid != status.st_gid:
+            return False
+    return True
+
+
+# ---------------------------------------------------------------------------------------------------------------------------------
+# Postfix
+# What postconf says of main.cf and of each smtpd of master.cf, where -o options take the place of main.cf's settings.
+# ---------------------------------------------------------------------------------------------------------------------------------
+
+SYSTEM_PATH = os.environ.get("PATH", os.defpath) + ":/usr/sbin:/sbin:/usr/local/sbin"
+ALWAYS_AT_RCPT = ("smtpd_relay_restrictions", "smtpd_recipient_restrictions")
+DELAYED_TO_RCPT = ("smtpd_client_restrictions", "smtpd_helo_restrictions", "smtpd_sender_restrictions")  # by smtpd_delay_reject
+LATER = ("smtpd_data_restrictions", "smtpd_end_of_data_restrictions")
+LISTS = (*ALWAYS_AT_RCPT, *DELAYED_TO_RCPT, *LATER)
+DOMAIN_LISTS = ("mydestination", "virtual_mailbox_domains", "relay_domains", "virtual_alias_domains")
+REWRITING = {"append_dot_mydomain": "no", "allow_percent_hack": "yes", "swap_bangpath": "yes", "allow_untrusted_routing": "no"}
+
+
+class CommandFailed(mailcloak.MailcloakError):
+    """A command of another program hangs or fails; is_there: there is such a command; has_refused: it ended, and said why."""
+
+    def __init__(self, text: str, *, is_there: bool = True, has_refused: bool = False) -> None:
+        super().__init__(text)
+        self.is_there, self.has_refused = is_there, has_refused
+
+
+def run_program(name: str, *arguments: str) -> tuple[str, str]:
+    """Standard output and standard error of a command that must not fail."""
+    program = shutil.which(name, path=SYSTEM_PATH)
+    if not program:
+        raise CommandFailed(f"there is no {name} in the PATH", is_there=False)
+    try:
+        result = subprocess.run(
+            [program, *arguments],
+            check=False,
+            capture_output=True,
+            encoding="utf-8",
+            errors="replace",
+            timeout=ctl.ANSWER_SECONDS,
+            stdin=subprocess.DEVNULL,
+            env={**os.environ, "LC_ALL": "C", "PATH": SYSTEM_PATH},
+        )
+    except subprocess.TimeoutExpired:
+        raise CommandFailed(f"{name} gave no answer within {ctl.ANSWER_SECONDS:.0f} s") from None
+    except OSError as exc:
+        raise CommandFailed(f"{name}: {exc.strerror}") from exc
+    if result.returncode != 0:
+        said = (result.stderr.strip().splitlines() or ["without a word"])[0]
+        raise CommandFailed(f"{name} failed: {said}", has_refused=True)
+    return result.stdout, result.stderr
+
+
+class PostfixService(NamedTuple):
+    """One line of master.cf."""
+
+    name: str  # service/type
+    chroot: bool
+    command: str
+    overrides: Mapping[str, str]  # its -o options
+
+
+class PolicyUse(NamedTuple):
+    """A check_policy_service that leads to mailcloak, in one list of one smtpd."""
+
+    list_name: str
+    options: Mapping[str, str]  # policy_context, timeout, default_action
+    permits: tuple[str, ...]  # what stands before it and ends the list with a permission
+    warn_only: bool  # behind warn_if_reject
+
+
+class Postfix:
+    """One instance, as postconf shows it."""
+
+    def __init__(self, directory: Optional[str]) -> None:
+        self._where = ("-c", directory) if directory else ()
+        self.directory = self._postconf("-h", "config_directory").strip()
+        self.main: dict[str, str] = defaultdict(str)  # the values in force, with all that they refer to put in
+        for line in self._postconf("-x").splitlines():
+            name, _, value = line.partition(" =")
+            self.main[name] = value.strip()
+        self._classes = split_list(self.main["smtpd_restriction_classes"])
+        overrides: dict[str, dict[str, str]] = defaultdict(dict)
+        for line in self._postconf("-x", "-P").splitlines():
+            match = re.fullmatch(r"(\S+/[a-z-]+)/(\S+) =(.*)", line)
+            if match:
+                overrides[match[1]][match[2]] = match[3].strip()
+        lines = [line.split() for line in self._postconf("-M").splitlines()]
+        self.services = {
+            name: PostfixService(name, chroot == "y", command, overrides.get(name, {}))
+            for name, chroot, command in ((f"{words[0]}/{words[1]}", words[4], words[7]) for words in lines if len(words) >= 8)
+        }
+        self.smtpds = [service for service in self.services.values() if service.command == "smtpd"]
+        self.unused = re.findall(r"unused parameter: (\w+)=", run_program("postconf", *self._where, "-n")[1])
+
+    def _postconf(self, *arguments: str) -> str:
+        return run_program("postconf", *self._where, *arguments)[0]
+
+    def value(self, smtpd: PostfixService, name: str) -> str:
+        """The value in force for this smtpd."""
+        return smtpd.overrides.get(name, self.main[name])
+
+    def endpoint(self, path: str) -> str:
+        """How main.cf names a socket: relative to the queue directory where it lies below that."""
+        relative = os.path.relpath(os.path.realpath(path), os.path.realpath(self.main["queue_directory"]))
+        return f"unix:{path if relative.startswith('..') else relative}"
+
+    def path_of(self, endpoint: str, chroot: bool) -> str:
+        """The path that a program of Postfix finds at unix:PATH; "" for what is no Unix socket."""
+        kind, _, path = endpoint.partition(":")
+        if kind != "unix":
+            return ""
+        return os.path.join(self.main["queue_directory"], path.lstrip("/") if chroot else path)
+
+    def uses(self, smtpd: PostfixService, socket_path: str) -> Iterator[PolicyUse]:
+        """Where this smtpd asks mailcloak."""
+        for list_name in LISTS:
+            permits: list[str] = []
+            before = ""
+            words = iter(self._expand(split_list(self.value(smtpd, list_name))))
+            for word in words:
+                if word == "check_policy_service":
+                    endpoint, options = read_policy_service(next(words, ""))
+                    if same_path(self.path_of(endpoint, smtpd.chroot), socket_path):
+                        yield PolicyUse(list_name, options, tuple(permits), before == "warn_if_reject")
+                elif re.fullmatch(r"permit(_\w+)?", word):
+                    permits.append(word)
+                before = word
+
+    def _expand(self, words: Sequence[str], depth: int = 0) -> Iterator[str]:
+        """The words with each restriction class replaced by what it stands for."""
+        for word in words:
+            if word in self._classes and depth < 10:
+                yield from self._expand(split_list(self.main[word]), depth + 1)
+            else:
+                yield word
+
+
+def split_list(text: str) -> list[str]:
+    """The words of a list of Postfix, separated by commas and white space; what stands in braces is one word."""
+    words, word, depth = [], "", 0
+    for character in text:
+        depth += (character == "{") - (character == "}")
+        if depth <= 0 and (character == "," or character.isspace()):
+            words.append(word)
+            word = ""
+        else:
+            word += character
+    return [each for each in (*words, word) if each]
+
+
+def read_policy_service(text: str) -> tuple[str, dict[str, str]]:
+    """Endpoint and options behind check_policy_service: unix:PATH or { unix:PATH, name=value, { name = value } }."""
+    words = split_list(text[1:-1]) if text.startswith("{") else [text]
+    options = {}
+    for word in words[1:]:
+        name, _, value = word.strip("{}").partition("=")
+        options[name.strip()] = value.strip()
+    return words[0] if words else "", options
+
+
+def same_path(one: str, other: str) -> bool:
+    """Do both lead to the same file?"""
+    return bool(one and other) and os.path.realpath(one) == os.path.realpath(other)
+
+
+def check_postfix(host: Installation) -> Findings:
+    """Each instance of Postfix that was named, or the one that postconf finds."""
+    if host.sockets is None or host.policy is None:
+        yield skipped("postfix", NO_CONFIG, FIX_CONFIG)
+        return
+    for directory in host.options.postfix_config or [None]:
+        try:
+            postfix = Postfix(directory)
+        except CommandFailed as exc:
+            if exc.has_refused:
+                remedy = "fix main.cf, or name its folder with --postfix-config; then postfix check"
+                yield problem("postfix", f"not checked: {exc}", remedy)
+            else:
+                yield skipped("postfix", exc.text, "install Postfix, or name the folder of its main.cf with --postfix-config")
+            continue
+        yield ok("postfix", f"{postfix.directory} has {ctl.counted(postfix.smtpds, 'smtpd service')}")
+        if not postfix.smtpds:
+            remedy = "compare examples/postfix/master.cf"
+            yield problem("postfix-smtpd", f"{postfix.directory}/master.cf has no smtpd: no mail comes in", remedy)
+        yield from check_postfix_access(host, host.sockets, postfix)
+        for smtpd in postfix.smtpds:
+            yield from check_smtpd(host, host.sockets, postfix, smtpd)
+        yield from check_alias_maps(host.sockets, postfix)
+        yield from check_domains(host.policy, postfix)
+        yield from check_main_settings(host.policy, postfix)
+
+
+def check_postfix_access(host: Installation, sockets: mailcloak.SocketsConfig, postfix: Postfix) -> Findings:
+    """Can Postfix's own user connect, from inside the queue directory, where a chrooted smtpd is?"""
+    queue_directory, user = os.path.realpath(postfix.main["queue_directory"]), postfix.main["mail_owner"]
+    chrooted = [smtpd.name for smtpd in postfix.smtpds if smtpd.chroot]
+    for path in (sockets.policy_socket, sockets.socketmap_socket):
+        if chrooted and not os.path.realpath(os.path.dirname(path)).startswith(f"{queue_directory}/"):
+            text = f"{path} is not below the queue directory {queue_directory}, where {chrooted[0]} is confined"
+            yield problem("postfix-access", text, f"sockets: put both below {queue_directory}/private, then restart the daemon")
+            continue
+        seen = os.path.join("/", os.path.relpath(os.path.realpath(path), queue_directory)) if chrooted else path
+        connect, root = functools.partial(try_to_connect, seen), queue_directory if chrooted else ""
+        why, untried = try_as(user, connect, "postfix-access", f"can Postfix connect to {path}?", root=root)
+        yield from untried
+        if why:
+            remedy = f"sockets.socket_owner_user: {user}; its directory must let {user} in; then restart the daemon"
+            yield problem("postfix-access", f"user {user} cannot connect to {path}: {why.lower()}", remedy)
+        elif not untried:
+            yield ok("postfix-access", f"user {user} can connect to {path}{' from its chroot' if chrooted else ''}")
+
+
+def try_to_connect(path: str) -> str:
+    """Why this process cannot connect to the socket; "" if it can."""
+    with contextlib.closing(socket.socket(socket.AF_UNIX)) as connection:
+        connection.settimeout(ctl.ANSWER_SECONDS)
+        try:
+            connection.connect(path)
+        except OSError as exc:
+            return exc.strerror or str(exc)
+    return ""
+
+
+def check_smtpd(host: Installation, sockets: mailcloak.SocketsConfig, postfix: Postfix, smtpd: PostfixService) -> Findings:
+    """Is mailcloak asked about each recipient and each sender of this smtpd, and does its answer count?"""
+    uses = list(postfix.uses(smtpd, sockets.policy_socket))
+    delayed = postfix.value(smtpd, "smtpd_delay_reject") == "yes"
+    if not uses and is_reentry(smtpd):
+        yield ok("postfix-smtpd", f"{smtpd.name} does not ask mailcloak, as a filter's re-entry port may")
+        return
+    found: list[Finding] = []
+    for aspect in ("recipient", "sender"):
+        asking = [use for use in uses if aspect in checked_by(use, delayed)]
+        found += check_aspect(smtpd, aspect, asking, postfix.endpoint(sockets.policy_socket))
+    for use in uses:
+        found += check_use(host, postfix, smtpd, use)
+    yield from found or [ok("postfix-smtpd", f"{smtpd.name} asks mailcloak about each recipient and each sender")]
+
+
+def is_reentry(smtpd: PostfixService) -> bool:
+    """Where a content filter hands mail back: only on this host, and with the filter taken out (Postfix's FILTER_README)."""
+    local = re.match(r"(127\.[0-9.]+|localhost|\[::1\]|::1):", smtpd.name)
+    return bool(local) and smtpd.overrides.get("content_filter") == ""
+
+
+def checked_by(use: PolicyUse, delayed: bool) -> tuple[str, ...]:
+    """What mailcloak checks when it is asked from there: at RCPT what policy_context says, at MAIL the sender, else nothing."""
+    context = use.options.get("policy_context", "")
+    if use.list_name in ALWAYS_AT_RCPT or (use.list_name in DELAYED_TO_RCPT and delayed):
+        return (context,) if context in ("recipient", "sender") else ("recipient", "sender")
+    return ("sender",) if use.list_name == "smtpd_sender_restrictions" and context != "recipient" else ()
+
+
+def check_aspect(smtpd: PostfixService, aspect: str, uses: Sequence[PolicyUse], endpoint: str) -> Findings:
+    """What is wrong with how recipients, or senders, are checked."""
+    list_name = f"smtpd_{aspect}_restrictions"
+    if not uses:
+        text = f"{smtpd.name} does not ask mailcloak about the {aspect}"
+        remedy = (
+            f"main.cf: put check_policy_service {{ {endpoint}, policy_context={aspect} }} into {list_name}, then postfix reload"
+        )
+        if list_name in smtpd.overrides:
+            text += f": its own -o {list_name} takes the place of main.cf's"
+            remedy = f"master.cf: take -o {list_name} out of the lines of {smtpd.name}, then postfix reload"
+        yield problem("postfix-smtpd", text, remedy)
+        return
+    best = min(uses, key=lambda use: len(use.permits))
+    if not best.permits:
+        return
+    place = f"master.cf, -o {best.list_name} of {smtpd.name}" if best.list_name in smtpd.overrides else f"main.cf, {best.list_name}"
+    make = warning if aspect == "sender" and set(best.permits) == {"permit_mynetworks"} else problem
+    text = f"{smtpd.name}: {', '.join(best.permits)} before mailcloak, which is then not asked about the {aspect}"
+    yield make("postfix-permit", text, f"{place}: move check_policy_service before {best.permits[0]}, then postfix reload")
+
+
+def check_use(host: Installation, postfix: Postfix, smtpd: PostfixService, use: PolicyUse) -> Findings:
+    """What Postfix does with mailcloak's answer, and what it does without one."""
+    if use.list_name in LATER:
+        remedy = f"take it out of {use.list_name}"
+        yield warning("postfix-smtpd", f"{smtpd.name} asks mailcloak in {use.list_name}, where it never has an objection", remedy)
+        return
+    if use.warn_only:
+        text = f"{smtpd.name}: warn_if_reject before mailcloak in {use.list_name}: nothing is refused, the log says reject_warning"
+        yield warning("postfix-trial", text, "when the log holds no surprises, take warn_if_reject out, then postfix reload")
+    action = use.options.get("default_action") or postfix.value(smtpd, "smtpd_policy_service_default_action")
+    if not re.match(r"4[0-9][0-9]\b|defer", action.lower()):
+        loses = "mail is lost" if re.match(r"5|reject", action.lower()) else "nothing is checked"
+        text = f"{smtpd.name}: while mailcloak does not answer, Postfix says {action!r} in {use.list_name}, so {loses}"
+        remedy = "default_action = 451 4.3.0 Temporary lookup failure, as in examples/postfix/main.cf"
+        yield problem("postfix-default-action", text, remedy)
+    timeout = use.options.get("timeout") or postfix.value(smtpd, "smtpd_policy_service_timeout")
+    seconds = read_postfix_time(timeout)
+    needed = host.keycloak.timeout_seconds if host.keycloak else 1.0
+    if seconds is not None and seconds <= needed:
+        text = f"{smtpd.name}: Postfix waits {timeout} for mailcloak, which may wait {needed:g} s for Keycloak"
+        yield warning("postfix-timeout", text, "timeout=30s in check_policy_service, or a lower keycloak.timeout_seconds")
+
+
+def read_postfix_time(text: str) -> Optional[float]:
+    """Seconds of a time such as 30s; None for what is none."""
+    match = re.fullmatch(r"([0-9]+)([smhdw]?)", text)
+    return int(match[1]) * {"": 1, "s": 1, "m": 60, "h": 3600, "d": 86400, "w": 604800}[match[2]] if match else None
+
+
+def check_alias_maps(sockets: mailcloak.SocketsConfig, postfix: Postfix) -> Findings:
+    """Does cleanup, which rewrites recipients, ask for aliases?"""
+    askers = {name: service for name, service in postfix.services.items() if service.command in ("cleanup", "smtpd")}
+    places = [("main.cf", postfix.main["virtual_alias_maps"], any(service.chroot for service in askers.values()))]
+    for name, service in askers.items():
+        if "virtual_alias_maps" in service.overrides:
+            places.append((f"master.cf, {name}", service.overrides["virtual_alias_maps"], service.chroot))
+    remedy = f"virtual_alias_maps = socketmap:{postfix.endpoint(sockets.socketmap_socket)}:alias"
+    for place, value, chroot in places:
+        maps = [re.fullmatch(r"((?:proxy:)?)socketmap:(unix:.*):([^:]*)", word) for word in split_list(value)]
+        ours = [found for found in maps if found and same_path(postfix.path_of(found[2], chroot), sockets.socketmap_socket)]
+        if not ours:
+            text = f"{place}: virtual_alias_maps does not ask mailcloak, so no alias leads anywhere"
+            yield problem("postfix-aliases", text, remedy)
+        elif any(found[3] != "alias" for found in ours):
+            text = f"{place}: virtual_alias_maps asks for the map {ours[0][3]!r}, which is called alias"
+            yield problem("postfix-aliases", text, remedy)
+        elif any(found[1] for found in ours):
+            yield warning("postfix-aliases", f"{place}: proxy: makes all of Postfix ask mailcloak over one connection", remedy)
+        else:
+            yield ok("postfix-aliases", f"{place}: virtual_alias_maps asks mailcloak")
+
+
+def check_domains(policy: mailcloak.PolicyConfig, postfix: Postfix) -> Findings:
+    """Does Postfix take mail for our domains, and for no others of which it does not know the recipients?"""
+    lists = {name: [word.lower() for word in split_list(postfix.main[name])] for name in DOMAIN_LISTS}
+    tables = sorted({word for words in lists.values() for word in words if ":" in word or "/" in word})
+    found: list[Finding] = []
+    for domain in sorted(policy.domain | ({policy.mailbox_domain} - {""})):
+        places = [name for name, words in lists.items() if domain in words]
+        if len(places) > 1:
+            text, remedy = f"{domain} is in {' and in '.join(places)}", "leave it only in virtual_mailbox_domains"
+        elif places == ["virtual_alias_domains"]:
+            text, remedy = f"{domain} is in virtual_alias_domains, where it has no mailboxes", "move it to virtual_mailbox_domains"
+        elif not places and tables:
+            found.append(skipped("postfix-domains", f"is {domain} in {', '.join(tables)}? Tables are not looked into"))
+            continue
+        elif not places:
+            text = f"Postfix takes no mail for {domain}"
+            remedy = f"main.cf: add {domain} to virtual_mailbox_domains, then postfix reload"
+        else:
+            continue
+        found.append(problem("postfix-domains", text, remedy))
+    unchecked = [
+        word
+        for word in lists["virtual_mailbox_domains"]
+        if mailcloak.domain_to_ascii(word) not in (*policy.domain, policy.mailbox_domain) and word not in tables
+    ]
+    text = "Postfix takes mail for domains that are not in policy.domain, and does not know which recipients exist"
+    remedy = "add them to policy.domain, or take them out of virtual_mailbox_domains"
+    found += about(unchecked, warning("postfix-domains", text, remedy))
+    yield from found or [ok("postfix-domains", f"Postfix takes mail for {', '.join(sorted(policy.domain))}")]
+
+
+def check_main_settings(policy: mailcloak.PolicyConfig, postfix: Postfix) -> Findings:
+    """recipient_delimiter, how addresses are rewritten, and settings that have no effect."""
+    theirs, ours = postfix.main["recipient_delimiter"], policy.recipient_delimiter
+    if set(theirs) != set(ours):
+        text = f"recipient_delimiter is {theirs!r} in main.cf and {ours!r} in the configuration of mailcloak, so tagged addresses go astray"
+        remedy = f'policy.recipient_delimiter: "{theirs}", then reload the daemon; the same in Dovecot'
+        yield problem("postfix-delimiter", text, remedy)
+    else:
+        yield ok("postfix-delimiter", f"recipient_delimiter is {theirs!r} here and there")
+    for name, wanted in REWRITING.items():
+        if postfix.main[name] != wanted:
+            text = f"{name} = {postfix.main[name]}: Postfix may deliver to another address than mailcloak was asked about"
+            yield warning("postfix-rewriting", text, f"main.cf: {name} = {wanted}, then postfix reload")
+    odd = warning("postfix-settings", "main.cf sets what Postfix does not know", "look for typing errors in these names")
+    yield from about(postfix.unused, odd)
+
+
+# ---------------------------------------------------------------------------------------------------------------------------------
+# Dovecot
+# The query by which it lets apps in is tried on a database in memory; and can its user read the real one?
+# ---------------------------------------------------------------------------------------------------------------------------------
+
+SQL_SAMPLES = "examples/dovecot-2.3/dovecot-sql.conf.ext or examples/dovecot-2.4/dovecot.conf"
+
+
+class PasswordQuery(NamedTuple):
+    """How Dovecot asks for an app's password."""
+
+    place: str
+    query: str
+    database: str  # the path; "" if it is not said
+    percent_doubled: bool  # 2.3: %% is a percent sign, %u a variable; 2.4: only %{name} is one
+
+
+def check_dovecot(host: Installation) -> Findings:
+    """The passdb for apps: on this database, with a good query, and allowed to read."""
+    where = ("-c", host.options.dovecot_config) if host.options.dovecot_config else ()
+    try:
+        settings = run_program("doveconf", *where, "-n")[0]
+        worker, internal, groups = (
+            run_program("doveconf", *where, "-h", name)[0].strip()
+            for name in ("service/auth-worker/user", "default_internal_user", "service/auth-worker/extra_groups")
+        )
+        queries = list(find_password_queries(settings))
+    except CommandFailed as exc:
+        remedy = "name Dovecot's configuration with --dovecot-config, and run doveconf -n"
+        yield skipped("dovecot", exc.text, remedy if exc.is_there else "")
+        return
+    except OSError as exc:
+        remedy = AS_ROOT if os.geteuid() else "correct args of the passdb"
+        yield skipped("dovecot", f"{exc.filename}: {exc.strerror}", remedy)
+        return
+    if not queries:
+        if host.apps:
+            remedy = f"take the passdb from {SQL_SAMPLES}"
+            yield warning("dovecot", f"Dovecot has no SQLite passdb, so {ctl.counted(host.apps, 'app')} cannot log in", remedy)
+        elif host.apps is None:
+            yield skipped("dovecot", f"Dovecot asks no SQLite database; are there apps that would need one? {NO_DATABASE}")
+        else:
+            yield ok("dovecot", "it asks no SQLite database, and there are no apps")
+        return
+    for found in queries:
+        if found.database and not same_path(found.database, host.database_path):
+            remedy = f"name {host.database_path} there, then doveadm reload"
+            yield problem("dovecot", f"{found.place} reads {found.database}, not {host.database_path}", remedy)
+        yield from check_query(found)
+    user = re.sub(r"\$(SET:)?default_internal_user", internal, worker)
+    yield from check_dovecot_access(host, user, groups)
+
+
+def find_password_queries(settings: str) -> Iterator[PasswordQuery]:
+    """The queries of all SQLite passdbs in the output of doveconf -n. Raises OSError where a file that it names cannot be read."""
+    top = read_settings(re.sub(r"^\s.*\n", "", settings, flags=re.MULTILINE))
+    for head, body in re.findall(r"^(passdb\b[^{\n]*?) *\{\n(.*?)^\}", settings, re.MULTILINE | re.DOTALL):
+        passdb = read_settings(body)
+        if passdb.get("driver") == "sql" and "args" in passdb:  # 2.3
+            with open(passdb["args"], encoding="utf-8", errors="replace") as file:
+                options = read_settings(file.read())
+            if options.get("driver") == "sqlite":
+                yield PasswordQuery(passdb["args"], options.get("password_query", ""), options.get("connect", ""), True)
+        elif "query" in passdb and {**top, **passdb}.get("sql_driver") == "sqlite":  # 2.4
+            yield PasswordQuery(head, passdb["query"], {**top, **passdb}.get("sqlite_path", ""), False)
+
+
+def read_settings(text: str) -> dict[str, str]:
+    """The settings of a file or block of Dovecot; a line goes on in the next where it ends in a backslash."""
+    lines = re.sub(r"[ \t]*\\\n[ \t]*", " ", text).splitlines()
+    pairs = (line.partition("=") for line in lines if not line.lstrip().startswith("#"))
+    return {name.strip(): value.strip() for name, equals, value in pairs if equals}
+
+
+def check_query(found: PasswordQuery) -> Findings:
+    """Try the query on apps, some of which may log in and some not; their names are those of the finding."""
+    apps = (("apps", 1, None), ("apps that expire later", 1, 2**40), ("disabled apps", 0, None), ("expired apps", 1, 1))
+    remedy = f"take the query from {SQL_SAMPLES}, then doveadm reload"
+    try:
+        with contextlib.closing(sqlite3.connect(":memory:")) as database:
+            database.executescript(mailcloak.SCHEMA)
+            rows = [(app[0], *app) for app in apps]
+            database.executemany("INSERT INTO apps (secret_hash, app_id, enabled, expires_at) VALUES (?, ?, ?, ?)", rows)
+            answers = {
+                (app_id, service): database.execute(fill_query(found, app_id, service)).fetchall()
+                for app_id in (*(app[0] for app in apps), "anybody")
+                for service in ("smtp", "submission", "imap", "pop3", "lmtp")
+            }
+    except (sqlite3.Error, sqlite3.Warning) as exc:
+        yield problem("dovecot-query", f"{found.place}: its query fails: {exc}", remedy)
+        return
+    except ValueError as exc:
+        yield skipped("dovecot-query", f"{found.place}: {exc}", remedy)
+        return
+    good = ("apps", "apps that expire later")
+    wrong = []
+    if not all(len(answers[app_id, "smtp"]) == 1 and set(good) & set(answers[app_id, "smtp"][0]) for app_id in good):
+        wrong.append("does not give the hash of an app that sends")
+    let_in = [login for login, rows in answers.items() if rows]
+    wrong += dict.fromkeys(f"lets {app_id} log in" for app_id, _ in let_in if app_id not in good)
+    if any(app_id in good and service not in ("smtp", "submission") for app_id, service in let_in):
+        wrong.append("lets apps log in to read mail")
+    if wrong:
+        yield problem("dovecot-query", f"{found.place}: its query {' and '.join(wrong)}", remedy)
+    else:
+        yield ok("dovecot-query", f"{found.place}: apps log in to send, while they are enabled and not expired")
+
+
+def fill_query(found: PasswordQuery, user: str, service: str) -> str:
+    """The query with Dovecot's variables put in. Raises ValueError for a variable that is not known here."""
+    values = {"u": user, "n": user, "user": user, "username": user, "s": service, "service": service, "protocol": service}
+    values.update({"d": "", "domain": "", "%": "%"})
+
+    def put_in(match: re.Match[str]) -> str:
+        value = values.get(match[1] or match[2])
+        if value is None:
+            raise ValueError(f"its query uses {match[0]}, which is not known here")
+        return value
+
+    one_letter = "[LU]?([A-Za-z%])" if found.percent_doubled else "()(?!)"
+    return re.sub(rf"%(?:[LU]?\{{ *(\w*)[^}}]*\}}|{one_letter})", put_in, found.query)
+
+
+def check_dovecot_access(host: Installation, user: str, groups: str) -> Findings:
+    """Can the process that asks the database read it?"""
+    if not user or user == "root":
+        yield ok("dovecot-access", "Dovecot's auth-worker reads the database as root")
+        return
+    path = host.database_path
+    group_ids = []
+    for name in re.split(r"[\s,]+", groups):
+        with contextlib.suppress(KeyError):
+            group_ids.append(grp.getgrnam(name).gr_gid)
+    why, untried = try_as(user, lambda: why_not(path, os.R_OK), "dovecot-access", f"can Dovecot read {path}?", groups=group_ids)
+    yield from untried
+    if why:
+        group = (host.daemon.user if host.daemon else "") or "mailcloak"
+        remedy = f"chgrp {group} {{path}}; chmod g+{{bit}} {{path}}"
+        if group not in re.split(r"[\s,]+", groups):
+            remedy = f"service auth-worker {{ extra_groups = {group} }}, the group of the database, then doveadm reload"
+        remedy = access_remedy(why, user, [*group_ids, *os.getgrouplist(user, pwd.getpwnam(user).pw_gid)], remedy)
+        yield problem("dovecot-access", f"Dovecot's auth-worker runs as user {user}, who {why}", remedy)
+    elif not untried:
+        yield ok("dovecot-access", f"Dovecot's auth-worker can read the database as user {user}")
+
+
+# ---------------------------------------------------------------------------------------------------------------------------------
+# Keycloak
+# Asked directly, with a session and a token of our own: so it shows whether Keycloak or the daemon is at fault.
+# ---------------------------------------------------------------------------------------------------------------------------------
+
+PAGE_USERS = 500  # of one request; a brief record is about 500 bytes, and an answer may have a megabyte
+MAX_USERS = 20_000  # that are read; some 40 requests
+MAX_SINGLE_LOOKUPS = 200  # of users that aliases and apps name, where there are more users than MAX_USERS
+MAX_CLOCK_SECONDS = 60.0  # by which two clocks may differ
+NEEDED_ROLES = {"view-users", "query-users", "query-groups"}  # the last two are part of the first
+READING_ROLES = NEEDED_ROLES | {"view-realm"}  # with which doctor can also read the cache policy of a federation
+
+
+Result = TypeVar("Result")
+
+
+class KeycloakReader:
+    """Requests to Keycloak, each given up after ctl.ANSWER_SECONDS. Raises DirectoryUnavailable."""
+
+    def __init__(self, config: mailcloak.KeycloakConfig) -> None:
+        self.config = config
+        self.api = mailcloak.KeycloakApi(config)
+        self._session = mailcloak.new_session(config.ca_file)
+        self._admin_url = f"{config.base_url}/admin/realms/{urllib.parse.quote(config.realm, safe='')}"
+        self.clock_ahead: Optional[float] = None  # of Keycloak, in seconds
+        self._session.hooks["response"].append(self._note_clock)
+
+    def _note_clock(self, response: Any, *_: Any, **__: Any) -> None:
+        with contextlib.suppress(TypeError, ValueError):
+            told = email.utils.parsedate_to_datetime(response.headers.get("Date"))
+            self.clock_ahead = told.timestamp() - time.time()
+
+    def ask(self, work: Callable[..., Result], *arguments: Any, **query: str) -> Result:
+        """What a method of the api returns or raises. Name resolution, which knows no deadline, is left behind in its thread."""
+        outcome: concurrent.futures.Future[Result] = concurrent.futures.Future()
+
+        def run() -> None:
+            try:
+                outcome.set_result(work(self._session, time.monotonic() + ctl.ANSWER_SECONDS, *arguments, **query))
+            except BaseException as exc:
+                outcome.set_exception(exc)
+
+        threading.Thread(target=run, daemon=True).start()
+        try:
+            return outcome.result(ctl.ANSWER_SECONDS + 1)
+        except concurrent.futures.TimeoutError:
+            raise mailcloak.DirectoryUnavailable(self.api.message(f"no answer within {ctl.ANSWER_SECONDS + 1:.0f} s")) from None
+
+    def find(self, **query: str) -> list[dict[str, Any]]:
+        """The records of the users with exactly this username or e-mail."""
+        return self.ask(
+            self.api.get_users,
+            **{"exact": "true", "briefRepresentation": "true", "max": str(mailcloak.MAX_DIRECTORY_MATCHES), **query},
+        )
+
+    def federations(self) -> Optional[list[dict[str, Any]]]:
+        """The user federations that are turned on; None where this client may not see them. Source: GET .../components."""
+        url, query = f"{self._admin_url}/components", {"type": "org.keycloak.storage.UserStorageProvider"}
+        status, body = self.ask(self.api.get, url, query)
+        if status != 200:
+            return None
+        return [each for each in json.loads(body) if each.get("config", {}).get("enabled") != ["false"]]
+
+
+def check_keycloak(host: Installation) -> Findings:
+    """Token, role, clock, who may change an e-mail, canaries, and the users themselves."""
+    if host.static_users is not None:
+        users = {
+            name: mailcloak.User(name, mailcloak.normalise_address(text).text, True) for name, text in host.static_users.items()
+        }
+        host.users = users
+        host.find_holders = lambda address: tuple(user for user in users.values() if user.email == address)
+        yield ok("keycloak", f"{ctl.counted(users, 'user')} of static_users of the configuration take its place")
+        return
+    if host.keycloak is None:
+        yield skipped("keycloak", NO_CONFIG, FIX_CONFIG)
+        return
+    reader, check = KeycloakReader(host.keycloak), "keycloak-token"
+    try:
+        ctl.show_progress("asking Keycloak for a token ...")
+        token = reader.ask(reader.api.access_token).text
+        who = f"{host.keycloak.base_url}, realm {host.keycloak.realm}, gives client {host.keycloak.client_id} a token"
+        yield ok("keycloak-token", who)
+        yield from check_clock(reader)
+        check = "keycloak-role"
+        sees_users = bool(reader.ask(reader.api.get_users, max="1"))
+        yield from check_roles(reader, token_roles(token), sees_users)
+        if not sees_users:
+            return
+        check = "keycloak"
+        yield from check_email_edit(reader)
+        yield from list_users(host, reader)
+        yield from check_canaries(host, reader)
+    except mailcloak.DirectoryMisconfigured as exc:
+        yield problem(check, exc.text, exc.remedy)
+    except mailcloak.DirectoryUnavailable as exc:
+        remedy = "look whether Keycloak runs, and whether keycloak.base_url can be reached from this host"
+        if check == "keycloak":  # it has answered until now
+            remedy = "run mailcloakctl doctor again; if it is so again, look at Keycloak's log"
+        yield problem(check, exc.text, remedy)
+
+
+def token_roles(token: str) -> Optional[set[str]]:
+    """The roles in realm-management that a token of Keycloak names; None where it cannot be read. Source: RFC 7519, section 3."""
+    try:
+        claims = json.loads(base64.urlsafe_b64decode(token.split(".")[1] + "==="))
+        roles = claims["resource_access"]["realm-management"]["roles"]
+        return {role for role in roles if re.fullmatch(r"[a-z-]{1,60}", role)}
+    except (ValueError, LookupError, TypeError):
+        return None
+
+
+def check_roles(reader: KeycloakReader, roles: Optional[set[str]], sees_users: bool) -> Findings:
+    """May the client see users, and nothing more?"""
+    remedy = f"client {reader.config.client_id}, page Service accounts roles: the role view-users of realm-management, and no other"
+    if not sees_users:
+        yield problem("keycloak-role", "the token is good, but shows no user at all (query-users is not enough)", remedy)
+    elif roles is None:
+        yield skipped("keycloak-role", "the client sees users; may it do more? Its token does not name its roles")
+    else:
+        more = warning("keycloak-role", "the client may do more than see users", remedy)
+        yield from about(sorted(roles - READING_ROLES), more) or [ok("keycloak-role", "the client sees users, and may do no more")]
+
+
+def check_clock(reader: KeycloakReader) -> Findings:
+    """Do Keycloak and this host agree what time it is?"""
+    ahead = reader.clock_ahead
+    if ahead is None:
+        yield skipped("keycloak-clock", "Keycloak does not say what time it is")
+    elif abs(ahead) > MAX_CLOCK_SECONDS:
+        lead = f"{ctl.shown_seconds(abs(ahead))} {'ahead of' if ahead > 0 else 'behind'}"
+        text = f"Keycloak's clock is {lead} this host's, so tokens and apps may count too long or not long enough"
+        yield warning("keycloak-clock", text, "set the clock that is wrong: timedatectl, chronyc tracking")
+    else:
+        yield ok("keycloak-clock", "the clocks of Keycloak and of this host agree")
+
+
+def check_email_edit(reader: KeycloakReader) -> Findings:
+    """Can a user take over an address by changing their e-mail?"""
+    if reader.config.require_verified_email:
+        yield ok("keycloak-email", "an e-mail counts only when Keycloak has verified it (require_verified_email)")
+        return
+    may_edit = reader.ask(reader.api.users_may_edit_email)
+    if may_edit is None:
+        yield skipped("keycloak-email", "may users change their own e-mail? The user profile of the realm cannot be read")
+    elif may_edit:
+        remedy = (
+            "examples/keycloak/setup email-by-administrators; or setup verify-email, with keycloak.require_verified_email: true"
+        )
+        yield problem("keycloak-email", "users may change their own e-mail and so take over any address that is free", remedy)
+    else:
+        yield ok("keycloak-email", "only administrators change a user's e-mail")
+
+
+def list_users(host: Installation, reader: KeycloakReader) -> Findings:
+    """Read the users page by page; where there are more than MAX_USERS, also those that aliases and apps name."""
+    users: dict[str, mailcloak.User] = {}
+    read, is_whole = 0, False
+    while read < MAX_USERS:
+        records = reader.ask(reader.api.get_users, first=str(read), max=str(PAGE_USERS), briefRepresentation="true")
+        known = len(users)
+        users.update(understand(host, reader, records))
+        read += len(records)
+        ctl.show_progress(f"{read} users of Keycloak read ...")
+        is_whole = len(records) < PAGE_USERS
+        if is_whole or len(users) == known:  # the latter: a server that gives the same page again
+            break
+    host.users = users
+    if is_whole:
+        host.find_holders = lambda address: tuple(user for user in users.values() if user.email == address)
+        yield ok("keycloak-users", ctl.counted(users, "user"))
+    else:
+        yield look_up_named_users(host, reader, users)
+    unusable = problem("keycloak-users", "the daemon cannot use these users of Keycloak", "correct them in Keycloak")
+    yield from about(list(dict.fromkeys(host.unusable_users)), unusable)
+
+
+def look_up_named_users(host: Installation, reader: KeycloakReader, users: dict[str, mailcloak.User]) -> Finding:
+    """Add the users that aliases and apps name to those read; from now on a holder of an e-mail is looked up as well."""
+    named = {alias.username for alias in (host.aliases or {}).values() if alias.enabled}
+    named |= {app.owner for app in (host.apps or {}).values() if app.owner}
+    missing, read_before = sorted(named - set(users)), len(users)
+    for done, username in enumerate(missing[:MAX_SINGLE_LOOKUPS]):
+        ctl.show_progress(f"{done} of {len(missing)} users that aliases and apps name looked up ...")
+        users.update(understand(host, reader, reader.find(username=username)))
+    host.users_not_looked_up = set(missing[MAX_SINGLE_LOOKUPS:])
+
+    def find_holders(address: str) -> mailcloak.Users:
+        found = understand(host, reader, reader.find(email=address))
+        return tuple(user for user in found.values() if user.email == address)
+
+    host.find_holders = find_holders
+    looked_up, rest = min(len(missing), MAX_SINGLE_LOOKUPS), len(host.users_not_looked_up)
+    text = f"more than can be read: the first {read_before} were looked at, and {looked_up} more that aliases and apps name"
+    return skipped("keycloak-users", f"{text}; not {rest} others of these" if rest else text)
+
+
+def understand(host: Installation, reader: KeycloakReader, records: Sequence[dict[str, Any]]) -> dict[str, mailcloak.User]:
+    """The users by name, as the daemon understands Keycloak's records; host is told their federations, and what cannot be used."""
+    users = {}
+    for record in records:
+        try:
+            user = mailcloak.read_user(record, reader.config)
+        except mailcloak.DirectoryUnavailable as exc:
+            host.unusable_users.append(f"{record.get('username')} ({exc.text})")
+            continue
+        users[user.username] = user
+        if user.federation:
+            host.federations.add(user.federation)
+    return users
+
+
+def check_canaries(host: Installation, reader: KeycloakReader) -> Findings:
+    """Are the canaries there, is there one for each federation, and would it be noticed if they were gone?"""
+    config, providers = reader.config, reader.federations()
+    federations = host.federations | {str(provider["id"]) for provider in providers or []}
+    watched = set()
+    for address in config.canary:
+        users = [user for user in understand(host, reader, reader.find(email=address)).values() if user.email == address]
+        if not any(user.enabled for user in users):
+            text = (
+                f"canary {address} is missing or disabled, so no user counts as missing or disabled, and unknown recipients get 451"
+            )
+            remedy = "make or enable that user in Keycloak; or take the address out of keycloak.canary"
+            yield problem("keycloak-canary", text, remedy)
+        watched |= {user.federation for user in users if user.federation}
+    if not federations:
+        good = "no federation was seen" if config.canary else "no user comes from a federation, so none is needed"
+        yield ok("keycloak-canary", good)
+    elif not config.canary:
+        text = "users come from a federation, and there is no canary: while it is down, mail to users that mailcloak has never seen is refused"
+        remedy = "keycloak.canary: the address of a user of the federation that always exists; and its cache policy in Keycloak: NO_CACHE"
+        yield warning("keycloak-canary", text, remedy)
+    elif not federations <= watched:
+        remedy = "keycloak.canary: one address of each federation that always exists"
+        yield warning("keycloak-canary", f"{len(federations - watched)} of {len(federations)} federations have no canary", remedy)
+    if config.canary and federations:
+        yield from check_cache_policy(providers)
+
+
+def check_cache_policy(providers: Optional[Sequence[dict[str, Any]]]) -> Findings:
+    """Does Keycloak ask each federation for the canary every time, or answer from its own cache?"""
+    if providers is None:
+        text = "is the federation's cache policy in Keycloak NO_CACHE? A canary protects only then; to read it the client needs the role view-realm"
+        yield skipped("keycloak-cache-policy", text)
+        return
+    for provider in providers:
+        policy = (provider.get("config", {}).get("cachePolicy") or ["DEFAULT"])[0]
+        name = provider.get("name")
+        if policy != "NO_CACHE":
+            text = f"federation {name}: cache policy {policy}: while it is down, Keycloak still answers for the canary from its cache, so the canary protects no user"
+            yield warning("keycloak-cache-policy", text, f"Keycloak, User federation, {name}: Cache policy NO_CACHE")
+        else:
+            yield ok("keycloak-cache-policy", f"federation {name}: NO_CACHE, so it is noticed when a canary is gone")
+
+
+# ---------------------------------------------------------------------------------------------------------------------------------
+# Addresses, users, apps
+# What the database says is compared with what Keycloak says.
+# ---------------------------------------------------------------------------------------------------------------------------------
+
+
+def check_role_addresses(host: Installation) -> Findings:
+    """postmaster@ and abuse@ of each of our domains."""
+    facts: Any = SimpleNamespace(  # all that find_owner() asks for
+        find_alias=lambda address: (host.aliases or {}).get(address.text),
+        find_holders=lambda address: host.find_holders(address.text),
+    )
+    for local_part, source in (("postmaster", "RFC 5321, section 4.5.1, demands it"), ("abuse", "RFC 2142 asks for it")):
+        if host.policy is None or host.aliases is None:
+            yield skipped(local_part, NO_DATABASE if host.policy else NO_CONFIG)
+            continue
+        addresses = [mailcloak.Address(local_part, domain) for domain in sorted(host.policy.domain)]
+        owners = {address.text: mailcloak.find_owner(address, host.policy, facts).source for address in addresses}
+        missing = [address for address, owner in owners.items() if owner == "nobody"]
+        unknown = [address for address, owner in owners.items() if owner == "directory-unavailable"]
+        if missing:
+            text = f"no user receives mail for {ctl.shorten(missing)}; {source}"
+            remedy = f"mailcloakctl aliases add {missing[0]} USERNAME"
+            yield warning(local_part, text, remedy)._replace(items=tuple(missing))
+        if unknown:
+            yield skipped(local_part, f"does a user have {ctl.shorten(unknown)}? {NO_USERS}")
+        if not missing and not unknown:
+            yield ok(local_part, f"users receive mail for {ctl.shorten(list(owners))}")
+
+
+def check_aliases(host: Installation) -> Findings:
+    """Aliases that lead nowhere, to no user, in circles, or past a user."""
+    if host.aliases is None:
+        yield skipped("aliases", NO_DATABASE)
+        return
+    enabled = {address: alias.username for address, alias in host.aliases.items() if alias.enabled}
+    found = [*check_stored_aliases(host, enabled), *check_alias_users(host, enabled)]
+    yield from found
+    if enabled and host.policy is None:
+        yield skipped("aliases", f"are they in policy.domain, and do they lead on to other aliases? {NO_CONFIG}")
+    if enabled and host.users is None:
+        yield skipped("aliases", f"do their users exist? {NO_USERS}")
+    elif host.policy and not found:
+        yield ok("aliases", f"{ctl.counted(enabled, 'enabled alias', 'enabled aliases')}, each leading to a user")
+
+
+def check_stored_aliases(host: Installation, enabled: Mapping[str, str]) -> Findings:
+    """What the database shows by itself; enabled: the usernames by address."""
+    misspelled = [address for address in enabled if mailcloak.normalise_address(address).text != address]
+    text = "these aliases are not stored in the form in which they are looked up, so they are never found"
+    remedy = "mailcloakctl aliases add makes them again in the right form; delete these rows with sqlite3"
+    yield from about(misspelled, warning("alias-spelling", text, remedy))
+    if host.policy is None:
+        return
+    outside = [address for address in enabled if mailcloak.normalise_address(address).domain not in host.policy.domain]
+    remedy = "policy.domain, if the domain is ours; else mailcloakctl aliases del"
+    yield from about(outside, warning("alias-domain", "these aliases are not in policy.domain, so they lead nowhere", remedy))
+    if not host.policy.mailbox_domain:
+        mailboxes = {address: ctl.mailbox_of(address, username) for address, username in enabled.items()}
+        aliases_at: dict[str, list[str]] = defaultdict(list)  # a mailbox: what comes for it, and for it with an extension
+        for address in enabled:
+            for spelling in ctl.spellings_of(address, host.policy.recipient_delimiter):
+                aliases_at[spelling].append(address)
+        chains = [
+            f"{address} -> {other} -> {mailboxes[other]}"
+            for address, mailbox in mailboxes.items()
+            for other in aliases_at[mailbox]
+            if mailbox not in (address, mailboxes[other])
+            and ctl.meets(address, enabled[address], other, host.policy.recipient_delimiter)
+        ]
+        text = "the mailbox of an alias is an alias itself, so the mail goes past its user"
+        remedy = "mailcloakctl aliases add ADDRESS USERNAME --replace with the last user, or set policy.mailbox_domain"
+        yield from about(chains, problem("alias-chain", text, remedy))
+
+
+def check_alias_users(host: Installation, enabled: Mapping[str, str]) -> Findings:
+    """What Keycloak says of the users that aliases name."""
+    if host.users is None:
+        return
+    users = host.users
+    looked_up = {address: username for address, username in enabled.items() if username not in host.users_not_looked_up}
+    known = [(f"{address} ({username})", users.get(username)) for address, username in looked_up.items()]
+    missing = [alias for alias, user in known if not user]
+    disabled = [alias for alias, user in known if user and not user.receives]
+    text = "these aliases lead to users who {} in Keycloak, and their mail is still taken"
+    remedy = "mailcloakctl aliases add ADDRESS USERNAME --replace, or aliases disable ADDRESS"
+    yield from about(missing, warning("alias-user-missing", text.format("do not exist"), remedy))
+    yield from about(disabled, warning("alias-user-disabled", text.format("are disabled"), remedy))
+    holders: dict[str, list[str]] = defaultdict(list)
+    for user in users.values():
+        if user.receives and user.email:
+            holders[user.email].append(user.username)
+    shadows = [
+        f"{address} (alias of {username}, e-mail of {', '.join(holders[address])})"
+        for address, username in enabled.items()
+        if address in holders and username not in holders[address]
+    ]
+    text = "these aliases take the mail of users who have them as their primary e-mail"
+    yield from about(shadows, warning("alias-shadow", text, "mailcloakctl aliases del ADDRESS, unless this is intended"))
+
+
+def check_users(host: Installation) -> Findings:
+    """Users who cannot send, or with mail that would end in the mailbox of another user."""
+    if host.users is None or host.policy is None:
+        yield skipped("users", NO_USERS if host.policy else NO_CONFIG)
+        return
+    policy, users = host.policy, host.users
+    ours = [user for user in users.values() if user.receives and mailcloak.normalise_address(user.email).domain in policy.domain]
+    if host.keycloak and users and not ours:
+        text = f"none of the {len(users)} users of Keycloak has an e-mail in policy.domain, so only aliases receive mail"
+        yield problem("users", text, "look for a typing error in policy.domain, or give the users e-mails in it")
+        return
+    good = ok("users", f"{ctl.counted(ours, 'user')} with an e-mail in policy.domain, each with a mailbox of their own")
+    yield from list(find_odd_users(policy, users, ours)) or [good]
+
+
+def find_odd_users(policy: mailcloak.PolicyConfig, users: Mapping[str, mailcloak.User], ours: Sequence[mailcloak.User]) -> Findings:
+    """What is wrong with single users; ours: those with an e-mail in our domains."""
+    by_address: dict[str, list[str]] = defaultdict(list)
+    for user in ours:
+        by_address[user.email].append(user.username)
+    shared = [f"{address} ({', '.join(names)})" for address, names in by_address.items() if len(names) > 1]
+    text = "several users have these e-mails, and none of them may send as that address"
+    yield from about(shared, warning("primary-shared", text, "give all of them but one another e-mail in Keycloak"))
+    ambiguous = [
+        f"{name} (e-mail of {', '.join(by_address[name])})"
+        for name in users
+        if "@" in name and set(by_address.get(name, ())) - {name}
+    ]
+    text = "these usernames are the e-mail of another user, so neither of the two can send by that login"
+    yield from about(ambiguous, problem("login-ambiguous", text, "rename the users, or change the e-mails, in Keycloak"))
+    if not policy.mailbox_domain:
+        yield from check_mailbox_names(users, ours)
+    cut = [
+        user.username
+        for user in ours
+        if mailcloak.split_extension(user.username.rpartition("@")[0] or user.username, policy.recipient_delimiter)[1]
+    ]
+    text = "these usernames hold a character of recipient_delimiter, so their mail goes to the mailbox of what stands before it"
+    remedy = "rename the users in Keycloak, or take the character out of recipient_delimiter in config.yaml, main.cf and Dovecot"
+    yield from about(cut, warning("username-delimiter", text, remedy))
+
+
+def check_mailbox_names(users: Mapping[str, mailcloak.User], ours: Sequence[mailcloak.User]) -> Findings:
+    """Without policy.mailbox_domain a primary e-mail is delivered as it stands: to the mailbox of its local part."""
+    taken: list[str] = []
+    others: list[str] = []
+    for user in ours:
+        local_part = user.email.rpartition("@")[0]
+        if user.username not in (local_part, user.email):
+            (taken if local_part in users else others).append(f"{user.email} ({user.username})")
+    remedy = "set policy.mailbox_domain, so that every address leads to the mailbox of its user; or change the e-mails in Keycloak"
+    text = "these e-mails have another user's name before the @, and their mail may end in that user's mailbox"
+    yield from about(taken, problem("primary-name", text, remedy))
+    text = "these e-mails have another name before the @ than their user, so the user has one mailbox for it and another one for their aliases"
+    yield from about(others, warning("mailbox-name", text, remedy))
+
+
+def check_apps(host: Installation) -> Findings:
+    """Apps that no longer count, or have the name of a user."""
+    if host.apps is None:
+        yield skipped("apps", NO_DATABASE)
+        return
+    enabled = {app_id: app for app_id, app in host.apps.items() if app.state != "disabled"}
+    expired = [app_id for app_id, app in enabled.items() if app.state == "expired"]
+    remedy = "mailcloakctl apps set APP_ID --expires 90d, or apps del APP_ID"
+    found = about(expired, warning("app-expired", "these apps have expired, so they cannot send", remedy))
+    if host.users is not None:
+        users = host.users
+        named = [app_id for app_id in host.apps if app_id in users]
+        text = "these apps have the name of a user, who is taken for the app at each login without a token"
+        found += about(named, warning("app-name", text, "mailcloakctl apps add under another name, then apps del APP_ID"))
+        owners = {app_id: app.owner for app_id, app in enabled.items() if app.owner and app.owner not in host.users_not_looked_up}
+        owned = [(f"{app_id} ({owner})", users.get(owner)) for app_id, owner in owners.items()]
+        missing = [app for app, owner in owned if not owner]
+        disabled = [app for app, owner in owned if owner and not owner.enabled]
+        text = "these apps belong to users who {} in Keycloak, so they cannot send"
+        remedy = "mailcloakctl apps set APP_ID --owner USERNAME, or apps del APP_ID"
+        found += about(missing, warning("app-owner-missing", text.format("do not exist"), remedy))
+        found += about(disabled, warning("app-owner-disabled", text.format("are disabled"), remedy))
+    elif host.apps:
+        found.append(skipped("apps", f"do their owners exist, and is one called like a user? {NO_USERS}"))
+    yield from found or [ok("apps", ctl.counted(enabled, "enabled app"))]
+
+
+# ---------------------------------------------------------------------------------------------------------------------------------
+# The order of the checks, and their run
+# ---------------------------------------------------------------------------------------------------------------------------------
+
+CHECKS: tuple[Callable[[Installation], Findings], ...] = (  # a check comes after those it needs: the first problem is solved first
+    check_config,
+    check_config_files,
+    check_database,
+    check_daemon,
+    check_sockets,
+    check_postfix,
+    check_dovecot,
+    check_keycloak,
+    check_role_addresses,
+    check_aliases,
+    check_users,
+    check_apps,
+)
+
+
+def run_checks(options: argparse.Namespace) -> Findings:
+    """What every check finds, as it comes."""
+    host = Installation(options)
+    for check in CHECKS:
+        yield from run_check(check, host)
+
+
+def run_check(check: Callable[[Installation], Findings], host: Installation) -> Findings:
+    """The findings of a check; a fault of the check itself is one more, and the next ones run."""
+    try:
+        yield from check(host)
+    except BrokenPipeError:
+        raise
+    except Exception as exc:
+        where = mailcloak.describe_exception(exc)
+        yield problem("doctor", f"{check.__name__} failed: {where}", "report this line; the other checks are not affected")
