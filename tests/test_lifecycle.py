@@ -648,8 +648,10 @@ def with_own_dev(daemon, syslog_path=None):
     """The daemon with a /dev of its own, whatever this host logs to: /dev/log leads to that socket, or is not there."""
     link = f"ln -s {syslog_path} /dev/log &&" if syslog_path else ""
     devices = "mknod -m 666 /dev/null c 1 3 && mknod -m 666 /dev/urandom c 1 9"
-    script = f'mount -t tmpfs tmpfs /dev && {devices} && {link} exec "$@"'
-    daemon._command = ["unshare", "--mount", "sh", "-c", script, "sh", *daemon._command]
+    # what is mounted now stays here; in a chroot, as of tests/real/debian13, / itself may be no mount
+    private = "{ mount --make-rprivate / 2>/dev/null || mount --make-private /dev; }"
+    script = f'{private} && mount -t tmpfs tmpfs /dev && {devices} && {link} exec "$@"'
+    daemon._command = ["unshare", "--mount", "--propagation", "unchanged", "sh", "-c", script, "sh", *daemon._command]
     daemon.config["daemon"]["log"] = "syslog"
     return daemon
 
