@@ -10,37 +10,41 @@ Postfix asks over two Unix sockets:
               "explain" and "flush" are mailcloakctl's.
 
 Read at start:  the configuration, /etc/mailcloak/config.yaml unless another is named; config.yaml.sample explains each key.
-Written:        last-known.db beside the database: what Keycloak said last of each user, for a restart in an outage.
-Asked:          Keycloak, by its admin REST interface, for users: their username, primary e-mail, and whether they are enabled;
-                one SQLite file, written by mailcloakctl, for aliases and for apps (logins that may only send).
+Written:        last-known.db beside the database: what Keycloak said last of each user, for a restart; the database itself only
+                to create it, or to bring an older one to this version, after a copy.
+Asked:          Keycloak, by its admin REST interface, for users: their names, primary e-mail, and whether they are enabled;
+                the database, one SQLite file that mailcloakctl edits, for aliases and for apps (logins that may only send).
 Signals:        SIGTERM and SIGINT answer what was read and end; SIGHUP reads the configuration again.
-Environment:    LISTEN_FDS and NOTIFY_SOCKET of a service manager (sd_listen_fds(3), sd_notify(3)).
+Environment:    LISTEN_* and NOTIFY_SOCKET of a service manager (sd_listen_fds(3), sd_notify(3)).
 Exit codes:     0 ended by a signal, or the configuration is good; 64 usage; 78 configuration; 1 anything else.
 
-Security: started as root, the daemon binds its sockets and becomes daemon.user. It never answers OK or any other permission, only
-DUNNO ("no objection"). When it cannot know, it says 451 ("try later"), since a wrong 550 loses a message for good. It sees envelopes,
-never message headers. No secret, token or password is logged.
+Security: started as root, the daemon binds its sockets and becomes daemon.user. The policy service never answers OK or any other
+permission, only DUNNO ("no objection"). When it cannot know, it says 451 ("try later"), unless policy.keycloak_failure_mode lets mail
+pass, since a wrong 550 loses a message for good. It sees envelopes, never message headers. No secret, token or password is logged.
 
 Contents:
-   1 Constants, errors, text for the log   limits of the protocols, the tree of exceptions
+   1 Constants, errors, text for the log   limits with unit and source, the tree of exceptions
    2 Addresses                             one form for each address, the one that Postfix acts on
    3 Decisions                             why a recipient or a sender is accepted, refused (550, 553) or deferred (451)
    4 Wire protocols                        bytes to requests, answers to bytes
    5 Config                                the YAML file, checked as a whole
-   6 Database                              every SQL statement on aliases and apps
+   6 Database                              the daemon's SQL on aliases and apps
    7 Keycloak                              what a request and an answer mean
    8 Directory                             who runs the requests; what is cached and saved of users, and what still counts
    9 Answers                               facts for a decision, recalled answers, explain, the service of one configuration
   10 Servers                               connections: read, decide, write, log
   11 Process                               sockets, privileges, signals, reload
   12 main                                  arguments, start, exit code
-An answer that surprises: mailcloakctl ask explains it, and each reason= of the log is a row of REASONS, at the end of section 3.
-  550 No such user          decide_recipient, find_owner (3); which record of Keycloak counts, and with which address: read_user (7)
-  553 Sender not owned      _decide_app, _decide_user, find_owner (3)
-  451 in the grace          judge (8) begins and ends the grace, UserDirectory._find (8) says so
+An answer that surprises: mailcloakctl ask explains it, and each reason= of the log is an entry of REASONS, at the end of section 3.
+  550 No such user          decide_recipient, find_owner (3); who counts: User.receives (3), read_user (7), judge (8). That nobody has an
+                            address is cached for policy.negative_cache_ttl_seconds
+  553 Sender not owned      decide_sender and what it calls (3); whom a login names: resolve_login (3), judge_login (8)
+  451                       UNKNOWN (3) lists the reasons; in-grace: judge begins and ends it, UserDirectory._find (8) says so
+  Keycloak is away          UserDirectory._find_in_outage (8), policy.keycloak_failure_mode in section 3
   a change of the database  Database.version (6), RecalledAnswers (9): it counts from the next request on
   kept over a restart       Person, SavedUsers (8): users; not rows, answers, or which names nobody has
-Words: a row is remembered, a user is cached (and saved on the disk), a whole answer is recalled.
+Words: a row is remembered, a user is cached (and saved on the disk), a whole answer is recalled. The grace is the time for which a
+user who is suddenly missing is not believed gone; a canary is a user who is always there, so that its absence shows a fault.
 
 Implements SMTPD_POLICY_README, access(5), socketmap_table(5), the extension rules of Postfix's recipient_delimiter, RFC 3463 status
 codes, the OAuth 2.0 client credentials grant (RFC 6749, section 4.4) and the user search of Keycloak's admin REST interface.
@@ -101,8 +105,7 @@ __version__ = "0.1.0"
 
 # ---------------------------------------------------------------------------------------------------------------------------------
 # 1. Constants, errors, text for the log
-# Limits of the protocols, each with its unit and source; the tree of exceptions; text that is fit for a log line. "Not found" is never
-# an exception. Any thread enters; nothing here waits. At the end: three system calls that keep Python's lock.
+# "Not found" is never an exception. Any thread enters; nothing here waits. At the end: three system calls that keep Python's lock.
 # ---------------------------------------------------------------------------------------------------------------------------------
 
 DEFAULT_CONFIG_PATH = "/etc/mailcloak/config.yaml"
@@ -112,10 +115,10 @@ MAX_POLICY_REQUEST_BYTES = 16 * 1024  # a full request of Postfix 3.7 is about 7
 MAX_SOCKETMAP_QUERY_BYTES = 10_000  # Postfix itself never sends a key longer than an SMTP line
 MAX_ADDRESS_CHARS = 254  # RFC 5321, section 4.5.3.1.3: a path of 256 octets with its angle brackets
 MAX_LABEL_CHARS = 63  # RFC 1035, section 2.3.4: of a domain, in A-label form
-MAX_ROUTES = 20  # hosts in one address, such as c!b!user@a; nobody writes more than two
+MAX_ROUTES = 20  # hosts in one address, such as c!b!user@a
 MAX_SOCKET_PATH_BYTES = 107  # unix(7): sun_path holds 108 bytes, a terminating NUL included
-MAX_LOG_LINE_BYTES = 4096  # pipe(7), PIPE_BUF: so many go into a pipe that has room, without waiting
-LOG_WAIT_MILLISECONDS = 100  # for whoever reads standard error; once, then lines are lost until it takes one again
+MAX_LOG_LINE_BYTES = 4096  # pipe(7), PIPE_BUF: a write of this size into a pipe that has room does not wait
+LOG_WAIT_MILLISECONDS = 100  # for a full pipe, once; then lines are lost until it has room again
 LISTEN_BACKLOG = 1024  # a full backlog fails Postfix's non-blocking connect at once; the kernel caps it at net.core.somaxconn
 RECEIVE_BYTES = 16 * 1024  # one recv; takes any whole request
 REQUEST_SECONDS = 10  # a request that was begun must be whole after this; between requests a client may rest for ever
@@ -134,10 +137,10 @@ TOKEN_LIFE_USED = 0.8  # of a token's life; the rest is margin for clocks and re
 
 OUTAGE_FAILURES = 3  # this many failures in a row count as an outage: requests no longer wait for Keycloak, only the probe asks it
 PROBE_SECONDS = 5.0  # after which a question of the probe is given up
-PROBE_PAUSE_SECONDS = 3.0  # at most between two probes; with the above, service is back within 8 s of Keycloak
+PROBE_PAUSE_SECONDS = 3.0  # at most between two probes
 REFRESH_AHEAD = 0.2  # of a positive answer's life: one that is used in this last part of it is asked for again in the background
 MAX_REFRESHES_WAITING = 1000  # beyond, an answer is not refreshed ahead but asked for when it has ended
-LEAST_LOOK_SECONDS = 2.0  # between two looks at least this much can count of the grace
+LEAST_LOOK_SECONDS = 2.0  # the limit for what one look can add to the grace is never below this
 MAX_STEPS = 20_000  # noted while last-known.db cannot be read, each about 500 bytes
 MAX_FORMER_NAMES = 4  # of a user who was renamed
 MAX_WITNESSES = 1000  # federations whose last confirmed user is remembered; where one is forgotten, a grace lasts longer
@@ -146,16 +149,16 @@ MAX_NAME_CHARS = 255  # of a username or an address in an answer of Keycloak: it
 SAVE_RETRY_SECONDS = 1.0  # before last-known.db is tried again
 DATABASE_KEPT_CONNECTIONS = 64  # beyond, a thread's connection ends with its question; each takes about 150 KiB
 DATABASE_BUSY_SECONDS = 2.0  # how long a question waits for a writer's lock
-MAX_REMEMBERED_ROWS = 20_000  # each about 400 bytes; with 0 SQLite is asked each time, which changes nothing but the time
-MAX_RECALLED_ANSWERS = 20_000  # each about 800 bytes; with 0 every answer is made again, which changes nothing but the time
-MAX_RECALLED_CHARS = 600  # of one question; two addresses of the greatest length have 508
-MAX_ATTEMPTS = 10  # to make an answer from one state of the database, while others write it; then it is deferred
+MAX_REMEMBERED_ROWS = 20_000  # each about 400 bytes
+MAX_RECALLED_ANSWERS = 20_000  # each about 800 bytes
+MAX_RECALLED_CHARS = 600  # of one question; two addresses and a login seldom have more than 200
+MAX_ATTEMPTS = 10  # to make an answer from one state of the database, while others write it; then it counts as unavailable
 MAX_ERRORS_SAID = 1000  # errors that the log has had and does not repeat
 POSTMASTER_SECONDS = 10.0  # after the start, Keycloak is asked whether each domain has a postmaster
 LOCK_SECONDS = 5.0  # at start, for the directory of a socket; another daemon holds it for a second at the most
-SHUTDOWN_LOOKUP_SECONDS = 3.0  # after SIGTERM, lookups still pending at Keycloak are given up and get the failure mode
-SHUTDOWN_TOTAL_SECONDS = 4.5  # and all that is left is cut off
-SHUTDOWN_SECONDS = 4.9  # and what was not saved is lost
+SHUTDOWN_LOOKUP_SECONDS = 3.0  # after SIGTERM, lookups that still wait for Keycloak are given up
+SHUTDOWN_TOTAL_SECONDS = 4.5  # then connections that are left are cut off
+SHUTDOWN_SECONDS = 4.9  # then the program ends, though last-known.db may lack what was learned last
 
 THREAD_STACK_BYTES = 4 * 1024 * 1024  # enough for json to reach Python's limit of recursion first, where the system has less
 
@@ -209,12 +212,12 @@ class DirectoryMisconfigured(DirectoryUnavailable):
     """Keycloak answers, and will go on refusing until an administrator changes something; the text says what."""
 
 
+class QuestionFailed(DirectoryUnavailable):
+    """This question has no answer, which is no sign that Keycloak is away."""
+
+
 class Disappeared(MailcloakError):
-    """Keycloak no longer finds a user it knew: not believed yet (no 550), but the old answer is not used either (451)."""
-
-
-class NoSingleAnswer(DirectoryUnavailable):
-    """Keycloak answers, but not this question; no sign that it is away."""
+    """Keycloak takes back what it said of a user: not believed yet (no 550), but the old answer is not used either (451)."""
 
 
 class DatabaseUnavailable(MailcloakError):
@@ -245,7 +248,7 @@ def describe_exception(exc: BaseException) -> str:
 def call_with_lock(name: str, *argument_types: Any) -> Optional[Callable[..., int]]:
     """A function of the C library to be called without giving up Python's global lock; None if the library lacks it.
 
-    For system calls that never wait: with many busy connections, to get that lock back takes longer than all the rest of an answer
+    For system calls that hardly ever wait: with many busy connections, to get that lock back takes longer than all the rest of an answer
     (bench/NOTES.md).
     """
     function = getattr(ctypes.PyDLL(None), name, None)
@@ -278,8 +281,8 @@ _DIRECTION = re.compile(r"[\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069]")  # wh
 
 _NOT_IN_DOMAINS = re.compile(r'[\s\x00-\x1f\x7f"(),;<>\\]')  # Postfix drops some; what remains may be a domain of ours
 
-# Stands for a domain that cannot be converted here. Postfix's ICU may know more letters than the tables
-# here, so it could be one of ours: it is neither passed nor refused, but deferred. No domain holds U+FFFD (disallowed by UTS 46).
+# Stands for a domain that cannot be converted here. Postfix's ICU may know more letters than Python's tables, so it could be one of
+# ours: it is neither passed nor refused, but deferred. No domain holds U+FFFD (disallowed by UTS 46).
 NOT_CONVERTIBLE = "\ufffd"
 
 
@@ -317,7 +320,7 @@ def domain_to_ascii(domain: str) -> str:
     """
     if domain.isascii():
         return domain.lower() if not _NOT_IN_DOMAINS.search(domain) else NOT_CONVERTIBLE
-    # Postfix takes a longer one if UTS 46 leaves out enough of it. Nobody writes such a domain, and it costs time.
+    # Postfix takes a longer one if UTS 46 leaves out enough of it. To convert that here would cost too much time.
     # Capital sharp s became "ss" until Unicode 15.0 and has become U+00DF since: the one character with two mappings.
     if len(domain) > MAX_ADDRESS_CHARS or "\u1e9e" in domain:
         return NOT_CONVERTIBLE
@@ -379,11 +382,11 @@ def _split_domain(raw: str) -> tuple[str, str]:
     local_part, at_sign, domain = text.rpartition("@")
     if not at_sign:
         return text, ""
-    return (local_part, domain) if domain else (local_part or at_sign, "")
+    return (local_part, domain) if domain else (local_part or "@", "")
 
 
 def normalise_address(raw: str) -> Address:
-    """The form in which Postfix will deliver to, or send from, the address: whatever a client writes, it cannot slip past.
+    """The form in which Postfix will deliver to, or send from, the address.
 
     raw is an address of an SMTP envelope, without angle brackets; "" is the null sender. Raises nothing.
     Source: Postfix trivial-rewrite(8), also for the trailing dot; casefold.c for the domain in its lists.
@@ -465,7 +468,7 @@ def split_extension(local_part: str, delimiters: str) -> tuple[str, str]:
 
 
 def holds_delimiter(username: str, delimiters: str) -> bool:
-    """Would Dovecot cut this username, and deliver to the user of its first part? In an address the local part counts."""
+    """Would Dovecot cut this username, and deliver to the user of its first part? Of one with @, only what is before it counts."""
     return not set(username.rpartition("@")[0] or username).isdisjoint(delimiters)
 
 
@@ -490,16 +493,15 @@ def unquote_local_part(address: str) -> str:
 
 
 def format_mailbox(username: str, extension: str, domain: str) -> str:
-    """Where the mail of username goes: username+extension@domain; a username that is an address already stays as it is."""
+    """Where the mail of username goes: username+extension@domain; a username that is an address stays as it is, without extension."""
     local_part, at_sign, own_domain = username.rpartition("@")
     return f"{quote_local_part(local_part)}@{own_domain}" if at_sign else f"{quote_local_part(username + extension)}@{domain}"
 
 
 # ---------------------------------------------------------------------------------------------------------------------------------
 # 3. Decisions
-# From a request and the facts to an answer: the decision tables, row by row, and the reasons in words. No socket, log line or clock
-# of its own; only the facts may wait. Any thread enters. A fact is asked for only when a row needs it: an alias is answered while
-# Keycloak is away.
+# From a request and the facts to an answer, and the reasons in words. No socket, log line or clock of its own; only the facts may wait.
+# Any thread enters. A fact is asked for only where a rule needs it: an alias is answered while Keycloak is away.
 # ---------------------------------------------------------------------------------------------------------------------------------
 
 
@@ -520,12 +522,12 @@ class App(NamedTuple):
 
 
 class User(NamedTuple):
-    """What Keycloak says of a user."""
+    """What counts of what Keycloak says of a user, see read_user()."""
 
     username: str  # lower-cased
     email: str  # primary e-mail, normalised; "" if there is none that counts
     enabled: bool  # may log in and send
-    locked_out: bool = False  # by guessed passwords, which anybody can bring about: still receives
+    locked_out: bool = False  # disabled for wrong passwords, which anybody can send, while such users receive mail
     federation: str = ""  # the user storage behind Keycloak that the user comes from, such as LDAP
     user_id: str = ""  # Keycloak's
 
@@ -547,11 +549,11 @@ class Login(NamedTuple):
     """Which user a sasl_username names. username is "" unless state is "enabled"."""
 
     username: str
-    state: str  # "enabled", "disabled", "missing", or "ambiguous": one user's name and another's e-mail
+    state: str  # "enabled", "disabled", "missing", or "ambiguous": it names more than one user
 
 
 def resolve_login(named: Users, holders: Users) -> Login:
-    """The login of users found by username (named) and by primary e-mail (holders). A user without an e-mail does not exist."""
+    """The login of users found by username (named) and by primary e-mail (holders). A user without an e-mail counts as missing."""
     usernames = {user.username for user in named + holders}
     if len(usernames) > 1:
         return Login("", "ambiguous")
@@ -608,7 +610,7 @@ class Facts(Protocol):
         """Which user the login names; raises DirectoryUnavailable, Disappeared."""
 
     def has_lost(self, sasl_username: str, address: Address) -> bool:
-        """Was a user that the login may name found without this primary e-mail, which was theirs before? Asks nobody."""
+        """Did a user that this login may name have this e-mail before, and not now? Asks nobody."""
 
 
 NO_SUCH_USER = "550 5.1.1 No such user"
@@ -627,7 +629,10 @@ TOKEN_METHODS = frozenset({"xoauth2", "oauthbearer"})  # a Keycloak token; by an
 
 
 def decide_policy(request: PolicyRequest, policy: PolicyConfig, facts: Facts) -> Action:
-    """The answer to one policy request: at RCPT the recipient, then the sender; at MAIL the sender; else no objection."""
+    """The answer to one policy request: at RCPT the recipient, then the sender; at MAIL the sender; else no objection.
+
+    policy_context, which main.cf sets for each restriction list, limits it to "recipient" or "sender".
+    """
     if request.protocol_state not in ("RCPT", "MAIL"):
         return accept("other-state")
     recipient = None
@@ -646,11 +651,12 @@ def decide_policy(request: PolicyRequest, policy: PolicyConfig, facts: Facts) ->
 def decide_recipient(raw: str, policy: PolicyConfig, facts: Facts) -> Action:
     """May mail for this recipient, as the client wrote it, come in?
 
-    DUNNO for an address that has an owner and for domains that are not ours, 550 when it has none, 451 when that is not known.
+    DUNNO for an address that has an owner and for domains that are not ours; 550 when it has none, leads over too many hosts, or is
+    itself a mailbox (policy.mailbox_domain); 451, or what policy.keycloak_failure_mode says, when that is not known.
     """
     recipient = normalise_address(raw)
-    # XXX: user%ours@elsewhere gets 550 if we have no such user, even where elsewhere is a foreign host. Nobody has used this form in
-    # this century. Knowing $mydestination would end that.
+    # XXX: user%ours@elsewhere gets 550 if we have no such user, even where elsewhere is a foreign host (SECURITY.md). Knowing
+    # $mydestination would end that.
     for number, step in enumerate(routing_steps(raw)):
         if number == MAX_ROUTES:
             return Action(NO_SUCH_USER, "too-many-routes")
@@ -674,7 +680,7 @@ def decide_recipient(raw: str, policy: PolicyConfig, facts: Facts) -> Action:
 def find_owner(address: Address, policy: PolicyConfig, facts: Facts) -> Owner:
     """Who owns this address: enabled alias, primary e-mail, disabled alias (nobody), then the same without the extension.
 
-    Without SQLite a primary e-mail still counts; without Keycloak only an exact, enabled alias does, since the address might be
+    A primary e-mail counts if one of the users who have it receives mail; an alias counts whether its user exists or not. Without SQLite a primary e-mail still counts; without Keycloak only an exact, enabled alias does, since the address might be
     somebody's primary e-mail. Raises nothing.
     """
     if address.domain not in policy.domain or not address.is_plain:
@@ -767,11 +773,12 @@ def _decide_user(sasl_username: str, sender: Address, policy: PolicyConfig, fact
         return _fail_sender(sasl_username, sender, policy, facts)
     if not owner.is_certain:
         return UNKNOWN["database-unavailable"]
-    return UNKNOWN.get(owner.source) or Action(SENDER_NOT_OWNED, "sender-not-owned")
+    reason = "sender-of-nobody" if owner.source == "nobody" else "sender-not-owned"
+    return UNKNOWN.get(owner.source) or Action(SENDER_NOT_OWNED, reason)
 
 
 def _fail_sender(sasl_username: str, sender: Address, policy: PolicyConfig, facts: Facts) -> Action:
-    """The failure mode, but 451 in each mode for an address of which Keycloak did say that the user has it no more."""
+    """The failure mode, but 451 in each mode for an address that Keycloak says the user has lost."""
     spellings = address_spellings(sender, policy.recipient_delimiter)
     may_pass = policy.keycloak_failure_mode == "dunno" and not any(facts.has_lost(sasl_username, each) for each, _ in spellings)
     return Action("DUNNO" if may_pass else DIRECTORY_FAILED, "directory-unavailable")
@@ -811,14 +818,14 @@ def decide_alias(key: str, policy: PolicyConfig, facts: Facts) -> Action:
     return Action(f"OK {mailbox}", owner.source, logging.DEBUG)
 
 
-@functools.lru_cache(maxsize=100)  # there are a dozen reasons
+@functools.cache
 def accept(reason: str) -> Action:
     """No objection. Never OK, which would end Postfix's restriction list and skip the checks after this one (access(5))."""
     return Action("DUNNO", reason, logging.DEBUG)
 
 
 def is_local(address: Address, policy: PolicyConfig) -> bool:
-    """In our domains or the one of mailboxes, or without a domain, to which Postfix will append one of ours."""
+    """In our domains or the one of mailboxes, or without a domain: Postfix appends $myorigin, which may be ours."""
     if not address.domain:
         return bool(address.local_part)
     return address.domain in policy.domain or address.domain == policy.mailbox_domain
@@ -832,13 +839,10 @@ def could_be_ours(address: Address, policy: PolicyConfig) -> bool:
     return address.folded_domain in ours and address.domain not in ours
 
 
-_DECIDING = PolicyRequest._fields[:-1]
-
-
 def policy_question(request: PolicyRequest, policy: PolicyConfig) -> tuple[str, ...]:
     """The attributes that the answer depends on: the same question has the same answer while policy and facts are the same.
 
-    Without a login it only counts whether the sender is local, which needs no facts: all outside senders share one recalled answer.
+    Without a login only whether the sender is local counts, which needs no facts: all outside senders share one recalled answer.
     """
     if request.sasl_username:
         return request[:-1]
@@ -876,9 +880,9 @@ unknown-recipient: the address is neither an enabled alias nor the primary e-mai
       e-mail must be verified
 mailbox-domain: the address is in policy.mailbox_domain, which only aliases and primary e-mails lead to: refused
     nothing; write to one of the user's own addresses
-too-many-routes: the address leads over more hosts than anybody writes: refused
+too-many-routes: the address leads over too many hosts: refused
     nothing; write to the address itself
-domain-not-convertible: the domain is not ASCII, and it is not certain whether Postfix takes it for one of ours: the mail waits
+domain-not-convertible: it is not certain how Postfix reads this domain, whose characters or length are unusual: the mail waits
     nothing; write the domain in its ASCII form (xn--...)
 recipient-not-local: the recipient is not in policy.domain: Postfix alone decides whether it relays the mail
     if this is one of our domains, add it to policy.domain
@@ -905,16 +909,18 @@ own-primary: the sender is the user's own primary e-mail: allowed
       {address}
 null-sender: an enabled user may use the null sender <>, for notices and vacation mail: allowed
     disable the user in Keycloak
-sender-not-owned: the login is good, but the sender belongs to another user, to several users or to nobody: refused
-    mailcloakctl aliases add {address} {user} lets the user send as it, if nobody else has it
+sender-not-owned: the login is good, but the sender belongs to another user, or to several: refused
+    an alias of another user can be given to this one: mailcloakctl aliases list shows it
+sender-of-nobody: the login is good, but the sender is neither an enabled alias nor the primary e-mail of an enabled user: refused
+    mailcloakctl aliases add {address} USERNAME lets this user send as it
 foreign-sender: a user has logged in, and the sender is not in policy.domain: policy.foreign_sender sets the answer
     policy.foreign_sender: dunno lets users send as other domains; if this is one of our domains, add it to policy.domain
 login-missing: the login is neither a Keycloak user with an e-mail nor an app that has logged in with its password: refused
     in Keycloak, create the user or give the user an e-mail
 login-disabled: the user is disabled or locked out in Keycloak: refused
     enable the user in Keycloak
-login-ambiguous: the login is the name of one user and the e-mail of another, so it proves neither: refused
-    in Keycloak, rename one of the two users or change the e-mail of the other
+login-ambiguous: the login is the name of one user and the e-mail of another, or the e-mail of several: refused
+    in Keycloak, rename one of these users or change an e-mail
 # apps
 app: the login is an app, and the sender is in its list: allowed
     mailcloakctl apps disallow {user} {address}
@@ -928,22 +934,23 @@ app-owner-missing: the owner of the app is not a Keycloak user with an e-mail: r
     mailcloakctl apps set {user} --owner USERNAME
 app-owner-disabled: the owner of the app is disabled or locked out in Keycloak: refused
     enable the owner in Keycloak, or mailcloakctl apps set {user} --owner USERNAME
-app-owner-ambiguous: the owner of the app is the name of one user and the e-mail of another: refused
-    mailcloakctl apps set {user} --owner USERNAME, or rename one of the two users in Keycloak
+app-owner-ambiguous: the owner of the app is the name of one user and the e-mail of another, or the e-mail of several: refused
+    mailcloakctl apps set {user} --owner USERNAME
 # what cannot be known
 directory-unavailable: Keycloak gave no answer that can be used, and neither the cache nor the database decides without it
     mailcloakctl status and mailcloakctl doctor show what is wrong with Keycloak; policy.keycloak_failure_mode sets the
       answer until it is fixed
-in-grace: Keycloak takes back what it said of a user (missing, disabled, another's name now), which is not certain yet: the mail waits
-    look for the user in Keycloak; policy.disappearance_grace_seconds sets for how long the user is not believed gone
+in-grace: Keycloak takes back what it said of a user (missing, disabled, another's name now), or the saved users cannot be read: the mail waits
+    look for the user in Keycloak, and in the log for last-known; policy.disappearance_grace_seconds sets for how long a
+      user is not believed gone
 database-unavailable: the database cannot be read, and the answer depends on it
     mailcloakctl doctor shows what is wrong with the database
 internal-error: a fault of mailcloak itself: the answer is temporary
     the daemon's log has a line 'internal error'; please report it
 other-state: the request is neither at RCPT nor at MAIL: mailcloak checks nothing
-    Postfix does not send such a request: compare main.cf with examples/postfix/main.cf
+    check_policy_service stands in a wrong list of restrictions: compare main.cf with examples/postfix/main.cf
 nothing-to-check: the request is for a recipient, but there is no recipient yet: mailcloak checks nothing
-    Postfix does not send such a request: compare main.cf with examples/postfix/main.cf
+    check_policy_service stands in a wrong list of restrictions: compare main.cf with examples/postfix/main.cf
 # what mailcloakctl asks
 stats: mailcloakctl status has asked
 explain: mailcloakctl ask has asked
@@ -1006,7 +1013,7 @@ class PolicyStream(_Stream):
         return b"action=" + action.text.encode("utf-8", "replace") + b"\n\n"
 
 
-_POLICY_ATTRIBUTE = re.compile(rf"\n(request|{'|'.join(_DECIDING)})=([^\n]*)")
+_POLICY_ATTRIBUTE = re.compile(rf"\n(request|{'|'.join(PolicyRequest._fields[:-1])})=([^\n]*)")
 _LOGGED_ATTRIBUTE = re.compile(r"\n(client_address|queue_id)=([^\n]*)")
 
 
@@ -1016,7 +1023,7 @@ def parse_policy_request(data: bytes) -> PolicyRequest:
     attributes = dict(_POLICY_ATTRIBUTE.findall(text))
     if attributes.get("request") != "smtpd_access_policy":
         raise ProtocolError(f"request={escape_for_log(attributes.get('request', ''))}, expected smtpd_access_policy")
-    return PolicyRequest(**{name: attributes.get(name, "") for name in _DECIDING}, text=text)
+    return PolicyRequest(**{name: attributes.get(name, "") for name in PolicyRequest._fields[:-1]}, text=text)
 
 
 class SocketmapQuery(NamedTuple):
@@ -1068,7 +1075,8 @@ def encode_netstring(payload: bytes) -> bytes:
 _Reader = Callable[[Any], Any]
 
 
-def _near_miss(value: Any, choices: Sequence[str]) -> str:
+def near_miss(value: Any, choices: Sequence[str]) -> str:
+    """The one of the choices that was probably meant, as a question behind a message; "" if none is near."""
     import difflib
 
     close = difflib.get_close_matches(str(value), choices, n=1)
@@ -1150,7 +1158,7 @@ def _choice(*choices: str) -> _Reader:
     def read(value: Any) -> str:
         if value in choices:
             return str(value)
-        raise ValueError(f"expected one of {', '.join(choices)}", _near_miss(value, choices))
+        raise ValueError(f"expected one of {', '.join(choices)}", near_miss(value, choices))
 
     return read
 
@@ -1193,7 +1201,7 @@ def _account(kind: str, find: Callable[[str], Any], find_all: Callable[[], Itera
         try:
             find(_text(value))
         except KeyError:
-            raise ValueError(f"expected an existing {kind}", _near_miss(value, [name for name, *_ in find_all()])) from None
+            raise ValueError(f"expected an existing {kind}", near_miss(value, [name for name, *_ in find_all()])) from None
         return str(value)
 
     return _or_empty(read)
@@ -1354,7 +1362,7 @@ def read_block(cls: type[Any], name: str, raw: Any, problems: list[Problem]) -> 
     before = len(problems)
     fields = {field.name: field for field in dataclasses.fields(cls)}
     unknown = [key for key in raw if key not in fields]
-    problems += [Problem(f"{name}.{_shown_key(key)}", f"unknown key{_near_miss(key, list(fields))}") for key in unknown]
+    problems += [Problem(f"{name}.{_shown_key(key)}", f"unknown key{near_miss(key, list(fields))}") for key in unknown]
     values: dict[str, Any] = {}
     for key, field in fields.items():
         if key not in raw and field.default is dataclasses.MISSING:
@@ -1440,7 +1448,7 @@ def read_blocks(path: str) -> tuple[dict[str, Any], list[Problem]]:
     """(the blocks of the file that are good, by name; every problem); raises ConfigError where the file as a whole cannot be read."""
     raw = read_yaml(path)
     known = [*_BLOCKS, "static_users"]
-    problems = [Problem(_shown_key(key), f"unknown key{_near_miss(key, known)}") for key in raw if key not in known]
+    problems = [Problem(_shown_key(key), f"unknown key{near_miss(key, known)}") for key in raw if key not in known]
     blocks = {
         name: read_block(cls, name, raw.get(name, {}), problems)
         for name, cls in _BLOCKS.items()
@@ -1720,7 +1728,7 @@ def _copy_database(path: str, version: int) -> str:
 Kept = TypeVar("Kept")
 
 
-class Remembered(Generic[Kept]):
+class LruMap(Generic[Kept]):
     """A bounded dict in two parts. What anybody on the net can cause has a tenth of the room extra, and pushes out only its like."""
 
     def __init__(self, max_entries: int) -> None:
@@ -1850,7 +1858,7 @@ class Database:
         self._path_bytes = os.fsencode(path)
         self._busy_seconds = DATABASE_BUSY_SECONDS
         self._local = _ThreadsOwn()
-        self._rows: Remembered[tuple[Version, Any]] = Remembered(MAX_REMEMBERED_ROWS)  # by statement and parameters
+        self._rows: LruMap[tuple[Version, Any]] = LruMap(MAX_REMEMBERED_ROWS)  # by statement and parameters
         self._file: Optional[_VersionFile] = None  # of the file that has the path now
         self._lock = threading.Lock()  # guards the three below
         self._connections = 0  # that are open, of all threads
@@ -2207,7 +2215,7 @@ Question = tuple[str, str]  # ("email", address) or ("username", name), normalis
 
 
 def read_user(record: Mapping[str, Any], config: KeycloakConfig) -> User:
-    """What one of Keycloak's user records means: the only place that says so. Raises NoSingleAnswer for one that makes no sense.
+    """What one of Keycloak's user records means: the only place that says so. Raises QuestionFailed for one that makes no sense.
 
     Source: UserRepresentation of the admin REST interface. A service account has no address, nor has a user whose e-mail is not
     verified where keycloak.require_verified_email demands it.
@@ -2215,7 +2223,7 @@ def read_user(record: Mapping[str, Any], config: KeycloakConfig) -> User:
     username, email, enabled = _field(record, "username"), _field(record, "email"), record.get("enabled")
     verified = record.get("emailVerified", False)
     if not username or not isinstance(enabled, bool) or not isinstance(verified, bool):
-        raise NoSingleAnswer("directory: a user record without username or enabled")
+        raise QuestionFailed("directory: a user record without username or enabled")
     if record.get("serviceAccountClientId") or username.startswith("service-account-"):
         email = ""
     if config.require_verified_email and not verified:
@@ -2231,9 +2239,9 @@ def _field(record: Mapping[str, Any], name: str) -> str:
     """A text of the record, "" if there is none; usernames lower-cased and e-mails normalised, as they are compared."""
     value = record.get(name)
     if value is not None and (not isinstance(value, str) or re.search("[\ud800-\udfff]", value)):
-        raise NoSingleAnswer(f"directory: a user record whose {name} is not text")
+        raise QuestionFailed(f"directory: a user record whose {name} is not text")
     if len(value or "") > MAX_NAME_CHARS:
-        raise NoSingleAnswer(f"directory: a user record whose {name} has more than {MAX_NAME_CHARS} characters")
+        raise QuestionFailed(f"directory: a user record whose {name} has more than {MAX_NAME_CHARS} characters")
     if name == "username":
         return (value or "").lower()
     if name != "email":
@@ -2344,12 +2352,12 @@ class KeycloakApi:
         attribute, value = question
         records = self.get_users(session, deadline, **query)
         if len(records) > MAX_DIRECTORY_RECORDS:
-            raise NoSingleAnswer(self.message(f"{len(records)} users for one {attribute}, more than were asked for"))
+            raise QuestionFailed(self.message(f"{len(records)} users for one {attribute}, more than were asked for"))
         matches = [record for record in records if _field(record, attribute) == value]  # older servers ignore exact=true
         if len(matches) >= MAX_DIRECTORY_MATCHES:
-            raise NoSingleAnswer(self.message(f"{len(matches)} users for one {attribute}, there may be more"))
+            raise QuestionFailed(self.message(f"{len(matches)} users for one {attribute}, there may be more"))
         if len(records) >= MAX_DIRECTORY_MATCHES and not matches:
-            raise NoSingleAnswer(self.message(f"{len(records)} users for one {attribute} and no exact match"))
+            raise QuestionFailed(self.message(f"{len(records)} users for one {attribute} and no exact match"))
         return matches
 
     def prove(self, session: requests.Session, since: float, deadline: Deadline) -> None:
@@ -2366,7 +2374,7 @@ class KeycloakApi:
         for address in self._config.canary:
             try:
                 users = self._search_once(session, ("email", address), deadline).users
-            except NoSingleAnswer as exc:
+            except QuestionFailed as exc:
                 raise DirectoryUnavailable(self.message(f"canary <{address}> has no answer that can be used: {exc.text}")) from None
             if not any(user.enabled for user in users):
                 raise DirectoryUnavailable(self.message(f"canary <{address}> is missing or disabled, no such answer is believed"))
@@ -2476,7 +2484,7 @@ class KeycloakApi:
 
         started = time.monotonic()
         if started >= deadline:  # it waited for its turn until then
-            raise NoSingleAnswer(self.message("timed out before the request"))
+            raise QuestionFailed(self.message("timed out before the request"))
         timeout: Any = urllib3.Timeout(total=deadline - started)
         try:
             with session.request(method, url, timeout=timeout, allow_redirects=False, stream=True, **options) as response:
@@ -2506,14 +2514,14 @@ class KeycloakApi:
 # Who the users are: Keycloak, or static_users of the configuration. Worker threads run the requests, a probe watches an outage, one
 # thread asks ahead and one writes to the disk; handler and timer threads wait for an answer until their deadline. What is known of
 # users is in one store: judge() says what counts of a user, judge_holders() and judge_login() what follows for a question. The file on
-# disk mirrors the store.
+# disk mirrors the store. UserStore._lock guards the users; who holds it may take SavedUsers._turn, never the other way.
 # ---------------------------------------------------------------------------------------------------------------------------------
 
 
-class Directory(Protocol):
+class UserSource(Protocol):
     """Who answers questions about users: Keycloak, the configuration, or a test."""
 
-    source: str  # for explain
+    name: str  # for explain
     outage: Outage
 
     def find_users(self, question: Question, deadline: Deadline) -> Answer:
@@ -2586,10 +2594,10 @@ class Outage:
             }
 
 
-class StaticDirectory:
+class StaticUsers:
     """static_users of the configuration: the embedded directory for trials, tests and small hosts."""
 
-    source = "static"
+    name = "static"
 
     def __init__(self, users: Mapping[str, str]) -> None:
         self.outage = Outage()  # never established
@@ -2618,13 +2626,13 @@ class _Lookup(NamedTuple):
     in_time: threading.Event  # a worker took it while there was time for an answer: a failure is Keycloak's
 
 
-class KeycloakDirectory:
+class KeycloakUsers:
     """Users by e-mail or username from Keycloak. A few worker threads run the requests.
 
     A handler thread waits for its answer until its deadline and no longer, whatever DNS, TLS or a dripping body do to the worker.
     """
 
-    source = "keycloak"
+    name = "keycloak"
 
     def __init__(self, config: KeycloakConfig) -> None:
         self.outage = Outage()
@@ -2692,7 +2700,7 @@ class KeycloakDirectory:
             del self._pending[lookup.question]
         if error is None:
             self.outage.note_success(self._api.message)
-        elif lookup.in_time.is_set() and not isinstance(error, NoSingleAnswer):
+        elif lookup.in_time.is_set() and not isinstance(error, QuestionFailed):
             self.outage.note_failure(error, lookup.question)
 
     # ---- worker threads
@@ -3376,7 +3384,7 @@ class UserDirectory:
 
     def __init__(
         self,
-        directory: Directory,
+        source: UserSource,
         policy: PolicyConfig,
         timeout_seconds: float,
         store: UserStore,
@@ -3384,11 +3392,11 @@ class UserDirectory:
         *,
         clock: Clock = time.monotonic,
     ) -> None:
-        self._directory, self._policy, self._store, self._saved = directory, policy, store, saved
+        self._source, self._policy, self._store, self._saved = source, policy, store, saved
         self._timeout_seconds = timeout_seconds
         self._clock = clock
         self._refresh_seconds = REFRESH_AHEAD * policy.cache_ttl_seconds
-        self.lookups = {"cache": 0, directory.source: 0}  # no lock: each may miss one in a great many
+        self.lookups = {"cache": 0, source.name: 0}  # no lock: each may miss one in a great many
         self._refreshes: queue.SimpleQueue[Optional[Question]] = queue.SimpleQueue()
         self._refreshing: set[Question] = set()  # what is in the queue; each use of a set is one atomic step
         threading.Thread(target=self._refresh, name="refresh", daemon=True).start()
@@ -3442,15 +3450,15 @@ class UserDirectory:
     def report(self) -> dict[str, Any]:
         """What the map stats says of users and Keycloak."""
         users, missing = self._store.sizes()
-        outage = self._directory.outage
+        outage = self._source.outage
         return {
             "lookups": {"keycloak": 0, **self.lookups, "outage": outage.cached, "failed": outage.deferred},
             "cache": {"users": users, "missing": missing, "limit": self._store.policy.cache_max_entries},
-            "keycloak": self._directory.report(),
+            "keycloak": self._source.report(),
         }
 
     def close(self) -> None:
-        """End the thread; questions are still answered, until the directory is closed too."""
+        """End the thread; questions are still answered, until the source is closed too."""
         self._refreshes.put(None)
 
     def _find(self, questions: Sequence[Question], judge_all: Callable[..., Verdict], deadline: Deadline) -> Found:
@@ -3469,7 +3477,7 @@ class UserDirectory:
             except DirectoryUnavailable as exc:
                 known = newest([asked.get(question) or self._store.look(question) for question in questions])
                 return self._find_in_outage(known, judge_all, exc)
-            source = self._directory.source
+            source = self._source.name
         oldest = min(each.asked_at for each in known)
         if source == "cache" and verdict.counts == "there" and now >= oldest + life - self._refresh_seconds:
             self._refresh_soon(min(known, key=lambda each: each.asked_at).question)
@@ -3486,15 +3494,15 @@ class UserDirectory:
         now = self._clock()
         verdict = judge_all(known, now - self._policy.stale_if_error_seconds)
         if verdict.counts == "unknown":
-            self._directory.outage.deferred += 1
+            self._source.outage.deferred += 1
             raise exc
         self._keep_refusal(verdict, known)
         if verdict.counts == "doubted":
-            self._directory.outage.deferred += 1
+            self._source.outage.deferred += 1
             raise Disappeared(
                 f"directory: {known[-1].question[1]} has disappeared, or it is not known who has this name now"
             ) from exc
-        self._directory.outage.cached += 1
+        self._source.outage.cached += 1
         asked_at = min((person.asked_at for each in known for person in each.people), default=now)
         return Found(verdict.value, "outage", now - asked_at, known, -math.inf)
 
@@ -3504,8 +3512,8 @@ class UserDirectory:
             self._saved.wait()
 
     def _ask(self, question: Question, deadline: Deadline) -> Known:
-        """Ask the directory itself, and take in the answer for all questions."""
-        answer = self._directory.find_users(question, deadline)
+        """Ask the source itself, and take in the answer for all questions."""
+        answer = self._source.find_users(question, deadline)
         known, changes = self._store.learn(question, answer)
         for before, after in changes:
             is_disabled = after.standing == KNOWN and not after.user.receives and after.user.federation
@@ -3543,9 +3551,9 @@ class UserDirectory:
 
 
 class LiveFacts(Facts):
-    """Facts looked up for one request, with what is needed to recall, or to explain, the answer made from them.
+    """Facts looked up for one attempt at an answer, with what is needed to recall it, or to explain it.
 
-    All its questions to Keycloak share one deadline, which begins with the first of them, so that nobody waits twice.
+    All its questions to Keycloak share one deadline, which begins with the first of them.
     """
 
     def __init__(
@@ -3556,9 +3564,9 @@ class LiveFacts(Facts):
         self.expires_at = math.inf  # of an app, in seconds since 1970
         self._deadline: Deadline = 0.0
         self._known: dict[tuple[str, str], Any] = {}  # by what was asked, and its value: one question sees each fact once
-        self.can_be_recalled = True  # can each of them be compared later with what is so then?
-        self._rows = 0  # of the database among them
-        self._is_exact = True  # is each of these from the version above?
+        self.can_be_recalled = True  # may the answer be recalled? Not if a fact cannot be compared with a later one
+        self._rows = 0  # facts from the database so far
+        self._is_exact = True  # were all of these read from self.version?
         self._gives_up = gives_up
         self.found: list[Found] = []  # in the directory
         self.steps: Optional[list[dict[str, Any]]] = [] if explained else None  # asked, value, found, source, age_seconds, error
@@ -3655,17 +3663,16 @@ class Recalled(NamedTuple):
 class RecalledAnswers:
     """Whole answers that are given again while all that they were made from is the same.
 
-    An answer is kept with the version of the database file that each of its rows was read from, and with what was found in the
-    directory. It is recalled while the file has that version and the directory would find the same, so it never outlives its facts; a
-    reload begins with none. An answer that needed no look-up is made as fast as recalled.
+    Each has the version of the database file that its rows were read from, and what was found in the directory. It is recalled while the
+    file has that version and the directory would find the same; a reload begins with none. One that needed no look-up is made as fast.
     """
 
     def __init__(self, directory: UserDirectory, max_entries: int) -> None:
         self._directory = directory
-        self._answers: Remembered[Recalled] = Remembered(max_entries)  # by policy_question() or the map's query
+        self._answers: LruMap[Recalled] = LruMap(max_entries)  # by policy_question() or the map's query
 
     def recall(self, question: tuple[str, ...], version: Optional[Version]) -> Optional[Action]:
-        """The answer, if all that it was made from still holds."""
+        """The answer, if it holds."""
         known = self._answers.get(question)
         if known is None or known.version != version:
             return None
@@ -3691,32 +3698,31 @@ class RecalledAnswers:
 class Service:
     """All that answers come from, for one configuration. A reload makes a new one and swaps it in.
 
-    What does not depend on what was changed is taken over from an old one (old: the newest first), be it one before the last: the users
-    that are known, the workers, the database.
+    Parts whose settings did not change are taken from the old ones, the newest first: the users, the workers, the database.
     """
 
     def __init__(self, config: Config, *old: Service) -> None:
         self.config, self.policy = config, config.policy
-        same_path = [each for each in old if each.config.sqlite == config.sqlite]
-        self.database: Database = same_path[0].database if same_path else Database(config.sqlite.path)
+        with_same_path = [each for each in old if each.config.sqlite == config.sqlite]
+        self.database: Database = with_same_path[0].database if with_same_path else Database(config.sqlite.path)
         self.timeout_seconds = config.keycloak.timeout_seconds if config.keycloak else 1.0
         self.meaning = meaning_of(config.keycloak) if config.keycloak else ""
         self.store = UserStore(config.policy)
         self.saved: Optional[SavedUsers] = None
-        same_meaning = [each for each in same_path if each.meaning == self.meaning]
-        if self.meaning and same_meaning:
-            self.store, self.saved = same_meaning[0].store, same_meaning[0].saved
+        with_same_meaning = [each for each in with_same_path if each.meaning == self.meaning]
+        if self.meaning and with_same_meaning:
+            self.store, self.saved = with_same_meaning[0].store, with_same_meaning[0].saved
             self.store.policy = config.policy
         elif self.meaning:
             self.saved = SavedUsers(last_known_path(config.sqlite.path), self.meaning, self.store)
-        self.source: Directory
-        same_source = [each for each in old if each.config.keycloak == config.keycloak]
-        if config.keycloak and same_source:
-            self.source = same_source[0].source
+        self.source: UserSource
+        with_same_source = [each for each in old if each.config.keycloak == config.keycloak]
+        if config.keycloak and with_same_source:
+            self.source = with_same_source[0].source
         elif config.keycloak:
-            self.source = KeycloakDirectory(config.keycloak)
+            self.source = KeycloakUsers(config.keycloak)
         else:
-            self.source = StaticDirectory(config.static_users or {})
+            self.source = StaticUsers(config.static_users or {})
         self.directory = UserDirectory(self.source, config.policy, self.timeout_seconds, self.store, self.saved)
         self.recalled = RecalledAnswers(self.directory, MAX_RECALLED_ANSWERS)
         self._said: set[str] = set()  # errors that the log has already; each use of a set is one atomic step
@@ -3739,16 +3745,17 @@ class Service:
         for attempt in range(MAX_ATTEMPTS):
             facts = LiveFacts(self, version, gives_up=attempt == MAX_ATTEMPTS - 1)
             action = decide(facts)
+            # Once more where an earlier look-up's finding was no longer so at a later one; only once, since users change all the time.
             holds = attempt > 0 or all(self.store.holds(known) for found in facts.found for known in found.known)
             if holds and not facts.is_torn:
                 break
-            version = self.database.version()  # what an earlier look-up found is no longer so at a later one
+            version = self.database.version()
         self.recalled.keep(question, action, facts)
         return action, False
 
 
 def meaning_of(config: KeycloakConfig) -> str:
-    """The settings that what Keycloak says of users depends on: what is saved under others is not used."""
+    """The settings that change what an answer of Keycloak means; users saved under others are not used."""
     return json.dumps([config.base_url, config.realm, config.require_verified_email, config.receive_when_locked_out])
 
 
@@ -3766,8 +3773,14 @@ def explain_alias(key: str, service: Service) -> dict[str, Any]:
     return _explain(decide_alias(key, service.policy, facts), facts, key, "")
 
 
+def _can_be_alias(address: str) -> bool:
+    with contextlib.suppress(ValueError):
+        return bool(parse_plain_address(address))
+    return False
+
+
 def _explain(action: Action, facts: LiveFacts, asked: str, user: str) -> dict[str, Any]:
-    """The answer as mailcloakctl prints it: two reasons where recipient and sender were checked, with rule and change in words."""
+    """The answer as mailcloakctl prints it, with rule and change in words; two reasons where both recipient and sender were asked."""
     steps = facts.steps or []
     deciding = [step["value"] for step in steps if step["asked"] == "alias" and step["found"] and step["found"]["enabled"]]
     names = {"address": asked, "alias": deciding[-1] if deciding else asked, "user": user}
@@ -3776,6 +3789,8 @@ def _explain(action: Action, facts: LiveFacts, asked: str, user: str) -> dict[st
     change = "; ".join(reason.change for reason in reasons if reason.change).format(**quoted)
     if asked and "@" not in asked:
         change = "ask for it with its domain: Postfix appends $myorigin to an address that has none"
+    elif "aliases add" in change and not _can_be_alias(asked):
+        change = "nothing: no alias or e-mail of a user can have this form"
     rule = "; ".join(reason.rule for reason in reasons)
     return {"version": __version__, "answer": action.text, "reason": action.reason, "rule": rule, "change": change, "steps": steps}
 
@@ -4079,8 +4094,8 @@ class Server(socketserver.ThreadingUnixStreamServer):
 
 # ---------------------------------------------------------------------------------------------------------------------------------
 # 11. Process
-# Sockets, privileges, signals, reload, the end. The main thread enters; a timer thread asks for postmasters and closes what a reload
-# replaced, and handler threads ask for the report.
+# Sockets, privileges, signals, reload, the end. The main thread enters; a timer thread asks for postmasters, and handler threads ask for
+# the report.
 # ---------------------------------------------------------------------------------------------------------------------------------
 
 
@@ -4498,7 +4513,7 @@ class ArgumentParser(argparse.ArgumentParser):
 
     def error(self, message: str) -> Any:
         message = re.sub(r"(unrecognized arguments|ignored explicit argument).*", r"\1", message, flags=re.DOTALL)
-        message = re.sub(r"(invalid choice|ambiguous option).*?( \(choose from| could match|$)", r"\1\2", message, flags=re.DOTALL)
+        message = re.sub(r"(ambiguous option).*?( could match|$)", r"\1\2", message, flags=re.DOTALL)
         self.print_usage(sys.stderr)
         self.exit(self.usage_exit_code, f"{self.prog}: {message}\n")
 

@@ -23,6 +23,11 @@ The checks of doctor are in mailcloakdoctor.py beside this file, and explained t
 
 from __future__ import annotations
 
+import signal
+
+if __name__ == "__main__":  # until main() waits for it, Ctrl-C ends the program without a traceback
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
 import argparse
 import base64
 import collections
@@ -43,7 +48,7 @@ import sys
 import textwrap
 import time
 from collections.abc import Callable, Iterator, Sequence, Sized
-from typing import TYPE_CHECKING, Any, NamedTuple, Optional, Union
+from typing import TYPE_CHECKING, Any, NamedTuple, Optional, TypeVar, Union
 
 sys.path.insert(0, os.path.dirname(os.path.realpath(__file__)))  # mailcloak.py lies beside this file, also behind a symlink
 
@@ -56,10 +61,12 @@ Columns = dict[str, Callable[[Any], str]]  # the columns of a table, each with t
 
 EXIT_DONE, EXIT_REFUSED = 0, 1  # 2 is argparse's; 3 is for safety limits
 BUSY_SECONDS = 60.0  # how long to wait for another mailcloakctl that is writing
+INTERRUPT_SECONDS = 0.2  # how long SQLite may wait at a time: Ctrl-C counts only between two waits
 GENERATED_TOKEN_BYTES = 32
 GENERATED_ITERATIONS = 4096  # 256 random bits cannot be guessed, however fast a guess is checked
 CHOSEN_ITERATIONS = 100_000  # Dovecot checks one login at a time: more would let wrong logins delay good ones
 SHORT_TOKEN_CHARS = 16
+LEAST_TOKEN_CHARS = 8
 
 ANSWER_SECONDS = 10.0  # the longest wait for what may hang: a socket, a command, a request to Keycloak
 MAX_ANSWER_BYTES = 16 * 1024 * 1024  # of the daemon; its statistics are about 10 kB
@@ -170,14 +177,12 @@ def read_app_id(text: str) -> str:
 
 
 def read_expiry(text: str) -> Optional[int]:
-    """Seconds since 1970 from which an app no longer counts: after that many days, or after that day; None for "never"."""
+    """Seconds since 1970 from which an app no longer counts: the end of that day, or of the day in so many days; None for "never"."""
     if text == "never":
         return None
-    days = re.fullmatch(r"([0-9]{1,5})d", text, re.ASCII)
-    if days and int(days[1]):
-        return int(time.time()) + int(days[1]) * 86400
+    days = re.fullmatch(r"([1-9][0-9]{0,4})d", text, re.ASCII)
     try:
-        day = datetime.date.fromisoformat(text)
+        day = datetime.date.today() + datetime.timedelta(int(days[1])) if days else datetime.date.fromisoformat(text)
         midnight = datetime.datetime.combine(day + datetime.timedelta(days=1), datetime.time())
         seconds = int(midnight.timestamp())  # in the zone of this host
     except (ValueError, OverflowError):
@@ -191,18 +196,18 @@ def check_token(token: str) -> str:
     """The token itself; raises Refused for one that cannot be typed, warns about one that can be guessed."""
     if not token or not token.isprintable():
         raise Refused("a token cannot be empty or hold control characters, --generate makes a good one")
+    if len(token) < LEAST_TOKEN_CHARS:
+        raise Refused(f"a token of {len(token)} characters is soon guessed: take {LEAST_TOKEN_CHARS} at least, or --generate")
     if len(token) < SHORT_TOKEN_CHARS:
         say(f"warning: a token of {len(token)} characters can be guessed, --generate makes a strong one")
     return token
 
 
-def hash_token(token: str, iterations: int) -> str:
+def hash_token(token: str, iterations: int, salt: bytes) -> str:
     """The token as Dovecot stores it in the scheme SCRAM-SHA-256 (RFC 5802, section 3; RFC 7677)."""
     import hashlib
     import hmac
-    import secrets
 
-    salt = secrets.token_bytes(16)
     salted = hashlib.pbkdf2_hmac("sha256", token.encode(), salt, iterations)
     stored_key = hashlib.sha256(hmac.digest(salted, b"Client Key", "sha256")).digest()
     server_key = hmac.digest(salted, b"Server Key", "sha256")
@@ -210,9 +215,18 @@ def hash_token(token: str, iterations: int) -> str:
     return "{SCRAM-SHA-256}" + ",".join([str(iterations), *parts])
 
 
+def is_hash_of(token: str, secret_hash: str) -> bool:
+    """Is this the hash of the token? Only of one in the scheme above can that be told."""
+    parts = re.fullmatch(r"\{SCRAM-SHA-256\}([0-9]{1,7}),([A-Za-z0-9+/]+=*),[^,]+,[^,]+", secret_hash)
+    try:
+        return parts is not None and hash_token(token, int(parts[1]), base64.b64decode(parts[2])) == secret_hash
+    except ValueError:
+        return False
+
+
 def read_token(options: argparse.Namespace) -> str:
     """The token that the user chose: an argument, a line of standard input, or typed twice on the terminal."""
-    if options.token_stdin:
+    if options.token_stdin and not sys.stdin.isatty():
         try:
             return check_token(sys.stdin.buffer.readline().decode("utf-8").rstrip("\r\n"))
         except UnicodeDecodeError:
@@ -367,17 +381,41 @@ def yes_no(value: Any) -> str:
 # ---------------------------------------------------------------------------------------------------------------------------------
 
 
+Result = TypeVar("Result")
+
+
 @contextlib.contextmanager
 def transaction(database: sqlite3.Connection) -> Iterator[None]:
     """All or nothing; waits for its turn where another command is writing."""
-    database.execute("BEGIN IMMEDIATE")
+    patiently(lambda: database.execute("BEGIN IMMEDIATE"))
     try:
         yield
+        patiently(lambda: commit(database))
     except BaseException:
         if database.in_transaction:  # on a full disk SQLite has rolled back by itself
             database.execute("ROLLBACK")
         raise
-    database.execute("COMMIT")
+
+
+def commit(database: sqlite3.Connection) -> None:
+    """From here on Ctrl-C comes too late; before, it is told that nothing was changed."""
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        database.execute("COMMIT")
+    except BaseException:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
+        raise
+
+
+def patiently(step: Callable[[], Result]) -> Result:
+    """What the step returns, done again until the lock of another program on the database is gone, or BUSY_SECONDS are over."""
+    deadline = time.monotonic() + BUSY_SECONDS
+    while True:
+        try:
+            return step()
+        except (*mailcloak.SQLITE_ERRORS, mailcloak.DatabaseUnavailable) as exc:
+            if mailcloak.sqlite_fault(exc) != "busy" or time.monotonic() > deadline:
+                raise
 
 
 def open_database(path: str, *, create: bool) -> sqlite3.Connection:
@@ -390,10 +428,10 @@ def open_database(path: str, *, create: bool) -> sqlite3.Connection:
     except OSError as exc:
         raise Refused(f"database {path!r}: {exc.strerror}", database_remedy(exc, path)) from exc
     try:
-        done = mailcloak.prepare_database(path, BUSY_SECONDS, create=create)
+        done = patiently(lambda: mailcloak.prepare_database(path, INTERRUPT_SECONDS, create=create))
         if done:
             say(f"database {path} {done}")
-        database = mailcloak.connect_database(path, BUSY_SECONDS)
+        database = mailcloak.connect_database(path, INTERRUPT_SECONDS)
     except mailcloak.StartError as exc:
         raise Refused(str(exc)) from exc
     except mailcloak.DatabaseUnavailable as exc:
@@ -441,6 +479,16 @@ def named_row(context: Context) -> tuple[str, str, str]:
     return "apps", "app_id", read_app_id(context.options.app_id)
 
 
+def note_change(event: str, **values: Any) -> None:
+    """A line in syslog (facility mail) for a change that was made: by whom it was made, the old value and the new one; never a token."""
+    import syslog
+
+    values = {**values, "uid": os.getuid(), "sudo_user": os.environ.get("SUDO_USER")}
+    texts = [f"{name}={mailcloak.escape_for_log(str(value))}" for name, value in values.items() if value is not None]
+    syslog.openlog("mailcloakctl", syslog.LOG_PID, syslog.LOG_MAIL)
+    syslog.syslog(syslog.LOG_NOTICE, " ".join([event, *texts]))
+
+
 def set_enabled(context: Context) -> None:
     """Enable or disable an alias or an app."""
     table, column, key = named_row(context)
@@ -453,15 +501,22 @@ def set_enabled(context: Context) -> None:
             raise Refused(f"{table}: {key} does not exist, {table} list shows what does")
         if row["enabled"] != enabled:
             context.database.execute(f"UPDATE {table} SET enabled = ?{touch} WHERE {column} = ?", (int(enabled), key))  # noqa: S608
-    say(f"{table}: {key} {'is ' + word + ' already' if row['enabled'] == enabled else word}")
+    if row["enabled"] == enabled:
+        say(f"{table}: {key} is {word} already")
+        return
+    note_change(f"{table}: {context.options.verb} {key}")
+    say(f"{table}: {key} {word}")
 
 
 def delete(context: Context) -> None:
     """Delete an alias, or an app with its addresses."""
     table, column, key = named_row(context)
     with transaction(context.database):
-        if not context.database.execute(f"DELETE FROM {table} WHERE {column} = ?", (key,)).rowcount:  # noqa: S608
+        row = context.database.execute(f"SELECT * FROM {table} WHERE {column} = ?", (key,)).fetchone()  # noqa: S608
+        if row is None:
             raise Refused(f"{table}: {key} does not exist, {table} list shows what does")
+        context.database.execute(f"DELETE FROM {table} WHERE {column} = ?", (key,))  # noqa: S608
+    note_change(f"{table}: del {key}", username=row["username"] if table == "aliases" else None)
     say(f"{table}: {key} deleted")
 
 
@@ -473,11 +528,8 @@ def delete(context: Context) -> None:
 def aliases_add(context: Context) -> None:
     """Let an address lead to a user."""
     address, username = read_address(context.options.address), read_username(context.options.username)
-    if context.policy and mailcloak.holds_delimiter(username, context.policy.recipient_delimiter):
-        raise Refused(
-            f"aliases: {username} holds a character of policy.recipient_delimiter ({context.policy.recipient_delimiter}), where"
-            " Dovecot would cut it; mail would reach another user: rename the user in Keycloak"
-        )
+    refuse_names(context, address, username)
+    check_with_keycloak(context, address, username)
     database = context.database
     with transaction(database):
         row = database.execute("SELECT username, enabled FROM aliases WHERE alias_email = ?", (address,)).fetchone()
@@ -495,6 +547,7 @@ def aliases_add(context: Context) -> None:
     if is_there:
         say(f"aliases: {address} leads to {username} already")
     else:
+        note_change(f"aliases: add {address}", username=username, before=row["username"] if row else None)
         say(f"aliases: {address} {'now ' if row else ''}leads to {username}")
     if row and not row["enabled"]:
         say(f"aliases: {address} is disabled, aliases enable {address} makes it count")
@@ -502,6 +555,69 @@ def aliases_add(context: Context) -> None:
         say(f"warning: {address} is not in policy.domain ({', '.join(sorted(context.policy.domain))}), so it leads nowhere")
     if app:
         say(f"warning: {username} is an app, and apps receive no mail; name the user who should get it")
+
+
+def refuse_names(context: Context, address: str, username: str) -> None:
+    """Raise Refused for names that an alias cannot have, or that stand for something else than one user of ours."""
+    if address.startswith("*@"):
+        raise Refused(f"aliases: {address} would be a catch-all for a whole domain, which is not supported: name each address")
+    if re.search(r"[\s,;]", username):
+        raise Refused(
+            f"aliases: {username!r} holds a space, a comma or a semicolon: an alias leads to one user, named as in Keycloak"
+        )
+    policy = context.policy
+    if not policy:
+        return
+    if mailcloak.holds_delimiter(username, policy.recipient_delimiter):
+        raise Refused(
+            f"aliases: {username} holds a character of policy.recipient_delimiter ({policy.recipient_delimiter}), where"
+            " Dovecot would cut it; mail would reach another user: rename the user in Keycloak"
+        )
+    domain = mailcloak.normalise_address(username).domain
+    if domain not in ("", *policy.domain, policy.mailbox_domain) and not context.options.force:
+        raise Refused(
+            f"aliases: {username} is in {domain}, which is not in policy.domain ({', '.join(sorted(policy.domain))}): an alias leads to"
+            " a user, named as in Keycloak; if that is a username, use --force"
+        )
+
+
+def check_with_keycloak(context: Context, address: str, username: str) -> None:
+    """Ask the daemon what Keycloak says: raise Refused if the address is another user's e-mail, warn if the user does not count."""
+
+    def ask() -> tuple[Any, dict[str, str]]:
+        holders = ask_fact(context, "holders", address, protocol_state="RCPT", policy_context="recipient", recipient=address)
+        return holders, ask_login(context, username)
+
+    holders, login = look_up(context, f"{address} and {username} were", ask) or (None, None)
+    others = [user["username"] for user in holders or () if user["username"] != username]
+    if others and not context.options.force:
+        raise Refused(
+            f"aliases: {address} is the primary e-mail of {shorten(others)}, whose mail this alias would take;"
+            " change the user's e-mail in Keycloak first, or use --force"
+        )
+    warn_of_login(username, login)
+
+
+def look_up(context: Context, what: str, ask: Callable[[], Result]) -> Optional[Result]:
+    """What the daemon answers; None where it cannot, with a warning, and for a database that may be no daemon's."""
+    if context.options.db:
+        return None
+    try:
+        return ask()
+    except (Refused, mailcloak.ConfigError) as exc:
+        why = exc if isinstance(exc, Refused) else "no configuration names the daemon's sockets"
+        say(f"warning: {what} not looked up in Keycloak: {why}")
+        return None
+
+
+def warn_of_login(username: str, login: Optional[dict[str, str]]) -> None:
+    """Say so where this is no username of a user who counts; login: None if that is not known."""
+    state = login["state"] if login else "enabled"
+    if login and state == "enabled" and login["username"] != username:
+        say(f"warning: {username} is no username, but the e-mail of {login['username']}: name the user so")
+    elif state != "enabled":
+        texts = {"missing": "is no user with an e-mail", "ambiguous": "is the name of one user and the e-mail of another"}
+        say(f"warning: {username} {texts.get(state, 'is ' + state)} in Keycloak")
 
 
 def refuse_chain(context: Context, address: str, username: str) -> None:
@@ -577,7 +693,8 @@ def mailbox_of(address: str, username: str) -> str:
 
 def aliases_list(context: Context) -> None:
     """Print all aliases."""
-    rows = context.database.execute("SELECT alias_email, username, enabled, updated_at FROM aliases ORDER BY alias_email")
+    select = "SELECT alias_email, username, enabled, updated_at FROM aliases ORDER BY alias_email"
+    rows = patiently(lambda: context.database.execute(select).fetchall())
     columns: Columns = {"alias_email": str, "username": str, "enabled": yes_no, "updated_at": shown_time}
     print_list(context.options, [dict(row) for row in rows], columns)
 
@@ -588,31 +705,46 @@ def aliases_list(context: Context) -> None:
 
 
 def apps_add(context: Context) -> None:
-    """Make an app, or give one a new token."""
+    """Make an app, or give one a new token; nothing is changed where it has this token already."""
     import secrets
 
-    app_id = read_app_id(context.options.app_id)
-    generated = secrets.token_urlsafe(GENERATED_TOKEN_BYTES) if context.options.generate else None
-    token = generated or read_token(context.options)
-    secret_hash = hash_token(token, GENERATED_ITERATIONS if generated else CHOSEN_ITERATIONS)
-    changes = read_app_changes(context.options)
+    options, app_id = context.options, read_app_id(context.options.app_id)
+    generated = secrets.token_urlsafe(GENERATED_TOKEN_BYTES) if options.generate else None
+    token = generated or read_token(options)
+    changes = read_app_changes(options)
+    login = look_up(context, f"{app_id} was", lambda: ask_login(context, app_id))
+    warn_of_owner(context, changes)
     database = context.database
     with transaction(database):
         alias = database.execute("SELECT alias_email FROM aliases WHERE lower(username) = ? LIMIT 1", (app_id,)).fetchone()
         if alias:
             raise Refused(f"apps: {app_id} is a username, the alias {alias['alias_email']} leads to it; choose another app id")
-        known = database.execute("SELECT enabled FROM apps WHERE app_id = ?", (app_id,)).fetchone()
-        database.execute(
-            "INSERT INTO apps (app_id, secret_hash) VALUES (?, ?) ON CONFLICT (app_id) DO UPDATE SET secret_hash = excluded.secret_hash",
-            (app_id, secret_hash),
-        )
-        change_app(context, app_id, changes)
+        known = database.execute("SELECT * FROM apps WHERE app_id = ?", (app_id,)).fetchone()
+        if not known and login and login["state"] != "missing" and not options.force:
+            raise Refused(
+                f"apps: {app_id} is a user in Keycloak, who could no longer log in; choose another app id, or use --force"
+            )
+        if known and generated and not options.replace:
+            raise Refused(f"apps: {app_id} exists already, --replace gives it a new token in place of the old one")
+        has_token = bool(known) and is_hash_of(token, known["secret_hash"])
+        if not has_token:
+            iterations = GENERATED_ITERATIONS if generated else CHOSEN_ITERATIONS
+            database.execute(
+                "INSERT INTO apps (app_id, secret_hash) VALUES (?, ?)"
+                " ON CONFLICT (app_id) DO UPDATE SET secret_hash = excluded.secret_hash",
+                (app_id, hash_token(token, iterations, secrets.token_bytes(16))),
+            )
+        changed = change_app(context, app_id, changes)
         if generated:  # before the commit: a token that was not shown must not lock the app out
-            show_token(context.options, app_id, generated)
-    say(f"apps: {app_id} {'has a new token, the old one no longer works' if known else 'added'}")
+            show_token(options, app_id, generated)
+    if has_token:
+        say(f"apps: {app_id} has this token already")
+    else:
+        note_change(f"apps: {'token' if known else 'add'} {app_id}")
+        say(f"apps: {app_id} {'has a new token, the old one no longer works' if known else 'added'}")
     if known and not known["enabled"]:
         say(f"apps: {app_id} is disabled, apps enable {app_id} lets it in again")
-    say_app_changes(app_id, changes)
+    say_app_changes(app_id, changed)
     if not known:
         say(f"apps: it may not send yet, apps allow {app_id} ADDRESS lets it use an address")
 
@@ -622,10 +754,11 @@ def apps_set(context: Context) -> None:
     app_id, changes = read_app_id(context.options.app_id), read_app_changes(context.options)
     if not changes:
         raise Refused("apps set: nothing to set, name --owner, --expires or both")
+    warn_of_owner(context, changes)
     with transaction(context.database):
         require_app(context, app_id)
-        change_app(context, app_id, changes)
-    say_app_changes(app_id, changes)
+        changed = change_app(context, app_id, changes)
+    say_app_changes(app_id, changed)
 
 
 def read_app_changes(options: argparse.Namespace) -> dict[str, Any]:
@@ -638,20 +771,31 @@ def read_app_changes(options: argparse.Namespace) -> dict[str, Any]:
     return changes
 
 
-def change_app(context: Context, app_id: str, changes: dict[str, Any]) -> None:
-    """Store these columns of an app."""
+def warn_of_owner(context: Context, changes: dict[str, Any]) -> None:
+    """Say so where an app gets an owner who does not count."""
+    owner = changes.get("owner")
+    if owner:
+        warn_of_login(owner, look_up(context, f"{owner} was", lambda: ask_login(context, owner)))
+
+
+def change_app(context: Context, app_id: str, changes: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """Store these columns of an app; (old value, new value) of each."""
+    row = context.database.execute("SELECT owner, expires_at FROM apps WHERE app_id = ?", (app_id,)).fetchone()
     for column, value in changes.items():  # two names of this file, never text of a user
-        context.database.execute(f"UPDATE apps SET {column} = ? WHERE app_id = ?", (value, app_id))  # noqa: S608
+        if value != row[column]:
+            context.database.execute(f"UPDATE apps SET {column} = ? WHERE app_id = ?", (value, app_id))  # noqa: S608
+    return {column: (row[column], value) for column, value in changes.items()}
 
 
-def say_app_changes(app_id: str, changes: dict[str, Any]) -> None:
+def say_app_changes(app_id: str, changed: dict[str, tuple[Any, Any]]) -> None:
     """Say what was changed, and what it means."""
-    if "owner" in changes:
-        owner = changes["owner"]
-        say(f"apps: {app_id} counts only while {owner} is enabled in Keycloak" if owner else f"apps: {app_id} has no owner now")
-    if "expires_at" in changes:
-        expires_at = changes["expires_at"]
-        say(f"apps: {app_id} expires at {shown_time(expires_at)}" if expires_at else f"apps: {app_id} does not expire now")
+    for column, (before, now) in changed.items():
+        if before != now:
+            note_change(f"apps: set {app_id}", **{column: "none" if now is None else now, "before": before})
+        if column == "owner":
+            say(f"apps: {app_id} counts only while {now} is enabled in Keycloak" if now else f"apps: {app_id} has no owner now")
+        else:
+            say(f"apps: {app_id} expires at {shown_time(now)}" if now else f"apps: {app_id} does not expire now")
 
 
 def shown_state(row: Any) -> str:
@@ -663,6 +807,8 @@ def shown_state(row: Any) -> str:
 
 def show_token(options: argparse.Namespace, app_id: str, token: str) -> None:
     """Print a generated token; raises Refused where it cannot be printed, since it is never shown again."""
+    if not options.has_output:
+        raise Refused("the token cannot be shown: standard output is closed; nothing was changed, try again on a terminal")
     try:
         print(json.dumps({"app_id": app_id, "token": token}) if options.json else token, flush=True)
     except OSError as exc:
@@ -672,10 +818,14 @@ def show_token(options: argparse.Namespace, app_id: str, token: str) -> None:
 
 def apps_list(context: Context) -> None:
     """Print all apps and what they may send as."""
-    stored = context.database.execute("SELECT app_id, enabled, created_at, owner, expires_at FROM apps ORDER BY app_id")
+    selects = (
+        "SELECT app_id, enabled, created_at, owner, expires_at FROM apps ORDER BY app_id",
+        "SELECT app_id, from_addr FROM app_from WHERE enabled = 1 ORDER BY app_id, from_addr",
+    )
+    stored, senders = patiently(lambda: [context.database.execute(select).fetchall() for select in selects])
     rows = [dict(row) for row in stored]
     allowed: dict[str, list[str]] = {row["app_id"]: [] for row in rows}
-    for row in context.database.execute("SELECT app_id, from_addr FROM app_from WHERE enabled = 1 ORDER BY app_id, from_addr"):
+    for row in senders:
         allowed.setdefault(row["app_id"], []).append(row["from_addr"])
     for entry in rows:
         entry["from_addr"] = allowed[entry["app_id"]]
@@ -700,6 +850,8 @@ def apps_allow(context: Context) -> None:
             "INSERT INTO app_from (app_id, from_addr) VALUES (?, ?) ON CONFLICT (app_id, from_addr) DO UPDATE SET enabled = 1 WHERE enabled = 0",
             (app_id, sender),
         ).rowcount
+    if changed:
+        note_change(f"apps: allow {app_id}", sender=shown_sender(sender))
     say(f"apps: {app_id} may {'now ' if changed else ''}send as {shown_sender(sender)}{'' if changed else ' already'}")
 
 
@@ -710,6 +862,7 @@ def apps_disallow(context: Context) -> None:
         require_app(context, app_id)
         if not context.database.execute("DELETE FROM app_from WHERE app_id = ? AND from_addr = ?", (app_id, sender)).rowcount:
             raise Refused(f"apps: {app_id} was not allowed to send as {shown_sender(sender)}, apps list shows what it is allowed")
+    note_change(f"apps: disallow {app_id}", sender=shown_sender(sender))
     say(f"apps: {app_id} may no longer send as {shown_sender(sender)}")
 
 
@@ -930,6 +1083,26 @@ def read_method(text: str) -> str:
     if not re.fullmatch(r"[A-Za-z0-9-]{1,40}", text):
         raise Refused(f"{text!r} is not a SASL mechanism such as PLAIN or XOAUTH2")
     return text.upper()
+
+
+def ask_fact(context: Context, asked: str, value: str, **attributes: str) -> Any:
+    """What the daemon finds on the way to its answer to a policy request: a fact of that kind, None if it did not look one up.
+
+    Raises Refused, also where Keycloak gave no answer; ConfigError.
+    """
+    for step in context.daemon.ask_json("explain", json.dumps({"policy": attributes}))["steps"]:
+        if (step["asked"], step["value"]) == (asked, value):
+            if step["error"]:
+                raise Refused(step["error"])
+            return step["found"]
+    return None
+
+
+def ask_login(context: Context, name: str) -> dict[str, str]:
+    """Which user a login of this name is, and its state; raises Refused, ConfigError."""
+    question = {"protocol_state": "RCPT", "policy_context": "sender", "sasl_username": name, "sasl_method": "XOAUTH2"}
+    found: Optional[dict[str, str]] = ask_fact(context, "login", name, **question)
+    return found or {"username": "", "state": "missing"}
 
 
 def explain(context: Context, question: dict[str, Any]) -> dict[str, Any]:
@@ -1324,9 +1497,17 @@ _ARGUMENT_HELP = {
 
 
 class ArgumentParser(mailcloak.ArgumentParser):
-    """That of the daemon, with the exit code of a tool."""
+    """That of the daemon, with the exit code of a tool; of a verb that is not known it names the nearest."""
 
     usage_exit_code = 2  # argparse's own
+
+    def error(self, message: str) -> Any:
+        found = re.match(r"argument [A-Z]+: invalid choice: '(.*)' \(choose from (.*)\)$", message, re.DOTALL)
+        if found:
+            choices = re.findall(r"[a-z][a-z-]*", found[2])
+            near = mailcloak.near_miss(found[1], choices)
+            message = f"unknown word {found[1]!r}{near}" if near else f"unknown word, expected one of {', '.join(choices)}"
+        super().error(message)
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -1356,14 +1537,18 @@ def add_command(parsers: Any, common: argparse.ArgumentParser, noun: str, verb: 
     """Add the parser of one command to those of its noun, or to the nouns."""
     epilog = f"example: mailcloakctl {command.example}"
     parser = parsers.add_parser(verb or noun, help=command.help, description=f"{command.help}.", epilog=epilog, parents=[common])
-    parser.set_defaults(noun=noun, verb=verb)
+    parser.set_defaults(noun=noun, verb=verb, parser=parser)
+    if noun == "doctor":
+        parser.usage_exit_code = 3  # 2 says that there are problems
     for argument in command.arguments:
         name = argument.strip("[]")
         optional = {"nargs": "?", "default": None} if name != argument else {}
         parser.add_argument(name, metavar=name.upper(), help=_ARGUMENT_HELP[argument], **optional)
     if (noun, verb) == ("aliases", "add"):
         parser.add_argument("--replace", action="store_true", help="also when the address leads to another user now")
-        parser.add_argument("--force", action="store_true", help="also when that makes aliases of aliases")
+        parser.add_argument(
+            "--force", action="store_true", help="also an alias of an alias, another user's e-mail, a foreign domain"
+        )
     if (noun, verb) == ("apps", "add"):
         token = parser.add_mutually_exclusive_group()
         token.add_argument(
@@ -1371,6 +1556,8 @@ def add_command(parsers: Any, common: argparse.ArgumentParser, noun: str, verb: 
         )
         token.add_argument("--token-stdin", action="store_true", help="read the token from one line of standard input")
         token.add_argument("--generate", action="store_true", help="make a strong token and show it, once")
+        parser.add_argument("--replace", action="store_true", help="with --generate, also when the app has a token already")
+        parser.add_argument("--force", action="store_true", help="also when a user of Keycloak has that name")
     if noun == "apps" and verb in ("add", "set"):
         parser.add_argument(
             "--owner", metavar="USERNAME", help="the Keycloak user who must be enabled for it to count; '' for none"
@@ -1399,15 +1586,19 @@ def add_command(parsers: Any, common: argparse.ArgumentParser, noun: str, verb: 
         parser.add_argument("--dovecot-config", metavar="FILE", help="Dovecot's configuration, else doveconf's own")
 
 
-def take_late_argument(parser: argparse.ArgumentParser, options: argparse.Namespace, rest: Sequence[str]) -> None:
+def take_late_argument(options: argparse.Namespace, rest: Sequence[str]) -> None:
     """apps add APP_ID --json TOKEN: argparse lets an optional argument stand only directly after the one before it."""
+    parser = options.parser
+    for word in rest:  # shown only where it is nearly an option: it may be the token
+        near = mailcloak.near_miss(word.partition("=")[0], re.findall(r"--[a-z-]+", parser.format_help()))
+        if near and word.startswith("--"):
+            parser.error(f"unknown option {word.partition('=')[0]}{near}")
     if options.noun == "flush" and options.address is None and len(rest) == 1 and not rest[0].startswith("-"):
         options.address = rest[0]
         return
     if (options.noun, options.verb) != ("apps", "add"):
         parser.error("unrecognized arguments")
     if len(rest) > 1 or rest[0].startswith("-"):
-        # without showing what may be the token
         parser.error("an unknown option or a second TOKEN; a TOKEN that begins with - goes after --")
     if options.token is not None or options.token_stdin or options.generate:
         parser.error("TOKEN, --token-stdin and --generate exclude each other")
@@ -1443,11 +1634,22 @@ def run_command(options: argparse.Namespace) -> int:
 
 def main(argv: Optional[Sequence[str]] = None) -> int:
     """Run one command; returns its exit code."""
+    try:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        return run(argv)
+    except KeyboardInterrupt:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+        say("mailcloakctl: interrupted, nothing was changed")
+    return EXIT_REFUSED
+
+
+def run(argv: Optional[Sequence[str]]) -> int:
+    """Run the command of these arguments; returns its exit code. Raises KeyboardInterrupt, before anything was changed."""
     defaults = argparse.Namespace(config=None, db=None, json=False)
-    parser = build_parser()
-    options, rest = parser.parse_known_args(argv, defaults)
+    options, rest = build_parser().parse_known_args(argv, defaults)
+    parser = options.parser
     if rest:
-        take_late_argument(parser, options, rest)
+        take_late_argument(options, rest)
     if options.config is not None and options.db is not None:
         parser.error("--config and --db both name the database, give one of them")
     if "" in (options.config, options.db):
@@ -1456,6 +1658,7 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
         parser.error("--json, --watch and --prometheus exclude each other")
     if (options.noun, options.verb) == ("ask", "sender") and options.method and not options.user:
         parser.error("--method says how --user has logged in, name both")
+    options.has_output = sys.stdout is not None
     repair_streams()
     try:
         return run_command(options)
@@ -1475,8 +1678,6 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     except OSError as exc:
         drop_output()
         say(f"mailcloakctl: the list cannot be written: {exc.strerror or exc}, send it elsewhere")
-    except KeyboardInterrupt:
-        say("mailcloakctl: interrupted, nothing was changed")
     return EXIT_REFUSED
 
 

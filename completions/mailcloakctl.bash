@@ -1,16 +1,28 @@
 # bash completion of mailcloakctl; its words are compared with the program's by tests/test_completion.py
 
+# The first column of a list: the addresses or app ids that are there
+_mailcloakctl_names() { # NOUN
+    mailcloakctl "${place[@]}" "$1" list 2>/dev/null | awk 'NR > 1 && !/^ / { print $1 }'
+}
+
 _mailcloakctl() {
-    local cur=${COMP_WORDS[COMP_CWORD]} index command='' words='' options='--config --db --json --help'
+    local cur=${COMP_WORDS[COMP_CWORD]} prev=${COMP_WORDS[COMP_CWORD - 1]} index command='' words='' options='--config --db --json --help'
+    local -a place=()
     COMPREPLY=()
     for ((index = 1; index < COMP_CWORD; index++)); do
         case ${COMP_WORDS[index]} in
-            --config | --db | --owner | --expires | --user | --method | --postfix-config | --dovecot-config) ((index++)) ;; # and its value
+            --config | --db | --owner | --expires | --user | --method | --postfix-config | --dovecot-config) # and its value
+                [[ ${COMP_WORDS[index]} != --config && ${COMP_WORDS[index]} != --db ]] || place=("${COMP_WORDS[index]}")
+                [[ ${COMP_WORDS[index + 1]} != = ]] || ((index++)) # bash makes three words of --db=FILE
+                ((index++))
+                [[ ${#place[@]} != 1 ]] || place+=("${COMP_WORDS[index]}")
+                ;;
             -*) ;;
             *) command+=${command:+ }${COMP_WORDS[index]} ;;
         esac
     done
-    case ${COMP_WORDS[COMP_CWORD - 1]} in
+    if [[ $cur == = ]]; then cur=''; elif [[ $prev == = ]]; then prev=${COMP_WORDS[COMP_CWORD - 2]}; fi
+    case $prev in
         --config | --db | --dovecot-config) compopt -o filenames 2>/dev/null; mapfile -t COMPREPLY < <(compgen -f -- "$cur"); return ;;
         --postfix-config) compopt -o filenames 2>/dev/null; mapfile -t COMPREPLY < <(compgen -d -- "$cur"); return ;;
         --method) words='XOAUTH2 OAUTHBEARER PLAIN LOGIN' options='' command='' ;;
@@ -23,8 +35,12 @@ _mailcloakctl() {
         apps) words='add set list allow disallow del enable disable' ;;
         ask) words='recipient sender alias' ;;
         'aliases add'*) options+=' --replace --force' ;;
-        'apps add'*) options+=' --token-stdin --generate --owner --expires' ;;
-        'apps set'*) options+=' --owner --expires' ;;
+        'aliases del' | 'aliases enable' | 'aliases disable') [[ $cur == -* ]] || words=$(_mailcloakctl_names aliases) ;;
+        'apps add'*) options+=' --token-stdin --generate --replace --force --owner --expires' ;;
+        'apps set'*) options+=' --owner --expires' ;;&
+        'apps set' | 'apps allow' | 'apps disallow' | 'apps del' | 'apps enable' | 'apps disable')
+            [[ $cur == -* ]] || words=$(_mailcloakctl_names apps)
+            ;;
         'ask sender'*) options+=' --user --method' ;;
         status*) options+=' --watch --prometheus' ;;
         doctor*) options+=' --postfix-config --dovecot-config' ;;

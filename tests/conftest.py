@@ -507,6 +507,16 @@ class Daemon:
             self.process.wait()
 
 
+def in_own_dev(command, syslog_path=None):
+    """The command with a /dev of its own, whatever this host logs to: /dev/log leads to that socket, or is not there. As root."""
+    link = f"ln -s {syslog_path} /dev/log &&" if syslog_path else ""
+    devices = "mknod -m 666 /dev/null c 1 3 && mknod -m 666 /dev/urandom c 1 9"
+    # what is mounted now stays here; in a chroot, as of tests/real/debian13, / itself may be no mount
+    private = "{ mount --make-rprivate / 2>/dev/null || mount --make-private /dev; }"
+    script = f'{private} && mount -t tmpfs tmpfs /dev && {devices} && {link} exec "$@"'
+    return ["unshare", "--mount", "--propagation", "unchanged", "sh", "-c", script, "sh", *command]
+
+
 def as_nobody(function):
     """What function() returns or raises, as text, in a process without privileges."""
     reader, writer = os.pipe()

@@ -11,7 +11,7 @@ import subprocess
 import sys
 
 import pytest
-from conftest import ROOT, wait_until
+from conftest import ROOT, run_ctl, wait_until
 from test_docs import parsers_of
 
 import mailcloakctl
@@ -81,6 +81,41 @@ def test_bash_offers_what_the_programs_take():
     assert dict(zip(asked, bash_offers(asked))) == asked
 
 
+@pytest.fixture
+def names(short_dir, monkeypatch):
+    """A database with names in it, and mailcloakctl on the path; what is typed, and the names that must be offered then."""
+    (short_dir / "mailcloakctl").write_text(f'#!/bin/sh\nexec {sys.executable} {ROOT}/mailcloakctl.py "$@"\n')
+    (short_dir / "mailcloakctl").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{short_dir}:{os.environ['PATH']}")
+    first = ("mailcloakctl", "--db", f"{short_dir}/state.db")
+    run_ctl(*first[1:], "aliases", "add", "info@d1.test", "alice")
+    run_ctl(*first[1:], "aliases", "add", "a-very-long-address-that-is-whole@d1.test", "alice")
+    run_ctl(*first[1:], "apps", "add", "printer", "--generate")
+    aliases = {"info@d1.test", "a-very-long-address-that-is-whole@d1.test"}
+    return {
+        **{(*first, "aliases", verb, ""): aliases for verb in ("del", "enable", "disable")},
+        **{(*first, "apps", verb, ""): {"printer"} for verb in ("set", "allow", "disallow", "del", "enable", "disable")},
+    }
+
+
+def test_bash_offers_names_that_are_there(names):
+    offered = dict(zip(names, bash_offers(names)))
+    assert offered == names
+
+
+@pytest.mark.real("zsh")
+def test_zsh_offers_names_that_are_there(names, short_dir):
+    offered = dict(zip(names, zsh_offers(names, short_dir)))
+    assert {words: {word.rstrip(" ") for word in found} for words, found in offered.items()} == names
+
+
+@pytest.mark.parametrize("behind", [[], ["aliases", "li"]], ids=["path", "command behind it"])
+def test_bash_reads_an_option_and_its_value_in_one_word(behind):
+    """Bash makes three words of it."""
+    words = ("mailcloakctl", "--config", "=", str(COMPLETIONS) + "/mailcloakc", *behind)
+    assert bash_offers([words]) == [{"list"} if behind else {str(COMPLETIONS / "mailcloakctl.bash")}]
+
+
 def test_bash_registers_both_programs():
     script = f"source {COMPLETIONS}/mailcloak.bash; source {COMPLETIONS}/mailcloakctl.bash; complete -p mailcloak mailcloakctl"
     said = subprocess.run(["bash", "--norc", "-c", script], capture_output=True, text=True, check=True)
@@ -89,7 +124,7 @@ def test_bash_registers_both_programs():
 
 def test_bash_knows_every_option_that_takes_a_value():
     text = (COMPLETIONS / "mailcloakctl.bash").read_text()
-    (skipped,) = re.findall(r"^ +(--config .*)\) \(\(index\+\+\)\)", text, re.MULTILINE)
+    (skipped,) = re.findall(r"^ +(--config .*)\) # and its value$", text, re.MULTILINE)
     assert set(skipped.split(" | ")) == options_with_values()
 
 

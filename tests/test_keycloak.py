@@ -43,7 +43,7 @@ def make_directory(keycloak, **more):
     problems = []
     config = mailcloak.read_block(mailcloak.KeycloakConfig, "keycloak", keycloak.config(timeout_seconds=1, **more), problems)
     assert not problems
-    return mailcloak.KeycloakDirectory(config)
+    return mailcloak.KeycloakUsers(config)
 
 
 def find(directory, attribute, value, seconds=1.0):
@@ -76,7 +76,7 @@ def test_base_url_with_a_path_and_a_realm_with_a_slash_work():
     with KeycloakStandIn(realm="a%2Fb%20c", path="/auth") as keycloak:
         keycloak.add_user("alice", "alice@d1.test")
         config = {**keycloak.config(timeout_seconds=1), "realm": "a/b c", "base_url": keycloak.url + "/"}
-        directory = mailcloak.KeycloakDirectory(mailcloak.read_block(mailcloak.KeycloakConfig, "keycloak", config, []))
+        directory = mailcloak.KeycloakUsers(mailcloak.read_block(mailcloak.KeycloakConfig, "keycloak", config, []))
         assert find(directory, "username", "alice")
         directory.close()
 
@@ -769,7 +769,7 @@ def test_second_answer_about_a_disabled_user_is_held_to_the_same_limits(keycloak
 
 def test_question_that_failed_holds_on_to_nothing(keycloak, monkeypatch):
     """Not even until Python's collector runs: an answer may have a megabyte, and anybody can go on asking."""
-    directory = mailcloak.KeycloakDirectory(mailcloak.read_block(mailcloak.KeycloakConfig, "keycloak", keycloak.config(), []))
+    directory = mailcloak.KeycloakUsers(mailcloak.read_block(mailcloak.KeycloakConfig, "keycloak", keycloak.config(), []))
     answers = []
 
     class Records(list):
@@ -865,7 +865,7 @@ def test_certificate_of_an_unknown_authority_is_refused_and_ca_file_admits_it(ce
     url = f"https://127.0.0.1:{server.server_port}"
     for ca_file, message in (("", "certificate refused (self"), (certificate.file, "no token (HTTP 501)")):
         config = {**keycloak.config(timeout_seconds=5), "base_url": url, "ca_file": ca_file}
-        directory = mailcloak.KeycloakDirectory(mailcloak.read_block(mailcloak.KeycloakConfig, "keycloak", config, []))
+        directory = mailcloak.KeycloakUsers(mailcloak.read_block(mailcloak.KeycloakConfig, "keycloak", config, []))
         with pytest.raises(mailcloak.DirectoryUnavailable) as caught:
             find(directory, "email", "alice@d1.test", 5)
         assert message in str(caught.value)
@@ -877,7 +877,7 @@ def test_certificate_of_an_unknown_authority_is_refused_and_ca_file_admits_it(ce
 def test_port_that_accepts_and_says_nothing_is_an_outage(keycloak):
     with socket.create_server(("127.0.0.1", 0)) as listener:
         config = {**keycloak.config(timeout_seconds=1), "base_url": f"https://127.0.0.1:{listener.getsockname()[1]}"}
-        directory = mailcloak.KeycloakDirectory(mailcloak.read_block(mailcloak.KeycloakConfig, "keycloak", config, []))
+        directory = mailcloak.KeycloakUsers(mailcloak.read_block(mailcloak.KeycloakConfig, "keycloak", config, []))
         with pytest.raises(mailcloak.DirectoryUnavailable, match=r"timed out|no answer within"):
             find(directory, "email", "alice@d1.test")
         directory.close()

@@ -19,7 +19,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from conftest import ROOT, USERS, as_nobody, wait_until
+from conftest import ROOT, USERS, as_nobody, in_own_dev, wait_until
 
 import mailcloak
 
@@ -645,13 +645,8 @@ def test_log_whose_reader_has_gone_ends_nothing(make_daemon):
 
 
 def with_own_dev(daemon, syslog_path=None):
-    """The daemon with a /dev of its own, whatever this host logs to: /dev/log leads to that socket, or is not there."""
-    link = f"ln -s {syslog_path} /dev/log &&" if syslog_path else ""
-    devices = "mknod -m 666 /dev/null c 1 3 && mknod -m 666 /dev/urandom c 1 9"
-    # what is mounted now stays here; in a chroot, as of tests/real/debian13, / itself may be no mount
-    private = "{ mount --make-rprivate / 2>/dev/null || mount --make-private /dev; }"
-    script = f'{private} && mount -t tmpfs tmpfs /dev && {devices} && {link} exec "$@"'
-    daemon._command = ["unshare", "--mount", "--propagation", "unchanged", "sh", "-c", script, "sh", *daemon._command]
+    """The daemon with a /dev of its own, logging to syslog."""
+    daemon._command = in_own_dev(daemon._command, syslog_path)
     daemon.config["daemon"]["log"] = "syslog"
     return daemon
 

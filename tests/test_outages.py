@@ -41,7 +41,7 @@ ALICE_DISABLED = ALICE._replace(enabled=False)
 class PlainDirectory:
     """Users that are values; down makes every question fail."""
 
-    source = "keycloak"
+    name = "keycloak"
 
     def __init__(self, clock):
         self.clock = clock

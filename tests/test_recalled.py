@@ -647,7 +647,7 @@ def test_one_answer_is_made_from_one_state_of_the_file(make_service, keycloak):
     """An alias that goes from the base of an address to the whole of it, while Keycloak is asked in between."""
     service = make_service(recipient_delimiter="+")
     add_alias(service)
-    find, calls = service.directory._directory.find_users, []
+    find, calls = service.directory._source.find_users, []
 
     def find_users(*args):
         calls.append(args)
@@ -658,7 +658,7 @@ def test_one_answer_is_made_from_one_state_of_the_file(make_service, keycloak):
         return find(*args)
 
     keycloak.add_user("alice", "alice@d1.test")
-    service.directory._directory.find_users = find_users
+    service.directory._source.find_users = find_users
     assert ask(service, recipient("info+shop@d1.test")) == "DUNNO"
     assert calls
 

@@ -690,7 +690,7 @@ def test_no_object_that_holds_a_secret_shows_it(echoing, tmp_path):
     config = mailcloak.load_config(str(path))
     assert config.keycloak.client_secret == SECRET
     service = mailcloak.Service(config)
-    directory = service.directory._directory
+    directory = service.directory._source
     directory._api._token = mailcloak.Token(TOKEN, math.inf, 0.0)
     try:
         objects = [config, config.keycloak, service, service.directory, directory, directory._api, mailcloak.Daemon(config)]

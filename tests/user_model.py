@@ -563,9 +563,9 @@ class Oracle:
 
 
 class Source:
-    """In place of KeycloakDirectory: answers from the world, late if the model says so."""
+    """In place of KeycloakUsers: answers from the world, late if the model says so."""
 
-    source = "keycloak"
+    name = "keycloak"
 
     def __init__(self, config: Any, driver: InProcess) -> None:
         self.outage = mailcloak.Outage()
@@ -662,7 +662,7 @@ class InProcess:
         self.offset = 0.0  # of the monotonic clock, another one after each start
         self.directory = tempfile.mkdtemp(prefix="mc", dir="/dev/shm" if os.path.isdir("/dev/shm") else None)
         self._patches = {
-            "KeycloakDirectory": lambda config: Source(config, self),
+            "KeycloakUsers": lambda config: Source(config, self),
             "UserDirectory": lambda *arguments: SteppedDirectory(*arguments, driver=self),
             "SavedUsers": lambda *arguments: SteppedSavedUsers(*arguments, driver=self),
             "DATABASE_BUSY_SECONDS": 0.0,
