@@ -334,11 +334,18 @@ def print_table(table: Sequence[Sequence[str]]) -> None:
 
 
 def format_table(table: Sequence[Sequence[str]], width: Optional[int]) -> Iterator[str]:
-    """The lines of a table that begins with its heading; where it is too wide, the widest columns go on in further lines."""
-    widths = [max(len(row[index]) for row in table) for index in range(len(table[0]))]
-    least = 8
-    while width and sum(widths) + 2 * (len(widths) - 1) > width and max(widths) > least:
-        widths[widths.index(max(widths))] -= 1
+    """The lines of a table that begins with its heading; where it is too wide, the widest columns go on in further lines.
+
+    No word is cut: an address must stay whole to be copied, so a line may be longer than the terminal is wide.
+    """
+    columns = list(zip(*table))
+    widths = [max(map(len, column)) for column in columns]
+    longest_words = [max((len(word) for text in column for word in text.split()), default=0) for column in columns]
+    while width and sum(widths) + 2 * (len(widths) - 1) > width:
+        wide = [index for index, least in enumerate(longest_words) if widths[index] > least]
+        if not wide:
+            break
+        widths[max(wide, key=widths.__getitem__)] -= 1
     for row in table:
         cells = [wrap(text, cell_width) for text, cell_width in zip(row, widths)]
         for parts in itertools.zip_longest(*cells, fillvalue=""):
@@ -346,9 +353,10 @@ def format_table(table: Sequence[Sequence[str]], width: Optional[int]) -> Iterat
 
 
 def wrap(text: str, width: Optional[int]) -> list[str]:
-    """The text in lines of at most width characters; in one where width is None."""
-    lines = textwrap.wrap(text, max(1, width), break_on_hyphens=False) if width and len(text) > width else [text]
-    return lines or [""]
+    """The text in lines of at most width characters, but for longer words; in one where width is None."""
+    if not width or len(text) <= width:
+        return [text]
+    return textwrap.wrap(text, max(1, width), break_on_hyphens=False, break_long_words=False) or [""]
 
 
 def hang(head: str, text: str, width: Optional[int]) -> list[str]:
