@@ -3152,6 +3152,11 @@ class SavedUsers:
             log.warning("last-known: the disk is slow path=%s", self._path)
         self._is_slow = not is_written
 
+    def report(self) -> dict[str, Any]:
+        """What the map stats says of the file."""
+        with self._turn:
+            return {"path": self._path, "works": self._taken_up and not self._fails, "waiting": self._noted - self._written}
+
     def close(self, seconds: float = 1.0) -> None:
         """Write what is waiting, for so many seconds at the most."""
         with self._turn:
@@ -3455,6 +3460,7 @@ class UserDirectory:
             "lookups": {"keycloak": 0, **self.lookups, "outage": outage.cached, "failed": outage.deferred},
             "cache": {"users": users, "missing": missing, "limit": self._store.policy.cache_max_entries},
             "keycloak": self._source.report(),
+            "saved": self._saved.report() if self._saved else None,
         }
 
     def close(self) -> None:
