@@ -5,13 +5,13 @@ _mailcloakctl() {
     COMPREPLY=()
     for ((index = 1; index < COMP_CWORD; index++)); do
         case ${COMP_WORDS[index]} in
-            --config | --db | --owner | --expires | --user | --method | --postfix-config | --dovecot-config) ((index++)) ;; # and its value
+            --config | --db | --owner | --expires | --user | --method | --prometheus | --postfix-config | --dovecot-config) ((index++)) ;; # and its value
             -*) ;;
             *) command+=${command:+ }${COMP_WORDS[index]} ;;
         esac
     done
     case ${COMP_WORDS[COMP_CWORD - 1]} in
-        --config | --db | --dovecot-config) compopt -o filenames 2>/dev/null; mapfile -t COMPREPLY < <(compgen -f -- "$cur"); return ;;
+        --config | --db | --prometheus | --dovecot-config) compopt -o filenames 2>/dev/null; mapfile -t COMPREPLY < <(compgen -f -- "$cur"); return ;;
         --postfix-config) compopt -o filenames 2>/dev/null; mapfile -t COMPREPLY < <(compgen -d -- "$cur"); return ;;
         --method) words='XOAUTH2 OAUTHBEARER PLAIN LOGIN' options='' command='' ;;
         --expires) words='never 30d 90d 365d' options='' command='' ;;
