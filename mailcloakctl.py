@@ -1180,7 +1180,7 @@ def daemon_metrics(stats: dict[str, Any]) -> Iterator[tuple[str, str, Any]]:
         yield "keycloak_up", "Whether Keycloak answers.", keycloak["state"] == "answers"
         yield "keycloak_state_seconds", "For how long it has done so, or not.", keycloak["since_seconds"]
         yield "keycloak_requests_total", "Requests to Keycloak.", keycloak["requests"]
-        yield "keycloak_failed_requests_total", "Requests to Keycloak that got no usable answer.", keycloak["failed"]
+        yield "keycloak_failed_requests_total", "Requests to Keycloak without an HTTP answer.", keycloak["failed"]
         yield "keycloak_request_seconds_total", "The time that requests to Keycloak took.", keycloak["seconds"]
 
 

@@ -14,7 +14,7 @@ import sqlite3
 
 import pytest
 import yaml
-from conftest import USERS, Terminal, as_nobody, run_ctl, wait_until
+from conftest import ROOT, USERS, Terminal, as_nobody, run_ctl, wait_until
 from prometheus_client.parser import text_string_to_metric_families
 from test_ask import FakeDaemon, config_path, ctl, fake  # noqa: F401  fixtures
 
@@ -359,6 +359,73 @@ def test_metrics_without_a_file_are_a_usage_error_that_names_both_forms(argument
     assert result.stderr.endswith(
         "mailcloakctl status: argument --prometheus: expected a FILE to replace, or - for standard output\n"
     )
+
+
+# ---- examples/prometheus
+
+PROMETHEUS = ROOT / "examples" / "prometheus"
+OTHER_LABELS = {"instance", "alertname", "alertstate", "file"}  # that Prometheus and node_exporter add
+
+
+def expressions_in(value):
+    """(expression, legend) of each target, rule and variable, wherever it stands."""
+    if isinstance(value, dict):
+        for name in ("expr", "definition"):
+            if name in value:
+                yield value[name], value.get("legendFormat", "")
+    for each in value.values() if isinstance(value, dict) else value if isinstance(value, list) else ():
+        yield from expressions_in(each)
+
+
+def test_alerts_and_dashboard_use_names_and_labels_that_the_daemon_has(keycloak_daemon, keycloak):
+    keycloak_daemon.ask(recipient="alice@d1.test")
+    keycloak_daemon.reload()
+    keycloak.stop()
+    with contextlib.closing(sqlite3.connect(keycloak_daemon.database)) as database, database:
+        database.execute("INSERT INTO aliases (alias_email, username) VALUES ('odd@d1.test', 'a+b')")  # the map answers TEMP
+    keycloak_daemon.ask(recipient="bob@d1.test")
+    keycloak_daemon.ask_map("alias odd@d1.test")
+    families = parsed(run_ctl("--config", keycloak_daemon.config_path, "status", "--prometheus", "-").stdout)
+    labels = {}
+    for sample in (sample for family in families.values() for sample in family.samples):
+        for name, value in sample.labels.items():
+            labels.setdefault(sample.name, {}).setdefault(name, set()).add(value)
+        labels.setdefault(sample.name, {})
+    rules = list(expressions_in(yaml.safe_load((PROMETHEUS / "mailcloak.rules.yml").read_text())))
+    dashboard = list(expressions_in(json.loads((PROMETHEUS / "mailcloak.json").read_text())))
+    assert len(rules) == 8
+    assert len(dashboard) > 20
+    for expression, legend in rules + dashboard:
+        metrics = set(re.findall(r"\bmailcloak_\w+", expression))
+        assert metrics <= set(labels), expression
+        of_these = {name for metric in metrics for name in labels[metric]} | OTHER_LABELS
+        kept = {name for names in re.findall(r"\b(?:by|ignoring) \(([^)]*)\)", expression) for name in names.split(", ")}
+        matched = re.findall(r"(\w+)(?:=~|!~|!=|=)\"([^\"]*)\"", expression)
+        assert kept | {name for name, _ in matched} <= of_these, expression
+        assert set(re.findall(r"\{\{(\w+)\}\}", legend)) <= kept | {"instance"}, legend
+        for name, pattern in matched:
+            if name not in OTHER_LABELS:
+                found = {value for metric in metrics for value in labels[metric].get(name, ())}
+                assert set(pattern.split("|")) <= found, expression
+
+
+def test_alert_of_old_metrics_knows_the_file_that_the_readme_names():
+    (expression,) = [
+        text for text, _ in expressions_in(yaml.safe_load((PROMETHEUS / "mailcloak.rules.yml").read_text())) if "mtime" in text
+    ]
+    pattern = re.search(r'file=~"(.*)"}', expression)[1]
+    files = re.findall(r"--prometheus (/\S+)", (ROOT / "README.md").read_text())
+    assert files
+    assert all(re.fullmatch(pattern, file) for file in files)
+
+
+def test_every_alert_says_what_to_do_and_has_its_test():
+    groups = yaml.safe_load((PROMETHEUS / "mailcloak.rules.yml").read_text())["groups"]
+    tests = (PROMETHEUS / "mailcloak.rules.test.yml").read_text()
+    for rule in (rule for group in groups for rule in group["rules"]):
+        assert set(rule["annotations"]) == {"summary", "description"}
+        assert rule["labels"]["severity"] in ("critical", "warning")
+        assert f'alertname="{rule["alert"]}"' in tests
 
 
 # ---- flush
