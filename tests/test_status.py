@@ -343,9 +343,13 @@ def test_file_of_metrics_that_cannot_be_written_names_file_and_reason(fake, ctl,
 def test_full_disk_leaves_the_old_file_of_metrics_and_no_other(fake, config_path, prom):
     fake.maps["stats"] = f"OK {json.dumps(STATS)}"
     limit = 1000  # bytes of a file, the same to a program as a full disk
-    full = {"preexec_fn": lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))}
     assert len(metrics_of(STATS)) > limit
-    result = run_ctl("--config", config_path, "status", "--prometheus", prom, check=False, **full)
+    result = run_ctl(
+        *("--config", config_path, "status", "--prometheus", prom),
+        check=False,
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)),
+        env={**os.environ, "PYTHONDONTWRITEBYTECODE": "1"},  # Python would keep compiled modules that end at the limit
+    )
     assert result.returncode == 1
     assert f"{str(prom)!r} cannot be written: File too large" in result.stderr
     assert prom.read_text() == "mailcloak_up 1.0\n"
