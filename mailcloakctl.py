@@ -47,8 +47,8 @@ import sqlite3
 import sys
 import textwrap
 import time
-from collections.abc import Callable, Iterator, Sequence, Sized
-from typing import TYPE_CHECKING, Any, NamedTuple, Optional, TypeVar, Union
+from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
+from typing import TYPE_CHECKING, Any, NamedTuple, Optional, TypeVar
 
 sys.path.insert(0, os.path.dirname(os.path.realpath(__file__)))  # mailcloak.py lies beside this file, also behind a symlink
 
@@ -1194,23 +1194,16 @@ def describe_holder(user: dict[str, Any]) -> str:
 
 
 def show_status(context: Context) -> None:
-    """Print the daemon's statistics, as text, as JSON or for Prometheus; or again and again."""
+    """Print the daemon's statistics, as text or JSON, or write them for Prometheus; or print them again and again."""
     options = context.options
-    if options.watch:
+    if options.prometheus:
+        write_metrics(context, options.prometheus)
+    elif options.watch:
         watch_status(context)
-        return
-    try:
-        stats = context.daemon.ask_json("stats", "*")
-    except Refused as exc:
-        if options.prometheus:  # for a folder of which everything is read: that the daemon is down must show there as well
-            print(format_metrics(None, is_up=isinstance(exc, OtherVersion)), end="")
-        raise
-    if options.json:
-        print_json(stats)
-    elif options.prometheus:
-        print(format_metrics(stats), end="")
+    elif options.json:
+        print_json(context.daemon.ask_json("stats", "*"))
     else:
-        for line in format_status(stats, terminal_width()):
+        for line in format_status(context.daemon.ask_json("stats", "*"), terminal_width()):
             print(line)
 
 
@@ -1298,60 +1291,78 @@ def describe_times(histogram: dict[str, Any]) -> str:
     return f"{text}, more than 1 of 100 longer than {shown_seconds(histogram['bounds'][-1])}"
 
 
-class Metric(NamedTuple):
-    """One family of numbers: its name without the prefix, its type and what it says."""
+def write_metrics(context: Context, path: str) -> None:
+    """Write the metrics, "-" is standard output. That the daemon is down is one of them: their reader sees no exit code."""
+    try:
+        text = format_metrics(daemon_metrics(context.daemon.ask_json("stats", "*")))
+    except Refused as exc:
+        say(f"mailcloakctl: {exc}")
+        text = format_metrics(is_up=isinstance(exc, OtherVersion))
+    if path == "-":
+        print(text, end="")
+    else:
+        replace_file(path, text)
 
-    name: str
-    kind: str
-    help: str
-    value: Union[float, dict[str, float], None]  # or values, by suffix and labels; None: there is none, left out
+
+def replace_file(path: str, text: str) -> None:
+    """Put the text in place of the file: who reads it sees all of the old or all of the new. Raises Refused."""
+    import tempfile
+
+    new = ""
+    try:
+        if os.path.islink(path) or (os.path.exists(path) and not os.path.isfile(path)):
+            raise OSError(errno.EINVAL, "not a regular file")  # such as /dev/stdout, which root would replace for everybody
+        descriptor, new = tempfile.mkstemp(dir=os.path.dirname(path), prefix=".mailcloak-")
+        with open(descriptor, "w", encoding="ascii") as file:
+            os.fchmod(descriptor, 0o644)
+            file.write(text)
+        os.rename(new, path)
+    except OSError as exc:
+        raise Refused(f"status: {path!r} cannot be written: {exc.strerror}; what was there stays") from exc
+    finally:
+        with contextlib.suppress(FileNotFoundError):  # it has been renamed
+            os.unlink(new)
 
 
-def format_metrics(stats: Optional[dict[str, Any]], *, is_up: bool = True) -> str:
-    """The statistics in the text format of Prometheus, version 0.0.4; without them, only whether the daemon is up."""
+def format_metrics(metrics: Iterable[tuple[str, str, Any]] = (), *, is_up: bool = True) -> str:
+    """The metrics (name, help, value or values by labels) in the text format of Prometheus, version 0.0.4; None is left out."""
     lines: list[str] = []
-    for metric in (Metric("up", "gauge", "Whether the daemon answers.", is_up), *(daemon_metrics(stats) if stats else ())):
-        name = f"mailcloak_{metric.name}"
-        values = metric.value if isinstance(metric.value, dict) else {"": metric.value}
-        samples = [f"{name}{behind} {float(value)!r}" for behind, value in values.items() if value is not None]
+    for name, help_text, value in (("up", "Whether the daemon answers.", is_up), *metrics):
+        kind = "histogram" if name == "answer_seconds" else "counter" if name.endswith("_total") else "gauge"
+        values = value if isinstance(value, dict) else {"": value}
+        samples = [f"mailcloak_{name}{behind} {float(each)!r}" for behind, each in values.items() if each is not None]
         if samples:
-            lines += [f"# HELP {name} {metric.help}", f"# TYPE {name} {metric.kind}", *samples]
+            lines += [f"# HELP mailcloak_{name} {help_text}", f"# TYPE mailcloak_{name} {kind}", *samples]
     return "\n".join(lines) + "\n"
 
 
-def daemon_metrics(stats: dict[str, Any]) -> Iterator[Metric]:
+def daemon_metrics(stats: dict[str, Any]) -> Iterator[tuple[str, str, Any]]:
     """No label holds an address, the name of a user or any other text from outside: their values are words of the daemon."""
-    yield Metric("info", "gauge", "The version that runs.", {labels(version=stats["version"]): 1})
-    yield Metric("start_time_seconds", "gauge", "When the daemon started, in seconds since 1970.", stats["started_at"])
-    reload = stats["last_reload"]
-    if reload:
-        yield Metric("last_reload_time_seconds", "gauge", "When it was last told to reload.", reload["at"])
-        yield Metric("last_reload_success", "gauge", "Whether that reload was done.", reload["ok"])
     answers = {labels(**{name: each[name] for name in ("service", "answer", "reason")}): each["count"] for each in stats["answers"]}
-    yield Metric("answers_total", "counter", "Answers, and why.", answers)
-    recalled = stats["recalled_answers"]
-    yield Metric(
-        "recalled_answers_given_total", "counter", "Answers that were recalled: given again as a whole.", recalled["given"]
-    )
-    yield Metric("recalled_answers", "gauge", "Answers that can be recalled.", recalled["kept"])
-    yield Metric("answer_seconds", "histogram", "How long an answer took.", dict(histogram_samples(stats["seconds"])))
+    yield "info", "The version that runs.", {labels(version=stats["version"]): 1}
+    yield "start_time_seconds", "When the daemon started, in seconds since 1970.", stats["started_at"]
+    yield "answers_total", "Answers, and why.", answers
+    yield "recalled_answers_given_total", "Answers that were recalled: given again as a whole.", stats["recalled_answers"]["given"]
+    yield "recalled_answers", "Answers that can be recalled.", stats["recalled_answers"]["kept"]
+    yield "answer_seconds", "How long an answer took.", dict(histogram_samples(stats["seconds"]))
     lookups = {labels(source=name): stats["lookups"][name] for name in LOOKUPS}
-    yield Metric("lookups_total", "counter", "Users looked up, by where the answer came from.", lookups)
-    yield Metric("cache_users", "gauge", "Cached users.", stats["cache"]["users"])
-    yield Metric("cache_missing", "gauge", "Cached names that no user has.", stats["cache"]["missing"])
-    yield Metric("cache_limit", "gauge", "Entries that the cache may hold.", stats["cache"]["limit"])
+    yield "lookups_total", "Users looked up, by where the answer came from.", lookups
+    yield "cache_users", "Cached users.", stats["cache"]["users"]
+    yield "cache_missing", "Cached names that no user has.", stats["cache"]["missing"]
+    yield "cache_limit", "Entries that the cache may hold.", stats["cache"]["limit"]
+    yield "database_up", "Whether the database can be used.", stats["database"]["works"]
+    yield "connections", "Open connections.", {labels(service=name): stats["connections"][name] for name in SERVICES}
+    yield "connections_limit", "Connections that each service takes.", stats["connections"]["limit"]
+    if stats["last_reload"]:
+        yield "last_reload_time_seconds", "When it was last told to reload.", stats["last_reload"]["at"]
+        yield "last_reload_success", "Whether that reload was done.", stats["last_reload"]["ok"]
     keycloak = stats["keycloak"]
     if keycloak:
-        yield Metric("keycloak_up", "gauge", "Whether Keycloak answers.", keycloak["state"] == "answers")
-        yield Metric("keycloak_state_seconds", "gauge", "For how long it has done so, or not.", keycloak["since_seconds"])
-        yield Metric("keycloak_requests_total", "counter", "Requests to Keycloak.", keycloak["requests"])
-        failed = "Requests to Keycloak that got no usable answer."
-        yield Metric("keycloak_failed_requests_total", "counter", failed, keycloak["failed"])
-        yield Metric("keycloak_request_seconds_total", "counter", "The time that requests to Keycloak took.", keycloak["seconds"])
-    yield Metric("database_up", "gauge", "Whether the database can be used.", stats["database"]["works"])
-    connections = {labels(service=name): stats["connections"][name] for name in SERVICES}
-    yield Metric("connections", "gauge", "Open connections.", connections)
-    yield Metric("connections_limit", "gauge", "Connections that each service takes.", stats["connections"]["limit"])
+        yield "keycloak_up", "Whether Keycloak answers.", keycloak["state"] == "answers"
+        yield "keycloak_state_seconds", "For how long it has done so, or not.", keycloak["since_seconds"]
+        yield "keycloak_requests_total", "Requests to Keycloak.", keycloak["requests"]
+        yield "keycloak_failed_requests_total", "Requests to Keycloak without an HTTP answer.", keycloak["failed"]
+        yield "keycloak_request_seconds_total", "The time that requests to Keycloak took.", keycloak["seconds"]
 
 
 def labels(**texts: str) -> str:
@@ -1581,9 +1592,9 @@ def add_command(parsers: Any, common: argparse.ArgumentParser, noun: str, verb: 
     if noun == "status":
         form = parser.add_mutually_exclusive_group()
         form.add_argument("--watch", action="store_true", help=f"again every {WATCH_SECONDS:.0f} seconds, in place, until Ctrl-C")
-        form.add_argument(
-            "--prometheus", action="store_true", help="in the text format of Prometheus, for node_exporter's textfile folder"
-        )
+        need = "argument --prometheus: expected a FILE to replace, or - for standard output"
+        either = {"nargs": "?", "const": "", "type": lambda text: text or parser.error(need)}
+        form.add_argument("--prometheus", metavar="FILE", help="write the metrics for Prometheus, - to standard output", **either)
     if noun == "doctor":
         parser.add_argument(
             "--postfix-config",

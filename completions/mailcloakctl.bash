@@ -11,7 +11,7 @@ _mailcloakctl() {
     COMPREPLY=()
     for ((index = 1; index < COMP_CWORD; index++)); do
         case ${COMP_WORDS[index]} in
-            --config | --db | --owner | --expires | --user | --method | --postfix-config | --dovecot-config) # and its value
+            --config | --db | --owner | --expires | --user | --method | --prometheus | --postfix-config | --dovecot-config) # and its value
                 [[ ${COMP_WORDS[index]} != --config && ${COMP_WORDS[index]} != --db ]] || place=("${COMP_WORDS[index]}")
                 [[ ${COMP_WORDS[index + 1]} != = ]] || ((index++)) # bash makes three words of --db=FILE
                 ((index++))
@@ -23,7 +23,7 @@ _mailcloakctl() {
     done
     if [[ $cur == = ]]; then cur=''; elif [[ $prev == = ]]; then prev=${COMP_WORDS[COMP_CWORD - 2]}; fi
     case $prev in
-        --config | --db | --dovecot-config) compopt -o filenames 2>/dev/null; mapfile -t COMPREPLY < <(compgen -f -- "$cur"); return ;;
+        --config | --db | --prometheus | --dovecot-config) compopt -o filenames 2>/dev/null; mapfile -t COMPREPLY < <(compgen -f -- "$cur"); return ;;
         --postfix-config) compopt -o filenames 2>/dev/null; mapfile -t COMPREPLY < <(compgen -d -- "$cur"); return ;;
         --method) words='XOAUTH2 OAUTHBEARER PLAIN LOGIN' options='' command='' ;;
         --expires) words='never 30d 90d 365d' options='' command='' ;;

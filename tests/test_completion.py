@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import os
 import pty
 import re
@@ -58,7 +57,7 @@ def options_with_values():
         for parser in PARSERS.values()
         for action in parser._actions
         for option in action.option_strings
-        if action.nargs is None and option.startswith("--") and not isinstance(action, argparse._StoreTrueAction)
+        if action.nargs in (None, "?") and option.startswith("--")
     }
 
 

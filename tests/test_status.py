@@ -8,12 +8,13 @@ import io
 import json
 import os
 import re
+import resource
 import socket
 import sqlite3
 
 import pytest
 import yaml
-from conftest import USERS, Terminal, as_nobody, run_ctl, wait_until
+from conftest import ROOT, USERS, Terminal, as_nobody, run_ctl, wait_until
 from prometheus_client.parser import text_string_to_metric_families
 from test_ask import FakeDaemon, config_path, ctl, fake  # noqa: F401  fixtures
 
@@ -113,8 +114,8 @@ def test_statistics_of_another_version_are_refused_with_both_versions(fake, ctl,
     says = f"mailcloakctl: the running daemon is version {theirs}, this is {mailcloak.__version__}; restart it\n"
     assert ctl("status") == (1, "", says)
     assert ctl("status", "--json") == (1, "", says)
-    code, shown, said = ctl("status", "--prometheus")
-    assert (code, said) == (1, says)
+    code, shown, said = ctl("status", "--prometheus", "-")
+    assert (code, said) == (0, says)
     assert values(parsed(shown)["mailcloak_up"]) == {("",): 1}, "it answers, so it is up"
     assert len(parsed(shown)) == 1
 
@@ -160,12 +161,16 @@ def parsed(text):
     return {family.name: family for family in families}
 
 
+def metrics_of(stats):
+    return mailcloakctl.format_metrics(mailcloakctl.daemon_metrics(stats))
+
+
 def values(family):
     return {(sample.name.partition(family.name)[2], *sample.labels.values()): sample.value for sample in family.samples}
 
 
 def test_metrics_are_valid_and_complete():
-    families = parsed(mailcloakctl.format_metrics(STATS))
+    families = parsed(metrics_of(STATS))
     assert values(families["mailcloak_up"]) == {("",): 1}
     assert values(families["mailcloak_info"]) == {("", mailcloak.__version__): 1}
     assert families["mailcloak_answers"].type == "counter"
@@ -204,7 +209,7 @@ def test_metrics_are_valid_and_complete():
 
 
 def test_histogram_is_cumulative_and_ends_in_infinity():
-    family = parsed(mailcloakctl.format_metrics(STATS))["mailcloak_answer_seconds"]
+    family = parsed(metrics_of(STATS))["mailcloak_answer_seconds"]
     assert family.type == "histogram"
     policy = [(sample.labels.get("le"), sample.value) for sample in family.samples if sample.labels["service"] == "policy"]
     assert policy == [
@@ -222,27 +227,209 @@ def test_histogram_is_cumulative_and_ends_in_infinity():
 
 def test_no_text_forges_a_sample():
     answers = [{"service": "policy", "answer": "550", "reason": 'x"} 1\nevil{a="\\', "count": 4}]
-    text = mailcloakctl.format_metrics(changed(answers=answers, config="/home/alice"))
+    text = metrics_of(changed(answers=answers, config="/home/alice"))
     assert values(parsed(text)["mailcloak_answers"]) == {("_total", "policy", "550", 'x"} 1\nevil{a="\\'): 4}
     assert "alice" not in text
 
 
 def test_metrics_of_an_outage_and_of_static_users():
     away = {**STATS["keycloak"], "state": "away", "since_seconds": 12.5}
-    families = parsed(mailcloakctl.format_metrics(changed(keycloak=away, last_reload=None, database={"works": False})))
+    families = parsed(metrics_of(changed(keycloak=away, last_reload=None, database={"works": False})))
     assert values(families["mailcloak_keycloak_up"]) == {("",): 0}
     assert values(families["mailcloak_keycloak_state_seconds"]) == {("",): 12.5}
     assert values(families["mailcloak_database_up"]) == {("",): 0}
     assert not any("reload" in name for name in families)
-    assert not any("keycloak_" in name for name in parsed(mailcloakctl.format_metrics(changed(keycloak=None))))
+    assert not any("keycloak_" in name for name in parsed(metrics_of(changed(keycloak=None))))
 
 
 def test_metrics_say_that_the_daemon_is_down(ctl):
-    code, shown, said = ctl("status", "--prometheus")
-    assert code == 1
+    code, shown, said = ctl("status", "--prometheus", "-")
+    assert code == 0
     assert values(parsed(shown)["mailcloak_up"]) == {("",): 0}
     assert "the daemon is not running" in said
     assert ctl("status", "--json")[1] == ""
+
+
+@pytest.fixture
+def prom(tmp_path):
+    """A file of metrics, in a folder of its own."""
+    path = tmp_path / "textfile" / "mailcloak.prom"
+    path.parent.mkdir()
+    path.write_text("mailcloak_up 1.0\n")
+    return path
+
+
+def up_in(path):
+    return values(parsed(path.read_text())["mailcloak_up"])[("",)]
+
+
+def test_file_of_metrics_is_replaced_as_a_whole_and_may_be_read_by_all(fake, ctl, prom):
+    fake.maps["stats"] = f"OK {json.dumps(STATS)}"
+    prom.chmod(0o600)
+    with open(prom) as before:
+        mask = os.umask(0o077)
+        try:
+            assert ctl("status", "--prometheus", str(prom)) == (0, "", "")
+        finally:
+            os.umask(mask)
+        assert before.read() == "mailcloak_up 1.0\n", "a reader of the old file sees the old file"
+    assert prom.read_text() == metrics_of(STATS)
+    assert prom.stat().st_mode & 0o7777 == 0o644
+    assert os.listdir(prom.parent) == ["mailcloak.prom"]
+
+
+def test_file_of_metrics_is_made_where_there_is_none_also_by_a_name_alone(fake, ctl, prom, monkeypatch):
+    fake.maps["stats"] = f"OK {json.dumps(STATS)}"
+    prom.unlink()
+    monkeypatch.chdir(prom.parent)
+    assert ctl("status", "--prometheus", prom.name) == (0, "", "")
+    assert up_in(prom) == 1
+
+
+def test_file_of_metrics_says_that_the_daemon_is_down(ctl, prom):
+    code, shown, said = ctl("status", "--prometheus", str(prom))
+    assert (code, shown) == (0, "")
+    assert prom.read_text().splitlines()[2:] == ["mailcloak_up 0.0"]
+    assert "the daemon is not running" in said
+
+
+def test_file_of_metrics_stays_where_the_configuration_cannot_be_read(config_path, ctl, prom):
+    config_path.unlink()
+    code, shown, said = ctl("status", "--prometheus", str(prom))
+    assert (code, shown) == (1, "")
+    assert "cannot be read: No such file or directory" in said
+    assert prom.read_text() == "mailcloak_up 1.0\n"
+
+
+def make_link(path):
+    path.rename(path.parent / "target")
+    path.symlink_to("target")
+
+
+def make_pipe(path):
+    path.unlink()
+    os.mkfifo(path)
+
+
+def make_folder(path):
+    path.unlink()
+    path.mkdir()
+
+
+def remove_folder(path):
+    path.unlink()
+    path.parent.rmdir()
+
+
+NOT_WRITTEN = {
+    "link": (make_link, "not a regular file"),
+    "pipe": (make_pipe, "not a regular file"),
+    "folder": (make_folder, "not a regular file"),
+    "no folder": (remove_folder, "No such file or directory"),
+}
+
+
+@pytest.mark.parametrize(("make", "why"), NOT_WRITTEN.values(), ids=NOT_WRITTEN)
+def test_file_of_metrics_that_cannot_be_written_names_file_and_reason(fake, ctl, prom, make, why):
+    fake.maps["stats"] = f"OK {json.dumps(STATS)}"
+    make(prom)
+    before = os.path.lexists(prom) and os.lstat(prom)
+    code, shown, said = ctl("status", "--prometheus", str(prom))
+    assert (code, shown) == (1, "")
+    assert said == f"mailcloakctl: status: {str(prom)!r} cannot be written: {why}; what was there stays\n"
+    assert (os.path.lexists(prom) and os.lstat(prom)) == before
+
+
+def test_full_disk_leaves_the_old_file_of_metrics_and_no_other(fake, config_path, prom):
+    fake.maps["stats"] = f"OK {json.dumps(STATS)}"
+    limit = 1000  # bytes of a file, the same to a program as a full disk
+    assert len(metrics_of(STATS)) > limit
+    result = run_ctl(
+        *("--config", config_path, "status", "--prometheus", prom),
+        check=False,
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)),
+        env={**os.environ, "PYTHONDONTWRITEBYTECODE": "1"},  # Python would keep compiled modules that end at the limit
+    )
+    assert result.returncode == 1
+    assert f"{str(prom)!r} cannot be written: File too large" in result.stderr
+    assert prom.read_text() == "mailcloak_up 1.0\n"
+    assert os.listdir(prom.parent) == ["mailcloak.prom"]
+
+
+@pytest.mark.parametrize("arguments", [("--prometheus",), ("--prometheus", ""), ("--prometheus=",)], ids=" ".join)
+def test_metrics_without_a_file_are_a_usage_error_that_names_both_forms(arguments):
+    result = run_ctl("status", *arguments, check=False)
+    assert (result.returncode, result.stdout) == (2, "")
+    assert result.stderr.endswith(
+        "mailcloakctl status: argument --prometheus: expected a FILE to replace, or - for standard output\n"
+    )
+
+
+# ---- examples/prometheus
+
+PROMETHEUS = ROOT / "examples" / "prometheus"
+OTHER_LABELS = {"instance", "alertname", "alertstate", "file"}  # that Prometheus and node_exporter add
+
+
+def expressions_in(value):
+    """(expression, legend) of each target, rule and variable, wherever it stands."""
+    if isinstance(value, dict):
+        for name in ("expr", "definition"):
+            if name in value:
+                yield value[name], value.get("legendFormat", "")
+    for each in value.values() if isinstance(value, dict) else value if isinstance(value, list) else ():
+        yield from expressions_in(each)
+
+
+def test_alerts_and_dashboard_use_names_and_labels_that_the_daemon_has(keycloak_daemon, keycloak):
+    keycloak_daemon.ask(recipient="alice@d1.test")
+    keycloak_daemon.reload()
+    keycloak.stop()
+    with contextlib.closing(sqlite3.connect(keycloak_daemon.database)) as database, database:
+        database.execute("INSERT INTO aliases (alias_email, username) VALUES ('odd@d1.test', 'a+b')")  # the map answers TEMP
+    keycloak_daemon.ask(recipient="bob@d1.test")
+    keycloak_daemon.ask_map("alias odd@d1.test")
+    families = parsed(run_ctl("--config", keycloak_daemon.config_path, "status", "--prometheus", "-").stdout)
+    labels = {}
+    for sample in (sample for family in families.values() for sample in family.samples):
+        for name, value in sample.labels.items():
+            labels.setdefault(sample.name, {}).setdefault(name, set()).add(value)
+        labels.setdefault(sample.name, {})
+    rules = list(expressions_in(yaml.safe_load((PROMETHEUS / "mailcloak.rules.yml").read_text())))
+    dashboard = list(expressions_in(json.loads((PROMETHEUS / "mailcloak.json").read_text())))
+    assert len(rules) > 5
+    assert len(dashboard) > 20
+    for expression, legend in rules + dashboard:
+        metrics = set(re.findall(r"\bmailcloak_\w+", expression))
+        assert metrics <= set(labels), expression
+        of_these = {name for metric in metrics for name in labels[metric]} | OTHER_LABELS
+        kept = {name for names in re.findall(r"\b(?:by|on|ignoring) \(([^)]*)\)", expression) for name in names.split(", ")}
+        matched = re.findall(r"(\w+)(?:=~|!~|!=|=)\"([^\"]*)\"", expression)
+        assert kept | {name for name, _ in matched} <= of_these, expression
+        assert set(re.findall(r"\{\{(\w+)\}\}", legend)) <= kept | {"instance"}, legend
+        for name, pattern in matched:
+            if name not in OTHER_LABELS:
+                found = {value for metric in metrics for value in labels[metric].get(name, ())}
+                assert set(pattern.split("|")) <= found, expression
+
+
+def test_alert_of_old_metrics_knows_the_file_that_the_readme_names():
+    (expression,) = [
+        text for text, _ in expressions_in(yaml.safe_load((PROMETHEUS / "mailcloak.rules.yml").read_text())) if "mtime" in text
+    ]
+    pattern = re.search(r'file=~"(.*)"}', expression)[1]
+    files = re.findall(r"--prometheus (/\S+)", (ROOT / "README.md").read_text())
+    assert files
+    assert all(re.fullmatch(pattern, file) for file in files)
+
+
+def test_every_alert_says_what_to_do_and_has_its_test():
+    groups = yaml.safe_load((PROMETHEUS / "mailcloak.rules.yml").read_text())["groups"]
+    tests = (PROMETHEUS / "mailcloak.rules.test.yml").read_text()
+    for rule in (rule for group in groups for rule in group["rules"]):
+        assert set(rule["annotations"]) == {"summary", "description"}
+        assert rule["labels"]["severity"] in ("critical", "warning")
+        assert f'alertname="{rule["alert"]}"' in tests
 
 
 # ---- flush
@@ -282,7 +469,8 @@ def test_flush_of_what_is_no_address_is_refused(fake, ctl, text):
     [
         ("status", "x"),
         ("status", "--watch", "--json"),
-        ("status", "--prometheus", "--json"),
+        ("status", "--prometheus", "-", "--json"),
+        ("status", "--prometheus", "-", "--watch"),
         ("status", "--prometheus", "--watch"),
         ("flush", "a@b.test", "c@d.test"),
         ("flush", "--all"),
@@ -400,7 +588,7 @@ def test_status_of_the_real_daemon(keycloak_daemon):
     assert "Keycloak       answers; " in shown
     assert re.search(r"\npolicy +550 +1 +unknown-recipient\n", shown)
     assert "- " not in shown.replace("-> ", ""), "something is not known"
-    families = parsed(run_ctl("--config", keycloak_daemon.config_path, "status", "--prometheus").stdout)
+    families = parsed(run_ctl("--config", keycloak_daemon.config_path, "status", "--prometheus", "-").stdout)
     assert values(families["mailcloak_answers"])["_total", "policy", "550", "unknown-recipient"] == 1
     assert values(families["mailcloak_answers"])["_total", "policy", "DUNNO", "primary,sender-not-local"] == 1
     assert "other" not in {label for family in families.values() for sample in family.samples for label in sample.labels.values()}
