@@ -2488,6 +2488,7 @@ class KeycloakApi:
         timeout: Any = urllib3.Timeout(total=deadline - started)
         try:
             with session.request(method, url, timeout=timeout, allow_redirects=False, stream=True, **options) as response:
+                self.failed += response.status_code not in (200, 401)  # 401: that a token has ended is no failure
                 return response.status_code, self._read_body(response)
         except Exception:
             self.failed += 1

@@ -1254,6 +1254,10 @@ def status_fields(stats: dict[str, Any]) -> Iterator[tuple[str, str, str]]:
     yield "connections", f"{open_now}; at most {connections['limit']} each", ""
     users, missing, limit = (stats["cache"][name] for name in ("users", "missing", "limit"))
     yield "cached", f"users {users}, names without a user {missing}; at most {limit}", ""
+    if saved := stats["saved"]:
+        works = "works" if saved["works"] else "cannot be used, its log says why"
+        waiting = f", {saved['waiting']} changes are not on the disk yet" if saved["waiting"] else ""
+        yield "saved", f"{saved['path']}, {works}{waiting}", "" if saved["works"] else RED
     yield "lookups", ", ".join(f"{text} {stats['lookups'][name]}" for name, text in LOOKUPS.items()), ""
     total, recalled = sum(answer["count"] for answer in stats["answers"]), stats["recalled_answers"]
     yield "answers", f"{total}, of which {recalled['given']} were recalled; {recalled['kept']} can be recalled now", ""
@@ -1351,6 +1355,9 @@ def daemon_metrics(stats: dict[str, Any]) -> Iterator[tuple[str, str, Any]]:
     yield "cache_missing", "Cached names that no user has.", stats["cache"]["missing"]
     yield "cache_limit", "Entries that the cache may hold.", stats["cache"]["limit"]
     yield "database_up", "Whether the database can be used.", stats["database"]["works"]
+    if stats["saved"]:
+        yield "saved_up", "Whether last-known.db can be used.", stats["saved"]["works"]
+        yield "saved_waiting", "Changes of users that are not on the disk yet.", stats["saved"]["waiting"]
     yield "connections", "Open connections.", {labels(service=name): stats["connections"][name] for name in SERVICES}
     yield "connections_limit", "Connections that each service takes.", stats["connections"]["limit"]
     if stats["last_reload"]:
@@ -1361,7 +1368,7 @@ def daemon_metrics(stats: dict[str, Any]) -> Iterator[tuple[str, str, Any]]:
         yield "keycloak_up", "Whether Keycloak answers.", keycloak["state"] == "answers"
         yield "keycloak_state_seconds", "For how long it has done so, or not.", keycloak["since_seconds"]
         yield "keycloak_requests_total", "Requests to Keycloak.", keycloak["requests"]
-        yield "keycloak_failed_requests_total", "Requests to Keycloak without an HTTP answer.", keycloak["failed"]
+        yield "keycloak_failed_requests_total", "Requests to Keycloak that got no usable answer.", keycloak["failed"]
         yield "keycloak_request_seconds_total", "The time that requests to Keycloak took.", keycloak["seconds"]
 
 

@@ -40,6 +40,7 @@ STATS = {
     },
     "lookups": {"cache": 11, "keycloak": 7, "outage": 2, "failed": 1},
     "cache": {"users": 812, "missing": 3, "limit": 100000},
+    "saved": {"path": "/var/lib/mailcloak/last-known.db", "works": True, "waiting": 0},
     "keycloak": {"state": "answers", "since_seconds": None, "failure": "", "requests": 30, "failed": 2, "seconds": 0.6},
     "database": {"path": "/var/lib/mailcloak/state.db", "works": True},
     "connections": {"policy": 3, "socketmap": 2, "limit": 1000},
@@ -69,11 +70,12 @@ def test_status_shows_how_the_daemon_is_and_its_answers_most_frequent_first(fake
     assert lines[3] == "database       /var/lib/mailcloak/state.db, works"
     assert lines[4] == "connections    policy 3, socketmap 2; at most 1000 each"
     assert lines[5] == "cached         users 812, names without a user 3; at most 100000"
-    assert lines[6] == "lookups        in the cache 11, at Keycloak 7, in the cache in an outage 2, without an answer 1"
-    assert lines[7] == "answers        735, of which 10 were recalled; 4 can be recalled now"
-    assert lines[8] == "policy time    2 ms on average, 99 of 100 within 10 ms"
-    assert lines[9] == "socketmap time 12 s on average, more than 1 of 100 longer than 10 s"
-    assert [re.split("  +", line) for line in lines[11:]] == [
+    assert lines[6] == "saved          /var/lib/mailcloak/last-known.db, works"
+    assert lines[7] == "lookups        in the cache 11, at Keycloak 7, in the cache in an outage 2, without an answer 1"
+    assert lines[8] == "answers        735, of which 10 were recalled; 4 can be recalled now"
+    assert lines[9] == "policy time    2 ms on average, 99 of 100 within 10 ms"
+    assert lines[10] == "socketmap time 12 s on average, more than 1 of 100 longer than 10 s"
+    assert [re.split("  +", line) for line in lines[12:]] == [
         ["SERVICE", "ANSWER", "COUNT", "REASON"],
         ["policy", "550", "700", "unknown-recipient"],
         ["policy", "DUNNO", "30", "primary,sender-not-local"],
@@ -86,15 +88,17 @@ def test_status_names_what_is_wrong():
         last_reload={"at": 1763990000.0, "ok": False},
         keycloak={**STATS["keycloak"], "state": "away", "since_seconds": 130.0, "failure": "timed out"},
         database={"path": "/x.db", "works": False},
+        saved={"path": "/y.db", "works": False, "waiting": 7},
     )
     shown = status_lines(stats)
+    assert "/y.db, cannot be used, its log says why, 7 changes are not on the disk yet\n" in shown
     assert ": refused, the one before it is in force\n" in shown
     assert "Keycloak       away for 2 min 10 s: timed out; 30 requests" in shown
     assert "/x.db, cannot be used\n" in shown
 
 
 def test_status_of_a_daemon_that_was_never_reloaded_and_asks_no_keycloak():
-    shown = status_lines(changed(last_reload=None, keycloak=None))
+    shown = status_lines(changed(last_reload=None, keycloak=None, saved=None))
     assert f", read at start, {mailcloakctl.shown_time(1763900000)}\n" in shown
     assert "Keycloak       not asked: static_users" in shown
 
@@ -195,6 +199,8 @@ def test_metrics_are_valid_and_complete():
         "cache_users": 812,
         "cache_missing": 3,
         "cache_limit": 100000,
+        "saved_up": 1,
+        "saved_waiting": 0,
         "keycloak_up": 1,
         "keycloak_requests": 30,
         "keycloak_failed_requests": 2,
