@@ -2957,8 +2957,8 @@ class UserStore:
         others = [user_id for name in named for user_id in self._index.get(name, ((), 0.0))[0]]
         for user_id in dict.fromkeys((*said, *others)):
             before, now = self._people.get(user_id), said.get(user_id)
-            is_old = before.asked_at > answer.asked_at if before else is_late or self._was_missed(now, answer.asked_at)
-            if is_old:
+            is_old = before.asked_at > answer.asked_at if before else is_late
+            if is_old or (now and self._was_missed(before, now, answer.asked_at)):
                 is_overtaken |= now is not None and not (before and before.standing == KNOWN and before.user == now)
                 if before and before.user == now and user_id in sharers and not is_late:  # by another name asked about later
                     self._put(user_id, before._replace(shares_email=len(sharers) > 1))
@@ -3061,9 +3061,10 @@ class UserStore:
         ids, asked_at = self._index.get(question) or ((), self._nobody.get(question, -math.inf))
         return Known(question, tuple(self._people[user_id] for user_id in ids), asked_at)
 
-    def _was_missed(self, user: Optional[User], since: float) -> bool:
-        """Has an answer that was asked for later said something else about a name of this user, who was not known until now?"""
-        looked = [self._look(name) for name in ((("username", user.username), ("email", user.email)) if user else ())]
+    def _was_missed(self, before: Optional[Person], user: User, since: float) -> bool:
+        """Has an answer that was asked for later said something else about a name that is new to this user?"""
+        names = (name for name in (("username", user.username), ("email", user.email)) if not (before and before.has(name)))
+        looked = map(self._look, names)
         return any(time > since for known in looked for time in (known.asked_at, *(person.asked_at for person in known.people)))
 
     def _put(self, user_id: str, after: Optional[Person], *, is_saved: bool = False) -> None:

@@ -139,6 +139,16 @@ def test_address_that_another_user_had_for_a_while_is_not_refused_while_keycloak
         state.outlast(lie="hides-all", number=0, other=1, seconds=5.25, times=2)
 
 
+def test_late_answer_does_not_give_back_an_address_that_has_another_user_now():
+    with model(with_ids=False) as state:
+        state.delete(number=1)
+        state.outlast(lie="none", number=0, other=2, seconds=5.25, times=2)
+        state.overtake(by_email=False, change=("username", "bob"), flushed=False, number=2, seconds=121.0)
+        state.make(number=2)
+        state.overtake(by_email=False, change=("state", "enabled"), flushed=False, number=0, seconds=121.0)
+        state.overtake(by_email=False, change=("taken", 0), flushed=False, number=2, seconds=1.0)
+
+
 def test_late_answer_about_a_user_not_known_until_then_does_not_make_a_login_ambiguous():
     with model(with_ids=False) as state:
         state.overtake(0, ("username", "b@d1.test"), by_email=False, seconds=1.0)
