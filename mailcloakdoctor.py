@@ -1524,8 +1524,6 @@ def run_check(check: Callable[[Installation], Findings], host: Installation) -> 
     """The findings of a check; a fault of the check itself is one more, and the next ones run."""
     try:
         yield from check(host)
-    except BrokenPipeError:
-        raise
     except Exception as exc:
         where = mailcloak.describe_exception(exc)
         yield problem("doctor", f"{check.__name__} failed: {where}", "report this line; the other checks are not affected")

@@ -1837,15 +1837,77 @@ def test_doctor_whose_file_is_missing_says_so_and_the_other_commands_work(site, 
         return subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
 
     result = run("doctor")
-    assert (result.returncode, result.stdout) == (1, "")
+    assert (result.returncode, result.stdout) == (3, "")
     missing = tmp_path.resolve() / "mailcloakdoctor.py"
+    reason = "cannot be loaded: No module named 'mailcloakdoctor'"
     assert (
-        result.stderr
-        == f"mailcloakctl: doctor: {missing} is missing; install mailcloak again (make install), which puts it there\n"
+        result.stderr == f"mailcloakctl: doctor: {missing} {reason}; install mailcloak again (make install), which puts it there\n"
     )
     assert "postmaster@d1.test" in run("aliases", "list").stdout
     missing.write_text("import module_that_is_not_there\n")
-    assert "module_that_is_not_there" in run("doctor").stderr
+    result = run("doctor")
+    assert result.returncode == 3
+    assert "cannot be loaded: No module named 'module_that_is_not_there'" in result.stderr
+
+
+THREE_CHECKS = """
+import sys, mailcloakctl, mailcloakdoctor
+
+def check(host):
+    yield mailcloakdoctor.ok("first", "x" * 100_000)
+    yield mailcloakdoctor.{state}("second", "y", "z")
+    with open({ran!r}, "w"):
+        pass
+
+def broken(host):
+    raise BrokenPipeError
+
+mailcloakdoctor.CHECKS = ({checks},)
+sys.exit(mailcloakctl.main(sys.argv[1:]))
+"""
+
+
+@pytest.mark.parametrize("form", [[], ["--json"]], ids=["text", "json"])
+@pytest.mark.parametrize(("state", "code"), [("problem", 2), ("warning", 1)])
+def test_doctor_whose_reader_goes_away_runs_all_checks_and_exits_with_their_code(site, tmp_path, form, state, code):
+    ran = tmp_path / "ran"
+    program = THREE_CHECKS.format(state=state, ran=str(ran), checks="check")
+    command = [sys.executable, "-c", program, "--db", str(site.database), "doctor", *form]
+    reader, writer = os.pipe()
+    os.close(reader)
+    result = subprocess.run(command, stdout=writer, stderr=subprocess.PIPE, check=False, timeout=60, cwd=ROOT)
+    os.close(writer)
+    assert (result.returncode, result.stderr) == (code, b"")
+    assert ran.exists()
+
+
+@pytest.mark.parametrize("form", [[], ["--json"]], ids=["text", "json"])
+def test_doctor_that_cannot_print_says_so_and_does_not_exit_as_if_all_were_well(site, tmp_path, form):
+    ran = tmp_path / "ran"
+    program = THREE_CHECKS.format(state="problem", ran=str(ran), checks="check")
+    command = [sys.executable, "-c", program, "--db", str(site.database), "doctor", *form]
+    with open("/dev/full", "w") as full:
+        result = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, check=False, timeout=60, cwd=ROOT)
+    said = "mailcloakctl: doctor: the findings could not be printed: No space left on device, send them elsewhere\n"
+    assert (result.returncode, result.stderr) == (3, said)
+    assert ran.exists()
+
+
+def test_pipe_that_breaks_inside_a_check_is_a_fault_of_that_check(site, tmp_path):
+    program = THREE_CHECKS.format(state="ok", ran="", checks="broken")
+    command = [sys.executable, "-c", program, "--db", str(site.database), "doctor"]
+    result = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60, cwd=ROOT)
+    assert (result.returncode, result.stderr) == (2, "")
+    assert "broken failed: error=BrokenPipeError" in result.stdout
+
+
+def test_doctor_that_is_interrupted_does_not_exit_as_if_all_had_been_checked(site, capsys, monkeypatch):
+    def check(host):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(mailcloakdoctor, "CHECKS", (check,))
+    assert mailcloakctl.main(["--db", str(site.database), "doctor"]) == 3
+    assert capsys.readouterr().err == "mailcloakctl: doctor: interrupted, not all was checked\n"
 
 
 def test_doctor_alone_loads_the_checks(site):
