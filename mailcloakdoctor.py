@@ -26,7 +26,7 @@ The checks: what each looks at, and the remedy.
   socket-policy, socket-aliases   does the socket answer, with the owner and mode of the configuration? Restart the daemon
 
   postfix                 can postconf read main.cf? Name its folder with --postfix-config
-  postfix-access          can Postfix's own user connect, from its chroot? socket_owner_user; sockets below queue_directory
+  postfix-access          can Postfix connect to mailcloak and Dovecot, from its chroot? socket_owner_user; start Dovecot
   postfix-smtpd           does each smtpd ask about each recipient and each sender? check_policy_service
   postfix-permit          does a permission stand before mailcloak in its list? Move check_policy_service to the front
   postfix-trial           is mailcloak behind warn_if_reject? Take it out after the trial
@@ -34,6 +34,11 @@ The checks: what each looks at, and the remedy.
   postfix-timeout         does Postfix wait longer for mailcloak than mailcloak for Keycloak? timeout=30s
   postfix-aliases         does cleanup ask for aliases, directly and by the right name? virtual_alias_maps
   postfix-domains         does Postfix take mail for policy.domain, and not for unchecked domains? virtual_mailbox_domains
+  postfix-delivery        does what it takes reach a mailbox? virtual_transport, or mailbox_transport
+  postfix-recipients      does a list of its own refuse users? virtual_mailbox_maps, local_recipient_maps
+  postfix-relay           does each smtpd take mail for us, and relay for nobody else? smtpd_relay_restrictions, mynetworks
+  postfix-login           can users and apps log in, by Dovecot? smtpd_sasl_auth_enable, smtpd_sasl_type
+  postfix-sendmail        is mail by sendmail(1), which meets no smtpd, checked as well? pickup in examples/postfix/master.cf
   postfix-delimiter       is recipient_delimiter the same in Postfix and mailcloak? policy.recipient_delimiter
   postfix-rewriting       does Postfix rewrite addresses after mailcloak was asked? Its defaults in main.cf
   postfix-settings        does main.cf set what Postfix does not know? Look for typing errors
@@ -168,8 +173,8 @@ class Installation:
         self.policy: Optional[mailcloak.PolicyConfig] = blocks.get("policy")
         self.sockets: Optional[mailcloak.SocketsConfig] = blocks.get("sockets")
         self.daemon: Optional[mailcloak.DaemonConfig] = blocks.get("daemon")
-        path = options.db or (blocks["sqlite"].path if "sqlite" in blocks else mailcloak.DEFAULT_DATABASE_PATH)
-        self.database_path = str(os.path.abspath(path))
+        path = options.db or (blocks["sqlite"].path if "sqlite" in blocks else "")
+        self.database_path = os.path.abspath(path) if path else ""  # "" where nothing that can be read names one
         self.aliases: Optional[dict[str, mailcloak.Alias]] = None  # by address
         self.apps: Optional[dict[str, mailcloak.App]] = None  # by app_id; who may send as what is not read
         self.users: Optional[dict[str, mailcloak.User]] = None  # by username
@@ -362,6 +367,9 @@ def check_directory(directory: str, bits: int, check: str, path: str) -> list[Fi
 def check_database(host: Installation) -> Findings:
     """The file, opened as the programs open it, and read whole; what the daemon may do with it."""
     path = host.database_path
+    if not path:
+        yield skipped("database", f"which file it is is not known: {NO_CONFIG}", FIX_CONFIG)
+        return
     try:
         status = os.stat(path)
     except FileNotFoundError:
@@ -461,7 +469,7 @@ def check_daemon(host: Installation) -> Findings:
     if not used["works"]:
         remedy = f"{SEE_FINDINGS} about the database, and at its log"
         yield problem("daemon-database", "the daemon cannot use the database", remedy)
-    elif used["path"] != host.database_path:
+    elif host.database_path and used["path"] != host.database_path:
         yield warning("daemon-database", f"the daemon uses {used['path']}", f"reload it, so that it uses {host.database_path}")
     keycloak = stats["keycloak"]
     if keycloak and keycloak["state"] == "away":
@@ -545,20 +553,31 @@ ALWAYS_AT_RCPT = ("smtpd_relay_restrictions", "smtpd_recipient_restrictions")
 DELAYED_TO_RCPT = ("smtpd_client_restrictions", "smtpd_helo_restrictions", "smtpd_sender_restrictions")  # by smtpd_delay_reject
 LATER = ("smtpd_data_restrictions", "smtpd_end_of_data_restrictions")
 LISTS = (*ALWAYS_AT_RCPT, *DELAYED_TO_RCPT, *LATER)
-DOMAIN_LISTS = ("mydestination", "virtual_mailbox_domains", "relay_domains", "virtual_alias_domains")
+ENDS_RELAYING = {"reject_unauth_destination", "defer_unauth_destination"}
+REFUSES = {"reject", "defer", "defer_if_permit"}
+CLASSES = {  # where Postfix knows a domain from, in its order; what delivers there, and who exists there (ADDRESS_CLASS_README)
+    "mydestination": ("local_transport", "local_recipient_maps"),
+    "virtual_alias_domains": ("", ""),
+    "virtual_mailbox_domains": ("virtual_transport", "virtual_mailbox_maps"),
+    "relay_domains": ("relay_transport", "relay_recipient_maps"),
+}
+TO_DOVECOT = "lmtp:unix:private/dovecot-lmtp"
+FROM_DOVECOT = (
+    "start Dovecot, on the settings of examples/dovecot-2.3 or examples/dovecot-2.4, where this socket is a unix_listener"
+)
 REWRITING = {"append_dot_mydomain": "no", "allow_percent_hack": "yes", "swap_bangpath": "yes", "allow_untrusted_routing": "no"}
 
 
 class CommandFailed(mailcloak.MailcloakError):
-    """A command of another program hangs or fails; is_there: there is such a command; has_refused: it ended, and said why."""
+    """A command of another program hangs or fails; is_there: there is such a command; has_refused: it ended by itself."""
 
     def __init__(self, text: str, *, is_there: bool = True, has_refused: bool = False) -> None:
         super().__init__(text)
         self.is_there, self.has_refused = is_there, has_refused
 
 
-def run_program(name: str, *arguments: str) -> tuple[str, str]:
-    """Standard output and standard error of a command that must not fail."""
+def run_program(name: str, *arguments: str, text: str = "", directory: str = "/", may_fail: bool = False) -> tuple[str, str]:
+    """Standard output and standard error of a command; the text is its input. It may fail without a word, or must not fail."""
     program = shutil.which(name, path=SYSTEM_PATH)
     if not program:
         raise CommandFailed(f"there is no {name} in the PATH", is_there=False)
@@ -570,14 +589,15 @@ def run_program(name: str, *arguments: str) -> tuple[str, str]:
             encoding="utf-8",
             errors="replace",
             timeout=ctl.ANSWER_SECONDS,
-            stdin=subprocess.DEVNULL,
+            input=text,
+            cwd=directory,
             env={**os.environ, "LC_ALL": "C", "PATH": SYSTEM_PATH},
         )
     except subprocess.TimeoutExpired:
         raise CommandFailed(f"{name} gave no answer within {ctl.ANSWER_SECONDS:.0f} s") from None
     except OSError as exc:
         raise CommandFailed(f"{name}: {exc.strerror}") from exc
-    if result.returncode != 0:
+    if result.returncode != 0 and not (may_fail and not result.stderr):
         said = (result.stderr.strip().splitlines() or ["without a word"])[0]
         raise CommandFailed(f"{name} failed: {said}", has_refused=True)
     return result.stdout, result.stderr
@@ -628,9 +648,60 @@ class Postfix:
     def _postconf(self, *arguments: str) -> str:
         return run_program("postconf", *self._where, *arguments)[0]
 
-    def value(self, smtpd: PostfixService, name: str) -> str:
-        """The value in force for this smtpd."""
-        return smtpd.overrides.get(name, self.main[name])
+    def value(self, service: Optional[PostfixService], name: str) -> str:
+        """The value in force for this service; without one, that of main.cf."""
+        return service.overrides.get(name, self.main[name]) if service else self.main[name]
+
+    def service(self, command: str) -> Optional[PostfixService]:
+        """The first service of that program."""
+        return next((service for service in self.services.values() if service.command == command), None)
+
+    def find(self, name: str, keys: Sequence[str]) -> dict[str, str]:
+        """Those of the keys that a list or table of main.cf has, with their values there. Raises CommandFailed and OSError.
+
+        Of the patterns of a list, which are names, /files, type:tables, and any of these behind a !, the first that fits counts.
+        """
+        found: dict[str, str] = {}
+        for word in split_list(self.main[name]):
+            pattern, rest = word.lstrip("!"), [key for key in keys if key not in found]
+            if not rest:
+                break
+            if pattern.startswith("/"):
+                with open(pattern, encoding="utf-8", errors="replace") as file:
+                    hits = dict.fromkeys(re.sub("#.*", "", file.read()).lower().split(), pattern)
+            elif ":" in pattern:  # proxy: would need a Postfix that runs; a relative path is one in the queue directory
+                table = pattern[len("proxy:") :] if pattern.startswith("proxy:") else pattern
+                arguments, directory = (*self._where, "-q", "-", table), self.main["queue_directory"]
+                rows = run_program("postmap", *arguments, text="\n".join(rest), directory=directory, may_fail=True)[0]
+                hits = {key: value for key, _, value in (row.partition("\t") for row in rows.splitlines())}
+            else:
+                hits = {pattern.lower(): pattern}
+            found = {**{key: "" if word.startswith("!") else value for key, value in hits.items()}, **found}
+        return {key: found[key] for key in keys if found.get(key)}
+
+    def takes(self, smtpd: PostfixService, *, known: bool = False, ours: bool = True) -> bool:
+        """Would this smtpd take mail for us (else for others), of a client for which each permit_* holds (else of a stranger)?
+
+        Refusals with a condition (a table, a policy service, reject_non_fqdn_sender) are left out. Source: access lists of postconf(5).
+        """
+        permits = {"permit"} | ({"permit_auth_destination"} if ours else set())
+        if any(re.search(r"/0$|^static:", word) for word in split_list(self.value(smtpd, "mynetworks"))):
+            permits.add("permit_mynetworks")
+        refusals = REFUSES if ours else REFUSES | ENDS_RELAYING
+        for list_name in LISTS:
+            before = ""
+            for word in self._expand(split_list(self.value(smtpd, list_name))):
+                if word in permits or (known and word.startswith("permit_")):
+                    break
+                if word in refusals and before != "warn_if_reject":
+                    return False
+                before = word
+        return self.may_start(smtpd)
+
+    def may_start(self, smtpd: PostfixService) -> bool:
+        """Does one of the two lists end relaying? Else smtpd(8) ends at once ("specify at least one working instance of")."""
+        words = {word for name in ALWAYS_AT_RCPT for word in self._expand(split_list(self.value(smtpd, name)))}
+        return bool(words & (REFUSES | ENDS_RELAYING))
 
     def endpoint(self, path: str) -> str:
         """How main.cf names a socket: relative to the queue directory where it lies below that."""
@@ -715,32 +786,37 @@ def check_postfix(host: Installation) -> Findings:
         if not postfix.smtpds:
             remedy = "compare examples/postfix/master.cf"
             yield problem("postfix-smtpd", f"{postfix.directory}/master.cf has no smtpd: no mail comes in", remedy)
-        yield from check_postfix_access(host, host.sockets, postfix)
+        remedy = (
+            f"sockets.socket_owner_user: {postfix.main['mail_owner']}, who must be let into its directory; then restart the daemon"
+        )
+        for path in (host.sockets.policy_socket, host.sockets.socketmap_socket):
+            yield from check_connection(postfix, postfix.smtpds, path, remedy)
         for smtpd in postfix.smtpds:
             yield from check_smtpd(host, host.sockets, postfix, smtpd)
+        yield from check_clients(postfix)
+        yield from check_logins(postfix)
+        yield from check_local_mail(host.policy, host.sockets, postfix)
         yield from check_alias_maps(host.sockets, postfix)
         yield from check_domains(host.policy, postfix)
         yield from check_main_settings(host.policy, postfix)
 
 
-def check_postfix_access(host: Installation, sockets: mailcloak.SocketsConfig, postfix: Postfix) -> Findings:
-    """Can Postfix's own user connect, from inside the queue directory, where a chrooted smtpd is?"""
+def check_connection(postfix: Postfix, services: Sequence[PostfixService], path: str, remedy: str) -> Findings:
+    """Can these services connect, as Postfix's own user and from inside the queue directory where one of them is confined to it?"""
     queue_directory, user = os.path.realpath(postfix.main["queue_directory"]), postfix.main["mail_owner"]
-    chrooted = [smtpd.name for smtpd in postfix.smtpds if smtpd.chroot]
-    for path in (sockets.policy_socket, sockets.socketmap_socket):
-        if chrooted and not os.path.realpath(os.path.dirname(path)).startswith(f"{queue_directory}/"):
-            text = f"{path} is not below the queue directory {queue_directory}, where {chrooted[0]} is confined"
-            yield problem("postfix-access", text, f"sockets: put both below {queue_directory}/private, then restart the daemon")
-            continue
-        seen = os.path.join("/", os.path.relpath(os.path.realpath(path), queue_directory)) if chrooted else path
-        connect, root = functools.partial(try_to_connect, seen), queue_directory if chrooted else ""
-        why, untried = try_as(user, connect, "postfix-access", f"can Postfix connect to {path}?", root=root)
-        yield from untried
-        if why:
-            remedy = f"sockets.socket_owner_user: {user}; its directory must let {user} in; then restart the daemon"
-            yield problem("postfix-access", f"user {user} cannot connect to {path}: {why.lower()}", remedy)
-        elif not untried:
-            yield ok("postfix-access", f"user {user} can connect to {path}{' from its chroot' if chrooted else ''}")
+    chrooted = [service.name for service in services if service.chroot]
+    if chrooted and not os.path.realpath(os.path.dirname(path)).startswith(f"{queue_directory}/"):
+        text = f"{path} is not below the queue directory {queue_directory}, where {chrooted[0]} is confined"
+        yield problem("postfix-access", text, f"sockets: put both below {queue_directory}/private, then restart the daemon")
+        return
+    seen = os.path.join("/", os.path.relpath(os.path.realpath(path), queue_directory)) if chrooted else path
+    connect, root = functools.partial(try_to_connect, seen), queue_directory if chrooted else ""
+    why, untried = try_as(user, connect, "postfix-access", f"can Postfix connect to {path}?", root=root)
+    yield from untried
+    if why:
+        yield problem("postfix-access", f"user {user} cannot connect to {path}: {why.lower()}", remedy)
+    elif not untried:
+        yield ok("postfix-access", f"user {user} can connect to {path}{' from its chroot' if chrooted else ''}")
 
 
 def try_to_connect(path: str) -> str:
@@ -835,6 +911,103 @@ def read_postfix_time(text: str) -> Optional[float]:
     return int(match[1]) * {"": 1, "s": 1, "m": 60, "h": 3600, "d": 86400, "w": 604800}[match[2]] if match else None
 
 
+def check_clients(postfix: Postfix) -> Findings:
+    """Can other hosts bring mail for our domains, and not have mail relayed to everybody?"""
+    doors = [smtpd for smtpd in postfix.smtpds if not is_reentry(smtpd)]
+    found: list[Finding] = []
+    for smtpd in doors:
+        remedy = "smtpd_relay_restrictions = permit_mynetworks, permit_sasl_authenticated, reject_unauth_destination, then postfix reload"
+        remedy = f"master.cf or main.cf: {remedy}; and mynetworks may hold only hosts of yours"
+        if postfix.takes(smtpd, ours=False):
+            found.append(problem("postfix-relay", f"{smtpd.name} relays the mail of everybody to everywhere", remedy))
+        elif not postfix.may_start(smtpd):
+            text = f"{smtpd.name} takes no mail, because smtpd(8) does not start: no {' or '.join(sorted(ENDS_RELAYING))} ends relaying"
+            found.append(problem("postfix-relay", text, remedy))
+        elif not postfix.takes(smtpd, known=True):
+            text = f"{smtpd.name} takes no mail from anybody: reject or defer in one of its lists, with no permit before it"
+            found.append(problem("postfix-relay", text, "take it out, then postfix reload; compare examples/postfix/main.cf"))
+    if doors and not found and not any(postfix.takes(smtpd) for smtpd in doors):
+        text = "no smtpd takes mail of other hosts: each wants a login or a client in mynetworks"
+        found.append(warning("postfix-relay", text, "compare the line smtp of examples/postfix/master.cf"))
+    tables = any("_access" in postfix.value(smtpd, name) for smtpd in doors for name in LISTS)
+    good = f"other hosts can bring mail for our domains, and have none relayed{', if tables permit nothing else' if tables else ''}"
+    yield from found or [ok("postfix-relay", good)]
+
+
+def check_logins(postfix: Postfix) -> Findings:
+    """Can users and apps log in somewhere, and is it Dovecot that checks their tokens and passwords?"""
+    doors = [smtpd for smtpd in postfix.smtpds if postfix.value(smtpd, "smtpd_sasl_auth_enable") == "yes"]
+    if not doors:
+        remedy = "take the lines submissions and submission from examples/postfix/master.cf, then postfix reload"
+        yield warning("postfix-login", "no smtpd has smtpd_sasl_auth_enable = yes, so nobody can log in to send", remedy)
+    sockets: dict[str, list[PostfixService]] = defaultdict(list)
+    for smtpd in doors:
+        kind, path = (postfix.value(smtpd, f"smtpd_sasl_{name}") for name in ("type", "path"))
+        mechanisms = split_list(postfix.value(smtpd, "smtpd_sasl_mechanism_filter").lower())
+        if kind != "dovecot":
+            text = f"{smtpd.name}: smtpd_sasl_type = {kind}, so not Dovecot decides who has logged in"
+            yield problem(
+                "postfix-login", text, "main.cf: smtpd_sasl_type = dovecot, smtpd_sasl_path = private/auth, then postfix reload"
+            )
+        elif mechanisms and not any(offers(mechanisms, name) for name in ("xoauth2", "oauthbearer")):
+            text = f"{smtpd.name}: smtpd_sasl_mechanism_filter hides XOAUTH2 and OAUTHBEARER, so no user can log in with a token"
+            yield problem(
+                "postfix-login", text, "main.cf: smtpd_sasl_mechanism_filter = !external, static:rest, then postfix reload"
+            )
+        else:
+            yield ok("postfix-login", f"{smtpd.name}: Dovecot decides who has logged in")
+            if not path.startswith("inet:"):
+                sockets[postfix.path_of(f"unix:{path.replace('unix:', '', 1)}", smtpd.chroot)].append(smtpd)
+    for path, services in sockets.items():
+        yield from check_connection(postfix, services, path, f"{FROM_DOVECOT}; smtpd_sasl_path = private/auth")
+
+
+def offers(mechanism_filter: Sequence[str], name: str) -> bool:
+    """Does smtpd_sasl_mechanism_filter let this mechanism through?"""
+    fitting = (word for word in mechanism_filter if word.lstrip("!").startswith("static:") or word.lstrip("!") == name)
+    return not next(fitting, "!").startswith("!")
+
+
+def check_local_mail(policy: mailcloak.PolicyConfig, sockets: mailcloak.SocketsConfig, postfix: Postfix) -> Findings:
+    """Mail by sendmail(1), of cron, PHP or mail(1), meets no smtpd: is mailcloak asked about it all the same?"""
+    pickup = postfix.service("pickup")
+    port = re.search(r":(\w+)$", postfix.value(pickup, "content_filter"))
+    doors = [smtpd for smtpd in postfix.smtpds if port and re.fullmatch(rf"(.*:)?{port[1]}/inet", smtpd.name)]
+    asked = any(
+        use for smtpd in doors for use in postfix.uses(smtpd, sockets.policy_socket)
+    )  # check_smtpd says if it is asked well
+    users = [user for user in split_list(postfix.main["authorized_submit_users"]) if user != "root"]  # who always may
+    origin = postfix.main["myorigin"]
+    with contextlib.suppress(OSError):
+        if origin.startswith("/"):  # Debian: /etc/mailname
+            with open(origin, encoding="utf-8", errors="replace") as file:
+                origin = file.readline().strip()
+    sample = "as in examples/postfix/master.cf, then postfix reload"
+    if not pickup:
+        yield ok("postfix-sendmail", "master.cf has no pickup, so no program of this host can send by sendmail(1)")
+    elif asked:
+        if "no_address_mappings" not in postfix.value(pickup, "receive_override_options"):
+            text = (
+                "mail by sendmail(1) goes through an smtpd, but its aliases are replaced before: mail for some of them is refused"
+            )
+            yield problem("postfix-sendmail", text, f"master.cf, pickup: -o receive_override_options=no_address_mappings, {sample}")
+        elif origin.lower() in policy.domain:
+            text = f"mail of cron is from USER@{origin} (myorigin), and so refused as mail of a client that has not logged in"
+            yield warning("postfix-sendmail", text, "main.cf: myorigin = $myhostname, or another name that is not in policy.domain")
+        else:
+            yield ok("postfix-sendmail", f"mail by sendmail(1) goes through {doors[0].name}, which asks mailcloak")
+    elif not any("static:" in word for word in users):
+        yield ok(
+            "postfix-sendmail",
+            f"only root and {', '.join(users) or 'nobody else'} may use sendmail(1); mailcloak is not asked about their mail",
+        )
+    else:
+        text = "every user of this host can send by sendmail(1), which never asks mailcloak: as any sender, and to recipients who do not exist"
+        yield warning(
+            "postfix-sendmail", text, f"master.cf: pickup through an smtpd, {sample}; or main.cf: authorized_submit_users = root"
+        )
+
+
 def check_alias_maps(sockets: mailcloak.SocketsConfig, postfix: Postfix) -> Findings:
     """Does cleanup, which rewrites recipients, ask for aliases?"""
     askers = {name: service for name, service in postfix.services.items() if service.command in ("cleanup", "smtpd")}
@@ -859,34 +1032,79 @@ def check_alias_maps(sockets: mailcloak.SocketsConfig, postfix: Postfix) -> Find
 
 
 def check_domains(policy: mailcloak.PolicyConfig, postfix: Postfix) -> Findings:
-    """Does Postfix take mail for our domains, and for no others of which it does not know the recipients?"""
-    lists = {name: [word.lower() for word in split_list(postfix.main[name])] for name in DOMAIN_LISTS}
-    tables = sorted({word for words in lists.values() for word in words if ":" in word or "/" in word})
+    """Does Postfix take mail for our domains and deliver it, and take none for others of which it does not know the recipients?"""
+    domains = sorted(policy.domain | ({policy.mailbox_domain} - {""}))
+    try:
+        lists = {name: postfix.find(name, domains) for name in CLASSES}
+        transports = postfix.find("transport_maps", domains)
+    except (CommandFailed, OSError) as exc:
+        yield skipped("postfix-domains", f"does Postfix take mail for {', '.join(domains)}, and deliver it? {exc}")
+        return
     found: list[Finding] = []
-    for domain in sorted(policy.domain | ({policy.mailbox_domain} - {""})):
-        places = [name for name, words in lists.items() if domain in words]
+    routes: dict[tuple[str, str], list[str]] = defaultdict(list)
+    for domain in domains:
+        places = [name for name in CLASSES if domain in lists[name]]
+        if places == ["mydestination", "relay_domains"]:  # as by default in an old Postfix; only the first counts
+            places.pop()
         if len(places) > 1:
             text, remedy = f"{domain} is in {' and in '.join(places)}", "leave it only in virtual_mailbox_domains"
         elif places == ["virtual_alias_domains"]:
             text, remedy = f"{domain} is in virtual_alias_domains, where it has no mailboxes", "move it to virtual_mailbox_domains"
-        elif not places and tables:
-            found.append(skipped("postfix-domains", f"is {domain} in {', '.join(tables)}? Tables are not looked into"))
-            continue
         elif not places:
             text = f"Postfix takes no mail for {domain}"
             remedy = f"main.cf: add {domain} to virtual_mailbox_domains, then postfix reload"
         else:
+            transport = transports.get(domain, ":")
+            if transport.startswith(":"):
+                transport = postfix.value(postfix.service("trivial-rewrite"), CLASSES[places[0]][0])
+            routes[places[0], transport].append(domain)
             continue
         found.append(problem("postfix-domains", text, remedy))
     unchecked = [
         word
-        for word in lists["virtual_mailbox_domains"]
-        if mailcloak.domain_to_ascii(word) not in (*policy.domain, policy.mailbox_domain) and word not in tables
+        for word in split_list(postfix.main["virtual_mailbox_domains"].lower())
+        if mailcloak.domain_to_ascii(word) not in (*policy.domain, policy.mailbox_domain) and not re.search("[:/!]", word)
     ]
     text = "Postfix takes mail for domains that are not in policy.domain, and does not know which recipients exist"
     remedy = "add them to policy.domain, or take them out of virtual_mailbox_domains"
     found += about(unchecked, warning("postfix-domains", text, remedy))
-    yield from found or [ok("postfix-domains", f"Postfix takes mail for {', '.join(sorted(policy.domain))}")]
+    yield from found or [ok("postfix-domains", f"Postfix takes mail for {', '.join(domains)}")]
+    for (name, transport), handled in routes.items():
+        yield from check_route(postfix, name, transport, ", ".join(handled))
+
+
+def check_route(postfix: Postfix, name: str, transport: str, domains: str) -> Findings:
+    """Is the mail of a class of domains delivered, and is nobody refused by a list that Postfix has besides mailcloak?"""
+    setting, table = CLASSES[name]
+    service = postfix.services.get(f"{transport.partition(':')[0]}/unix")
+    if service and service.command == "local":
+        setting = "mailbox_transport"
+        transport = postfix.value(service, setting) or postfix.value(service, "fallback_transport") or transport
+        service = postfix.services.get(f"{transport.partition(':')[0]}/unix")
+    command, mailboxes = service.command if service else "", postfix.value(service, "virtual_mailbox_maps")
+    why = {
+        "": f"master.cf has no service {transport.partition(':')[0]}",
+        "error": "error(8) delivers nothing",
+        "discard": "discard(8) throws it away",
+        "local": "local(8) delivers only to accounts of this host, which users of Keycloak do not have",
+    }
+    if command == "virtual" and not mailboxes:
+        why["virtual"] = "virtual(8) delivers only to who is in virtual_mailbox_maps, which is empty"
+    if command in why:
+        text = f"{setting} = {transport}: mail for {domains} is lost or waits: {why[command]}"
+        yield problem("postfix-delivery", text, f"main.cf: {setting} = {TO_DOVECOT}, then postfix reload")
+    elif command == "virtual":
+        yield skipped("postfix-delivery", f"has {mailboxes} a mailbox for each user? virtual(8) delivers to no other")
+    else:
+        yield ok("postfix-delivery", f"mail for {domains} goes to {transport}")
+    if service and command == "lmtp" and (path := postfix.path_of(transport.partition(":")[2], service.chroot)):
+        yield from check_connection(postfix, [service], path, FROM_DOVECOT)
+    asking = (smtpd for smtpd in postfix.smtpds if postfix.value(smtpd, "smtpd_reject_unlisted_recipient") == "yes")
+    lists = {postfix.value(smtpd, table) for smtpd in asking} - {""} if command != "virtual" else ()
+    for value in sorted(lists):
+        text = f"Postfix refuses who is not in {table} = {value}, whatever mailcloak says"
+        make = problem if "passwd.byname" in value else warning
+        yield make("postfix-recipients", text, f"main.cf: leave {table} empty, then postfix reload: mailcloak knows who exists")
 
 
 def check_main_settings(policy: mailcloak.PolicyConfig, postfix: Postfix) -> Findings:
@@ -951,12 +1169,12 @@ def check_dovecot(host: Installation) -> Findings:
             yield ok("dovecot", "it asks no SQLite database, and there are no apps")
         return
     for found in queries:
-        if found.database and not same_path(found.database, host.database_path):
+        if host.database_path and not same_path(found.database, host.database_path):
             remedy = f"name {host.database_path} there, then doveadm reload"
-            yield problem("dovecot", f"{found.place} reads {found.database}, not {host.database_path}", remedy)
+            yield problem("dovecot", f"{found.place} reads {found.database or 'no file'}, not {host.database_path}", remedy)
         yield from check_query(found)
     user = re.sub(r"\$(SET:)?default_internal_user", internal, worker)
-    yield from check_dovecot_access(host, user, groups)
+    yield from check_dovecot_access(host, host.database_path or queries[0].database, user, groups)
 
 
 def find_password_queries(settings: str) -> Iterator[PasswordQuery]:
@@ -1029,12 +1247,11 @@ def fill_query(found: PasswordQuery, user: str, service: str) -> str:
     return re.sub(rf"%(?:[LU]?\{{ *(\w*)[^}}]*\}}|{one_letter})", put_in, found.query)
 
 
-def check_dovecot_access(host: Installation, user: str, groups: str) -> Findings:
+def check_dovecot_access(host: Installation, path: str, user: str, groups: str) -> Findings:
     """Can the process that asks the database read it?"""
     if not user or user == "root":
         yield ok("dovecot-access", "Dovecot's auth-worker reads the database as root")
         return
-    path = host.database_path
     group_ids = []
     for name in re.split(r"[\s,]+", groups):
         with contextlib.suppress(KeyError):

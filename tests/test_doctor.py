@@ -218,6 +218,9 @@ def test_configuration_that_is_missing_is_a_problem(tmp_path):
     assert named(found, "config")[0].remedy.startswith("make it of config.yaml.sample")
     assert not named(found, "postfix")[0].text.startswith("the check")
     assert all(finding.check != "doctor" for finding in found), found
+    assert mailcloak.DEFAULT_DATABASE_PATH not in str(found), "nobody has configured it"
+    (database,) = named(found, "database")
+    assert (database.state, database.remedy) == ("skipped", mailcloakdoctor.FIX_CONFIG)
 
 
 @pytest.mark.real("root")
@@ -669,11 +672,24 @@ def test_socket_of_another_owner_than_configured_is_a_warning(running, site):
 # ---- Postfix, by the real postconf on a private instance
 
 
+@contextlib.contextmanager
+def listening(path):
+    """A socket of Postfix's own user that takes connections."""
+    with contextlib.closing(socket.socket(socket.AF_UNIX)) as listener:
+        listener.bind(str(path))
+        if os.geteuid() == 0:
+            shutil.chown(path, "postfix", "postfix")
+        listener.listen(4000)
+        yield
+    path.unlink()
+
+
 @pytest.fixture(scope="module")
 def instance():
-    """Postfix on the sample settings, not started."""
+    """Postfix on the sample settings, not started, and somebody who listens where Dovecot does."""
     postfix = PrivatePostfix(ports=["submission", "submissions"])
-    yield postfix
+    with listening(postfix.private / "auth"), listening(postfix.private / "dovecot-lmtp"):
+        yield postfix
     postfix.close()
 
 
@@ -715,16 +731,28 @@ real_postfix = pytest.mark.real("postfix", "root")
 def test_sample_settings_of_postfix_have_no_finding(ask_postfix, postfix):
     found = ask_postfix()
     nothing(found)
-    assert named(found, "postfix")[0].text == f"{postfix.config} has 3 smtpd services"
+    assert named(found, "postfix")[0].text == f"{postfix.config} has 4 smtpd services"
     assert [finding.text.partition("/inet ")[2] for finding in named(found, "postfix-smtpd")] == [
         "asks mailcloak about each recipient and each sender"
-    ] * 3
+    ] * 4
     assert [finding.text for finding in named(found, "postfix-access")] == [
-        f"user postfix can connect to {postfix.private / name} from its chroot" for name in ("mailcloak", "mailcloak-socketmap")
+        f"user postfix can connect to {postfix.private / name} from its chroot"
+        for name in ("mailcloak", "mailcloak-socketmap", "auth", "dovecot-lmtp")
     ]
     assert named(found, "postfix-domains")[0].text == "Postfix takes mail for d1.test, d2.test"
+    (delivery,) = named(found, "postfix-delivery")
+    assert delivery.text == "mail for d1.test, d2.test goes to lmtp:unix:private/dovecot-lmtp"
+    (local,) = named(found, "postfix-sendmail")
+    assert local.text == f"mail by sendmail(1) goes through 127.0.0.1:{postfix.ports['sendmail']}/inet, which asks mailcloak"
 
 
+TO_DOVECOT = "main.cf: virtual_transport = lmtp:unix:private/dovecot-lmtp"
+RELAY = "smtpd_relay_restrictions"
+AS_LOCAL = {
+    "virtual_mailbox_domains": "",
+    "mydestination": "d1.test, d2.test",
+    "mailbox_transport": "lmtp:unix:private/dovecot-lmtp",
+}
 MAIN_MISTAKES = {
     "permit_mynetworks before recipients": (
         {RECIPIENTS: f"permit_mynetworks, {ASK % 'recipient'}"},
@@ -853,6 +881,59 @@ MAIN_MISTAKES = {
     "other delimiter": ({"recipient_delimiter": "-"}, "problem", "postfix-delimiter", 'policy.recipient_delimiter: "-"'),
     "no delimiter": ({"recipient_delimiter": ""}, "problem", "postfix-delimiter", 'policy.recipient_delimiter: ""'),
     "rewriting": ({"append_dot_mydomain": "yes"}, "warning", "postfix-rewriting", "main.cf: append_dot_mydomain = no"),
+    "no transport": (
+        {"virtual_transport": "", "virtual_mailbox_domains": "d1.test, d2.test"},
+        "problem",
+        "postfix-delivery",
+        TO_DOVECOT,
+    ),
+    "transport that Postfix does not have": ({"virtual_transport": "dovecot"}, "problem", "postfix-delivery", TO_DOVECOT),
+    "transport that throws away": ({"virtual_transport": "discard:"}, "problem", "postfix-delivery", TO_DOVECOT),
+    "transport that refuses": ({"virtual_transport": "error:closed"}, "problem", "postfix-delivery", TO_DOVECOT),
+    "virtual without mailboxes": ({"virtual_transport": "virtual"}, "problem", "postfix-delivery", TO_DOVECOT),
+    "nobody at the transport": (
+        {"virtual_transport": "lmtp:unix:private/nobody"},
+        "problem",
+        "postfix-access",
+        "start Dovecot, on the settings of examples/dovecot-2.3",
+    ),
+    "accounts of the host": (
+        {"virtual_mailbox_domains": "", "mydestination": "d1.test, d2.test"},
+        "problem",
+        "postfix-delivery",
+        "main.cf: mailbox_transport = lmtp:unix:private/dovecot-lmtp",
+    ),
+    "recipients of the host": (
+        {**AS_LOCAL, "local_recipient_maps": "proxy:unix:passwd.byname $alias_maps"},
+        "problem",
+        "postfix-recipients",
+        "main.cf: leave local_recipient_maps empty",
+    ),
+    "recipients in a table": (
+        {"virtual_mailbox_maps": "texthash:/etc/postfix/users"},
+        "warning",
+        "postfix-recipients",
+        "main.cf: leave virtual_mailbox_maps empty",
+    ),
+    "open relay": ({RELAY: "permit"}, "problem", "postfix-relay", f"{RELAY} = permit_mynetworks, permit_sasl_authenticated, reject"),
+    "open relay by the networks": ({"mynetworks": "0.0.0.0/0"}, "problem", "postfix-relay", "only hosts of yours"),
+    "nothing ends relaying": ({RELAY: ""}, "problem", "postfix-relay", f"{RELAY} = permit_mynetworks"),
+    "everything refused": ({"smtpd_client_restrictions": "reject"}, "problem", "postfix-relay", "take it out, then postfix reload"),
+    "mail of other hosts refused": (
+        {"smtpd_helo_restrictions": "permit_mynetworks, defer"},
+        "warning",
+        "postfix-relay",
+        "compare the line smtp",
+    ),
+    "logins by Cyrus": ({"smtpd_sasl_type": "cyrus"}, "problem", "postfix-login", "main.cf: smtpd_sasl_type = dovecot"),
+    "nobody to log in at": ({"smtpd_sasl_path": "private/nobody"}, "problem", "postfix-access", "smtpd_sasl_path = private/auth"),
+    "no tokens": (
+        {"smtpd_sasl_mechanism_filter": "plain, !xoauth2, login"},
+        "problem",
+        "postfix-login",
+        "smtpd_sasl_mechanism_filter = !external, static:rest",
+    ),
+    "cron as one of ours": ({"myorigin": "D1.test"}, "warning", "postfix-sendmail", "main.cf: myorigin = $myhostname"),
     "typing error": (
         {"smtpd_recipient_restrictons": "reject"},
         "warning",
@@ -879,6 +960,18 @@ def test_mistake_in_main_cf(ask_postfix, postfix, settings, state, check, remedy
     assert remedy in remedies
 
 
+@real_postfix
+@pytest.mark.parametrize("name", [name for name, (*_, remedy) in MAIN_MISTAKES.items() if re.match(r"main\.cf: \w+ = ", remedy)])
+def test_setting_that_a_remedy_names_helps(ask_postfix, postfix, name):
+    postfix.set(**MAIN_MISTAKES[name][0])
+    remedies = {finding.remedy for finding in ask_postfix() if finding.remedy}
+    for remedy in remedies:
+        settings = re.findall(r"(\w+) = (.+?)(?=, \w+ =|, then postfix reload$|, or another)", remedy.removeprefix("main.cf: "))
+        assert settings, remedy
+        postfix.set(**dict(settings))
+    nothing(ask_postfix())
+
+
 SOUND_SETTINGS = {
     "one service for both": {SENDERS: "", RECIPIENTS: "check_policy_service unix:private/mailcloak"},
     "in the relay list": {RECIPIENTS: "", "smtpd_relay_restrictions": f"{ASK % 'recipient'}, reject_unauth_destination"},
@@ -897,6 +990,14 @@ SOUND_SETTINGS = {
         "virtual_alias_maps": "texthash:/etc/other, socketmap:unix:private/mailcloak-socketmap:alias",
     },
     "further domains in a table": {"virtual_mailbox_domains": "d1.test, d2.test, texthash:/etc/postfix/domains"},
+    "domains of local": AS_LOCAL,
+    "relaying ended in the list of recipients": {RELAY: "", RECIPIENTS: f"{ASK % 'recipient'}, reject_unauth_destination"},
+    "domains that are relayed": {"virtual_mailbox_domains": "", "relay_domains": "d1.test, d2.test", "relay_transport": "smtp"},
+    "mechanisms named": {"smtpd_sasl_mechanism_filter": "plain, XOAUTH2"},
+    "unlisted recipients passed": {"virtual_mailbox_maps": "texthash:/x", "smtpd_reject_unlisted_recipient": "no"},
+    "Dovecot over TCP": {"virtual_transport": "lmtp:inet:127.0.0.1:24", "smtpd_sasl_path": "inet:127.0.0.1:12345"},
+    "delivery by another program": {"virtual_transport": "smtp:[mailstore.test]"},
+    "trusted hosts alone relay": {RELAY: "permit_mynetworks, reject_unauth_destination", "mynetworks": "10.0.0.0/8, 127.0.0.1"},
     "default action of all": {
         RECIPIENTS: "check_policy_service unix:private/mailcloak",
         "smtpd_policy_service_default_action": "defer_if_permit try later",
@@ -912,9 +1013,32 @@ def test_other_sound_settings_have_no_finding(ask_postfix, postfix, settings):
 
 
 @real_postfix
-def test_domains_in_a_table_are_not_looked_for(ask_postfix, postfix):
-    postfix.set(virtual_mailbox_domains="d1.test, texthash:/etc/postfix/domains")
-    the_only_skipped(ask_postfix(), "postfix-domains", "is d2.test in texthash:/etc/postfix/domains?")
+def test_domains_are_looked_for_in_tables_and_files(ask_postfix, postfix, tmp_path):
+    table, listed = tmp_path / "table", tmp_path / "list"
+    table.write_text("d2.test anything\n")
+    listed.write_text("# ours\nD1.test\n")
+    postfix.set(virtual_mailbox_domains=f"{listed}, texthash:{table}")
+    nothing(ask_postfix())
+    postfix.set(virtual_mailbox_domains=f"!d2.test, {listed}, proxy:texthash:{table}")
+    assert the_only(ask_postfix(), "problem", "postfix-domains").text == "Postfix takes no mail for d2.test"
+    postfix.set(virtual_mailbox_domains="d1.test, d2.test", virtual_alias_domains=f"texthash:{table}")
+    found = the_only(ask_postfix(), "problem", "postfix-domains")
+    assert found.text == "d2.test is in virtual_alias_domains and in virtual_mailbox_domains"
+    table.unlink()
+    the_only_skipped(
+        ask_postfix(), "postfix-domains", "does Postfix take mail for d1.test, d2.test, and deliver it? postmap failed"
+    )
+    postfix.set(virtual_alias_domains=str(table))
+    the_only_skipped(ask_postfix(), "postfix-domains", f"No such file or directory: '{table}'")
+
+
+@real_postfix
+def test_transport_of_a_single_domain_counts(ask_postfix, postfix, tmp_path):
+    table = tmp_path / "transport"
+    table.write_text("d2.test discard:\nd1.test :\n")
+    postfix.set(transport_maps=f"texthash:{table}")
+    found = the_only(ask_postfix(), "problem", "postfix-delivery")
+    assert "= discard:: mail for d2.test is lost or waits: discard(8) throws it away" in found.text
 
 
 def add_to_service(postfix, name, option):
@@ -947,6 +1071,67 @@ def test_mistake_in_master_cf_is_that_of_one_service(ask_postfix, postfix, optio
     found = the_only(ask_postfix(), "problem", check)
     assert found.text.startswith(f"127.0.0.1:{postfix.ports['submission']}/inet")
     assert remedy in found.remedy
+
+
+def change_master(postfix, old, new):
+    path = postfix.config / "master.cf"
+    text, count = re.subn(old, new, path.read_text(), flags=re.MULTILINE)
+    assert count, old
+    path.write_text(text)
+    postfix._age_files()
+
+
+@real_postfix
+def test_mail_of_this_host_that_meets_no_smtpd_is_a_warning_until_it_is_restricted(ask_postfix, postfix):
+    change_master(postfix, "^  -o content_filter=smtp.*\n", "")
+    found = the_only(ask_postfix(), "warning", "postfix-sendmail")
+    assert "examples/postfix/master.cf" in found.remedy
+    settings = found.remedy.partition("or main.cf: ")[2]
+    assert settings == "authorized_submit_users = root"
+    postfix.set(authorized_submit_users="root, www-data")
+    found = ask_postfix()
+    nothing(found)
+    (found,) = named(found, "postfix-sendmail")
+    assert found.text == "only root and www-data may use sendmail(1); mailcloak is not asked about their mail"
+    postfix.set(authorized_submit_users="!www-data, static:all")
+    the_only(ask_postfix(), "warning", "postfix-sendmail")
+    change_master(postfix, "^pickup .*\n.*\n", "")
+    nothing(ask_postfix())
+
+
+@real_postfix
+def test_mail_of_this_host_through_a_port_that_does_not_ask_is_a_warning(ask_postfix, postfix):
+    change_master(postfix, "^  -o mynetworks=.*", f"  -o {RECIPIENTS}=permit_mynetworks,reject\n  -o {SENDERS}=")
+    the_only(ask_postfix(), "warning", "postfix-sendmail")
+
+
+@real_postfix
+def test_aliases_that_are_replaced_before_the_check_are_a_problem(ask_postfix, postfix):
+    change_master(postfix, "^  -o receive_override_options=.*\n", "")
+    assert "no_address_mappings" in the_only(ask_postfix(), "problem", "postfix-sendmail").remedy
+
+
+@real_postfix
+def test_host_without_a_port_for_logins_is_a_warning(ask_postfix, postfix):
+    change_master(postfix, "^  -o smtpd_sasl_auth_enable=yes", "  -o smtpd_sasl_auth_enable=no")
+    assert "examples/postfix/master.cf" in the_only(ask_postfix(), "warning", "postfix-login").remedy
+
+
+@real_postfix
+def test_settings_of_the_service_itself_count_where_it_delivers(ask_postfix, postfix):
+    """local(8) and trivial-rewrite(8) read their own -o options."""
+    postfix.set(**{**AS_LOCAL, "mailbox_transport": ""})
+    the_only(ask_postfix(), "problem", "postfix-delivery")
+    change_master(postfix, "^(local unix .*)", r"\1\n  -o mailbox_transport=lmtp:unix:private/dovecot-lmtp")
+    nothing(ask_postfix())
+    change_master(postfix, "^(rewrite unix .*)", r"\1\n  -o local_transport=discard:")
+    the_only(ask_postfix(), "problem", "postfix-delivery")
+
+
+@real_postfix
+def test_mailboxes_of_virtual_are_not_said_to_be_there(ask_postfix, postfix):
+    postfix.set(virtual_transport="virtual", virtual_mailbox_maps="texthash:/etc/postfix/users")
+    the_only_skipped(ask_postfix(), "postfix-delivery", "has texthash:/etc/postfix/users a mailbox for each user?")
 
 
 @real_postfix
@@ -991,7 +1176,7 @@ def test_socket_outside_the_queue_directory_is_a_problem_for_a_chroot_alone(site
         )
         ask = {"postfix_config": [str(postfix.config)]}
         found = [each for each in site.findings(mailcloakdoctor.check_postfix, **ask) if each.check == "postfix-access"]
-        assert [each.state for each in found] == ["problem"] * 2
+        assert [each.state for each in found] == ["problem", "problem", "ok", "ok"]
         assert f"sockets: put both below {postfix.queue_directory}/private" in found[0].remedy
         postfix._run("postconf", "-F", "*/*/chroot=n")
         nothing(site.findings(mailcloakdoctor.check_postfix, **ask))
@@ -1023,7 +1208,7 @@ def test_who_is_not_root_is_told_what_was_not_checked(mail_site, postfix):
         found = run_checks(mail_site.config_path, mailcloakdoctor.check_postfix, postfix_config=[str(postfix.config)])
         return [(finding.state, finding.check, finding.remedy) for finding in found if finding.state != "ok"]
 
-    assert as_nobody(run) == str([("skipped", "postfix-access", mailcloakdoctor.AS_ROOT)] * 2)
+    assert as_nobody(run) == str([("skipped", "postfix-access", mailcloakdoctor.AS_ROOT)] * 4)
 
 
 @pytest.mark.real("postfix")
@@ -1208,6 +1393,16 @@ def test_dovecot_that_may_not_read_the_database_is_a_problem(readable_site, dove
     readable_site.database.chmod(0o600)
     found = the_only(ask_dovecot(readable_site, instance), "problem", "dovecot-access")
     assert found.remedy == f"chmod g+r {readable_site.database}"
+
+
+@real_dovecot
+def test_dovecot_is_not_compared_with_a_database_that_is_not_known(site, dovecot_factory):
+    """But whether it can read its own is checked."""
+    site.config["sqlite"] = {"path": 7}
+    site.database.chmod(0o600)
+    found = ask_dovecot(site, dovecot_factory(site.database))
+    assert {finding.check for finding in found if finding.state == "problem"} == {"config", "dovecot-access"}
+    assert f"may not read {site.database}" in named(found, "dovecot-access")[0].text
 
 
 @real_dovecot
