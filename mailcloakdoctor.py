@@ -1315,7 +1315,7 @@ class KeycloakReader:
         try:
             return outcome.result(ctl.ANSWER_SECONDS + 1)
         except concurrent.futures.TimeoutError:
-            raise mailcloak.DirectoryUnavailable(self.api.message(f"no answer within {ctl.ANSWER_SECONDS + 1:.0f} s")) from None
+            raise mailcloak.DirectoryUnavailable(self.api.failure(f"no answer within {ctl.ANSWER_SECONDS + 1:.0f} s")) from None
 
     def find(self, **query: str) -> list[dict[str, Any]]:
         """The records of the users with exactly this username or e-mail."""
