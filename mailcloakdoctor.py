@@ -43,6 +43,7 @@ The checks: what each looks at, and the remedy.
   postfix-rewriting       does Postfix rewrite addresses after mailcloak was asked? Its defaults in main.cf
   postfix-settings        does main.cf set what Postfix does not know? Look for typing errors
 
+  dovecot-mechanisms      do users log in with a token, apps with a password, and nobody otherwise? auth_mechanisms
   dovecot                 does Dovecot look for apps in this database? The passdb of the examples
   dovecot-query           does its query let apps in only while they are enabled, and only to send? The query of the examples
   dovecot-access          can the process that asks the database read it? extra_groups, chmod
@@ -178,6 +179,7 @@ class Installation:
         self.aliases: Optional[dict[str, mailcloak.Alias]] = None  # by address
         self.apps: Optional[dict[str, mailcloak.App]] = None  # by app_id; who may send as what is not read
         self.users: Optional[dict[str, mailcloak.User]] = None  # by username
+        self.has_all_users = True
         self.users_not_looked_up: set[str] = set()  # of those that aliases and apps name
         self.find_holders: Callable[[str], mailcloak.Users] = not_asked  # of a primary e-mail; raises DirectoryUnavailable
         self.unusable_users: list[str] = []  # with records that the daemon does not understand, and why
@@ -292,6 +294,7 @@ def check_daemon_access(host: Installation, work: Callable[[], str], failure: Fi
 
 
 NEEDED_BYTES = 10 * 1024 * 1024  # that the disk of the database should have left
+OPENRC_SETTINGS = "/etc/conf.d/mailcloak"
 LOOPBACK = ("localhost", "127.0.0.1", "::1")
 
 
@@ -306,7 +309,8 @@ def check_config(host: Installation) -> Findings:
             if each.kind == "unreadable" and not os.path.exists(path):
                 remedy = "make it of config.yaml.sample, which make install puts into /etc/mailcloak; or name another with --config"
             elif each.kind == "unreadable" and os.geteuid() != 0:
-                remedy = AS_ROOT
+                yield skipped("config", f"{each.key}: {each.text}", AS_ROOT)
+                continue
             yield problem("config", f"{each.key}: {each.text}", remedy)
         return
     yield ok("config", f"{path} is good")
@@ -379,7 +383,8 @@ def check_database(host: Installation) -> Findings:
         yield problem("database", f"{path} does not exist", remedy)
         return
     except OSError as exc:
-        yield problem("database", f"{path}: {exc.strerror}", AS_ROOT if os.geteuid() else "correct the path in sqlite.path")
+        make, remedy = (skipped, AS_ROOT) if isinstance(exc, PermissionError) else (problem, "correct the path in sqlite.path")
+        yield make("database", f"{path}: {exc.strerror}", remedy)
         return
     try:
         with contextlib.closing(mailcloak.connect_database(path, ctl.ANSWER_SECONDS)) as database:
@@ -425,8 +430,9 @@ def read_database(host: Installation, database: sqlite3.Connection) -> Findings:
     state = f"CASE WHEN enabled IS NOT 1 THEN 'disabled' WHEN {expired} THEN 'expired' ELSE 'enabled' END"
     rows = database.execute(f"SELECT app_id, {state}, {owner} FROM apps ORDER BY app_id", (time.time(),))  # noqa: S608
     host.apps = {str(app_id): mailcloak.App(state, False, str(owner or "").lower()) for app_id, state, owner in rows}
-    yield from check_damage(path, database)
-    if version == mailcloak.SCHEMA_VERSION:
+    damage = list(check_damage(path, database))
+    yield from damage
+    if version == mailcloak.SCHEMA_VERSION and not any(finding.state == "problem" for finding in damage):
         yield ok("database", f"{path} has {ctl.counted(host.aliases, 'alias', 'aliases')} and {ctl.counted(host.apps, 'app')}")
     if database.execute("PRAGMA journal_mode").fetchone()[0] == "wal":
         text = f"{path} is in WAL mode: Dovecot cannot read it as an ordinary user while no other program has it open"
@@ -461,13 +467,13 @@ def check_daemon(host: Installation) -> Findings:
         yield warning("daemon", exc.text, "restart the daemon")
         return
     except ctl.Refused as exc:
-        yield problem("daemon", exc.text, exc.remedy)
+        yield no_answer("daemon", host, exc)
         return
     yield ok("daemon", f"it runs: version {stats['version']}, pid {stats['pid']}, up {ctl.shown_seconds(stats['uptime_seconds'])}")
     yield from check_read_config(host, stats)
     used = stats["database"]
     if not used["works"]:
-        remedy = f"{SEE_FINDINGS} about the database, and at its log"
+        remedy = f"{SEE_FINDINGS} about the database, and at its log ({where_log(host)})"
         yield problem("daemon-database", "the daemon cannot use the database", remedy)
     elif host.database_path and used["path"] != host.database_path:
         yield warning("daemon-database", f"the daemon uses {used['path']}", f"reload it, so that it uses {host.database_path}")
@@ -475,6 +481,25 @@ def check_daemon(host: Installation) -> Findings:
     if keycloak and keycloak["state"] == "away":
         text = f"for the daemon Keycloak is {ctl.describe_keycloak(keycloak)[0]}"
         yield problem("daemon-keycloak", text, f"{SEE_FINDINGS} about Keycloak")
+
+
+def no_answer(check: str, host: Installation, exc: ctl.Refused) -> Finding:
+    """Why the daemon did not answer; where this user may not ask, nothing was looked at."""
+    if isinstance(exc.__cause__, PermissionError):
+        return skipped(check, exc.text, AS_ROOT)
+    return problem(check, exc.text, re.sub(r"\blog\b", f"log ({where_log(host)})", exc.remedy, count=1))
+
+
+def where_log(host: Installation) -> str:
+    """How to read the daemon's log on this host. Source: mailcloak(8), DIAGNOSTICS."""
+    if host.daemon and host.daemon.log == "syslog":
+        return "lines of mailcloak in the host's log of mail"
+    if os.path.isdir("/run/systemd/system"):
+        return "journalctl -u mailcloak"
+    with contextlib.suppress(OSError), open(OPENRC_SETTINGS, encoding="utf-8", errors="replace") as file:
+        if named := re.search(r"^mailcloak_log=[\"']?([^\"'\s]+)", file.read(), re.MULTILINE):
+            return named[1]
+    return "/var/log/mailcloak.log, or where its standard error goes"
 
 
 def check_read_config(host: Installation, stats: dict[str, Any]) -> Findings:
@@ -512,8 +537,17 @@ def check_sockets(host: Installation) -> Findings:
         try:
             status = os.lstat(path)
         except OSError as exc:
-            remedy = AS_ROOT if isinstance(exc, PermissionError) else "start the daemon, which makes it; restart one that runs"
-            yield problem(check, f"{path}: {exc.strerror}", remedy)
+            remedy = "start the daemon, which makes it; restart one that runs"
+            if not os.path.isdir(os.path.dirname(path)):
+                remedy = (
+                    "its directory is missing: start Postfix once, which makes its own, or correct the path; then start the daemon"
+                )
+            is_hidden = isinstance(exc, PermissionError)
+            yield (
+                skipped(check, f"{path}: {exc.strerror}", AS_ROOT)
+                if is_hidden
+                else problem(check, f"{path}: {exc.strerror}", remedy)
+            )
             continue
         if not stat.S_ISSOCK(status.st_mode):
             yield problem(check, f"{path} is not a socket", "move it away, and restart the daemon")
@@ -522,7 +556,7 @@ def check_sockets(host: Installation) -> Findings:
             is_policy = check == "socket-policy"
             answer = daemon.ask_policy(protocol_state="CONNECT") if is_policy else daemon.ask_map("alias", "no-domain")[0]
         except ctl.Refused as exc:
-            yield problem(check, exc.text, exc.remedy)
+            yield no_answer(check, host, exc)
             continue
         if answer not in ("DUNNO", "NOTFOUND"):
             yield problem(check, f"{path} answers {answer!r} where it should have no objection", "restart the daemon")
@@ -618,6 +652,7 @@ class PolicyUse(NamedTuple):
     list_name: str
     options: Mapping[str, str]  # policy_context, timeout, default_action
     permits: tuple[str, ...]  # what stands before it and ends the list with a permission
+    tables: tuple[str, ...]  # what stands before it and may do so
     warn_only: bool  # behind warn_if_reject
 
 
@@ -719,15 +754,18 @@ class Postfix:
         """Where this smtpd asks mailcloak."""
         for list_name in LISTS:
             permits: list[str] = []
+            tables: list[str] = []
             before = ""
             words = iter(self._expand(split_list(self.value(smtpd, list_name))))
             for word in words:
                 if word == "check_policy_service":
                     endpoint, options = read_policy_service(next(words, ""))
                     if same_path(self.path_of(endpoint, smtpd.chroot), socket_path):
-                        yield PolicyUse(list_name, options, tuple(permits), before == "warn_if_reject")
+                        yield PolicyUse(list_name, options, tuple(permits), tuple(tables), before == "warn_if_reject")
                 elif re.fullmatch(r"permit(_\w+)?", word):
                     permits.append(word)
+                elif re.fullmatch(r"check_\w+_access", word):
+                    tables.append(word)
                 before = word
 
     def _expand(self, words: Sequence[str], depth: int = 0) -> Iterator[str]:
@@ -843,7 +881,11 @@ def check_smtpd(host: Installation, sockets: mailcloak.SocketsConfig, postfix: P
         found += check_aspect(smtpd, aspect, asking, postfix.endpoint(sockets.policy_socket))
     for use in uses:
         found += check_use(host, postfix, smtpd, use)
-    yield from found or [ok("postfix-smtpd", f"{smtpd.name} asks mailcloak about each recipient and each sender")]
+    tables = ", ".join(dict.fromkeys(table for use in uses for table in use.tables))
+    good = (
+        f"{smtpd.name} asks mailcloak about each recipient and each sender{tables and f', where {tables} before it permits none'}"
+    )
+    yield from found or [ok("postfix-smtpd", good)]
 
 
 def is_reentry(smtpd: PostfixService) -> bool:
@@ -949,7 +991,7 @@ def check_logins(postfix: Postfix) -> Findings:
             yield problem(
                 "postfix-login", text, "main.cf: smtpd_sasl_type = dovecot, smtpd_sasl_path = private/auth, then postfix reload"
             )
-        elif mechanisms and not any(offers(mechanisms, name) for name in ("xoauth2", "oauthbearer")):
+        elif mechanisms and not any(offers(mechanisms, name) for name in TOKENS):
             text = f"{smtpd.name}: smtpd_sasl_mechanism_filter hides XOAUTH2 and OAUTHBEARER, so no user can log in with a token"
             yield problem(
                 "postfix-login", text, "main.cf: smtpd_sasl_mechanism_filter = !external, static:rest, then postfix reload"
@@ -1015,6 +1057,11 @@ def check_alias_maps(sockets: mailcloak.SocketsConfig, postfix: Postfix) -> Find
     for name, service in askers.items():
         if "virtual_alias_maps" in service.overrides:
             places.append((f"master.cf, {name}", service.overrides["virtual_alias_maps"], service.chroot))
+    for smtpd in postfix.smtpds:
+        options = postfix.value(smtpd, "receive_override_options")
+        if "no_address_mappings" in options and not postfix.value(smtpd, "content_filter"):
+            text = f"{smtpd.name}: no_address_mappings, and no content_filter behind which aliases are replaced: no alias leads anywhere"
+            yield problem("postfix-aliases", text, f"take no_address_mappings out of receive_override_options of {smtpd.name}")
     remedy = f"virtual_alias_maps = socketmap:{postfix.endpoint(sockets.socketmap_socket)}:alias"
     for place, value, chroot in places:
         maps = [re.fullmatch(r"((?:proxy:)?)socketmap:(unix:.*):([^:]*)", word) for word in split_list(value)]
@@ -1132,6 +1179,9 @@ def check_main_settings(policy: mailcloak.PolicyConfig, postfix: Postfix) -> Fin
 SQL_SAMPLES = "examples/dovecot-2.3/dovecot-sql.conf.ext or examples/dovecot-2.4/dovecot.conf"
 
 
+TOKENS, PASSWORDS = {"oauthbearer", "xoauth2"}, {"plain", "login", "scram-sha-256"}
+
+
 class PasswordQuery(NamedTuple):
     """How Dovecot asks for an app's password."""
 
@@ -1146,9 +1196,9 @@ def check_dovecot(host: Installation) -> Findings:
     where = ("-c", host.options.dovecot_config) if host.options.dovecot_config else ()
     try:
         settings = run_program("doveconf", *where, "-n")[0]
-        worker, internal, groups = (
+        worker, internal, groups, mechanisms = (
             run_program("doveconf", *where, "-h", name)[0].strip()
-            for name in ("service/auth-worker/user", "default_internal_user", "service/auth-worker/extra_groups")
+            for name in ("service/auth-worker/user", "default_internal_user", "service/auth-worker/extra_groups", "auth_mechanisms")
         )
         queries = list(find_password_queries(settings))
     except CommandFailed as exc:
@@ -1159,6 +1209,7 @@ def check_dovecot(host: Installation) -> Findings:
         remedy = AS_ROOT if os.geteuid() else "correct args of the passdb"
         yield skipped("dovecot", f"{exc.filename}: {exc.strerror}", remedy)
         return
+    yield from check_mechanisms(host, set(re.split(r"[\s,]+", mechanisms.lower())) - {""})
     if not queries:
         if host.apps:
             remedy = f"take the passdb from {SQL_SAMPLES}"
@@ -1175,6 +1226,19 @@ def check_dovecot(host: Installation) -> Findings:
         yield from check_query(found)
     user = re.sub(r"\$(SET:)?default_internal_user", internal, worker)
     yield from check_dovecot_access(host, host.database_path or queries[0].database, user, groups)
+
+
+def check_mechanisms(host: Installation, offered: set[str]) -> Findings:
+    """Can users log in with a token, apps with a password, and nobody in another way?"""
+    remedy = "auth_mechanisms = plain login oauthbearer xoauth2, then doveadm reload"
+    found: list[Finding] = []
+    if not offered & TOKENS:
+        found.append(warning("dovecot-mechanisms", "no user can log in with a token: neither OAUTHBEARER nor XOAUTH2", remedy))
+    if not offered & PASSWORDS and host.apps:
+        found.append(warning("dovecot-mechanisms", "no app can log in: neither PLAIN nor LOGIN", remedy))
+    others = warning("dovecot-mechanisms", "mailcloak believes logins by these too, whatever Dovecot checks for them", remedy)
+    found += about(sorted(offered - TOKENS - PASSWORDS), others)
+    yield from found or [ok("dovecot-mechanisms", f"users log in with a token, apps with a password: {' '.join(sorted(offered))}")]
 
 
 def find_password_queries(settings: str) -> Iterator[PasswordQuery]:
@@ -1436,7 +1500,7 @@ def list_users(host: Installation, reader: KeycloakReader) -> Findings:
         is_whole = len(records) < PAGE_USERS
         if is_whole or len(users) == known:  # the latter: a server that gives the same page again
             break
-    host.users = users
+    host.users, host.has_all_users = users, is_whole
     if is_whole:
         host.find_holders = lambda address: tuple(user for user in users.values() if user.email == address)
         yield ok("keycloak-users", ctl.counted(users, "user"))
@@ -1495,7 +1559,11 @@ def check_canaries(host: Installation, reader: KeycloakReader) -> Findings:
             remedy = "make or enable that user in Keycloak; or take the address out of keycloak.canary"
             yield problem("keycloak-canary", text, remedy)
         watched |= {user.federation for user in users if user.federation}
-    if not federations:
+    if not federations and providers is None and not host.has_all_users:
+        yield skipped(
+            "keycloak-canary", "is one needed? Not all users were read, and to read the federations the client needs view-realm"
+        )
+    elif not federations:
         good = "no federation was seen" if config.canary else "no user comes from a federation, so none is needed"
         yield ok("keycloak-canary", good)
     elif not config.canary:
@@ -1567,6 +1635,8 @@ def check_aliases(host: Installation) -> Findings:
         yield skipped("aliases", f"are they in policy.domain, and do they lead on to other aliases? {NO_CONFIG}")
     if enabled and host.users is None:
         yield skipped("aliases", f"do their users exist? {NO_USERS}")
+    elif host.users_not_looked_up:
+        yield skipped("aliases", f"do all their users exist? {len(host.users_not_looked_up)} were not looked up")
     elif host.policy and not found:
         yield ok("aliases", f"{ctl.counted(enabled, 'enabled alias', 'enabled aliases')}, each leading to a user")
 
@@ -1633,11 +1703,13 @@ def check_users(host: Installation) -> Findings:
         return
     policy, users = host.policy, host.users
     ours = [user for user in users.values() if user.receives and mailcloak.normalise_address(user.email).domain in policy.domain]
-    if host.keycloak and users and not ours:
+    if host.keycloak and users and not ours and host.has_all_users:
         text = f"none of the {len(users)} users of Keycloak has an e-mail in policy.domain, so only aliases receive mail"
         yield problem("users", text, "look for a typing error in policy.domain, or give the users e-mails in it")
         return
     good = ok("users", f"{ctl.counted(ours, 'user')} with an e-mail in policy.domain, each with a mailbox of their own")
+    if not host.has_all_users:
+        good = skipped("users", f"nothing is wrong with the {len(users)} that were read; not all were")
     yield from list(find_odd_users(policy, users, ours)) or [good]
 
 

@@ -227,6 +227,7 @@ def test_configuration_that_is_missing_is_a_problem(tmp_path):
 def test_configuration_that_this_user_may_not_read_asks_for_root(site):
     site.write_config()
     outcome = as_nobody(lambda: run_checks(site.config_path)[0])
+    assert "state='skipped'" in outcome
     assert "Permission denied" in outcome
     assert mailcloakdoctor.AS_ROOT in outcome
 
@@ -445,9 +446,8 @@ def test_database_that_is_damaged_is_a_problem(site):
     leaves = [index for index, page in enumerate(pages) if page[0] == 10 and index]  # leaf pages of an index
     content[leaves[-1] * 4096 + 3 : leaves[-1] * 4096 + 5] = b"\x00\x01"  # says that it holds one row alone
     site.database.write_bytes(content)
-    found = [finding for finding in site.findings(mailcloakdoctor.check_database) if finding.state == "problem"]
-    assert [finding.check for finding in found] == ["database"]
-    assert found[0].remedy == "restore it from a backup"
+    (found,) = named(site.findings(mailcloakdoctor.check_database), "database")  # and not ok besides
+    assert (found.state, found.remedy) == ("problem", "restore it from a backup")
 
 
 def test_database_that_was_not_read_holds_neither_aliases_nor_apps_that_are_good(site, monkeypatch):
@@ -639,6 +639,44 @@ def test_daemon_that_hangs_is_given_up(running, monkeypatch):
     found = findings(mailcloakdoctor.check_sockets)
     assert "no answer at" in the_only(found, "problem", "socket-policy").text
     assert time.monotonic() - started < 10
+
+
+@pytest.mark.real("root")
+def test_daemon_that_this_user_may_not_ask_is_skipped(running, site):
+    findings, _, _ = running
+    for path in (site.config_path, *list(site.config["sockets"].values())[:2]):
+        os.chmod(path, 0o644 if path == site.config_path else 0o600)
+
+    def run():
+        found = findings(mailcloakdoctor.check_daemon, mailcloakdoctor.check_sockets)
+        return [(finding.state, finding.check, finding.remedy) for finding in found if finding.state != "ok"]
+
+    expected = [("skipped", name, mailcloakdoctor.AS_ROOT) for name in ("daemon", "socket-policy", "socket-aliases")]
+    assert as_nobody(run) == str(expected)
+    site.config_path.parent.chmod(0o700)
+    assert "Permission denied" in as_nobody(lambda: site.findings(mailcloakdoctor.check_sockets, write=False)[0].text)
+
+
+def test_socket_whose_directory_is_missing_does_not_wait_for_the_daemon(site, tmp_path):
+    site.config["sockets"]["policy_socket"] = str(tmp_path / "absent" / "policy")
+    assert "its directory is missing" in named(site.findings(mailcloakdoctor.check_sockets), "socket-policy")[0].remedy
+
+
+def test_finding_that_sends_to_the_log_says_where_it_is(running, site, tmp_path, monkeypatch):
+    findings, stats, fake = running
+    stats["database"] = {"path": str(site.database), "works": False}
+    fake.policy = b""  # closes the connection
+    settings = tmp_path / "conf.d"
+    settings.write_text('# settings\nmailcloak_log="/srv/log/mailcloak"\n')
+    by_systemd = "journalctl -u mailcloak" if os.path.isdir("/run/systemd/system") else ""
+    for path, expected in ((tmp_path / "absent", "/var/log/mailcloak.log, or"), (settings, "/srv/log/mailcloak)")):
+        monkeypatch.setattr(mailcloakdoctor, "OPENRC_SETTINGS", str(path))
+        assert (by_systemd or expected) in the_only(findings(), "problem", "daemon-database").remedy
+        remedy = named(findings(mailcloakdoctor.check_sockets), "socket-policy")[0].remedy
+        assert f"its log ({by_systemd or expected}" in remedy
+    site.config["daemon"]["log"] = "syslog"
+    site.write_config()
+    assert "the host's log of mail" in named(findings(), "daemon-database")[0].remedy
 
 
 def test_socket_that_is_something_else_is_a_problem(site):
@@ -1112,6 +1150,23 @@ def test_aliases_that_are_replaced_before_the_check_are_a_problem(ask_postfix, p
 
 
 @real_postfix
+def test_table_that_may_permit_before_mailcloak_is_said(ask_postfix, postfix):
+    postfix.set(**{RECIPIENTS: f"check_client_access texthash:/x, {ASK % 'recipient'}"})
+    found = ask_postfix()
+    nothing(found)
+    assert all(each.text.endswith(", where check_client_access before it permits none") for each in named(found, "postfix-smtpd"))
+    assert named(found, "postfix-relay")[0].text.endswith(", if tables permit nothing else")
+
+
+@real_postfix
+def test_aliases_that_are_left_to_a_filter_that_is_not_there_are_a_problem(ask_postfix, postfix):
+    add_to_service(postfix, "submission", "receive_override_options=no_address_mappings")
+    assert "take no_address_mappings out" in the_only(ask_postfix(), "problem", "postfix-aliases").remedy
+    add_to_service(postfix, "submission", "content_filter=scan:[127.0.0.1]:10025")
+    nothing(ask_postfix())
+
+
+@real_postfix
 def test_host_without_a_port_for_logins_is_a_warning(ask_postfix, postfix):
     change_master(postfix, "^  -o smtpd_sasl_auth_enable=yes", "  -o smtpd_sasl_auth_enable=no")
     assert "examples/postfix/master.cf" in the_only(ask_postfix(), "warning", "postfix-login").remedy
@@ -1406,6 +1461,23 @@ def test_dovecot_is_not_compared_with_a_database_that_is_not_known(site, dovecot
 
 
 @real_dovecot
+@pytest.mark.parametrize(
+    ("mechanisms", "says"),
+    [
+        ("plain login", "no user can log in with a token"),
+        ("xoauth2", "no app can log in"),
+        ("plain xoauth2 cram-md5", "mailcloak believes logins by these too, whatever Dovecot checks for them: cram-md5"),
+    ],
+)
+def test_mechanisms_of_dovecot_that_do_not_fit_are_a_warning(readable_site, dovecot_factory, mechanisms, says):
+    readable_site.insert("apps", app_id="printer", secret_hash="x")
+    change = ("auth_mechanisms = plain login oauthbearer xoauth2", f"auth_mechanisms = {mechanisms}")
+    found = the_only(ask_dovecot(readable_site, dovecot_factory(readable_site.database, [change])), "warning", "dovecot-mechanisms")
+    assert says in found.text
+    assert found.remedy.startswith(change[0])
+
+
+@real_dovecot
 def test_dovecot_with_a_wrong_query_is_a_problem(readable_site, dovecot_factory):
     instance = dovecot_factory(readable_site.database, [("AND enabled = 1", "AND 1 = 1")])
     assert "lets disabled apps log in" in the_only(ask_dovecot(readable_site, instance), "problem", "dovecot-query").text
@@ -1415,7 +1487,7 @@ def test_dovecot_with_a_wrong_query_is_a_problem(readable_site, dovecot_factory)
 def test_dovecot_without_the_database_matters_only_where_there_are_apps(site, tmp_path):
     first = "dovecot_config_version = 2.4.0\ndovecot_storage_version = 2.4.0\n" if installed_version() >= (2, 4) else ""
     path = tmp_path / "dovecot.conf"
-    path.write_text(f"{first}ssl = no\n")
+    path.write_text(f"{first}ssl = no\nauth_mechanisms = plain oauthbearer\n")
     ask = (mailcloakdoctor.check_database, mailcloakdoctor.check_dovecot)
     nothing(site.findings(*ask, dovecot_config=str(path)))
     site.insert("apps", app_id="printer", secret_hash="x")
@@ -1640,6 +1712,7 @@ def test_of_too_many_users_those_are_looked_up_that_aliases_and_apps_name(keyclo
         mailcloakdoctor.check_keycloak,
         mailcloakdoctor.check_role_addresses,
         mailcloakdoctor.check_aliases,
+        mailcloakdoctor.check_users,
     )
     found = keycloak_site.findings(*checks)
     assert "more than can be read: the first 20 were looked at, and 2 more that aliases and apps name; not 1 others of these" in (
@@ -1647,6 +1720,11 @@ def test_of_too_many_users_those_are_looked_up_that_aliases_and_apps_name(keyclo
     )
     assert named(found, "alias-user-missing")[0].items == ("of-x1gone@d1.test (x1gone)",)
     assert named(found, "abuse")[0].items == ("abuse@d2.test",)
+    assert skipped_checks(found)["aliases"] == "do all their users exist? 1 were not looked up"
+    assert skipped_checks(found)["users"].startswith("nothing is wrong with the 2")
+    assert "Not all users were read" in skipped_checks(found)["keycloak-canary"]
+    keycloak_site.config["policy"]["domain"] = ["elsewhere.test"]  # nor is it said that nobody is in it
+    assert named(keycloak_site.findings(*checks), "users")[0].state == "skipped"
 
 
 @pytest.mark.real("keycloak")
