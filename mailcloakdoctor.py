@@ -185,6 +185,13 @@ class Installation:
         self.unusable_users: list[str] = []  # with records that the daemon does not understand, and why
         self.federations: set[str] = set()  # from which users come
 
+    @property
+    def daemon_group(self) -> str:
+        """The group of the user that the daemon becomes."""
+        with contextlib.suppress(KeyError):
+            return grp.getgrgid(pwd.getpwnam(self.daemon.user if self.daemon else "").pw_gid).gr_name
+        return "mailcloak"
+
 
 def not_asked(_: str) -> mailcloak.Users:
     """What is known of the holders of an e-mail before Keycloak was asked. Raises DirectoryUnavailable."""
@@ -341,7 +348,7 @@ def check_config_files(host: Installation) -> Findings:
             text = f"{path} holds the client secret, and every user of this host can read it"
             remedy = f"chmod o-r {shlex.quote(path)}, and make a new secret in Keycloak if others have had an account here"
             found.append(problem("config-mode", text, remedy))
-        remedy = f"chgrp {host.daemon.user if host.daemon else ''} {{path}}; chmod g+{{bit}} {{path}}"
+        remedy = f"chgrp {host.daemon_group} {{path}}; chmod g+{{bit}} {{path}}"
         failure = warning("config-access", "a reload will fail: ", remedy)
         found += check_daemon_access(host, functools.partial(why_not, path, os.R_OK), failure)
     if not keycloak and host.static_users is None:
@@ -1323,7 +1330,7 @@ def check_dovecot_access(host: Installation, path: str, user: str, groups: str) 
     why, untried = try_as(user, lambda: why_not(path, os.R_OK), "dovecot-access", f"can Dovecot read {path}?", groups=group_ids)
     yield from untried
     if why:
-        group = (host.daemon.user if host.daemon else "") or "mailcloak"
+        group = host.daemon_group
         remedy = f"chgrp {group} {{path}}; chmod g+{{bit}} {{path}}"
         if group not in re.split(r"[\s,]+", groups):
             remedy = f"service auth-worker {{ extra_groups = {group} }}, the group of the database, then doveadm reload"
@@ -1615,7 +1622,8 @@ def check_role_addresses(host: Installation) -> Findings:
         unknown = [address for address, owner in owners.items() if owner == "directory-unavailable"]
         if missing:
             text = f"no user receives mail for {ctl.shorten(missing)}; {source}"
-            remedy = f"mailcloakctl aliases add {missing[0]} USERNAME"
+            remedy = f"mailcloakctl aliases {'enable' if missing[0] in host.aliases else 'add'} {missing[0]}"
+            remedy += "" if missing[0] in host.aliases else " USERNAME"
             yield warning(local_part, text, remedy)._replace(items=tuple(missing))
         if unknown:
             yield skipped(local_part, f"does a user have {ctl.shorten(unknown)}? {NO_USERS}")
@@ -1645,12 +1653,13 @@ def check_stored_aliases(host: Installation, enabled: Mapping[str, str]) -> Find
     """What the database shows by itself; enabled: the usernames by address."""
     misspelled = [address for address in enabled if mailcloak.normalise_address(address).text != address]
     text = "these aliases are not stored in the form in which they are looked up, so they are never found"
-    remedy = "mailcloakctl aliases add makes them again in the right form; delete these rows with sqlite3"
+    delete = f"sqlite3 {shlex.quote(host.database_path)} \"DELETE FROM aliases WHERE alias_email = 'ADDRESS'\""  # noqa: S608
+    remedy = f"mailcloakctl aliases add ADDRESS USERNAME, which stores it in the right form; then {delete}"
     yield from about(misspelled, warning("alias-spelling", text, remedy))
     if host.policy is None:
         return
     outside = [address for address in enabled if mailcloak.normalise_address(address).domain not in host.policy.domain]
-    remedy = "policy.domain, if the domain is ours; else mailcloakctl aliases del"
+    remedy = "policy.domain, if the domain is ours; else mailcloakctl aliases del ADDRESS"
     yield from about(outside, warning("alias-domain", "these aliases are not in policy.domain, so they lead nowhere", remedy))
     if not host.policy.mailbox_domain:
         mailboxes = {address: ctl.mailbox_of(address, username) for address, username in enabled.items()}

@@ -5,10 +5,12 @@ from __future__ import annotations
 import argparse
 import base64
 import contextlib
+import grp
 import json
 import os
 import pwd
 import re
+import shlex
 import shutil
 import socket
 import sqlite3
@@ -309,7 +311,7 @@ def test_configuration_of_another_user_is_a_problem(site):
 @pytest.mark.parametrize(
     ("owner", "group", "mode", "remedy"),
     [
-        ("root", "root", 0o700, "chgrp nobody {}; chmod g+x {}"),
+        ("root", "root", 0o700, "chgrp nogroup {}; chmod g+x {}"),
         ("root", "nogroup", 0o700, "chmod g+x {}"),
         ("nobody", "root", 0o600, "chmod u+x {}"),
     ],
@@ -333,7 +335,7 @@ def test_configuration_that_a_reload_cannot_read_is_a_warning(site):
     site.config["daemon"]["user"] = "nobody"
     found = the_only(site.findings(mailcloakdoctor.check_config_files), "warning", "config-access")
     assert f"user nobody, which the daemon becomes, may not read {site.config_path}" in found.text
-    assert found.remedy.startswith("chgrp nobody ")
+    assert found.remedy.startswith(f"chgrp {grp.getgrgid(pwd.getpwnam('nobody').pw_gid).gr_name} ")
 
 
 @pytest.mark.real("root")
@@ -515,6 +517,73 @@ def test_database_that_this_user_may_not_read_is_not_checked(site):
     outcome = as_nobody(lambda: run_checks(site.config_path, mailcloakdoctor.check_database)[1])
     assert "state='skipped'" in outcome
     assert mailcloakdoctor.AS_ROOT in outcome
+
+
+# ---- the commands of remedies are carried out, and help
+
+
+def carry_out(site, remedy, **placeholders):
+    """Run the commands of a remedy as a shell would, with these values in place of the words in capitals; what they were."""
+    for word, value in placeholders.items():
+        remedy = re.sub(rf"\b{word}\b", value, remedy)
+    commands = re.findall(r"""sqlite3 \S+ (?:"[^"]*"|'[^']*')|(?:chmod|chown|chgrp|mailcloakctl) [^;,]*""", remedy)
+    for command in commands:
+        words = shlex.split(command)
+        if words[0] == "mailcloakctl":
+            run_ctl("--db", site.database, *words[1:])
+        elif words[0] == "sqlite3":  # its command need not be installed
+            site.execute(words[2])
+        else:
+            subprocess.run(words, check=True, timeout=30)
+    return commands
+
+
+def as_daemon(path, owner, group, mode):
+    """Let nobody be the daemon's user, and give the path away."""
+
+    def mistake(site):
+        site.config["daemon"]["user"] = "nobody"
+        target = path(site)
+        shutil.chown(target, owner, group)
+        target.chmod(mode)
+
+    return mistake
+
+
+MODES = {  # what is done, the check that finds it
+    "secret for everybody": (lambda site: site.config_path.chmod(0o644), "config-mode"),
+    "configuration for all to write": (lambda site: site.config_path.chmod(0o622), "config-mode"),
+    "folder for all to write": (lambda site: site.config_path.parent.chmod(0o777), "config-mode"),
+    "configuration of another": (lambda site: shutil.chown(site.config_path, "daemon"), "config-mode"),
+    "configuration closed to the daemon": (as_daemon(lambda site: site.config_path, "root", "root", 0o600), "config-access"),
+    "database for all to read": (lambda site: site.database.chmod(0o644), "database-mode"),
+    "database for all to write": (lambda site: site.database.chmod(0o666), "database-mode"),
+    "folder of the database for all to write": (lambda site: site.database.parent.chmod(0o757), "database-mode"),
+    "database closed to the daemon": (as_daemon(lambda site: site.database, "root", "root", 0o640), "database-access"),
+    "database that its owner may not write": (as_daemon(lambda site: site.database, "nobody", "root", 0o440), "database-access"),
+    "database in WAL mode": (lambda site: site.execute("PRAGMA journal_mode = WAL"), "database-journal"),
+}
+
+
+@pytest.mark.real("root")
+@pytest.mark.parametrize(("mistake", "check"), MODES.values(), ids=MODES)
+def test_command_of_a_remedy_for_files_helps(keycloak_site, mistake, check):
+    site = keycloak_site
+    site.write_config()
+    mistake(site)
+    if site.config["daemon"]["user"]:
+        site.config_path.parent.chmod(0o755)
+        site.config_path.write_text(yaml.safe_dump(site.config))
+
+    def found():
+        checks = (mailcloakdoctor.check_config_files, mailcloakdoctor.check_database)
+        return [finding for finding in site.findings(*checks, write=False) if finding.check == check and finding.remedy]
+
+    assert found()
+    for _ in range(3):  # a directory first, then what is in it
+        for finding in found():
+            assert carry_out(site, finding.remedy)
+    assert not found()
 
 
 # ---- the daemon and its sockets
@@ -1818,7 +1887,7 @@ DATA = {
         "warning",
         "postmaster",
         ("postmaster@d1.test",),
-        "USERNAME",
+        "mailcloakctl aliases enable postmaster@d1.test",
     ),
     "user of an alias missing": (
         alias("info@d1.test", "Gone"),
@@ -1937,6 +2006,24 @@ def test_mistake_in_addresses_users_or_apps(keycloak_site, realm, mistake, state
     assert remedy in found.remedy
     others = {finding.check for finding in ask_all(keycloak_site) if finding.state != "ok"} - {check}
     assert others <= {"alias-shadow", "primary-name"}, "a circle shadows, and a name that is an e-mail begins with another's"
+
+
+@pytest.mark.parametrize(
+    "name", [name for name, (*_, remedy) in DATA.items() if "APP_ID --" in remedy or "aliases" in remedy or "SERN" in remedy]
+)
+def test_command_of_a_remedy_for_addresses_and_apps_helps(keycloak_site, realm, name):
+    mistake, _, check, items, _ = DATA[name]
+    mistake(keycloak_site, realm)
+
+    def wrong():
+        return [finding for finding in ask_all(keycloak_site) if finding.check == check and finding.state != "ok"]
+
+    for item in items:  # one after another
+        (found,) = wrong()
+        item = item.partition(" ")[0]
+        first = re.split(r", or | or set |, unless", found.remedy)[0]
+        assert carry_out(keycloak_site, first, ADDRESS=item, APP_ID=item, USERNAME="alice")
+    assert not wrong()
 
 
 def test_mailbox_domain_makes_chains_and_names_harmless(keycloak_site, realm):
