@@ -544,17 +544,10 @@ def check_sockets(host: Installation) -> Findings:
         try:
             status = os.lstat(path)
         except OSError as exc:
-            remedy = "start the daemon, which makes it; restart one that runs"
+            text, remedy = f"{path}: {exc.strerror}", "start the daemon, which makes it; restart one that runs"
             if not os.path.isdir(os.path.dirname(path)):
-                remedy = (
-                    "its directory is missing: start Postfix once, which makes its own, or correct the path; then start the daemon"
-                )
-            is_hidden = isinstance(exc, PermissionError)
-            yield (
-                skipped(check, f"{path}: {exc.strerror}", AS_ROOT)
-                if is_hidden
-                else problem(check, f"{path}: {exc.strerror}", remedy)
-            )
+                remedy = "its directory is missing: start Postfix, which makes its own, or correct the path; then start the daemon"
+            yield skipped(check, text, AS_ROOT) if isinstance(exc, PermissionError) else problem(check, text, remedy)
             continue
         if not stat.S_ISSOCK(status.st_mode):
             yield problem(check, f"{path} is not a socket", "move it away, and restart the daemon")
@@ -576,12 +569,9 @@ def check_sockets(host: Installation) -> Findings:
 
 def has_owner(status: os.stat_result, sockets: mailcloak.SocketsConfig) -> bool:
     """Does the socket belong to the user and the group that the configuration names?"""
-    with contextlib.suppress(KeyError):
-        if sockets.socket_owner_user and pwd.getpwnam(sockets.socket_owner_user).pw_uid != status.st_uid:
-            return False
-        if sockets.socket_owner_group and grp.getgrnam(sockets.socket_owner_group).gr_gid != status.st_gid:
-            return False
-    return True
+    user, group = sockets.socket_owner_user, sockets.socket_owner_group  # which are there, else the block would not be good
+    has_user = not user or pwd.getpwnam(user).pw_uid == status.st_uid
+    return has_user and (not group or grp.getgrnam(group).gr_gid == status.st_gid)
 
 
 # ---------------------------------------------------------------------------------------------------------------------------------
@@ -603,9 +593,7 @@ CLASSES = {  # where Postfix knows a domain from, in its order; what delivers th
     "relay_domains": ("relay_transport", "relay_recipient_maps"),
 }
 TO_DOVECOT = "lmtp:unix:private/dovecot-lmtp"
-FROM_DOVECOT = (
-    "start Dovecot, on the settings of examples/dovecot-2.3 or examples/dovecot-2.4, where this socket is a unix_listener"
-)
+FROM_DOVECOT = "start Dovecot, with this socket as in examples/dovecot-2.3 or examples/dovecot-2.4"
 REWRITING = {"append_dot_mydomain": "no", "allow_percent_hack": "yes", "swap_bangpath": "yes", "allow_untrusted_routing": "no"}
 
 
@@ -673,7 +661,6 @@ class Postfix:
         for line in self._postconf("-x").splitlines():
             name, _, value = line.partition(" =")
             self.main[name] = value.strip()
-        self._classes = split_list(self.main["smtpd_restriction_classes"])
         overrides: dict[str, dict[str, str]] = defaultdict(dict)
         for line in self._postconf("-x", "-P").splitlines():
             match = re.fullmatch(r"(\S+/[a-z-]+)/(\S+) =(.*)", line)
@@ -732,7 +719,7 @@ class Postfix:
         refusals = REFUSES if ours else REFUSES | ENDS_RELAYING
         for list_name in LISTS:
             before = ""
-            for word in self._expand(split_list(self.value(smtpd, list_name))):
+            for word in self.words(smtpd, list_name):
                 if word in permits or (known and word.startswith("permit_")):
                     break
                 if word in refusals and before != "warn_if_reject":
@@ -742,8 +729,7 @@ class Postfix:
 
     def may_start(self, smtpd: PostfixService) -> bool:
         """Does one of the two lists end relaying? Else smtpd(8) ends at once ("specify at least one working instance of")."""
-        words = {word for name in ALWAYS_AT_RCPT for word in self._expand(split_list(self.value(smtpd, name)))}
-        return bool(words & (REFUSES | ENDS_RELAYING))
+        return any(word in REFUSES | ENDS_RELAYING for name in ALWAYS_AT_RCPT for word in self.words(smtpd, name))
 
     def endpoint(self, path: str) -> str:
         """How main.cf names a socket: relative to the queue directory where it lies below that."""
@@ -760,26 +746,30 @@ class Postfix:
     def uses(self, smtpd: PostfixService, socket_path: str) -> Iterator[PolicyUse]:
         """Where this smtpd asks mailcloak."""
         for list_name in LISTS:
-            permits: list[str] = []
-            tables: list[str] = []
+            permits: tuple[str, ...] = ()
+            tables: tuple[str, ...] = ()
             before = ""
-            words = iter(self._expand(split_list(self.value(smtpd, list_name))))
+            words = self.words(smtpd, list_name)
             for word in words:
                 if word == "check_policy_service":
                     endpoint, options = read_policy_service(next(words, ""))
                     if same_path(self.path_of(endpoint, smtpd.chroot), socket_path):
-                        yield PolicyUse(list_name, options, tuple(permits), tuple(tables), before == "warn_if_reject")
+                        yield PolicyUse(list_name, options, permits, tables, before == "warn_if_reject")
                 elif re.fullmatch(r"permit(_\w+)?", word):
-                    permits.append(word)
+                    permits += (word,)
                 elif re.fullmatch(r"check_\w+_access", word):
-                    tables.append(word)
+                    tables += (word,)
                 before = word
 
-    def _expand(self, words: Sequence[str], depth: int = 0) -> Iterator[str]:
-        """The words with each restriction class replaced by what it stands for."""
-        for word in words:
-            if word in self._classes and depth < 10:
-                yield from self._expand(split_list(self.main[word]), depth + 1)
+    def words(self, service: PostfixService, name: str) -> Iterator[str]:
+        """The words of a list, each restriction class replaced by what it stands for."""
+        rest, classes = split_list(self.value(service, name)), split_list(self.main["smtpd_restriction_classes"])
+        for _ in range(1000):  # also where classes name one another in a circle
+            if not rest:
+                return
+            word = rest.pop(0)
+            if word in classes:
+                rest[:0] = split_list(self.main[word])
             else:
                 yield word
 
@@ -831,9 +821,7 @@ def check_postfix(host: Installation) -> Findings:
         if not postfix.smtpds:
             remedy = "compare examples/postfix/master.cf"
             yield problem("postfix-smtpd", f"{postfix.directory}/master.cf has no smtpd: no mail comes in", remedy)
-        remedy = (
-            f"sockets.socket_owner_user: {postfix.main['mail_owner']}, who must be let into its directory; then restart the daemon"
-        )
+        remedy = f"sockets.socket_owner_user: {postfix.main['mail_owner']}, with access to its directory; then restart the daemon"
         for path in (host.sockets.policy_socket, host.sockets.socketmap_socket):
             yield from check_connection(postfix, postfix.smtpds, path, remedy)
         for smtpd in postfix.smtpds:
@@ -889,10 +877,8 @@ def check_smtpd(host: Installation, sockets: mailcloak.SocketsConfig, postfix: P
     for use in uses:
         found += check_use(host, postfix, smtpd, use)
     tables = ", ".join(dict.fromkeys(table for use in uses for table in use.tables))
-    good = (
-        f"{smtpd.name} asks mailcloak about each recipient and each sender{tables and f', where {tables} before it permits none'}"
-    )
-    yield from found or [ok("postfix-smtpd", good)]
+    but = tables and f", where {tables} before it permits none"
+    yield from found or [ok("postfix-smtpd", f"{smtpd.name} asks mailcloak about each recipient and each sender{but}")]
 
 
 def is_reentry(smtpd: PostfixService) -> bool:
@@ -914,9 +900,8 @@ def check_aspect(smtpd: PostfixService, aspect: str, uses: Sequence[PolicyUse], 
     list_name = f"smtpd_{aspect}_restrictions"
     if not uses:
         text = f"{smtpd.name} does not ask mailcloak about the {aspect}"
-        remedy = (
-            f"main.cf: put check_policy_service {{ {endpoint}, policy_context={aspect} }} into {list_name}, then postfix reload"
-        )
+        service = f"check_policy_service {{ {endpoint}, policy_context={aspect} }}"
+        remedy = f"main.cf: put {service} into {list_name}, then postfix reload"
         if list_name in smtpd.overrides:
             text += f": its own -o {list_name} takes the place of main.cf's"
             remedy = f"master.cf: take -o {list_name} out of the lines of {smtpd.name}, then postfix reload"
@@ -962,25 +947,25 @@ def read_postfix_time(text: str) -> Optional[float]:
 
 def check_clients(postfix: Postfix) -> Findings:
     """Can other hosts bring mail for our domains, and not have mail relayed to everybody?"""
+    check = "postfix-relay"
     doors = [smtpd for smtpd in postfix.smtpds if not is_reentry(smtpd)]
     found: list[Finding] = []
+    usual = "permit_mynetworks, permit_sasl_authenticated, reject_unauth_destination"
+    remedy = f"smtpd_relay_restrictions = {usual}, then postfix reload; mynetworks may hold only hosts of yours"
     for smtpd in doors:
-        remedy = "smtpd_relay_restrictions = permit_mynetworks, permit_sasl_authenticated, reject_unauth_destination, then postfix reload"
-        remedy = f"master.cf or main.cf: {remedy}; and mynetworks may hold only hosts of yours"
         if postfix.takes(smtpd, ours=False):
-            found.append(problem("postfix-relay", f"{smtpd.name} relays the mail of everybody to everywhere", remedy))
+            found.append(problem(check, f"{smtpd.name} relays the mail of everybody to everywhere", remedy))
         elif not postfix.may_start(smtpd):
-            text = f"{smtpd.name} takes no mail, because smtpd(8) does not start: no {' or '.join(sorted(ENDS_RELAYING))} ends relaying"
-            found.append(problem("postfix-relay", text, remedy))
+            found.append(problem(check, f"{smtpd.name} takes no mail: without an end of relaying, smtpd(8) does not start", remedy))
         elif not postfix.takes(smtpd, known=True):
             text = f"{smtpd.name} takes no mail from anybody: reject or defer in one of its lists, with no permit before it"
-            found.append(problem("postfix-relay", text, "take it out, then postfix reload; compare examples/postfix/main.cf"))
+            found.append(problem(check, text, "take it out, then postfix reload; compare examples/postfix/main.cf"))
     if doors and not found and not any(postfix.takes(smtpd) for smtpd in doors):
         text = "no smtpd takes mail of other hosts: each wants a login or a client in mynetworks"
-        found.append(warning("postfix-relay", text, "compare the line smtp of examples/postfix/master.cf"))
+        found.append(warning(check, text, "compare the line smtp of examples/postfix/master.cf"))
     tables = any("_access" in postfix.value(smtpd, name) for smtpd in doors for name in LISTS)
-    good = f"other hosts can bring mail for our domains, and have none relayed{', if tables permit nothing else' if tables else ''}"
-    yield from found or [ok("postfix-relay", good)]
+    but = ", if tables permit nothing else" if tables else ""
+    yield from found or [ok(check, f"other hosts can bring mail for our domains, and have none relayed{but}")]
 
 
 def check_logins(postfix: Postfix) -> Findings:
@@ -991,18 +976,13 @@ def check_logins(postfix: Postfix) -> Findings:
         yield warning("postfix-login", "no smtpd has smtpd_sasl_auth_enable = yes, so nobody can log in to send", remedy)
     sockets: dict[str, list[PostfixService]] = defaultdict(list)
     for smtpd in doors:
-        kind, path = (postfix.value(smtpd, f"smtpd_sasl_{name}") for name in ("type", "path"))
-        mechanisms = split_list(postfix.value(smtpd, "smtpd_sasl_mechanism_filter").lower())
+        kind, path, offered = (postfix.value(smtpd, f"smtpd_sasl_{name}") for name in ("type", "path", "mechanism_filter"))
         if kind != "dovecot":
-            text = f"{smtpd.name}: smtpd_sasl_type = {kind}, so not Dovecot decides who has logged in"
-            yield problem(
-                "postfix-login", text, "main.cf: smtpd_sasl_type = dovecot, smtpd_sasl_path = private/auth, then postfix reload"
-            )
-        elif mechanisms and not any(offers(mechanisms, name) for name in TOKENS):
-            text = f"{smtpd.name}: smtpd_sasl_mechanism_filter hides XOAUTH2 and OAUTHBEARER, so no user can log in with a token"
-            yield problem(
-                "postfix-login", text, "main.cf: smtpd_sasl_mechanism_filter = !external, static:rest, then postfix reload"
-            )
+            text, setting = "not Dovecot decides who has logged in", "smtpd_sasl_type = dovecot, smtpd_sasl_path = private/auth"
+            yield problem("postfix-login", f"{smtpd.name}: {text}", f"main.cf: {setting}, then postfix reload")
+        elif offered and not any(offers(split_list(offered.lower()), name) for name in TOKENS):
+            text, setting = "no user can log in with a token", "smtpd_sasl_mechanism_filter = !external, static:rest"
+            yield problem("postfix-login", f"{smtpd.name}: {text}", f"main.cf: {setting}, then postfix reload")
         else:
             yield ok("postfix-login", f"{smtpd.name}: Dovecot decides who has logged in")
             if not path.startswith("inet:"):
@@ -1019,42 +999,33 @@ def offers(mechanism_filter: Sequence[str], name: str) -> bool:
 
 def check_local_mail(policy: mailcloak.PolicyConfig, sockets: mailcloak.SocketsConfig, postfix: Postfix) -> Findings:
     """Mail by sendmail(1), of cron, PHP or mail(1), meets no smtpd: is mailcloak asked about it all the same?"""
-    pickup = postfix.service("pickup")
+    check = "postfix-sendmail"
+    pickup, origin = postfix.service("pickup"), postfix.main["myorigin"]
     port = re.search(r":(\w+)$", postfix.value(pickup, "content_filter"))
     doors = [smtpd for smtpd in postfix.smtpds if port and re.fullmatch(rf"(.*:)?{port[1]}/inet", smtpd.name)]
-    asked = any(
-        use for smtpd in doors for use in postfix.uses(smtpd, sockets.policy_socket)
-    )  # check_smtpd says if it is asked well
     users = [user for user in split_list(postfix.main["authorized_submit_users"]) if user != "root"]  # who always may
-    origin = postfix.main["myorigin"]
     with contextlib.suppress(OSError):
         if origin.startswith("/"):  # Debian: /etc/mailname
             with open(origin, encoding="utf-8", errors="replace") as file:
                 origin = file.readline().strip()
     sample = "as in examples/postfix/master.cf, then postfix reload"
     if not pickup:
-        yield ok("postfix-sendmail", "master.cf has no pickup, so no program of this host can send by sendmail(1)")
-    elif asked:
+        yield ok(check, "master.cf has no pickup, so no program of this host can send by sendmail(1)")
+    elif any(list(postfix.uses(smtpd, sockets.policy_socket)) for smtpd in doors):  # check_smtpd says whether it is asked well
         if "no_address_mappings" not in postfix.value(pickup, "receive_override_options"):
-            text = (
-                "mail by sendmail(1) goes through an smtpd, but its aliases are replaced before: mail for some of them is refused"
-            )
-            yield problem("postfix-sendmail", text, f"master.cf, pickup: -o receive_override_options=no_address_mappings, {sample}")
+            text = "mail by sendmail(1) goes through an smtpd, but its aliases are replaced before, and some are then refused"
+            yield problem(check, text, f"master.cf, pickup: -o receive_override_options=no_address_mappings, {sample}")
         elif origin.lower() in policy.domain:
             text = f"mail of cron is from USER@{origin} (myorigin), and so refused as mail of a client that has not logged in"
-            yield warning("postfix-sendmail", text, "main.cf: myorigin = $myhostname, or another name that is not in policy.domain")
+            yield warning(check, text, "main.cf: myorigin = $myhostname, or another name that is not in policy.domain")
         else:
-            yield ok("postfix-sendmail", f"mail by sendmail(1) goes through {doors[0].name}, which asks mailcloak")
+            yield ok(check, f"mail by sendmail(1) goes through {doors[0].name}, which asks mailcloak")
     elif not any("static:" in word for word in users):
-        yield ok(
-            "postfix-sendmail",
-            f"only root and {', '.join(users) or 'nobody else'} may use sendmail(1); mailcloak is not asked about their mail",
-        )
+        who = " and ".join(["root", *users])
+        yield ok(check, f"only {who} may use sendmail(1); mailcloak is not asked about their mail")
     else:
-        text = "every user of this host can send by sendmail(1), which never asks mailcloak: as any sender, and to recipients who do not exist"
-        yield warning(
-            "postfix-sendmail", text, f"master.cf: pickup through an smtpd, {sample}; or main.cf: authorized_submit_users = root"
-        )
+        text = "every user of this host can send by sendmail(1), as any sender and to anybody: mailcloak is not asked"
+        yield warning(check, text, f"master.cf: pickup through an smtpd, {sample}; or main.cf: authorized_submit_users = root")
 
 
 def check_alias_maps(sockets: mailcloak.SocketsConfig, postfix: Postfix) -> Findings:
@@ -1067,7 +1038,7 @@ def check_alias_maps(sockets: mailcloak.SocketsConfig, postfix: Postfix) -> Find
     for smtpd in postfix.smtpds:
         options = postfix.value(smtpd, "receive_override_options")
         if "no_address_mappings" in options and not postfix.value(smtpd, "content_filter"):
-            text = f"{smtpd.name}: no_address_mappings, and no content_filter behind which aliases are replaced: no alias leads anywhere"
+            text = f"{smtpd.name}: no_address_mappings without a content_filter, so no alias leads anywhere"
             yield problem("postfix-aliases", text, f"take no_address_mappings out of receive_override_options of {smtpd.name}")
     remedy = f"virtual_alias_maps = socketmap:{postfix.endpoint(sockets.socketmap_socket)}:alias"
     for place, value, chroot in places:
@@ -1184,8 +1155,6 @@ def check_main_settings(policy: mailcloak.PolicyConfig, postfix: Postfix) -> Fin
 # ---------------------------------------------------------------------------------------------------------------------------------
 
 SQL_SAMPLES = "examples/dovecot-2.3/dovecot-sql.conf.ext or examples/dovecot-2.4/dovecot.conf"
-
-
 TOKENS, PASSWORDS = {"oauthbearer", "xoauth2"}, {"plain", "login", "scram-sha-256"}
 
 
@@ -1407,10 +1376,8 @@ class KeycloakReader:
 def check_keycloak(host: Installation) -> Findings:
     """Token, role, clock, who may change an e-mail, canaries, and the users themselves."""
     if host.static_users is not None:
-        users = {
-            name: mailcloak.User(name, mailcloak.normalise_address(text).text, True) for name, text in host.static_users.items()
-        }
-        host.users = users
+        pairs = host.static_users.items()
+        host.users = users = {name: mailcloak.User(name, mailcloak.normalise_address(text).text, True) for name, text in pairs}
         host.find_holders = lambda address: tuple(user for user in users.values() if user.email == address)
         yield ok("keycloak", f"{ctl.counted(users, 'user')} of static_users of the configuration take its place")
         return
@@ -1560,16 +1527,13 @@ def check_canaries(host: Installation, reader: KeycloakReader) -> Findings:
     for address in config.canary:
         users = [user for user in understand(host, reader, reader.find(email=address)).values() if user.email == address]
         if not any(user.enabled for user in users):
-            text = (
-                f"canary {address} is missing or disabled, so no user counts as missing or disabled, and unknown recipients get 451"
-            )
+            text = f"canary {address} is missing or disabled, so no user counts as such, and unknown recipients get 451"
             remedy = "make or enable that user in Keycloak; or take the address out of keycloak.canary"
             yield problem("keycloak-canary", text, remedy)
         watched |= {user.federation for user in users if user.federation}
     if not federations and providers is None and not host.has_all_users:
-        yield skipped(
-            "keycloak-canary", "is one needed? Not all users were read, and to read the federations the client needs view-realm"
-        )
+        text = "is one needed? Not all users were read, and to read the federations the client needs view-realm"
+        yield skipped("keycloak-canary", text)
     elif not federations:
         good = "no federation was seen" if config.canary else "no user comes from a federation, so none is needed"
         yield ok("keycloak-canary", good)

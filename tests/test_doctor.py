@@ -1002,7 +1002,7 @@ MAIN_MISTAKES = {
         {"virtual_transport": "lmtp:unix:private/nobody"},
         "problem",
         "postfix-access",
-        "start Dovecot, on the settings of examples/dovecot-2.3",
+        "start Dovecot, with this socket as in examples/dovecot-2.3",
     ),
     "accounts of the host": (
         {"virtual_mailbox_domains": "", "mydestination": "d1.test, d2.test"},
@@ -1091,6 +1091,13 @@ SOUND_SETTINGS = {
     "by a name of one's own": {
         "mailcloak_recipients": ASK % "recipient",
         RECIPIENTS: "reject_non_fqdn_recipient $mailcloak_recipients",
+    },
+    "in a class of a class": {
+        "smtpd_restriction_classes": "ours, theirs, none",
+        "ours": "theirs",
+        "theirs": f"none, {ASK % 'recipient'}",
+        "none": "",
+        RECIPIENTS: "ours, permit",
     },
     "in a class": {"smtpd_restriction_classes": "ours", "ours": ASK % "recipient", RECIPIENTS: "ours"},
     "alias map among others": {
@@ -2283,7 +2290,7 @@ def test_doctor_alone_loads_the_checks(site):
 
 def test_names_of_findings_are_of_one_form():
     source = (ROOT / "mailcloakdoctor.py").read_text(encoding="utf-8")
-    names = set(re.findall(r'(?:ok|skipped|warning|problem|make)\(\s*"([^"]*)",', source))
+    names = set(re.findall(r'(?:(?:ok|skipped|warning|problem|make)\(\s*|^    check = )"([^"]*)"', source, re.MULTILINE))
     assert len(names) > 30
     assert all(re.fullmatch(r"[a-z]+(-[a-z]+)*", name) and len(name) <= 22 for name in names), names
     listed = re.findall(r"^  ([a-z, -]+?)  ", mailcloakdoctor.__doc__.partition("The checks: ")[2], re.MULTILINE)
