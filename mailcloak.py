@@ -1196,24 +1196,25 @@ def _octal_mode(value: Any) -> int:
     return int(value, 8)
 
 
-def _account(kind: str, find: Callable[[str], Any], find_all: Callable[[], Iterable[Any]]) -> _Reader:
+def _account(kind: str, find: Callable[[str], Any], hint: str = "") -> _Reader:
     def read(value: Any) -> str:
         try:
             find(_text(value))
-        except KeyError:
-            raise ValueError(f"expected an existing {kind}", near_miss(value, [name for name, *_ in find_all()])) from None
+        except KeyError:  # no near miss: an account of another program would not do
+            raise ValueError(f"expected an existing {kind}", hint) from None
         return str(value)
 
     return _or_empty(read)
 
 
-_user = _account("user", pwd.getpwnam, pwd.getpwall)
-_group = _account("group", grp.getgrnam, grp.getgrall)
+_user = _account("user", pwd.getpwnam)
+_group = _account("group", grp.getgrnam)
 
 
 def _daemon_user(value: Any) -> str:
-    read = _user if os.geteuid() == 0 else _or_empty(_text)  # nobody else can become that user anyway
-    return str(read(value))
+    hint = "; make it by useradd --system --user-group, or by systemd-sysusers, as the README says"
+    # nobody else can become that user anyway
+    return str((_account("user", pwd.getpwnam, hint) if os.geteuid() == 0 else _or_empty(_text))(value))
 
 
 def _static_users(value: Any) -> Mapping[str, str]:
@@ -1477,6 +1478,15 @@ def postfix_warnings(config: Config) -> Iterator[Problem]:
     """What does not fit the Postfix of this host, if there is one. Source: postconf(1)."""
     import subprocess
 
+    for key in ("policy_socket", "socketmap_socket"):
+        directory = os.path.dirname(getattr(config.sockets, key))
+        try:
+            os.stat(directory)
+        except FileNotFoundError:
+            remedy = "start Postfix once, which makes its own, or correct the path"
+            yield Problem(f"sockets.{key}", f"directory {directory!r} does not exist", remedy)
+        except OSError:  # not to be seen from here
+            pass
     postconf = shutil.which("postconf", path=f"{os.environ.get('PATH', '')}:/usr/sbin")
     if not postconf:
         return
@@ -2384,12 +2394,12 @@ class KeycloakApi:
         """The user records that a search gives. Source: GET /admin/realms/{realm}/users."""
         status, body = self.get(session, deadline, self._users_url, query)
         if status == 403:
-            raise DirectoryMisconfigured(self.message("search refused (HTTP 403)"), self.role_remedy)
+            raise DirectoryMisconfigured(self.failure("search refused (HTTP 403)"), self.role_remedy)
         if status != 200:
-            raise DirectoryUnavailable(self.message(f"search failed (HTTP {status})"))
+            raise DirectoryUnavailable(self.failure(f"search failed (HTTP {status})"))
         records = self._json(body)
         if not isinstance(records, list) or not all(isinstance(record, dict) for record in records):
-            raise DirectoryUnavailable(self.message("the answer to a search is not a list of users"))
+            raise DirectoryUnavailable(self.failure("the answer to a search is not a list of users"))
         return records
 
     def users_may_edit_email(self, session: requests.Session, deadline: Deadline) -> Optional[bool]:
@@ -2407,6 +2417,12 @@ class KeycloakApi:
     def message(self, what: str) -> str:
         """What happened, with the realm it happened at."""
         return f"directory: realm {self._config.realm!r}: {what}"
+
+    def failure(self, what: str) -> str:
+        """What went wrong between Keycloak and us, with its host and port as well."""
+        url = urllib.parse.urlsplit(self._config.base_url)
+        port = "" if url.port else ":443" if url.scheme == "https" else ":80"
+        return self.message(f"{what}, host {url.netloc}{port}")
 
     @property
     def role_remedy(self) -> str:
@@ -2443,22 +2459,22 @@ class KeycloakApi:
         }
         status, body = self._exchange(session, deadline, "POST", self._token_url, data=form)
         if status == 404:
-            raise DirectoryMisconfigured(self.message("no such realm (HTTP 404)"), "check keycloak.realm and keycloak.base_url")
+            raise DirectoryMisconfigured(self.failure("no such realm (HTTP 404)"), "check keycloak.realm and keycloak.base_url")
         if status in (400, 401):
             reason = ""
             with contextlib.suppress(DirectoryUnavailable, AttributeError, TypeError):
                 error = self._json(body).get("error")
                 reason = f" {error}" if error in TOKEN_ERRORS else ""
             remedy = "check keycloak.client_id and keycloak.client_secret and that the client has Service accounts roles on"
-            raise DirectoryMisconfigured(self.message(f"token refused (HTTP {status}{reason})"), remedy)
+            raise DirectoryMisconfigured(self.failure(f"token refused (HTTP {status}{reason})"), remedy)
         if status != 200:
-            raise DirectoryUnavailable(self.message(f"no token (HTTP {status})"))
+            raise DirectoryUnavailable(self.failure(f"no token (HTTP {status})"))
         answer = self._json(body)
         text = answer.get("access_token") if isinstance(answer, dict) else None
         life = answer.get("expires_in") if isinstance(answer, dict) else None
         is_text = isinstance(text, str) and re.fullmatch(r"[!-~]+", text)
         if not is_text or not isinstance(life, (int, float)) or not 0 < life < 1e12:
-            raise DirectoryUnavailable(self.message("the answer to the token request holds no token"))
+            raise DirectoryUnavailable(self.failure("the answer to the token request holds no token"))
         self._token = Token(str(text), asked_at + life * TOKEN_LIFE_USED, time.monotonic())
         return self._token
 
@@ -2475,7 +2491,7 @@ class KeycloakApi:
             except requests.ConnectionError:  # most likely a kept connection that the server has closed
                 return self._exchange_once(session, deadline, method, url, options)
         except (urllib3.exceptions.HTTPError, http.client.HTTPException, OSError, ValueError, _AnswerTooLong) as exc:
-            raise DirectoryUnavailable(self.message(f"{_describe_failure(exc)}, host {urllib.parse.urlsplit(url).netloc}")) from exc
+            raise DirectoryUnavailable(self.failure(_describe_failure(exc))) from exc
 
     def _exchange_once(
         self, session: requests.Session, deadline: Deadline, method: str, url: str, options: Mapping[str, Any]
@@ -2484,7 +2500,7 @@ class KeycloakApi:
 
         started = time.monotonic()
         if started >= deadline:  # it waited for its turn until then
-            raise QuestionFailed(self.message("timed out before the request"))
+            raise QuestionFailed(self.failure("timed out before the request"))
         timeout: Any = urllib3.Timeout(total=deadline - started)
         try:
             with session.request(method, url, timeout=timeout, allow_redirects=False, stream=True, **options) as response:
@@ -2500,14 +2516,14 @@ class KeycloakApi:
     def _read_body(self, response: requests.Response) -> bytes:
         """The bytes of the body as they came: some hundred that are compressed can stand for a gigabyte."""
         if response.headers.get("Content-Encoding", "identity").lower() != "identity":
-            raise DirectoryUnavailable(self.message("an answer in a Content-Encoding, which was not asked for"))
+            raise DirectoryUnavailable(self.failure("an answer in a Content-Encoding, which was not asked for"))
         return b"".join(response.raw.stream(64 * 1024, decode_content=False))
 
     def _json(self, body: bytes) -> Any:
         try:
             return json.loads(body.decode().lstrip("\ufeff"))  # of bytes it would guess the encoding, and import that
         except (ValueError, RecursionError) as exc:
-            raise DirectoryUnavailable(self.message("the answer is not JSON")) from exc
+            raise DirectoryUnavailable(self.failure("the answer is not JSON")) from exc
 
 
 # ---------------------------------------------------------------------------------------------------------------------------------
@@ -2667,7 +2683,7 @@ class KeycloakUsers:
         try:
             result = lookup.answer.result(max(0.0, deadline - time.monotonic()))
         except FutureTimeout:
-            result = DirectoryUnavailable(self._api.message(f"no answer within {self._config.timeout_seconds:g} s"))
+            result = DirectoryUnavailable(self._api.failure(f"no answer within {self._config.timeout_seconds:g} s"))
             self._end(lookup, result)  # who asks later begins another
         if isinstance(result, Answer):
             return result

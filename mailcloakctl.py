@@ -1409,33 +1409,54 @@ def flush(context: Context) -> None:
 
 # Of a finding, each with its colour, the worst last.
 STATES = {"ok": GREEN, "skipped": YELLOW, "warning": YELLOW, "problem": RED}
+EXIT_NOT_RUN = 3
 
 
 def run_doctor(context: Context) -> int:
-    """Print what the checks find, and what to do next; 0 all is well, 1 there are warnings, 2 there are problems.
+    """Print what the checks find, and what to do next; 0 all is well, 1 there are warnings, 2 there are problems, 3 it could not run.
 
-    Only this command loads mailcloakdoctor.py, which has the checks. Raises Refused where that file is missing.
+    Only this command loads mailcloakdoctor.py, which has the checks. A reader who goes away changes neither the checks nor the code.
     """
     try:
         import mailcloakdoctor
-    except ModuleNotFoundError as exc:
-        if exc.name != "mailcloakdoctor":
-            raise
+    except ImportError as exc:
         path = os.path.join(os.path.dirname(os.path.realpath(__file__)), "mailcloakdoctor.py")
-        raise Refused(f"doctor: {path} is missing", "install mailcloak again (make install), which puts it there") from None
-    findings = []
-    for finding in mailcloakdoctor.run_checks(context.options):
+        say(f"mailcloakctl: doctor: {path} cannot be loaded: {exc}; install mailcloak again (make install), which puts it there")
+        return EXIT_NOT_RUN
+    findings: list[mailcloakdoctor.Finding] = []
+    errors: list[Optional[OSError]] = []
+    try:
+        for finding in mailcloakdoctor.run_checks(context.options):
+            show_progress("")
+            findings.append(finding)
+            if not context.options.json:
+                errors.append(try_to_print(functools.partial(print_finding, finding)))
         show_progress("")
-        findings.append(finding)
-        if not context.options.json:
-            print_finding(finding)
-    show_progress("")
-    if context.options.json:
-        print_json([{**finding._asdict(), "items": list(finding.items)} for finding in findings])
-    else:
-        print_summary(findings, mailcloakdoctor.SEE_FINDINGS)
+        if context.options.json:
+            rows = [{**finding._asdict(), "items": list(finding.items)} for finding in findings]
+            errors.append(try_to_print(functools.partial(print_json, rows)))
+        else:
+            errors.append(try_to_print(functools.partial(print_summary, findings, mailcloakdoctor.SEE_FINDINGS)))
+    except KeyboardInterrupt:
+        say("mailcloakctl: doctor: interrupted, not all was checked")
+        return EXIT_NOT_RUN
+    for error in errors:
+        if error and not isinstance(error, BrokenPipeError):
+            say(f"mailcloakctl: doctor: the findings could not be printed: {error.strerror or error}, send them elsewhere")
+            return EXIT_NOT_RUN
     states = {finding.state for finding in findings if finding.remedy}
     return 2 if "problem" in states else 1 if states else 0
+
+
+def try_to_print(show: Callable[[], None]) -> Optional[OSError]:
+    """Print at once; the error where that fails, and then all further output is dropped."""
+    try:
+        show()
+        sys.stdout.flush()
+    except OSError as exc:
+        drop_output()
+        return exc
+    return None
 
 
 def print_finding(finding: mailcloakdoctor.Finding) -> None:
@@ -1443,7 +1464,7 @@ def print_finding(finding: mailcloakdoctor.Finding) -> None:
     width = terminal_width()
     first, *rest = hang(f"{finding.state:<8} {finding.check:<22} ", finding.text, width)
     rest += hang(" " * 32 + "-> ", finding.remedy, width) if finding.remedy else []
-    print("\n".join([paint(first[:8], STATES[finding.state]) + first[8:].rstrip(), *rest]), flush=True)
+    print("\n".join([paint(first[:8], STATES[finding.state]) + first[8:].rstrip(), *rest]))
 
 
 def print_summary(findings: Sequence[mailcloakdoctor.Finding], see_findings: str) -> None:

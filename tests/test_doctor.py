@@ -5,10 +5,12 @@ from __future__ import annotations
 import argparse
 import base64
 import contextlib
+import grp
 import json
 import os
 import pwd
 import re
+import shlex
 import shutil
 import socket
 import sqlite3
@@ -218,12 +220,16 @@ def test_configuration_that_is_missing_is_a_problem(tmp_path):
     assert named(found, "config")[0].remedy.startswith("make it of config.yaml.sample")
     assert not named(found, "postfix")[0].text.startswith("the check")
     assert all(finding.check != "doctor" for finding in found), found
+    assert mailcloak.DEFAULT_DATABASE_PATH not in str(found), "nobody has configured it"
+    (database,) = named(found, "database")
+    assert (database.state, database.remedy) == ("skipped", mailcloakdoctor.FIX_CONFIG)
 
 
 @pytest.mark.real("root")
 def test_configuration_that_this_user_may_not_read_asks_for_root(site):
     site.write_config()
     outcome = as_nobody(lambda: run_checks(site.config_path)[0])
+    assert "state='skipped'" in outcome
     assert "Permission denied" in outcome
     assert mailcloakdoctor.AS_ROOT in outcome
 
@@ -305,7 +311,7 @@ def test_configuration_of_another_user_is_a_problem(site):
 @pytest.mark.parametrize(
     ("owner", "group", "mode", "remedy"),
     [
-        ("root", "root", 0o700, "chgrp nobody {}; chmod g+x {}"),
+        ("root", "root", 0o700, "chgrp nogroup {}; chmod g+x {}"),
         ("root", "nogroup", 0o700, "chmod g+x {}"),
         ("nobody", "root", 0o600, "chmod u+x {}"),
     ],
@@ -329,7 +335,7 @@ def test_configuration_that_a_reload_cannot_read_is_a_warning(site):
     site.config["daemon"]["user"] = "nobody"
     found = the_only(site.findings(mailcloakdoctor.check_config_files), "warning", "config-access")
     assert f"user nobody, which the daemon becomes, may not read {site.config_path}" in found.text
-    assert found.remedy.startswith("chgrp nobody ")
+    assert found.remedy.startswith(f"chgrp {grp.getgrgid(pwd.getpwnam('nobody').pw_gid).gr_name} ")
 
 
 @pytest.mark.real("root")
@@ -442,9 +448,8 @@ def test_database_that_is_damaged_is_a_problem(site):
     leaves = [index for index, page in enumerate(pages) if page[0] == 10 and index]  # leaf pages of an index
     content[leaves[-1] * 4096 + 3 : leaves[-1] * 4096 + 5] = b"\x00\x01"  # says that it holds one row alone
     site.database.write_bytes(content)
-    found = [finding for finding in site.findings(mailcloakdoctor.check_database) if finding.state == "problem"]
-    assert [finding.check for finding in found] == ["database"]
-    assert found[0].remedy == "restore it from a backup"
+    (found,) = named(site.findings(mailcloakdoctor.check_database), "database")  # and not ok besides
+    assert (found.state, found.remedy) == ("problem", "restore it from a backup")
 
 
 def test_database_that_was_not_read_holds_neither_aliases_nor_apps_that_are_good(site, monkeypatch):
@@ -512,6 +517,73 @@ def test_database_that_this_user_may_not_read_is_not_checked(site):
     outcome = as_nobody(lambda: run_checks(site.config_path, mailcloakdoctor.check_database)[1])
     assert "state='skipped'" in outcome
     assert mailcloakdoctor.AS_ROOT in outcome
+
+
+# ---- the commands of remedies are carried out, and help
+
+
+def carry_out(site, remedy, **placeholders):
+    """Run the commands of a remedy as a shell would, with these values in place of the words in capitals; what they were."""
+    for word, value in placeholders.items():
+        remedy = re.sub(rf"\b{word}\b", value, remedy)
+    commands = re.findall(r"""sqlite3 \S+ (?:"[^"]*"|'[^']*')|(?:chmod|chown|chgrp|mailcloakctl) [^;,]*""", remedy)
+    for command in commands:
+        words = shlex.split(command)
+        if words[0] == "mailcloakctl":
+            run_ctl("--db", site.database, *words[1:])
+        elif words[0] == "sqlite3":  # its command need not be installed
+            site.execute(words[2])
+        else:
+            subprocess.run(words, check=True, timeout=30)
+    return commands
+
+
+def as_daemon(path, owner, group, mode):
+    """Let nobody be the daemon's user, and give the path away."""
+
+    def mistake(site):
+        site.config["daemon"]["user"] = "nobody"
+        target = path(site)
+        shutil.chown(target, owner, group)
+        target.chmod(mode)
+
+    return mistake
+
+
+MODES = {  # what is done, the check that finds it
+    "secret for everybody": (lambda site: site.config_path.chmod(0o644), "config-mode"),
+    "configuration for all to write": (lambda site: site.config_path.chmod(0o622), "config-mode"),
+    "folder for all to write": (lambda site: site.config_path.parent.chmod(0o777), "config-mode"),
+    "configuration of another": (lambda site: shutil.chown(site.config_path, "daemon"), "config-mode"),
+    "configuration closed to the daemon": (as_daemon(lambda site: site.config_path, "root", "root", 0o600), "config-access"),
+    "database for all to read": (lambda site: site.database.chmod(0o644), "database-mode"),
+    "database for all to write": (lambda site: site.database.chmod(0o666), "database-mode"),
+    "folder of the database for all to write": (lambda site: site.database.parent.chmod(0o757), "database-mode"),
+    "database closed to the daemon": (as_daemon(lambda site: site.database, "root", "root", 0o640), "database-access"),
+    "database that its owner may not write": (as_daemon(lambda site: site.database, "nobody", "root", 0o440), "database-access"),
+    "database in WAL mode": (lambda site: site.execute("PRAGMA journal_mode = WAL"), "database-journal"),
+}
+
+
+@pytest.mark.real("root")
+@pytest.mark.parametrize(("mistake", "check"), MODES.values(), ids=MODES)
+def test_command_of_a_remedy_for_files_helps(keycloak_site, mistake, check):
+    site = keycloak_site
+    site.write_config()
+    mistake(site)
+    if site.config["daemon"]["user"]:
+        site.config_path.parent.chmod(0o755)
+        site.config_path.write_text(yaml.safe_dump(site.config))
+
+    def found():
+        checks = (mailcloakdoctor.check_config_files, mailcloakdoctor.check_database)
+        return [finding for finding in site.findings(*checks, write=False) if finding.check == check and finding.remedy]
+
+    assert found()
+    for _ in range(3):  # a directory first, then what is in it
+        for finding in found():
+            assert carry_out(site, finding.remedy)
+    assert not found()
 
 
 # ---- the daemon and its sockets
@@ -638,6 +710,44 @@ def test_daemon_that_hangs_is_given_up(running, monkeypatch):
     assert time.monotonic() - started < 10
 
 
+@pytest.mark.real("root")
+def test_daemon_that_this_user_may_not_ask_is_skipped(running, site):
+    findings, _, _ = running
+    for path in (site.config_path, *list(site.config["sockets"].values())[:2]):
+        os.chmod(path, 0o644 if path == site.config_path else 0o600)
+
+    def run():
+        found = findings(mailcloakdoctor.check_daemon, mailcloakdoctor.check_sockets)
+        return [(finding.state, finding.check, finding.remedy) for finding in found if finding.state != "ok"]
+
+    expected = [("skipped", name, mailcloakdoctor.AS_ROOT) for name in ("daemon", "socket-policy", "socket-aliases")]
+    assert as_nobody(run) == str(expected)
+    site.config_path.parent.chmod(0o700)
+    assert "Permission denied" in as_nobody(lambda: site.findings(mailcloakdoctor.check_sockets, write=False)[0].text)
+
+
+def test_socket_whose_directory_is_missing_does_not_wait_for_the_daemon(site, tmp_path):
+    site.config["sockets"]["policy_socket"] = str(tmp_path / "absent" / "policy")
+    assert "its directory is missing" in named(site.findings(mailcloakdoctor.check_sockets), "socket-policy")[0].remedy
+
+
+def test_finding_that_sends_to_the_log_says_where_it_is(running, site, tmp_path, monkeypatch):
+    findings, stats, fake = running
+    stats["database"] = {"path": str(site.database), "works": False}
+    fake.policy = b""  # closes the connection
+    settings = tmp_path / "conf.d"
+    settings.write_text('# settings\nmailcloak_log="/srv/log/mailcloak"\n')
+    by_systemd = "journalctl -u mailcloak" if os.path.isdir("/run/systemd/system") else ""
+    for path, expected in ((tmp_path / "absent", "/var/log/mailcloak.log, or"), (settings, "/srv/log/mailcloak)")):
+        monkeypatch.setattr(mailcloakdoctor, "OPENRC_SETTINGS", str(path))
+        assert (by_systemd or expected) in the_only(findings(), "problem", "daemon-database").remedy
+        remedy = named(findings(mailcloakdoctor.check_sockets), "socket-policy")[0].remedy
+        assert f"its log ({by_systemd or expected}" in remedy
+    site.config["daemon"]["log"] = "syslog"
+    site.write_config()
+    assert "the host's log of mail" in named(findings(), "daemon-database")[0].remedy
+
+
 def test_socket_that_is_something_else_is_a_problem(site):
     path = Path(site.config["sockets"]["policy_socket"])
     path.write_text("")
@@ -669,11 +779,24 @@ def test_socket_of_another_owner_than_configured_is_a_warning(running, site):
 # ---- Postfix, by the real postconf on a private instance
 
 
+@contextlib.contextmanager
+def listening(path):
+    """A socket of Postfix's own user that takes connections."""
+    with contextlib.closing(socket.socket(socket.AF_UNIX)) as listener:
+        listener.bind(str(path))
+        if os.geteuid() == 0:
+            shutil.chown(path, "postfix", "postfix")
+        listener.listen(4000)
+        yield
+    path.unlink()
+
+
 @pytest.fixture(scope="module")
 def instance():
-    """Postfix on the sample settings, not started."""
+    """Postfix on the sample settings, not started, and somebody who listens where Dovecot does."""
     postfix = PrivatePostfix(ports=["submission", "submissions"])
-    yield postfix
+    with listening(postfix.private / "auth"), listening(postfix.private / "dovecot-lmtp"):
+        yield postfix
     postfix.close()
 
 
@@ -715,16 +838,28 @@ real_postfix = pytest.mark.real("postfix", "root")
 def test_sample_settings_of_postfix_have_no_finding(ask_postfix, postfix):
     found = ask_postfix()
     nothing(found)
-    assert named(found, "postfix")[0].text == f"{postfix.config} has 3 smtpd services"
+    assert named(found, "postfix")[0].text == f"{postfix.config} has 4 smtpd services"
     assert [finding.text.partition("/inet ")[2] for finding in named(found, "postfix-smtpd")] == [
         "asks mailcloak about each recipient and each sender"
-    ] * 3
+    ] * 4
     assert [finding.text for finding in named(found, "postfix-access")] == [
-        f"user postfix can connect to {postfix.private / name} from its chroot" for name in ("mailcloak", "mailcloak-socketmap")
+        f"user postfix can connect to {postfix.private / name} from its chroot"
+        for name in ("mailcloak", "mailcloak-socketmap", "auth", "dovecot-lmtp")
     ]
     assert named(found, "postfix-domains")[0].text == "Postfix takes mail for d1.test, d2.test"
+    (delivery,) = named(found, "postfix-delivery")
+    assert delivery.text == "mail for d1.test, d2.test goes to lmtp:unix:private/dovecot-lmtp"
+    (local,) = named(found, "postfix-sendmail")
+    assert local.text == f"mail by sendmail(1) goes through 127.0.0.1:{postfix.ports['sendmail']}/inet, which asks mailcloak"
 
 
+TO_DOVECOT = "main.cf: virtual_transport = lmtp:unix:private/dovecot-lmtp"
+RELAY = "smtpd_relay_restrictions"
+AS_LOCAL = {
+    "virtual_mailbox_domains": "",
+    "mydestination": "d1.test, d2.test",
+    "mailbox_transport": "lmtp:unix:private/dovecot-lmtp",
+}
 MAIN_MISTAKES = {
     "permit_mynetworks before recipients": (
         {RECIPIENTS: f"permit_mynetworks, {ASK % 'recipient'}"},
@@ -853,6 +988,59 @@ MAIN_MISTAKES = {
     "other delimiter": ({"recipient_delimiter": "-"}, "problem", "postfix-delimiter", 'policy.recipient_delimiter: "-"'),
     "no delimiter": ({"recipient_delimiter": ""}, "problem", "postfix-delimiter", 'policy.recipient_delimiter: ""'),
     "rewriting": ({"append_dot_mydomain": "yes"}, "warning", "postfix-rewriting", "main.cf: append_dot_mydomain = no"),
+    "no transport": (
+        {"virtual_transport": "", "virtual_mailbox_domains": "d1.test, d2.test"},
+        "problem",
+        "postfix-delivery",
+        TO_DOVECOT,
+    ),
+    "transport that Postfix does not have": ({"virtual_transport": "dovecot"}, "problem", "postfix-delivery", TO_DOVECOT),
+    "transport that throws away": ({"virtual_transport": "discard:"}, "problem", "postfix-delivery", TO_DOVECOT),
+    "transport that refuses": ({"virtual_transport": "error:closed"}, "problem", "postfix-delivery", TO_DOVECOT),
+    "virtual without mailboxes": ({"virtual_transport": "virtual"}, "problem", "postfix-delivery", TO_DOVECOT),
+    "nobody at the transport": (
+        {"virtual_transport": "lmtp:unix:private/nobody"},
+        "problem",
+        "postfix-access",
+        "start Dovecot, with this socket as in examples/dovecot-2.3",
+    ),
+    "accounts of the host": (
+        {"virtual_mailbox_domains": "", "mydestination": "d1.test, d2.test"},
+        "problem",
+        "postfix-delivery",
+        "main.cf: mailbox_transport = lmtp:unix:private/dovecot-lmtp",
+    ),
+    "recipients of the host": (
+        {**AS_LOCAL, "local_recipient_maps": "proxy:unix:passwd.byname $alias_maps"},
+        "problem",
+        "postfix-recipients",
+        "main.cf: leave local_recipient_maps empty",
+    ),
+    "recipients in a table": (
+        {"virtual_mailbox_maps": "texthash:/etc/postfix/users"},
+        "warning",
+        "postfix-recipients",
+        "main.cf: leave virtual_mailbox_maps empty",
+    ),
+    "open relay": ({RELAY: "permit"}, "problem", "postfix-relay", f"{RELAY} = permit_mynetworks, permit_sasl_authenticated, reject"),
+    "open relay by the networks": ({"mynetworks": "0.0.0.0/0"}, "problem", "postfix-relay", "only hosts of yours"),
+    "nothing ends relaying": ({RELAY: ""}, "problem", "postfix-relay", f"{RELAY} = permit_mynetworks"),
+    "everything refused": ({"smtpd_client_restrictions": "reject"}, "problem", "postfix-relay", "take it out, then postfix reload"),
+    "mail of other hosts refused": (
+        {"smtpd_helo_restrictions": "permit_mynetworks, defer"},
+        "warning",
+        "postfix-relay",
+        "compare the line smtp",
+    ),
+    "logins by Cyrus": ({"smtpd_sasl_type": "cyrus"}, "problem", "postfix-login", "main.cf: smtpd_sasl_type = dovecot"),
+    "nobody to log in at": ({"smtpd_sasl_path": "private/nobody"}, "problem", "postfix-access", "smtpd_sasl_path = private/auth"),
+    "no tokens": (
+        {"smtpd_sasl_mechanism_filter": "plain, !xoauth2, login"},
+        "problem",
+        "postfix-login",
+        "smtpd_sasl_mechanism_filter = !external, static:rest",
+    ),
+    "cron as one of ours": ({"myorigin": "D1.test"}, "warning", "postfix-sendmail", "main.cf: myorigin = $myhostname"),
     "typing error": (
         {"smtpd_recipient_restrictons": "reject"},
         "warning",
@@ -879,6 +1067,18 @@ def test_mistake_in_main_cf(ask_postfix, postfix, settings, state, check, remedy
     assert remedy in remedies
 
 
+@real_postfix
+@pytest.mark.parametrize("name", [name for name, (*_, remedy) in MAIN_MISTAKES.items() if re.match(r"main\.cf: \w+ = ", remedy)])
+def test_setting_that_a_remedy_names_helps(ask_postfix, postfix, name):
+    postfix.set(**MAIN_MISTAKES[name][0])
+    remedies = {finding.remedy for finding in ask_postfix() if finding.remedy}
+    for remedy in remedies:
+        settings = re.findall(r"(\w+) = (.+?)(?=, \w+ =|, then postfix reload$|, or another)", remedy.removeprefix("main.cf: "))
+        assert settings, remedy
+        postfix.set(**dict(settings))
+    nothing(ask_postfix())
+
+
 SOUND_SETTINGS = {
     "one service for both": {SENDERS: "", RECIPIENTS: "check_policy_service unix:private/mailcloak"},
     "in the relay list": {RECIPIENTS: "", "smtpd_relay_restrictions": f"{ASK % 'recipient'}, reject_unauth_destination"},
@@ -892,11 +1092,26 @@ SOUND_SETTINGS = {
         "mailcloak_recipients": ASK % "recipient",
         RECIPIENTS: "reject_non_fqdn_recipient $mailcloak_recipients",
     },
+    "in a class of a class": {
+        "smtpd_restriction_classes": "ours, theirs, none",
+        "ours": "theirs",
+        "theirs": f"none, {ASK % 'recipient'}",
+        "none": "",
+        RECIPIENTS: "ours, permit",
+    },
     "in a class": {"smtpd_restriction_classes": "ours", "ours": ASK % "recipient", RECIPIENTS: "ours"},
     "alias map among others": {
         "virtual_alias_maps": "texthash:/etc/other, socketmap:unix:private/mailcloak-socketmap:alias",
     },
     "further domains in a table": {"virtual_mailbox_domains": "d1.test, d2.test, texthash:/etc/postfix/domains"},
+    "domains of local": AS_LOCAL,
+    "relaying ended in the list of recipients": {RELAY: "", RECIPIENTS: f"{ASK % 'recipient'}, reject_unauth_destination"},
+    "domains that are relayed": {"virtual_mailbox_domains": "", "relay_domains": "d1.test, d2.test", "relay_transport": "smtp"},
+    "mechanisms named": {"smtpd_sasl_mechanism_filter": "plain, XOAUTH2"},
+    "unlisted recipients passed": {"virtual_mailbox_maps": "texthash:/x", "smtpd_reject_unlisted_recipient": "no"},
+    "Dovecot over TCP": {"virtual_transport": "lmtp:inet:127.0.0.1:24", "smtpd_sasl_path": "inet:127.0.0.1:12345"},
+    "delivery by another program": {"virtual_transport": "smtp:[mailstore.test]"},
+    "trusted hosts alone relay": {RELAY: "permit_mynetworks, reject_unauth_destination", "mynetworks": "10.0.0.0/8, 127.0.0.1"},
     "default action of all": {
         RECIPIENTS: "check_policy_service unix:private/mailcloak",
         "smtpd_policy_service_default_action": "defer_if_permit try later",
@@ -912,9 +1127,32 @@ def test_other_sound_settings_have_no_finding(ask_postfix, postfix, settings):
 
 
 @real_postfix
-def test_domains_in_a_table_are_not_looked_for(ask_postfix, postfix):
-    postfix.set(virtual_mailbox_domains="d1.test, texthash:/etc/postfix/domains")
-    the_only_skipped(ask_postfix(), "postfix-domains", "is d2.test in texthash:/etc/postfix/domains?")
+def test_domains_are_looked_for_in_tables_and_files(ask_postfix, postfix, tmp_path):
+    table, listed = tmp_path / "table", tmp_path / "list"
+    table.write_text("d2.test anything\n")
+    listed.write_text("# ours\nD1.test\n")
+    postfix.set(virtual_mailbox_domains=f"{listed}, texthash:{table}")
+    nothing(ask_postfix())
+    postfix.set(virtual_mailbox_domains=f"!d2.test, {listed}, proxy:texthash:{table}")
+    assert the_only(ask_postfix(), "problem", "postfix-domains").text == "Postfix takes no mail for d2.test"
+    postfix.set(virtual_mailbox_domains="d1.test, d2.test", virtual_alias_domains=f"texthash:{table}")
+    found = the_only(ask_postfix(), "problem", "postfix-domains")
+    assert found.text == "d2.test is in virtual_alias_domains and in virtual_mailbox_domains"
+    table.unlink()
+    the_only_skipped(
+        ask_postfix(), "postfix-domains", "does Postfix take mail for d1.test, d2.test, and deliver it? postmap failed"
+    )
+    postfix.set(virtual_alias_domains=str(table))
+    the_only_skipped(ask_postfix(), "postfix-domains", f"No such file or directory: '{table}'")
+
+
+@real_postfix
+def test_transport_of_a_single_domain_counts(ask_postfix, postfix, tmp_path):
+    table = tmp_path / "transport"
+    table.write_text("d2.test discard:\nd1.test :\n")
+    postfix.set(transport_maps=f"texthash:{table}")
+    found = the_only(ask_postfix(), "problem", "postfix-delivery")
+    assert "= discard:: mail for d2.test is lost or waits: discard(8) throws it away" in found.text
 
 
 def add_to_service(postfix, name, option):
@@ -947,6 +1185,84 @@ def test_mistake_in_master_cf_is_that_of_one_service(ask_postfix, postfix, optio
     found = the_only(ask_postfix(), "problem", check)
     assert found.text.startswith(f"127.0.0.1:{postfix.ports['submission']}/inet")
     assert remedy in found.remedy
+
+
+def change_master(postfix, old, new):
+    path = postfix.config / "master.cf"
+    text, count = re.subn(old, new, path.read_text(), flags=re.MULTILINE)
+    assert count, old
+    path.write_text(text)
+    postfix._age_files()
+
+
+@real_postfix
+def test_mail_of_this_host_that_meets_no_smtpd_is_a_warning_until_it_is_restricted(ask_postfix, postfix):
+    change_master(postfix, "^  -o content_filter=smtp.*\n", "")
+    found = the_only(ask_postfix(), "warning", "postfix-sendmail")
+    assert "examples/postfix/master.cf" in found.remedy
+    settings = found.remedy.partition("or main.cf: ")[2]
+    assert settings == "authorized_submit_users = root"
+    postfix.set(authorized_submit_users="root, www-data")
+    found = ask_postfix()
+    nothing(found)
+    (found,) = named(found, "postfix-sendmail")
+    assert found.text == "only root and www-data may use sendmail(1); mailcloak is not asked about their mail"
+    postfix.set(authorized_submit_users="!www-data, static:all")
+    the_only(ask_postfix(), "warning", "postfix-sendmail")
+    change_master(postfix, "^pickup .*\n.*\n", "")
+    nothing(ask_postfix())
+
+
+@real_postfix
+def test_mail_of_this_host_through_a_port_that_does_not_ask_is_a_warning(ask_postfix, postfix):
+    change_master(postfix, "^  -o mynetworks=.*", f"  -o {RECIPIENTS}=permit_mynetworks,reject\n  -o {SENDERS}=")
+    the_only(ask_postfix(), "warning", "postfix-sendmail")
+
+
+@real_postfix
+def test_aliases_that_are_replaced_before_the_check_are_a_problem(ask_postfix, postfix):
+    change_master(postfix, "^  -o receive_override_options=.*\n", "")
+    assert "no_address_mappings" in the_only(ask_postfix(), "problem", "postfix-sendmail").remedy
+
+
+@real_postfix
+def test_table_that_may_permit_before_mailcloak_is_said(ask_postfix, postfix):
+    postfix.set(**{RECIPIENTS: f"check_client_access texthash:/x, {ASK % 'recipient'}"})
+    found = ask_postfix()
+    nothing(found)
+    assert all(each.text.endswith(", where check_client_access before it permits none") for each in named(found, "postfix-smtpd"))
+    assert named(found, "postfix-relay")[0].text.endswith(", if tables permit nothing else")
+
+
+@real_postfix
+def test_aliases_that_are_left_to_a_filter_that_is_not_there_are_a_problem(ask_postfix, postfix):
+    add_to_service(postfix, "submission", "receive_override_options=no_address_mappings")
+    assert "take no_address_mappings out" in the_only(ask_postfix(), "problem", "postfix-aliases").remedy
+    add_to_service(postfix, "submission", "content_filter=scan:[127.0.0.1]:10025")
+    nothing(ask_postfix())
+
+
+@real_postfix
+def test_host_without_a_port_for_logins_is_a_warning(ask_postfix, postfix):
+    change_master(postfix, "^  -o smtpd_sasl_auth_enable=yes", "  -o smtpd_sasl_auth_enable=no")
+    assert "examples/postfix/master.cf" in the_only(ask_postfix(), "warning", "postfix-login").remedy
+
+
+@real_postfix
+def test_settings_of_the_service_itself_count_where_it_delivers(ask_postfix, postfix):
+    """local(8) and trivial-rewrite(8) read their own -o options."""
+    postfix.set(**{**AS_LOCAL, "mailbox_transport": ""})
+    the_only(ask_postfix(), "problem", "postfix-delivery")
+    change_master(postfix, "^(local unix .*)", r"\1\n  -o mailbox_transport=lmtp:unix:private/dovecot-lmtp")
+    nothing(ask_postfix())
+    change_master(postfix, "^(rewrite unix .*)", r"\1\n  -o local_transport=discard:")
+    the_only(ask_postfix(), "problem", "postfix-delivery")
+
+
+@real_postfix
+def test_mailboxes_of_virtual_are_not_said_to_be_there(ask_postfix, postfix):
+    postfix.set(virtual_transport="virtual", virtual_mailbox_maps="texthash:/etc/postfix/users")
+    the_only_skipped(ask_postfix(), "postfix-delivery", "has texthash:/etc/postfix/users a mailbox for each user?")
 
 
 @real_postfix
@@ -991,7 +1307,7 @@ def test_socket_outside_the_queue_directory_is_a_problem_for_a_chroot_alone(site
         )
         ask = {"postfix_config": [str(postfix.config)]}
         found = [each for each in site.findings(mailcloakdoctor.check_postfix, **ask) if each.check == "postfix-access"]
-        assert [each.state for each in found] == ["problem"] * 2
+        assert [each.state for each in found] == ["problem", "problem", "ok", "ok"]
         assert f"sockets: put both below {postfix.queue_directory}/private" in found[0].remedy
         postfix._run("postconf", "-F", "*/*/chroot=n")
         nothing(site.findings(mailcloakdoctor.check_postfix, **ask))
@@ -1023,7 +1339,7 @@ def test_who_is_not_root_is_told_what_was_not_checked(mail_site, postfix):
         found = run_checks(mail_site.config_path, mailcloakdoctor.check_postfix, postfix_config=[str(postfix.config)])
         return [(finding.state, finding.check, finding.remedy) for finding in found if finding.state != "ok"]
 
-    assert as_nobody(run) == str([("skipped", "postfix-access", mailcloakdoctor.AS_ROOT)] * 2)
+    assert as_nobody(run) == str([("skipped", "postfix-access", mailcloakdoctor.AS_ROOT)] * 4)
 
 
 @pytest.mark.real("postfix")
@@ -1211,6 +1527,33 @@ def test_dovecot_that_may_not_read_the_database_is_a_problem(readable_site, dove
 
 
 @real_dovecot
+def test_dovecot_is_not_compared_with_a_database_that_is_not_known(site, dovecot_factory):
+    """But whether it can read its own is checked."""
+    site.config["sqlite"] = {"path": 7}
+    site.database.chmod(0o600)
+    found = ask_dovecot(site, dovecot_factory(site.database))
+    assert {finding.check for finding in found if finding.state == "problem"} == {"config", "dovecot-access"}
+    assert f"may not read {site.database}" in named(found, "dovecot-access")[0].text
+
+
+@real_dovecot
+@pytest.mark.parametrize(
+    ("mechanisms", "says"),
+    [
+        ("plain login", "no user can log in with a token"),
+        ("xoauth2", "no app can log in"),
+        ("plain xoauth2 cram-md5", "mailcloak believes logins by these too, whatever Dovecot checks for them: cram-md5"),
+    ],
+)
+def test_mechanisms_of_dovecot_that_do_not_fit_are_a_warning(readable_site, dovecot_factory, mechanisms, says):
+    readable_site.insert("apps", app_id="printer", secret_hash="x")
+    change = ("auth_mechanisms = plain login oauthbearer xoauth2", f"auth_mechanisms = {mechanisms}")
+    found = the_only(ask_dovecot(readable_site, dovecot_factory(readable_site.database, [change])), "warning", "dovecot-mechanisms")
+    assert says in found.text
+    assert found.remedy.startswith(change[0])
+
+
+@real_dovecot
 def test_dovecot_with_a_wrong_query_is_a_problem(readable_site, dovecot_factory):
     instance = dovecot_factory(readable_site.database, [("AND enabled = 1", "AND 1 = 1")])
     assert "lets disabled apps log in" in the_only(ask_dovecot(readable_site, instance), "problem", "dovecot-query").text
@@ -1220,7 +1563,7 @@ def test_dovecot_with_a_wrong_query_is_a_problem(readable_site, dovecot_factory)
 def test_dovecot_without_the_database_matters_only_where_there_are_apps(site, tmp_path):
     first = "dovecot_config_version = 2.4.0\ndovecot_storage_version = 2.4.0\n" if installed_version() >= (2, 4) else ""
     path = tmp_path / "dovecot.conf"
-    path.write_text(f"{first}ssl = no\n")
+    path.write_text(f"{first}ssl = no\nauth_mechanisms = plain oauthbearer\n")
     ask = (mailcloakdoctor.check_database, mailcloakdoctor.check_dovecot)
     nothing(site.findings(*ask, dovecot_config=str(path)))
     site.insert("apps", app_id="printer", secret_hash="x")
@@ -1445,6 +1788,7 @@ def test_of_too_many_users_those_are_looked_up_that_aliases_and_apps_name(keyclo
         mailcloakdoctor.check_keycloak,
         mailcloakdoctor.check_role_addresses,
         mailcloakdoctor.check_aliases,
+        mailcloakdoctor.check_users,
     )
     found = keycloak_site.findings(*checks)
     assert "more than can be read: the first 20 were looked at, and 2 more that aliases and apps name; not 1 others of these" in (
@@ -1452,6 +1796,11 @@ def test_of_too_many_users_those_are_looked_up_that_aliases_and_apps_name(keyclo
     )
     assert named(found, "alias-user-missing")[0].items == ("of-x1gone@d1.test (x1gone)",)
     assert named(found, "abuse")[0].items == ("abuse@d2.test",)
+    assert skipped_checks(found)["aliases"] == "do all their users exist? 1 were not looked up"
+    assert skipped_checks(found)["users"].startswith("nothing is wrong with the 2")
+    assert "Not all users were read" in skipped_checks(found)["keycloak-canary"]
+    keycloak_site.config["policy"]["domain"] = ["elsewhere.test"]  # nor is it said that nobody is in it
+    assert named(keycloak_site.findings(*checks), "users")[0].state == "skipped"
 
 
 @pytest.mark.real("keycloak")
@@ -1545,7 +1894,7 @@ DATA = {
         "warning",
         "postmaster",
         ("postmaster@d1.test",),
-        "USERNAME",
+        "mailcloakctl aliases enable postmaster@d1.test",
     ),
     "user of an alias missing": (
         alias("info@d1.test", "Gone"),
@@ -1664,6 +2013,24 @@ def test_mistake_in_addresses_users_or_apps(keycloak_site, realm, mistake, state
     assert remedy in found.remedy
     others = {finding.check for finding in ask_all(keycloak_site) if finding.state != "ok"} - {check}
     assert others <= {"alias-shadow", "primary-name"}, "a circle shadows, and a name that is an e-mail begins with another's"
+
+
+@pytest.mark.parametrize(
+    "name", [name for name, (*_, remedy) in DATA.items() if "APP_ID --" in remedy or "aliases" in remedy or "SERN" in remedy]
+)
+def test_command_of_a_remedy_for_addresses_and_apps_helps(keycloak_site, realm, name):
+    mistake, _, check, items, _ = DATA[name]
+    mistake(keycloak_site, realm)
+
+    def wrong():
+        return [finding for finding in ask_all(keycloak_site) if finding.check == check and finding.state != "ok"]
+
+    for item in items:  # one after another
+        (found,) = wrong()
+        item = item.partition(" ")[0]
+        first = re.split(r", or | or set |, unless", found.remedy)[0]
+        assert carry_out(keycloak_site, first, ADDRESS=item, APP_ID=item, USERNAME="alice")
+    assert not wrong()
 
 
 def test_mailbox_domain_makes_chains_and_names_harmless(keycloak_site, realm):
@@ -1838,15 +2205,77 @@ def test_doctor_whose_file_is_missing_says_so_and_the_other_commands_work(site, 
         return subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
 
     result = run("doctor")
-    assert (result.returncode, result.stdout) == (1, "")
+    assert (result.returncode, result.stdout) == (3, "")
     missing = tmp_path.resolve() / "mailcloakdoctor.py"
+    reason = "cannot be loaded: No module named 'mailcloakdoctor'"
     assert (
-        result.stderr
-        == f"mailcloakctl: doctor: {missing} is missing; install mailcloak again (make install), which puts it there\n"
+        result.stderr == f"mailcloakctl: doctor: {missing} {reason}; install mailcloak again (make install), which puts it there\n"
     )
     assert "postmaster@d1.test" in run("aliases", "list").stdout
     missing.write_text("import module_that_is_not_there\n")
-    assert "module_that_is_not_there" in run("doctor").stderr
+    result = run("doctor")
+    assert result.returncode == 3
+    assert "cannot be loaded: No module named 'module_that_is_not_there'" in result.stderr
+
+
+THREE_CHECKS = """
+import sys, mailcloakctl, mailcloakdoctor
+
+def check(host):
+    yield mailcloakdoctor.ok("first", "x" * 100_000)
+    yield mailcloakdoctor.{state}("second", "y", "z")
+    with open({ran!r}, "w"):
+        pass
+
+def broken(host):
+    raise BrokenPipeError
+
+mailcloakdoctor.CHECKS = ({checks},)
+sys.exit(mailcloakctl.main(sys.argv[1:]))
+"""
+
+
+@pytest.mark.parametrize("form", [[], ["--json"]], ids=["text", "json"])
+@pytest.mark.parametrize(("state", "code"), [("problem", 2), ("warning", 1)])
+def test_doctor_whose_reader_goes_away_runs_all_checks_and_exits_with_their_code(site, tmp_path, form, state, code):
+    ran = tmp_path / "ran"
+    program = THREE_CHECKS.format(state=state, ran=str(ran), checks="check")
+    command = [sys.executable, "-c", program, "--db", str(site.database), "doctor", *form]
+    reader, writer = os.pipe()
+    os.close(reader)
+    result = subprocess.run(command, stdout=writer, stderr=subprocess.PIPE, check=False, timeout=60, cwd=ROOT)
+    os.close(writer)
+    assert (result.returncode, result.stderr) == (code, b"")
+    assert ran.exists()
+
+
+@pytest.mark.parametrize("form", [[], ["--json"]], ids=["text", "json"])
+def test_doctor_that_cannot_print_says_so_and_does_not_exit_as_if_all_were_well(site, tmp_path, form):
+    ran = tmp_path / "ran"
+    program = THREE_CHECKS.format(state="problem", ran=str(ran), checks="check")
+    command = [sys.executable, "-c", program, "--db", str(site.database), "doctor", *form]
+    with open("/dev/full", "w") as full:
+        result = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, check=False, timeout=60, cwd=ROOT)
+    said = "mailcloakctl: doctor: the findings could not be printed: No space left on device, send them elsewhere\n"
+    assert (result.returncode, result.stderr) == (3, said)
+    assert ran.exists()
+
+
+def test_pipe_that_breaks_inside_a_check_is_a_fault_of_that_check(site, tmp_path):
+    program = THREE_CHECKS.format(state="ok", ran="", checks="broken")
+    command = [sys.executable, "-c", program, "--db", str(site.database), "doctor"]
+    result = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60, cwd=ROOT)
+    assert (result.returncode, result.stderr) == (2, "")
+    assert "broken failed: error=BrokenPipeError" in result.stdout
+
+
+def test_doctor_that_is_interrupted_does_not_exit_as_if_all_had_been_checked(site, capsys, monkeypatch):
+    def check(host):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(mailcloakdoctor, "CHECKS", (check,))
+    assert mailcloakctl.main(["--db", str(site.database), "doctor"]) == 3
+    assert capsys.readouterr().err == "mailcloakctl: doctor: interrupted, not all was checked\n"
 
 
 def test_doctor_alone_loads_the_checks(site):
@@ -1862,7 +2291,7 @@ def test_doctor_alone_loads_the_checks(site):
 
 def test_names_of_findings_are_of_one_form():
     source = (ROOT / "mailcloakdoctor.py").read_text(encoding="utf-8")
-    names = set(re.findall(r'(?:ok|skipped|warning|problem|make)\(\s*"([^"]*)",', source))
+    names = set(re.findall(r'(?:(?:ok|skipped|warning|problem|make)\(\s*|^    check = )"([^"]*)"', source, re.MULTILINE))
     assert len(names) > 30
     assert all(re.fullmatch(r"[a-z]+(-[a-z]+)*", name) and len(name) <= 22 for name in names), names
     listed = re.findall(r"^  ([a-z, -]+?)  ", mailcloakdoctor.__doc__.partition("The checks: ")[2], re.MULTILINE)

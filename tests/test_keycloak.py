@@ -284,13 +284,16 @@ def test_worker_is_free_again_soon_after_a_hanging_answer(keycloak, directory, f
     [
         pytest.param(
             {"client_secret": "wrong"},
-            "token refused (HTTP 401 unauthorized_client), check keycloak.client_id and keycloak.client_secret and that the client"
+            "token refused (HTTP 401 unauthorized_client), host HOST, check keycloak.client_id and keycloak.client_secret and that the client"
             " has Service accounts roles on",
             id="secret",
         ),
-        pytest.param({"realm": "nowhere"}, "no such realm (HTTP 404), check keycloak.realm and keycloak.base_url", id="realm"),
-        pytest.param({"base_url": "http://127.0.0.1:9"}, "connection refused", id="refused"),
-        pytest.param({"base_url": "http://no-such-host.invalid"}, "name", id="name"),
+        pytest.param(
+            {"realm": "nowhere"}, "no such realm (HTTP 404), host HOST, check keycloak.realm and keycloak.base_url", id="realm"
+        ),
+        pytest.param({"base_url": "http://127.0.0.1:9"}, "connection refused, host 127.0.0.1:9", id="refused"),
+        pytest.param({"base_url": "https://no-such-host.invalid"}, ", host no-such-host.invalid:443", id="usual-port"),
+        pytest.param({"base_url": "http://no-such-host.invalid"}, ", host no-such-host.invalid:80", id="name"),
     ],
 )
 def test_wrong_setting_is_named_in_the_log_once(keycloak, make_daemon, change, message):
@@ -301,14 +304,15 @@ def test_wrong_setting_is_named_in_the_log_once(keycloak, make_daemon, change, m
     wait_until(lambda: re.search("(warning|error) directory: realm", daemon.log()))
     lines = [line for line in daemon.log().splitlines() if re.search("(warning|error) directory: ", line)]
     assert len(lines) == 1
-    assert message in lines[0]
+    assert message.replace("HOST", f"127.0.0.1:{keycloak.port}") in lines[0]
 
 
 def test_missing_role_is_named_in_the_log(keycloak_daemon, keycloak):
     keycloak.role = ""
     assert keycloak_daemon.ask(recipient="alice@d1.test") == DEFER
     keycloak_daemon.wait_for_log(
-        "search refused (HTTP 403), give the service account of client 'mailcloak' the realm-management role view-users"
+        f"search refused (HTTP 403), host 127.0.0.1:{keycloak.port}, give the service account of client 'mailcloak' the"
+        " realm-management role view-users"
     )
 
 
@@ -399,14 +403,14 @@ SEES_NOBODY = (
         pytest.param(
             "view-users",
             {"client_secret": "wrong"},
-            "token refused (HTTP 401 unauthorized_client), check keycloak.client_id",
+            "token refused (HTTP 401 unauthorized_client), host HOST, check keycloak.client_id",
             id="secret",
         ),
-        pytest.param("view-users", {"realm": "nowhere"}, "no such realm (HTTP 404), check keycloak.realm", id="realm"),
+        pytest.param("view-users", {"realm": "nowhere"}, "no such realm (HTTP 404), host HOST, check keycloak.realm", id="realm"),
         pytest.param(
             "",
             {},
-            "search refused (HTTP 403), give the service account of client 'mailcloak' the realm-management role",
+            "search refused (HTTP 403), host HOST, give the service account of client 'mailcloak' the realm-management role",
             id="no-role",
         ),
         pytest.param("query-users", {}, SEES_NOBODY, id="role-that-sees-nobody"),
@@ -415,7 +419,7 @@ SEES_NOBODY = (
 def test_wrong_setting_is_one_error_line_at_start_before_any_question(keycloak, make_daemon, role, change, message):
     keycloak.role = role
     daemon = make_daemon(keycloak=keycloak.config(**change)).start()
-    daemon.wait_for_log(message)
+    daemon.wait_for_log(message.replace("HOST", f"127.0.0.1:{keycloak.port}"))
     (line,) = [line for line in daemon.log().splitlines() if " directory: " in line]
     assert " error directory: realm " in line
 

@@ -87,6 +87,23 @@ def test_page_has_no_fault_that_mandoc_knows(page):
     assert said == []
 
 
+@pytest.mark.real("mandoc")
+@pytest.mark.parametrize("page", sorted(PAGES))
+def test_every_word_of_a_macro_is_printed(page):
+    shown = subprocess.run(
+        ["mandoc", "-Tascii", "-Owidth=78", PAGES[page]], capture_output=True, text=True, check=True, timeout=30
+    ).stdout
+    shown = re.sub(r"\W+", " ", re.sub(".\b", "", shown))
+    lines = [
+        line
+        for line in PAGES[page].read_text(encoding="utf-8").splitlines()
+        if re.match(r"\.(Dq|Dl|Pq|Li|Pa|Cm|Ql|Sy|Ar|It|Nd|Ss|Sh) ", line)
+    ]
+    assert len(lines) > 20
+    missing = [line for line in lines if re.sub(r"\W+", " ", plain(line.split(" ", 1)[1])).strip() not in shown]
+    assert missing == [], "a word that is a macro of mdoc(7) too, such as No, wants \\& before it"
+
+
 def test_pages_refer_to_one_another_and_to_nothing_of_ours_that_is_not_there():
     ours = {path.rsplit(".", 1)[0]: path.rsplit(".", 1)[1] for path in PAGES}
     for page, path in PAGES.items():
@@ -148,7 +165,7 @@ def texts_of(node):
 
 def logged():
     """A pattern for each message of the log: what is fixed in it, without the key=value pairs at its end."""
-    prefixes = {"message": ["directory: realm '", None, "': "], "_message": ["directory: realm '", None, "': "]}
+    prefixes = {name: ["directory: realm '", None, "': "] for name in ("message", "failure")}
     for node in ast.walk(program("mailcloak.py")):
         if not isinstance(node, ast.Call):
             continue
@@ -161,9 +178,9 @@ def logged():
             parts = texts_of(node.args[name == "log"])
             parts = [part or None for part in re.split(r"%\.?\d*[a-z]", "".join(parts))] if parts else None
             parts = [each for part in parts for each in (part, None)][:-1] if parts else None
-        elif name in ("message", "_message", "StartError"):
+        elif name in ("message", "failure", "StartError"):
             parts = texts_of(node.args[0])
-            parts = prefixes.get(name, []) + parts if parts else None
+            parts = prefixes.get(name, []) + parts + ([", host ", None] if name == "failure" else []) if parts else None
         else:
             continue
         if not parts or not any(parts):

@@ -8,14 +8,17 @@ alone   asks only mailcloak: there is no reject_non_fqdn_* and no reject_unauth_
 import contextlib
 import os
 import re
+import shutil
 import smtplib
 import stat
+import subprocess
+import sys
 import time
 from pathlib import Path
 
 import pytest
-from conftest import USERS, running, wait_until
-from real.postfix import FORGED, NO_SUCH_USER, PrivatePostfix, daemon_behind, envelope, expected, send
+from conftest import ROOT, USERS, running, wait_until
+from real.postfix import FORGED, NO_SUCH_USER, PATH, PrivatePostfix, daemon_behind, envelope, expected, send
 
 pytestmark = pytest.mark.real("postfix", "root")
 
@@ -303,6 +306,67 @@ def test_address_form_as_sender_does_not_come_out_as_one_of_ours(postfix, daemon
 def test_postfix_without_mailcloak_delivers_these_forms(postfix, daemon, form, rewritten):
     """Else the tests above would hold for a Postfix that refuses or keeps such forms by itself, and would show nothing."""
     assert delivered_to(postfix, form, port="open") == rewritten
+
+
+# ---- Mail by sendmail(1), which meets no smtpd but the one that master.cf leads it to
+
+
+def submit(postfix, sender, recipient):
+    """Hand in a message as cron and PHP do; what its smtpd makes of it: (status, why)."""
+    already = len(postfix.log())
+    program = shutil.which("sendmail", path=PATH)
+    command = [program, "-C", str(postfix.config), "-f", sender, recipient]
+    subprocess.run(command, input="Subject: test\n\ntest\n", text=True, check=True, timeout=30, env={"PATH": PATH})
+    line = rf": to=<{re.escape(recipient)}>, relay=127\.0\.0\.1\S*:{postfix.ports['sendmail']}, .*status=(\w+) \((.*)\)"
+    found = wait_until(lambda: re.search(line, postfix.log()[already:]), what=f"delivery of {recipient} by sendmail(1)")
+    return found[1], found[2]
+
+
+@pytest.mark.parametrize(
+    ("sender", "recipient", "status", "reason"),
+    [
+        pytest.param("root@mx.test", "bob@d1.test", "sent", "Ok: queued as", id="user"),
+        pytest.param("root@mx.test", "info+tag@d1.test", "sent", "Ok: queued as", id="alias"),
+        pytest.param("root@mx.test", "y@third.test", "sent", "Ok: queued as", id="elsewhere"),
+        pytest.param("root@mx.test", "stranger@d1.test", "bounced", "550 5.1.1 <stranger@d1.test>: Recipient", id="stranger"),
+        pytest.param("bob@d1.test", "alice@d1.test", "bounced", "553 5.7.1 <bob@d1.test>: Sender address", id="as-one-of-ours"),
+    ],
+)
+def test_mail_by_sendmail_is_checked_as_all_other_mail(postfix, daemon, sender, recipient, status, reason):
+    became, said = submit(postfix, sender, recipient)
+    assert became == status
+    assert reason in said
+
+
+def test_mail_by_sendmail_for_an_alias_goes_to_its_mailbox(postfix, daemon):
+    """The mailbox is no address of its own (carol's e-mail is another), so it must not be asked about in place of the alias."""
+    daemon.ctl("aliases", "add", "desk@d1.test", "nobodys.name")
+    queue_id = re.search(r"queued as (\w+)", submit(postfix, "root@mx.test", "desk@d1.test")[1])[1]
+    assert [delivery.recipient for delivery in postfix.deliveries(queue_id)] == ["nobodys.name@d1.test"]
+
+
+def test_mail_by_sendmail_waits_while_the_daemon_is_stopped(postfix, daemon):
+    daemon.stop()
+    became, said = submit(postfix, "root@mx.test", "bob@d2.test")
+    assert became == "deferred"
+    assert "451 4.3.0" in said
+
+
+def test_first_message_of_the_readme_is_checked_and_delivered(postfix, daemon):
+    code = re.search(r"""# python3 -c '(import smtplib; .*)'$""", (ROOT / "README.md").read_text(encoding="utf-8"), re.MULTILINE)[1]
+    code = code.replace('SMTP("localhost")', f'SMTP("127.0.0.1", {postfix.port})')
+
+    def run(address):
+        already = len(postfix.log())
+        command = [sys.executable, "-c", code.replace("alice@example.org", address)]
+        result = subprocess.run(command, capture_output=True, text=True, check=False, timeout=30)
+        return result.returncode, result.stderr, postfix.log()[already:]
+
+    assert run("alice@d1.test")[:2] == (0, "")
+    assert wait_until(lambda: "to=<alice@d1.test>" in postfix.log())
+    code_, said, _ = run("stranger@d1.test")
+    assert code_ == 1
+    assert "550, b'5.1.1 <stranger@d1.test>: Recipient address rejected: No such user'" in said
 
 
 # ---- The socketmap by hand

@@ -53,7 +53,6 @@ default_transport = discard:
 
 # Of master.cf everything but the lines of the sample. {chroot} is y or n, as in the packages of Debian and of others.
 TEST_SERVICES = """\
-pickup unix n - {chroot} 60 1 pickup
 cleanup unix n - {chroot} - 0 cleanup
 qmgr unix n - n 300 1 qmgr
 tlsmgr unix - - {chroot} 1000? 1 tlsmgr
@@ -112,7 +111,7 @@ class PrivatePostfix:
     settings are main.cf parameters of the test, by name; one that is in the sample as well takes the sample's place (so that
     virtual_transport can be discard: or a private LMTP server). services are further lines of master.cf, in which {name} stands for
     self.ports[name] (so that a port can be added: ports=["open"], services="127.0.0.1:{open} inet ..."). Of the sample's own services
-    there is port 25, called smtp, and those of submission and submissions that ports names.
+    there are port 25, called smtp, the one for sendmail(1), and those of submission and submissions that ports names.
     """
 
     def __init__(self, domains=("d1.test", "d2.test"), settings=None, services="", ports=(), chroot="y"):
@@ -125,7 +124,7 @@ class PrivatePostfix:
         for name in ("queue", "data"):
             (self.directory / name).mkdir()
         shutil.chown(self.directory / "data", "postfix")
-        self.ports = {name: free_port() for name in ("smtp", *ports)}
+        self.ports = {name: free_port() for name in ("smtp", "sendmail", *ports)}
         self.settings = dict(settings or {})
         self._domains = domains
         self._services = services
@@ -170,6 +169,8 @@ class PrivatePostfix:
             line = rf"127.0.0.1:{self.ports[name]}\1" if name in self.ports else ""
             services, count = re.subn(rf"^{name}( +inet .*\n(?: .*\n)*)", line, services, flags=re.MULTILINE)
             assert count == 1, f"the sample has {count} services {name}"
+        assert services.count("127.0.0.1]:10027") == services.count("\n127.0.0.1:10027 ") == 1
+        services = re.sub(r"(127\.0\.0\.1\]?):10027", rf"\1:{self.ports['sendmail']}", services)
         services += TEST_SERVICES.format(chroot=chroot or self._chroot) + self._services.format(**self.ports)
         (self.config / "master.cf").write_text(services, encoding="utf-8")
         if chroot:
