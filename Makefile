@@ -68,7 +68,7 @@ test-debian12:
 		tests/test_keycloak.py tests/test_lies.py tests/test_outages.py tests/test_addresses.py tests/test_spellings.py tests/test_secrets.py
 
 test-debian13:
-	@tests/real/debian13
+	@tests/real/debian 13
 
 real-servers:
 	@tests/real/install
