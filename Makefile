@@ -3,7 +3,11 @@
 PYTHON ?= python3
 INIT ?=
 PREFIX ?= /usr/local
+SBINDIR ?= $(PREFIX)/sbin
+SYSCONFDIR ?= /etc
+UNITDIR ?= $(PREFIX)/lib/systemd/system
 DESTDIR ?=
+ANY_PYTHON ?=
 VENV := .venv
 # Tests at a time, and how they are shared out (tests/conftest.py); make test JOBS=0 runs one after another.
 JOBS ?= 4
@@ -37,7 +41,8 @@ run: $(VENV)/run.stamp
 
 # PYTHON: the interpreter that the programs will run on, with PyYAML and requests.
 install uninstall:
-	@PREFIX='$(PREFIX)' DESTDIR='$(DESTDIR)' PYTHON='$(PYTHON)' INIT='$(INIT)' ./install $@
+	@PREFIX='$(PREFIX)' SBINDIR='$(SBINDIR)' SYSCONFDIR='$(SYSCONFDIR)' UNITDIR='$(UNITDIR)' DESTDIR='$(DESTDIR)' \
+		PYTHON='$(PYTHON)' ANY_PYTHON='$(ANY_PYTHON)' INIT='$(INIT)' ./install $@
 
 test: $(VENV)/test.stamp
 	$(VENV)/bin/python -m pytest -n $(JOBS) --dist loadgroup $(PYTEST_OPTIONS)
