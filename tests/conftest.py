@@ -48,6 +48,11 @@ REAL_SERVERS = {
     "mandoc": ("mandoc", "mandoc"),
     "zsh": ("zsh", "zsh"),
     "make": ("make", "make"),
+    "deb": (
+        "dpkg-buildpackage dh dh_python3 lintian",
+        "build-essential debhelper dh-python lintian python3 python3-yaml python3-requests",
+    ),
+    "debootstrap": ("debootstrap", "debootstrap"),
     "root": ("", ""),
 }
 

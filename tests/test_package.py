@@ -1,0 +1,117 @@
+"""The Debian package: `make deb`, and what apt makes of it on Debian 12 and 13."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+
+import pytest
+from conftest import ROOT, USERS
+
+import mailcloak
+
+DEBIAN = ROOT / "packaging/debian"
+BEFORE = "0.0.1"  # the version of the package that is upgraded
+
+
+def run(*command, **options):
+    """What the command says; it fails the test if the command fails."""
+    options = {"cwd": ROOT, "timeout": 120, "stdin": subprocess.DEVNULL, **options}
+    result = subprocess.run(
+        [*map(str, command)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False, **options
+    )
+    assert result.returncode == 0, result.stdout
+    return result.stdout
+
+
+@pytest.fixture(scope="module")
+def package(tmp_path_factory):
+    """The package, with its .changes beside it."""
+    folder = tmp_path_factory.mktemp("deb")
+    run("make", "--no-print-directory", "deb", f"DEB_DIR={folder}/built")
+    (file,) = (folder / "built").glob("*.deb")
+    return file
+
+
+def unpack(package, folder):
+    run("dpkg-deb", "--raw-extract", package, folder)
+    return folder
+
+
+@pytest.mark.real("make", "deb")
+def test_lintian_finds_no_error_and_no_warning(package):
+    (changes,) = package.parent.glob("*.changes")
+    said = run("lintian", "--allow-root", "--fail-on", "error,warning", changes)
+    assert not re.search(r"^[EW]:", said, re.MULTILINE), said
+
+
+@pytest.mark.real("make", "deb")
+def test_package_has_the_version_of_the_program_and_what_it_imports(package):
+    field = {name: run("dpkg-deb", "--field", package, name).strip() for name in ("Version", "Depends", "Architecture")}
+    assert (field["Version"], field["Architecture"]) == (mailcloak.__version__, "all")
+    assert {"python3-idna", "python3-requests", "python3-urllib3", "python3-yaml"} <= set(re.findall(r"[\w-]+", field["Depends"]))
+
+
+@pytest.mark.real("make", "deb")
+def test_package_has_programs_units_documents_and_rules_for_the_log(package, tmp_path):
+    tree = unpack(package, tmp_path / "tree")
+    for program in ("mailcloak", "mailcloakctl"):
+        assert (
+            (tree / "usr/sbin" / program)
+            .read_text()
+            .startswith('#!/usr/bin/python3\nimport sys\n\nsys.path.insert(0, "/usr/share/')
+        )
+    service = next(
+        path / "systemd/system/mailcloak.service" for path in (tree / "lib", tree / "usr/lib") if (path / "systemd").is_dir()
+    )
+    assert "\nExecStart=/usr/sbin/mailcloak\n" in service.read_text()
+    for path in (
+        *("lib/sysusers.d/mailcloak.conf", "lib/tmpfiles.d/mailcloak.conf"),
+        *("share/doc/mailcloak/README.md", "share/doc/mailcloak/examples/postfix/main.cf"),
+        *("share/doc/mailcloak/examples/openrc/mailcloak.initd", "share/man/man8/mailcloakctl.8.gz"),
+        *("share/bash-completion/completions/mailcloakctl", "share/zsh/vendor-completions/_mailcloakctl"),
+    ):
+        assert (tree / "usr" / path).is_file(), path
+    # what dpkg asks about after a change; config.yaml is not among it
+    assert set((tree / "DEBIAN/conffiles").read_text().split()) == {
+        *("/etc/mailcloak/config.yaml.sample", "/etc/logrotate.d/mailcloak", "/etc/logcheck/ignore.d.server/mailcloak"),
+    }
+    assert not list(tree.rglob("*.pyc"))
+
+
+def test_logcheck_leaves_out_lines_of_info_and_shows_warnings(make_daemon):
+    """Each line as it is in the journal, and as it is in syslog, where the daemon writes no time of its own."""
+    daemon = make_daemon(static_users=USERS).start()  # warns that there is no database yet
+    daemon.ask(recipient="alice@d1.test")
+    daemon.ask(recipient="nobody@d1.test")
+    daemon.ask_map("alias x@d1.test")
+    daemon.reload()
+    assert daemon.stop() == 0
+    lines = []
+    for line in daemon.log().splitlines():
+        date, time, message = line.split(" ", 2)
+        lines += [f"Nov 27 04:31:50 mx mailcloak[12]: {date} {time} {message}", f"Nov  7 04:31:50 mx mailcloak[12]: {message}"]
+    assert {"debug", "info", "warning"} <= {line.split("]: ")[1].split()[0] for line in lines[1::2]}
+    rules = ["--file", str(DEBIAN / "mailcloak.logcheck.ignore.server")]
+    shown = subprocess.run(
+        ["grep", "-E", "-v", *rules], input="\n".join(lines), capture_output=True, text=True, check=False, timeout=30
+    )
+    assert shown.stdout.splitlines() == [line for line in lines if re.search(r"[\d:] (warning|error) ", line)]
+
+
+@pytest.mark.long
+@pytest.mark.timeout(1200)  # where the tree must be made first
+@pytest.mark.real("root", "make", "deb", "debootstrap")
+@pytest.mark.parametrize("release", ["12", "13"])
+def test_apt_installs_upgrades_removes_and_purges_it(package, tmp_path, release):
+    """What is looked at: tests/real/package."""
+    before = unpack(package, tmp_path / "before")
+    control = before / "DEBIAN/control"
+    control.write_text(re.sub(r"(?m)^Version: .*", f"Version: {BEFORE}", control.read_text()))
+    (before / "usr/share/mailcloak/mailcloakold.py").write_text("# a module that the next version no longer has\n")
+    run("dpkg-deb", "--root-owner-group", "--build", before, tmp_path / "before.deb")
+    (tmp_path / "mailcloak.deb").write_bytes(package.read_bytes())
+    environment = {**os.environ, "MNT": str(tmp_path)}
+    said = run("tests/real/debian", release, "tests/real/package", env=environment, timeout=1100)
+    assert f"package: all is as it should be, on Debian {release}" in said
