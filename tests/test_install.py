@@ -371,15 +371,19 @@ def test_prefix_that_cannot_be_one_is_refused(tmp_path, prefix):
     assert files(tmp_path) == set()
 
 
-def test_modules_that_are_checked_are_those_that_the_programs_import():
+def imported_packages():
+    """The modules that the programs import and that Python does not bring."""
     imported = set()
     for name in ("mailcloak.py", "mailcloakctl.py", "mailcloakdoctor.py"):
         for node in ast.walk(ast.parse(text(ROOT / name))):
             if isinstance(node, (ast.Import, ast.ImportFrom)):
                 names = [node.module] if isinstance(node, ast.ImportFrom) else [each.name for each in node.names]
                 imported.update(each.partition(".")[0] for each in names)
-    origins = {name: importlib.util.find_spec(name).origin or "" for name in imported - {"mailcloak"}}
-    installed = {name for name, origin in origins.items() if re.search("/(site|dist)-packages/", origin)}
+    origins = {name: importlib.util.find_spec(name).origin or "" for name in imported}
+    return {name for name, origin in origins.items() if re.search("/(site|dist)-packages/", origin)}
+
+
+def test_modules_that_are_checked_are_those_that_the_programs_import():
     brought_by_requests = {"idna", "urllib3"}
     (checked,) = re.findall(r"for module in (.*); do", text(ROOT / "install"))
-    assert installed - brought_by_requests == set(checked.split())
+    assert imported_packages() - brought_by_requests == set(checked.split())

@@ -1,13 +1,18 @@
-"""The Debian package: `make deb`, and what apt makes of it on Debian 12 and 13."""
+"""The packages: that of Debian (`make deb`), what apt makes of it on Debian 12 and 13, the wheel, and those that are not run here."""
 
 from __future__ import annotations
 
+import email
 import os
 import re
+import shutil
 import subprocess
+import sys
+import zipfile
 
 import pytest
 from conftest import ROOT, USERS
+from test_install import imported_packages
 
 import mailcloak
 
@@ -50,7 +55,7 @@ def test_lintian_finds_no_error_and_no_warning(package):
 def test_package_has_the_version_of_the_program_and_what_it_imports(package):
     field = {name: run("dpkg-deb", "--field", package, name).strip() for name in ("Version", "Depends", "Architecture")}
     assert (field["Version"], field["Architecture"]) == (mailcloak.__version__, "all")
-    assert {"python3-idna", "python3-requests", "python3-urllib3", "python3-yaml"} <= set(re.findall(r"[\w-]+", field["Depends"]))
+    assert {f"python3-{name}" for name in imported_packages()} <= set(re.findall(r"[\w-]+", field["Depends"]))
 
 
 @pytest.mark.real("make", "deb")
@@ -115,3 +120,40 @@ def test_apt_installs_upgrades_removes_and_purges_it(package, tmp_path, release)
     environment = {**os.environ, "MNT": str(tmp_path)}
     said = run("tests/real/debian", release, "tests/real/package", env=environment, timeout=1100)
     assert f"package: all is as it should be, on Debian {release}" in said
+
+
+# ---- the wheel
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory):
+    """The wheel, opened; made of a copy, since setuptools leaves files beside the sources, and takes those of before into the next."""
+    folder = tmp_path_factory.mktemp("wheel")
+    aside = shutil.ignore_patterns(".*", "build", "tests", "bench", "*.egg-info", "__pycache__")
+    shutil.copytree(ROOT, folder / "sources", ignore=aside)
+    options = ["--quiet", "--no-deps", "--no-build-isolation", "--no-index", "--wheel-dir", folder]
+    run(sys.executable, "-m", "pip", "wheel", *options, folder / "sources", cwd=folder)
+    (file,) = folder.glob("*.whl")
+    with zipfile.ZipFile(file) as opened:
+        yield opened
+
+
+def test_wheel_has_modules_units_manual_pages_samples_and_documents(wheel):
+    names = {name.rpartition(".data/data/")[2] for name in wheel.namelist()}
+    data = {name for name in names if name.startswith("share/")}
+    folders = ("completions", "examples", "man", "openrc", "systemd")
+    files = [path for folder in folders for path in (ROOT / folder).rglob("*") if path.is_file()]
+    files += [*ROOT.glob("*.md"), ROOT / "schema.sql", ROOT / "config.yaml.sample"]
+    assert sorted(name.rpartition("/")[2] for name in data) == sorted(path.name for path in files)
+    assert {f"share/doc/mailcloak/{path.relative_to(ROOT)}" for path in (ROOT / "examples").rglob("*") if path.is_file()} <= data
+    assert {"mailcloak.py", "mailcloakctl.py", "mailcloakdoctor.py"} <= names
+
+
+def test_wheel_says_whose_it_is_and_declares_what_the_program_imports(wheel):
+    (name,) = (name for name in wheel.namelist() if name.endswith("/METADATA"))
+    metadata = email.message_from_bytes(wheel.read(name))
+    assert metadata["Author-email"].startswith("mailcloak contributors <")
+    assert (metadata["License"], metadata["Version"]) == ("MIT", mailcloak.__version__)
+    assert metadata["Project-URL"].startswith("Homepage, https://")
+    declared = {re.split("[>=]", line)[0].lower().replace("pyyaml", "yaml") for line in metadata.get_all("Requires-Dist")}
+    assert declared == imported_packages()
