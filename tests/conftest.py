@@ -52,6 +52,8 @@ REAL_SERVERS = {
         "dpkg-buildpackage dh dh_python3 lintian",
         "build-essential debhelper dh-python lintian python3 python3-yaml python3-requests",
     ),
+    "apparmor": ("apparmor_parser", "apparmor"),
+    "checkmodule": ("checkmodule", "checkpolicy"),
     "debootstrap": ("debootstrap", "debootstrap"),
     "root": ("", ""),
 }

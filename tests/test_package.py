@@ -157,3 +157,36 @@ def test_wheel_says_whose_it_is_and_declares_what_the_program_imports(wheel):
     assert metadata["Project-URL"].startswith("Homepage, https://")
     declared = {re.split("[>=]", line)[0].lower().replace("pyyaml", "yaml") for line in metadata.get_all("Requires-Dist")}
     assert declared == imported_packages()
+
+
+# ---- packages that nobody has built here
+
+
+def test_every_package_has_the_version_of_the_program():
+    assert re.search(r"^pkgver=(.*)", (ROOT / "packaging/alpine/APKBUILD").read_text(), re.MULTILINE)[1] == mailcloak.__version__
+    assert [path.name for path in (ROOT / "packaging/gentoo/mail-filter").rglob("*.ebuild")] == [
+        f"mailcloak-{mailcloak.__version__}.ebuild"
+    ]
+    assert (DEBIAN / "changelog").read_text().startswith(f"mailcloak ({mailcloak.__version__}) ")
+
+
+@pytest.mark.real("deb")
+def test_alpine_package_has_compiled_modules_that_python_takes_whenever_they_were_written(tmp_path):
+    """package() of the APKBUILD in a plain shell. It uses /usr/bin/python3 and its modules, as Debian's package does."""
+    script = f"pkgdir={tmp_path}; cd {ROOT}; . packaging/alpine/APKBUILD; set -eu; package"
+    run("sh", "-c", script)
+    compiled = [path for path in (tmp_path / "usr/share/mailcloak/__pycache__").iterdir() if path.name.startswith("mailcloak.")]
+    (flags,) = {path.read_bytes()[4] for path in compiled}  # PEP 552: 1 for a hash, and no 2, which would have it checked
+    assert flags == 1
+    assert (tmp_path / "etc/init.d/mailcloak").is_file()
+    assert not (tmp_path / "usr/lib/systemd").exists()
+
+
+@pytest.mark.real("apparmor")
+def test_apparmor_understands_the_profile():
+    run("apparmor_parser", "--skip-kernel-load", "--skip-cache", "packaging/apparmor/mailcloak")
+
+
+@pytest.mark.real("checkmodule")
+def test_selinux_module_compiles(tmp_path):
+    run("checkmodule", "-M", "-m", "-o", tmp_path / "mailcloak.mod", "packaging/selinux/mailcloak.te")
