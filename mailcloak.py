@@ -941,9 +941,9 @@ database-unavailable: the database cannot be read, and the answer depends on it
 internal-error: a fault of mailcloak itself: the answer is temporary
     the daemon's log has a line 'internal error'; please report it
 other-state: the request is neither at RCPT nor at MAIL: mailcloak checks nothing
-    Postfix does not send such a request: compare main.cf with examples/postfix/main.cf
+    Postfix does not send such a request: compare main.cf with share/doc/mailcloak/examples/postfix/main.cf
 nothing-to-check: the request is for a recipient, but there is no recipient yet: mailcloak checks nothing
-    Postfix does not send such a request: compare main.cf with examples/postfix/main.cf
+    Postfix does not send such a request: compare main.cf with share/doc/mailcloak/examples/postfix/main.cf
 # what mailcloakctl asks
 stats: mailcloakctl status has asked
 explain: mailcloakctl ask has asked
@@ -956,7 +956,7 @@ not-permitted: the user may connect, but may not use the maps explain and flush
 unknown-map: there is no map of this name
     in main.cf, virtual_alias_maps: the map's name is alias
 no-key: the map was asked without a key
-    Postfix does not send such a request: compare main.cf with examples/postfix/main.cf
+    Postfix does not send such a request: compare main.cf with share/doc/mailcloak/examples/postfix/main.cf
 """
 )
 

@@ -46,7 +46,7 @@ The checks: what each looks at, and the remedy.
   keycloak-token          does Keycloak give the client a token? URL, realm, client and secret of the configuration
   keycloak-clock          is Keycloak's clock that of this host? Set the clock
   keycloak-role           may the client see users, and do nothing more? Roles of its service account
-  keycloak-email          may users change their own e-mail, and so take an address? examples/keycloak/setup
+  keycloak-email          may users change their own e-mail, and so take an address? share/doc/mailcloak/examples/keycloak/setup
   keycloak-users          can all users be read, and can the daemon use them? Correct the user in Keycloak
   keycloak-canary         is there a canary for each user federation, and is it there? keycloak.canary
   keycloak-cache-policy   is it noticed when a canary is gone: cache policy NO_CACHE? Keycloak, User federation
@@ -713,7 +713,7 @@ def check_postfix(host: Installation) -> Findings:
             continue
         yield ok("postfix", f"{postfix.directory} has {ctl.counted(postfix.smtpds, 'smtpd service')}")
         if not postfix.smtpds:
-            remedy = "compare examples/postfix/master.cf"
+            remedy = "compare share/doc/mailcloak/examples/postfix/master.cf"
             yield problem("postfix-smtpd", f"{postfix.directory}/master.cf has no smtpd: no mail comes in", remedy)
         yield from check_postfix_access(host, host.sockets, postfix)
         for smtpd in postfix.smtpds:
@@ -819,7 +819,7 @@ def check_use(host: Installation, postfix: Postfix, smtpd: PostfixService, use: 
     if not re.match(r"4[0-9][0-9]\b|defer", action.lower()):
         loses = "mail is lost" if re.match(r"5|reject", action.lower()) else "nothing is checked"
         text = f"{smtpd.name}: while mailcloak does not answer, Postfix says {action!r} in {use.list_name}, so {loses}"
-        remedy = "default_action = 451 4.3.0 Temporary lookup failure, as in examples/postfix/main.cf"
+        remedy = "default_action = 451 4.3.0 Temporary lookup failure, as in share/doc/mailcloak/examples/postfix/main.cf"
         yield problem("postfix-default-action", text, remedy)
     timeout = use.options.get("timeout") or postfix.value(smtpd, "smtpd_policy_service_timeout")
     seconds = read_postfix_time(timeout)
@@ -911,7 +911,7 @@ def check_main_settings(policy: mailcloak.PolicyConfig, postfix: Postfix) -> Fin
 # The query by which it lets apps in is tried on a database in memory; and can its user read the real one?
 # ---------------------------------------------------------------------------------------------------------------------------------
 
-SQL_SAMPLES = "examples/dovecot-2.3/dovecot-sql.conf.ext or examples/dovecot-2.4/dovecot.conf"
+SQL_SAMPLES = "share/doc/mailcloak/examples/dovecot-2.3/dovecot-sql.conf.ext or examples/dovecot-2.4/dovecot.conf"
 
 
 class PasswordQuery(NamedTuple):
@@ -1198,9 +1198,7 @@ def check_email_edit(reader: KeycloakReader) -> Findings:
     if may_edit is None:
         yield skipped("keycloak-email", "may users change their own e-mail? The user profile of the realm cannot be read")
     elif may_edit:
-        remedy = (
-            "examples/keycloak/setup email-by-administrators; or setup verify-email, with keycloak.require_verified_email: true"
-        )
+        remedy = "share/doc/mailcloak/examples/keycloak/setup email-by-administrators; or setup verify-email, with keycloak.require_verified_email: true"
         yield problem("keycloak-email", "users may change their own e-mail and so take over any address that is free", remedy)
     else:
         yield ok("keycloak-email", "only administrators change a user's e-mail")

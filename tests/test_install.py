@@ -193,6 +193,15 @@ def test_manual_pages_name_files_that_were_installed(installed):
             assert os.path.lexists(f"{directory}{path}"), f"{page.name}: {path}"
 
 
+def test_messages_name_samples_where_they_were_installed(installed):
+    directory, prefix, _ = installed
+    for name in ("mailcloak.py", "mailcloakctl.py", "mailcloakdoctor.py"):
+        code = text(ROOT / name)
+        for path in re.findall(r"share/doc/mailcloak/[\w./-]*\w", code):
+            assert (directory / prefix[1:] / path).is_file(), f"{name}: {path}"
+        assert re.findall(r"(?<!share/doc/mailcloak/)(?<! or )examples/.*", code) == [], name
+
+
 def test_next_steps_say_how_to_make_the_user_and_the_configuration(installed):
     _, prefix, said = installed
     for step in (
