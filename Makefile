@@ -1,9 +1,13 @@
-# mailcloak. Targets for people: demo, run, install, uninstall, test; for developers: lint, test-all, fuzz, soak, bench, and as root
+# mailcloak. Targets for people: demo, run, install, uninstall, deb, test; for developers: lint, test-all, fuzz, soak, bench, and as root
 # real-servers (apt), test-debian13.
 PYTHON ?= python3
 INIT ?=
 PREFIX ?= /usr/local
+SBINDIR ?= $(PREFIX)/sbin
+SYSCONFDIR ?= /etc
+UNITDIR ?= $(PREFIX)/lib/systemd/system
 DESTDIR ?=
+ANY_PYTHON ?=
 VENV := .venv
 # Tests at a time, and how they are shared out (tests/conftest.py); make test JOBS=0 runs one after another.
 JOBS ?= 4
@@ -12,12 +16,13 @@ OTHER_PYTHONS := 3.9 3.10 3.11 3.12 3.13 3.14
 
 SECONDS := 60
 
-.PHONY: demo run install uninstall test lint test-all test-debian12 test-debian13 real-servers fuzz model soak bench clean help
+.PHONY: demo run install uninstall deb test lint test-all test-debian12 test-debian13 real-servers fuzz model soak bench clean help
 help:
 	@echo 'make demo          start mailcloak on an embedded directory, ask it a dozen questions, show the answers'
 	@echo 'make run           leave that same daemon in the foreground, to be asked by hand'
 	@echo 'make install       programs, man pages and files of the service manager (INIT=openrc|systemd|both) below PREFIX ($(PREFIX)) and'
 	@echo '                   DESTDIR; make uninstall'
+	@echo 'make deb           a package for Debian and Ubuntu in build/deb, for apt install (dpkg-dev, debhelper)'
 	@echo 'make test          run the tests, JOBS=4 at a time; those of real servers where they are installed'
 	@echo 'make lint          ruff, mypy --strict, and a check that Python 3.9 suffices'
 	@echo 'make test-all      what a version of Python can change, on each other one of 3.9 to 3.14 that is installed'
@@ -37,7 +42,19 @@ run: $(VENV)/run.stamp
 
 # PYTHON: the interpreter that the programs will run on, with PyYAML and requests.
 install uninstall:
-	@PREFIX='$(PREFIX)' DESTDIR='$(DESTDIR)' PYTHON='$(PYTHON)' INIT='$(INIT)' ./install $@
+	@PREFIX='$(PREFIX)' SBINDIR='$(SBINDIR)' SYSCONFDIR='$(SYSCONFDIR)' UNITDIR='$(UNITDIR)' DESTDIR='$(DESTDIR)' \
+		PYTHON='$(PYTHON)' ANY_PYTHON='$(ANY_PYTHON)' INIT='$(INIT)' ./install $@
+
+# The sources are copied, so that a package can be made of a checkout that is used for other things.
+DEB_DIR := build/deb
+deb:
+	@command -v dpkg-buildpackage dh >/dev/null || { echo 'make deb needs: apt-get install build-essential debhelper' >&2; exit 1; }
+	rm -rf '$(DEB_DIR)'
+	mkdir -p '$(DEB_DIR)/mailcloak'
+	cp -a *.md LICENSE *.py schema.sql config.yaml.sample install completions demo examples man openrc systemd packaging/debian \
+		'$(DEB_DIR)/mailcloak'
+	cd '$(DEB_DIR)/mailcloak' && dpkg-buildpackage --build=binary --no-sign
+	@echo 'make deb: next, as root: apt install ./$(DEB_DIR)/mailcloak_*_all.deb'
 
 test: $(VENV)/test.stamp
 	$(VENV)/bin/python -m pytest -n $(JOBS) --dist loadgroup $(PYTEST_OPTIONS)
@@ -47,8 +64,9 @@ lint: $(VENV)/lint.stamp
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
 	$(VENV)/bin/vermin --target=3.9- --violations --eval-annotations --no-tips --no-parse-comments mailcloak.py mailcloakctl.py mailcloakdoctor.py
-	for script in install openrc/mailcloak.initd tests/fuzz/run; do sh -n $$script || exit 1; done
-	bash -n completions/mailcloak.bash && bash -n completions/mailcloakctl.bash
+	for script in install openrc/mailcloak.initd tests/fuzz/run tests/real/package packaging/debian/mailcloak.p* packaging/alpine/*; do \
+		sh -n $$script || exit 1; done
+	for script in completions/*.bash tests/real/debian packaging/gentoo/*/*/*.ebuild; do bash -n $$script || exit 1; done
 
 test-all:
 	@for version in $(OTHER_PYTHONS); do \
@@ -68,7 +86,7 @@ test-debian12:
 		tests/test_keycloak.py tests/test_lies.py tests/test_outages.py tests/test_addresses.py tests/test_spellings.py tests/test_secrets.py
 
 test-debian13:
-	@tests/real/debian13
+	@tests/real/debian 13
 
 real-servers:
 	@tests/real/install

@@ -15,7 +15,7 @@ Written:        last-known.db beside the database: what Keycloak said last of ea
 Asked:          Keycloak, by its admin REST interface, for users: their names, primary e-mail, and whether they are enabled;
                 the database, one SQLite file that mailcloakctl edits, for aliases and for apps (logins that may only send).
 Signals:        SIGTERM and SIGINT answer what was read and end; SIGHUP reads the configuration again.
-Environment:    LISTEN_* and NOTIFY_SOCKET of a service manager (sd_listen_fds(3), sd_notify(3)).
+Environment:    LISTEN_*, NOTIFY_SOCKET and WATCHDOG_USEC of a service manager (sd_listen_fds(3), sd_notify(3)).
 Exit codes:     0 ended by a signal, or the configuration is good; 64 usage; 78 configuration; 1 anything else.
 
 Security: started as root, the daemon binds its sockets and becomes daemon.user. The policy service never answers OK or any other
@@ -948,9 +948,9 @@ database-unavailable: the database cannot be read, and the answer depends on it
 internal-error: a fault of mailcloak itself: the answer is temporary
     the daemon's log has a line 'internal error'; please report it
 other-state: the request is neither at RCPT nor at MAIL: mailcloak checks nothing
-    check_policy_service stands in a wrong list of restrictions: compare main.cf with examples/postfix/main.cf
+    check_policy_service stands in a wrong list of restrictions: compare main.cf with share/doc/mailcloak/examples/postfix/main.cf
 nothing-to-check: the request is for a recipient, but there is no recipient yet: mailcloak checks nothing
-    check_policy_service stands in a wrong list of restrictions: compare main.cf with examples/postfix/main.cf
+    check_policy_service stands in a wrong list of restrictions: compare main.cf with share/doc/mailcloak/examples/postfix/main.cf
 # what mailcloakctl asks
 stats: mailcloakctl status has asked
 explain: mailcloakctl ask has asked
@@ -963,7 +963,7 @@ not-permitted: the user may connect, but may not use the maps explain and flush
 unknown-map: there is no map of this name
     in main.cf, virtual_alias_maps: the map's name is alias
 no-key: the map was asked without a key
-    Postfix does not send such a request: compare main.cf with examples/postfix/main.cf
+    Postfix does not send such a request: compare main.cf with share/doc/mailcloak/examples/postfix/main.cf
 """
 )
 
@@ -4043,8 +4043,13 @@ class Server(socketserver.ThreadingUnixStreamServer):
         self.daemon = daemon
         self.ended = Tally()  # of connections that have ended; guarded by _connections_changed
         self._full_said_at = -math.inf
+        self.looked_at = time.monotonic()  # when the thread that accepts connections was last seen at work, for the watchdog
         self._connections_changed = threading.Condition()  # guards the keys of connections
         self.connections: dict[socket.socket, Optional[Handler]] = {}  # None until its thread runs
+
+    def service_actions(self) -> None:
+        """What serve_forever() calls after each look for a connection, at least every POLL_SECONDS."""
+        self.looked_at = time.monotonic()
 
     def get_request(self) -> tuple[socket.socket, Any]:
         """The next connection; raises OSError where there is none or no room, and the server then looks again."""
@@ -4283,6 +4288,12 @@ def notify(**state: object) -> None:
             manager.sendto(os.fsencode(lines), "\0" + path[1:] if path.startswith("@") else path)
 
 
+def find_watchdog_seconds() -> float:
+    """How often the service manager has to hear from us: twice in its patience. 0 for never. Source: sd_watchdog_enabled(3)."""
+    usec, pid = os.environ.get("WATCHDOG_USEC", ""), os.environ.get("WATCHDOG_PID") or str(os.getpid())
+    return int(usec) / 2e6 if usec.isdecimal() and pid == str(os.getpid()) else 0.0
+
+
 def drop_privileges(user: str) -> None:
     """Become user for good, with its groups; raises StartError if root could be regained."""
     if os.geteuid() != 0 or not user:
@@ -4349,6 +4360,7 @@ class Daemon:
         self._last_reload: Optional[dict[str, Any]] = None  # {"at": seconds since 1970, "ok": bool}
         self._retired: list[Service] = []  # that a reload replaced, at most one
         self._retired_until = 0.0  # of time.monotonic(): its requests have ended by then
+        self._watchdog_seconds = find_watchdog_seconds()
 
     def run(self) -> None:
         """Serve until a signal says stop; raises StartError if that cannot begin."""
@@ -4389,7 +4401,8 @@ class Daemon:
             warn_of_missing_postmasters(service)
         while (received := self._next_signal()) in (None, signal.SIGHUP):
             if received is None:
-                self._end_retired(self._servers[0].service)
+                if self._retired and time.monotonic() >= self._retired_until:
+                    self._end_retired(self._servers[0].service)
                 continue
             notify(RELOADING=1, MONOTONIC_USEC=time.clock_gettime_ns(time.CLOCK_MONOTONIC) // 1000)
             is_good = self._reload()
@@ -4399,11 +4412,21 @@ class Daemon:
         self._stop(received)
 
     def _next_signal(self) -> Optional[signal.Signals]:
-        """Wait for it; None if it is time to end what a reload has retired."""
-        if not self._retired:
+        """Wait for it; None if it is time for the watchdog, or to end what a reload has retired."""
+        limits = [max(0.0, self._retired_until - time.monotonic())] if self._retired else []
+        if self._watchdog_seconds:
+            limits.append(self._watchdog_seconds)
+            self._calm_watchdog()
+        if not limits:
             return signal.Signals(signal.sigwait(self.SIGNALS))
-        found = signal.sigtimedwait(self.SIGNALS, max(0.0, self._retired_until - time.monotonic()))
+        found = signal.sigtimedwait(self.SIGNALS, min(limits))
         return signal.Signals(found.si_signo) if found else None
+
+    def _calm_watchdog(self) -> None:
+        """Say that we work, if both servers look after their sockets, and if nobody keeps the lock that all look-ups need."""
+        self._servers[0].service.directory.report()
+        if min(server.looked_at for server in self._servers) > time.monotonic() - self._watchdog_seconds - POLL_SECONDS:
+            notify(WATCHDOG=1)
 
     def report(self) -> dict[str, Any]:
         """What the map stats answers: counters since the start, and the state of things. No name and no address but a canary's."""

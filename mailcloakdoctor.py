@@ -38,7 +38,7 @@ The checks: what each looks at, and the remedy.
   postfix-recipients      does a list of its own refuse users? virtual_mailbox_maps, local_recipient_maps
   postfix-relay           does each smtpd take mail for us, and relay for nobody else? smtpd_relay_restrictions, mynetworks
   postfix-login           can users and apps log in, by Dovecot? smtpd_sasl_auth_enable, smtpd_sasl_type
-  postfix-sendmail        is mail by sendmail(1), which meets no smtpd, checked as well? pickup in examples/postfix/master.cf
+  postfix-sendmail        is mail by sendmail(1), which meets no smtpd, checked as well? pickup in share/doc/mailcloak/examples/postfix/master.cf
   postfix-delimiter       is recipient_delimiter the same in Postfix and mailcloak? policy.recipient_delimiter
   postfix-rewriting       does Postfix rewrite addresses after mailcloak was asked? Its defaults in main.cf
   postfix-settings        does main.cf set what Postfix does not know? Look for typing errors
@@ -52,7 +52,7 @@ The checks: what each looks at, and the remedy.
   keycloak-token          does Keycloak give the client a token? URL, realm, client and secret of the configuration
   keycloak-clock          is Keycloak's clock that of this host? Set the clock
   keycloak-role           may the client see users, and do nothing more? Roles of its service account
-  keycloak-email          may users change their own e-mail, and so take an address? examples/keycloak/setup
+  keycloak-email          may users change their own e-mail, and so take an address? share/doc/mailcloak/examples/keycloak/setup
   keycloak-users          can all users be read, and can the daemon use them? Correct the user in Keycloak
   keycloak-canary         is there a canary for each user federation, and is it there? keycloak.canary
   keycloak-cache-policy   is it noticed when a canary is gone: cache policy NO_CACHE? Keycloak, User federation
@@ -593,7 +593,7 @@ CLASSES = {  # where Postfix knows a domain from, in its order; what delivers th
     "relay_domains": ("relay_transport", "relay_recipient_maps"),
 }
 TO_DOVECOT = "lmtp:unix:private/dovecot-lmtp"
-FROM_DOVECOT = "start Dovecot, with this socket as in examples/dovecot-2.3 or examples/dovecot-2.4"
+FROM_DOVECOT = "start Dovecot, with this socket as in share/doc/mailcloak/examples/dovecot-2.3 or examples/dovecot-2.4"
 REWRITING = {"append_dot_mydomain": "no", "allow_percent_hack": "yes", "swap_bangpath": "yes", "allow_untrusted_routing": "no"}
 
 
@@ -819,7 +819,7 @@ def check_postfix(host: Installation) -> Findings:
             continue
         yield ok("postfix", f"{postfix.directory} has {ctl.counted(postfix.smtpds, 'smtpd service')}")
         if not postfix.smtpds:
-            remedy = "compare examples/postfix/master.cf"
+            remedy = "compare share/doc/mailcloak/examples/postfix/master.cf"
             yield problem("postfix-smtpd", f"{postfix.directory}/master.cf has no smtpd: no mail comes in", remedy)
         remedy = f"sockets.socket_owner_user: {postfix.main['mail_owner']}, with access to its directory; then restart the daemon"
         for path in (host.sockets.policy_socket, host.sockets.socketmap_socket):
@@ -929,7 +929,7 @@ def check_use(host: Installation, postfix: Postfix, smtpd: PostfixService, use: 
     if not re.match(r"4[0-9][0-9]\b|defer", action.lower()):
         loses = "mail is lost" if re.match(r"5|reject", action.lower()) else "nothing is checked"
         text = f"{smtpd.name}: while mailcloak does not answer, Postfix says {action!r} in {use.list_name}, so {loses}"
-        remedy = "default_action = 451 4.3.0 Temporary lookup failure, as in examples/postfix/main.cf"
+        remedy = "default_action = 451 4.3.0 Temporary lookup failure, as in share/doc/mailcloak/examples/postfix/main.cf"
         yield problem("postfix-default-action", text, remedy)
     timeout = use.options.get("timeout") or postfix.value(smtpd, "smtpd_policy_service_timeout")
     seconds = read_postfix_time(timeout)
@@ -959,10 +959,12 @@ def check_clients(postfix: Postfix) -> Findings:
             found.append(problem(check, f"{smtpd.name} takes no mail: without an end of relaying, smtpd(8) does not start", remedy))
         elif not postfix.takes(smtpd, known=True):
             text = f"{smtpd.name} takes no mail from anybody: reject or defer in one of its lists, with no permit before it"
-            found.append(problem(check, text, "take it out, then postfix reload; compare examples/postfix/main.cf"))
+            found.append(
+                problem(check, text, "take it out, then postfix reload; compare share/doc/mailcloak/examples/postfix/main.cf")
+            )
     if doors and not found and not any(postfix.takes(smtpd) for smtpd in doors):
         text = "no smtpd takes mail of other hosts: each wants a login or a client in mynetworks"
-        found.append(warning(check, text, "compare the line smtp of examples/postfix/master.cf"))
+        found.append(warning(check, text, "compare the line smtp of share/doc/mailcloak/examples/postfix/master.cf"))
     tables = any("_access" in postfix.value(smtpd, name) for smtpd in doors for name in LISTS)
     but = ", if tables permit nothing else" if tables else ""
     yield from found or [ok(check, f"other hosts can bring mail for our domains, and have none relayed{but}")]
@@ -972,7 +974,9 @@ def check_logins(postfix: Postfix) -> Findings:
     """Can users and apps log in somewhere, and is it Dovecot that checks their tokens and passwords?"""
     doors = [smtpd for smtpd in postfix.smtpds if postfix.value(smtpd, "smtpd_sasl_auth_enable") == "yes"]
     if not doors:
-        remedy = "take the lines submissions and submission from examples/postfix/master.cf, then postfix reload"
+        remedy = (
+            "take the lines submissions and submission from share/doc/mailcloak/examples/postfix/master.cf, then postfix reload"
+        )
         yield warning("postfix-login", "no smtpd has smtpd_sasl_auth_enable = yes, so nobody can log in to send", remedy)
     sockets: dict[str, list[PostfixService]] = defaultdict(list)
     for smtpd in doors:
@@ -1008,7 +1012,7 @@ def check_local_mail(policy: mailcloak.PolicyConfig, sockets: mailcloak.SocketsC
         if origin.startswith("/"):  # Debian: /etc/mailname
             with open(origin, encoding="utf-8", errors="replace") as file:
                 origin = file.readline().strip()
-    sample = "as in examples/postfix/master.cf, then postfix reload"
+    sample = "as in share/doc/mailcloak/examples/postfix/master.cf, then postfix reload"
     if not pickup:
         yield ok(check, "master.cf has no pickup, so no program of this host can send by sendmail(1)")
     elif any(list(postfix.uses(smtpd, sockets.policy_socket)) for smtpd in doors):  # check_smtpd says whether it is asked well
@@ -1154,7 +1158,7 @@ def check_main_settings(policy: mailcloak.PolicyConfig, postfix: Postfix) -> Fin
 # The query by which it lets apps in is tried on a database in memory; and can its user read the real one?
 # ---------------------------------------------------------------------------------------------------------------------------------
 
-SQL_SAMPLES = "examples/dovecot-2.3/dovecot-sql.conf.ext or examples/dovecot-2.4/dovecot.conf"
+SQL_SAMPLES = "share/doc/mailcloak/examples/dovecot-2.3/dovecot-sql.conf.ext or examples/dovecot-2.4/dovecot.conf"
 TOKENS, PASSWORDS = {"oauthbearer", "xoauth2"}, {"plain", "login", "scram-sha-256"}
 
 
@@ -1453,9 +1457,7 @@ def check_email_edit(reader: KeycloakReader) -> Findings:
     if may_edit is None:
         yield skipped("keycloak-email", "may users change their own e-mail? The user profile of the realm cannot be read")
     elif may_edit:
-        remedy = (
-            "examples/keycloak/setup email-by-administrators; or setup verify-email, with keycloak.require_verified_email: true"
-        )
+        remedy = "share/doc/mailcloak/examples/keycloak/setup email-by-administrators; or setup verify-email, with keycloak.require_verified_email: true"
         yield problem("keycloak-email", "users may change their own e-mail and so take over any address that is free", remedy)
     else:
         yield ok("keycloak-email", "only administrators change a user's e-mail")

@@ -4,6 +4,7 @@
 demo.py                start a daemon, ask it a dozen questions in Postfix's protocols, and show the answers
 demo.py run            run that daemon in the foreground
 demo.py ask ADDRESS    ask the daemon that "run" started whether ADDRESS may receive, and show the bytes
+demo.py of FOLDER      as without a word, with the programs mailcloak and mailcloakctl of this folder
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
+PROGRAMS = {name: [sys.executable, str(ROOT / f"{name}.py")] for name in ("mailcloak", "mailcloakctl")}
 RUN_DIR = Path(tempfile.gettempdir()) / f"mailcloak-demo-{os.getuid()}"
 
 SOURCES = {
@@ -78,7 +80,7 @@ def write_config(directory: Path) -> Path:
 
 def start_daemon(config: Path, log: Path) -> subprocess.Popen[bytes]:
     with open(log, "wb") as file:
-        daemon = subprocess.Popen([sys.executable, str(ROOT / "mailcloak.py"), str(config)], stderr=file)
+        daemon = subprocess.Popen([*PROGRAMS["mailcloak"], str(config)], stderr=file)
     deadline = time.monotonic() + 15
     while "daemon: started" not in log.read_text():
         if daemon.poll() is not None or time.monotonic() > deadline:
@@ -91,7 +93,7 @@ def start_daemon(config: Path, log: Path) -> subprocess.Popen[bytes]:
 def run_ctl(config: Path, *arguments: str) -> None:
     print(f"  $ mailcloakctl.py {' '.join(arguments)}", flush=True)
     result = subprocess.run(
-        [sys.executable, str(ROOT / "mailcloakctl.py"), "--config", str(config), *arguments],
+        [*PROGRAMS["mailcloakctl"], "--config", str(config), *arguments],
         capture_output=True,
         text=True,
         check=True,
@@ -218,6 +220,9 @@ if __name__ == "__main__":
         sys.exit(demo())
     if sys.argv[1:] == ["run"]:
         sys.exit(run())
+    if len(sys.argv) == 3 and sys.argv[1] == "of":
+        PROGRAMS = {name: [os.path.join(sys.argv[2], name)] for name in PROGRAMS}
+        sys.exit(demo())
     if len(sys.argv) == 3 and sys.argv[1] == "ask":
         sys.exit(ask_by_hand(sys.argv[2]))
     sys.exit((__doc__ or "").strip())

@@ -48,6 +48,13 @@ REAL_SERVERS = {
     "mandoc": ("mandoc", "mandoc"),
     "zsh": ("zsh", "zsh"),
     "make": ("make", "make"),
+    "deb": (
+        "dpkg-buildpackage dh dh_python3 lintian",
+        "build-essential debhelper dh-python lintian python3 python3-yaml python3-requests",
+    ),
+    "apparmor": ("apparmor_parser", "apparmor"),
+    "checkmodule": ("checkmodule", "checkpolicy"),
+    "debootstrap": ("debootstrap", "debootstrap"),
     "root": ("", ""),
 }
 

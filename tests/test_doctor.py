@@ -2137,7 +2137,7 @@ def test_warning_exits_1_and_problem_exits_2_with_the_first_problem_as_next_step
     realm.profile_edit = ["admin", "user"]
     result = doctor(daemon, *options)
     assert result.returncode == 2
-    assert "\nnext           keycloak-email: examples/keycloak/setup" in result.stdout
+    assert "\nnext           keycloak-email: share/doc/mailcloak/examples/keycloak/setup" in result.stdout
     assert result.stdout.rstrip().endswith("; then mailcloakctl doctor again")
     shown = json.loads(doctor(daemon, *options, "--json").stdout)
     wrong = {finding["check"]: finding for finding in shown if finding["state"] != "ok"}

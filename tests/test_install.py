@@ -17,18 +17,24 @@ import yaml
 from conftest import ROOT, USERS
 
 PREFIXES = ("/usr/local", "/usr")
+EXAMPLES = {f"share/doc/mailcloak/{path.relative_to(ROOT)}" for path in (ROOT / "examples").rglob("*") if path.is_file()}
 BELOW_PREFIX = {
-    "lib/mailcloak/mailcloak.py",
-    "lib/mailcloak/mailcloakctl.py",
-    "lib/mailcloak/mailcloakdoctor.py",
+    *EXAMPLES,
     "lib/systemd/system/mailcloak.service",
     "lib/systemd/system/mailcloak.socket",
     "lib/systemd/system/mailcloak-socketmap.socket",
     "lib/sysusers.d/mailcloak.conf",
+    "lib/tmpfiles.d/mailcloak.conf",
     "sbin/mailcloak",
     "sbin/mailcloakctl",
     "share/bash-completion/completions/mailcloak",
     "share/bash-completion/completions/mailcloakctl",
+    "share/doc/mailcloak/CHANGELOG.md",
+    "share/doc/mailcloak/README.md",
+    "share/doc/mailcloak/SECURITY.md",
+    "share/mailcloak/mailcloak.py",
+    "share/mailcloak/mailcloakctl.py",
+    "share/mailcloak/mailcloakdoctor.py",
     "share/mailcloak/schema.sql",
     "share/mailcloak/without-sockets.conf",
     "share/man/man5/mailcloak.yaml.5",
@@ -37,15 +43,16 @@ BELOW_PREFIX = {
     "share/zsh/site-functions/_mailcloak",
     "share/zsh/site-functions/_mailcloakctl",
 }
-BELOW_ETC = {"conf.d/mailcloak", "init.d/mailcloak", "mailcloak/config.yaml.sample"}
-EXECUTABLE = {"sbin/mailcloak", "sbin/mailcloakctl", "init.d/mailcloak"}
-OPENRC = {"etc/conf.d/mailcloak", "etc/init.d/mailcloak"}
+BELOW_ETC = {"conf.d/mailcloak", "init.d/mailcloak", "logrotate.d/mailcloak", "mailcloak/config.yaml.sample"}
+EXECUTABLE = {"sbin/mailcloak", "sbin/mailcloakctl", "init.d/mailcloak", "share/doc/mailcloak/examples/keycloak/setup"}
+OPENRC = {"etc/conf.d/mailcloak", "etc/init.d/mailcloak", "etc/logrotate.d/mailcloak"}
 SYSTEMD = {f"lib/systemd/system/mailcloak{name}" for name in (".service", ".socket", "-socketmap.socket")}
 
 
 def run(target, directory, prefix="/usr/local", python=sys.executable, check=True, init="both", **more):
     """What make install and make uninstall run."""
-    environment = {**os.environ, "DESTDIR": str(directory), "PREFIX": str(prefix), "PYTHON": str(python), "INIT": init, **more}
+    paths = {"DESTDIR": str(directory), "PREFIX": str(prefix), "PYTHON": str(python)}
+    environment = {**os.environ, **paths, "INIT": init, "ANY_PYTHON": "yes", **more}  # that of the tests may be in root's home
     result = subprocess.run(
         ["./install", target], cwd=ROOT, env=environment, capture_output=True, text=True, check=False, timeout=60
     )
@@ -54,9 +61,8 @@ def run(target, directory, prefix="/usr/local", python=sys.executable, check=Tru
 
 
 def files(directory):
-    """Every file and link below directory but for compiled modules."""
-    found = (path for path in directory.rglob("*") if path.is_symlink() or not path.is_dir())
-    return {str(path.relative_to(directory)) for path in found if path.suffix != ".pyc"}
+    """Every file and link below directory."""
+    return {str(path.relative_to(directory)) for path in directory.rglob("*") if path.is_symlink() or not path.is_dir()}
 
 
 def text(path):
@@ -85,14 +91,7 @@ def test_programs_name_their_interpreter_and_modules_are_as_they_were(installed)
     for name in ("mailcloak", "mailcloakctl"):
         assert text(directory / prefix[1:] / "sbin" / name).startswith(f"#!{sys.executable}\n")
     for name in ("mailcloak.py", "mailcloakctl.py", "mailcloakdoctor.py"):
-        assert text(directory / prefix[1:] / "lib/mailcloak" / name) == text(ROOT / name)
-
-
-def test_program_finds_its_modules_behind_a_link(installed, tmp_path):
-    directory, prefix, _ = installed
-    (tmp_path / "mailcloak").symlink_to(directory / prefix[1:] / "sbin/mailcloak")
-    said = subprocess.run([tmp_path / "mailcloak", "--version"], capture_output=True, text=True, check=True, timeout=30)
-    assert said.stdout.startswith("mailcloak ")
+        assert text(directory / prefix[1:] / "share/mailcloak" / name) == text(ROOT / name)
 
 
 @pytest.mark.parametrize("init", ["openrc", "systemd", "both"])
@@ -122,23 +121,53 @@ def test_service_manager_of_this_host_is_taken(tmp_path, has_openrc):
     assert (tmp_path / "dest/usr/local/lib/systemd").exists() != is_openrc
 
 
-def test_compiled_modules_name_the_path_without_destdir(installed):
-    directory, prefix, _ = installed
-    compiled = list((directory / prefix[1:] / "lib/mailcloak/__pycache__").glob("mailcloak.*.pyc"))
-    assert [marshal.loads(path.read_bytes()[16:]).co_filename for path in compiled] == [f"{prefix}/lib/mailcloak/mailcloak.py"]
+@pytest.fixture(scope="module")
+def in_place(tmp_path_factory):
+    """A PREFIX from which the programs run, with its etc; not to be changed."""
+    prefix = tmp_path_factory.mktemp("prefix")
+    run("install", "", prefix, SYSCONFDIR=str(prefix / "etc"), UNITDIR=str(prefix / "units"), SBINDIR=str(prefix / "bin"))
+    return prefix
 
 
-def test_programs_run_from_there(installed, make_config, short_dir):
-    directory, prefix, _ = installed
+def test_modules_are_compiled_where_they_will_run_and_not_in_a_package(in_place, installed):
+    """A package compiles after it was unpacked: only there the time of a module, which Python compares, and its reader are known."""
+    compiled = {path.name.partition(".")[0]: path for path in (in_place / "share/mailcloak/__pycache__").glob("*.pyc")}
+    assert set(compiled) == {"mailcloak", "mailcloakctl", "mailcloakdoctor"}
+    assert marshal.loads(compiled["mailcloak"].read_bytes()[16:]).co_filename == f"{in_place}/share/mailcloak/mailcloak.py"
+    _, prefix, said = installed
+    assert f"-m compileall -q {prefix}/share/mailcloak" in said
+
+
+def test_each_folder_that_is_named_is_used_in_files_and_texts(in_place):
+    there = {name for name in files(in_place) if not name.endswith(".pyc")}
+    moved = {"lib/systemd/system/": "units/", "sbin/": "bin/"}
+    below_prefix = {next((name.replace(a, b) for a, b in moved.items() if name.startswith(a)), name) for name in BELOW_PREFIX}
+    assert there == {*below_prefix, *(f"etc/{name}" for name in BELOW_ETC)}
+    assert f"\nExecStart={in_place}/bin/mailcloak\n" in text(in_place / "units/mailcloak.service")
+    assert f'mailcloak_config:={in_place}/etc/mailcloak/config.yaml}}"' in text(in_place / "etc/init.d/mailcloak")
+    assert f".It Pa {in_place}/units/mailcloak.service" in text(in_place / "share/man/man8/mailcloak.8")
+
+
+def test_uninstall_finds_each_folder_that_is_named(tmp_path):
+    folders = {"SYSCONFDIR": "/opt/etc", "UNITDIR": "/lib/systemd/system", "SBINDIR": "/sbin"}
+    run("install", tmp_path, **folders)
+    assert {"sbin/mailcloak", "opt/etc/init.d/mailcloak", "lib/systemd/system/mailcloak.service"} <= files(tmp_path)
+    run("uninstall", tmp_path, **folders)
+    assert files(tmp_path) == set()
+
+
+def test_programs_run_from_there(in_place, make_config, short_dir):
     config = short_dir / "c.yaml"
     config.write_text(yaml.safe_dump(make_config(static_users=USERS)))
 
     def start(program, *words):
-        command = [str(directory / prefix[1:] / "sbin" / program), *words]
+        command = [str(in_place / "bin" / program), *words]
         return subprocess.run(command, capture_output=True, text=True, check=False, timeout=30, cwd="/")
 
     for program in ("mailcloak", "mailcloakctl"):
         assert re.fullmatch(rf"{program} \d+\.\d+\.\d+\n", start(program, "--version").stdout)
+    assert f"{in_place}/etc/mailcloak/config.yaml: " in start("mailcloak", "--check-config").stderr
+    assert f"{in_place}/etc/mailcloak/config.yaml" in start("mailcloakctl", "doctor").stdout
     found = start("mailcloakctl", "--config", str(config), "doctor", "--json")
     assert json.loads(found.stdout)[0] == {"check": "config", "state": "ok", "text": f"{config} is good", "remedy": "", "items": []}
     checked = start("mailcloak", "--config", str(config), "--check-config")
@@ -150,7 +179,7 @@ def test_texts_name_paths_below_the_prefix_alone(installed):
     directory, prefix, _ = installed
     other = {"/usr/local": r"/usr/(?:s?bin|lib|share)/[\w/-]*mailcloak", "/usr": "/usr/local"}[prefix]
     for name in sorted(files(directory)):
-        if not name.endswith((".py", "sbin/mailcloak", "sbin/mailcloakctl")):
+        if not name.endswith((".py", ".md", "sbin/mailcloak", "sbin/mailcloakctl")):
             assert not re.search(other, text(directory / name)), name
     service = text(directory / prefix[1:] / "lib/systemd/system/mailcloak.service")
     assert f"\nExecStart={prefix}/sbin/mailcloak\n" in service
@@ -162,6 +191,15 @@ def test_manual_pages_name_files_that_were_installed(installed):
     for page in (directory / prefix[1:] / "share/man").rglob("*.?"):
         for path in re.findall(rf"(?<![\w.]){prefix}/[\w./-]*\w", text(page)):
             assert os.path.lexists(f"{directory}{path}"), f"{page.name}: {path}"
+
+
+def test_messages_name_samples_where_they_were_installed(installed):
+    directory, prefix, _ = installed
+    for name in ("mailcloak.py", "mailcloakctl.py", "mailcloakdoctor.py"):
+        code = text(ROOT / name)
+        for path in re.findall(r"share/doc/mailcloak/[\w./-]*\w", code):
+            assert (directory / prefix[1:] / path).is_file(), f"{name}: {path}"
+        assert re.findall(r"(?<!share/doc/mailcloak/)(?<! or )examples/.*", code) == [], name
 
 
 def test_next_steps_say_how_to_make_the_user_and_the_configuration(installed):
@@ -185,10 +223,10 @@ def test_program_is_named_in_full_where_its_folder_is_not_in_path(tmp_path, monk
 @pytest.mark.real("make")
 def test_make_hands_its_variables_on(tmp_path):
     command = ["make", "--no-print-directory", "install", f"DESTDIR={tmp_path}/a b", "PREFIX=/opt/x", f"PYTHON={sys.executable}"]
-    command.append("INIT=both")
+    command += ["INIT=both", "ANY_PYTHON=yes", "SBINDIR=/opt/x/bin", "SYSCONFDIR=/opt/etc", "UNITDIR=/opt/units"]
     said = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True, timeout=60).stdout
-    assert {"opt/x/sbin/mailcloak", "etc/init.d/mailcloak"} <= files(tmp_path / "a b")
-    assert "systemctl link /opt/x/lib/systemd/system/mailcloak" in said
+    assert {"opt/x/bin/mailcloak", "opt/etc/init.d/mailcloak", "opt/units/mailcloak.service"} <= files(tmp_path / "a b")
+    assert "systemctl link /opt/units/mailcloak" in said
     subprocess.run([*command[:2], "uninstall", *command[3:]], cwd=ROOT, capture_output=True, check=True, timeout=60)
     assert files(tmp_path) == set()
 
@@ -225,7 +263,7 @@ def test_second_install_renews_programs_and_leaves_what_an_administrator_wrote(t
     config, settings = tmp_path / "etc/mailcloak/config.yaml", tmp_path / "etc/conf.d/mailcloak"
     config.write_text("precious: 1\n")
     settings.write_text('mailcloak_log="/var/log/mail"\n')
-    program, sample = tmp_path / "usr/local/lib/mailcloak/mailcloak.py", tmp_path / "etc/mailcloak/config.yaml.sample"
+    program, sample = tmp_path / "usr/local/share/mailcloak/mailcloak.py", tmp_path / "etc/mailcloak/config.yaml.sample"
     program.write_text("old")
     sample.write_text("old")
     said = run("install", tmp_path).stdout
@@ -243,14 +281,15 @@ def test_second_install_says_nothing_of_settings_that_were_not_changed(tmp_path)
 
 def test_uninstall_leaves_configuration_and_database_alone(tmp_path):
     run("install", tmp_path)
-    mine = ["etc/mailcloak/config.yaml", "etc/conf.d/mailcloak", "var/lib/mailcloak/state.db", "usr/local/sbin/another"]
+    mine = ["etc/mailcloak/config.yaml", "etc/conf.d/mailcloak", "etc/logrotate.d/mailcloak"]
+    mine += ["var/lib/mailcloak/state.db", "usr/local/sbin/another"]
     for name in mine:
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text("mine\n")
     said = run("uninstall", tmp_path).stdout
     assert files(tmp_path) == set(mine)
-    assert not (tmp_path / "usr/local/lib/mailcloak").exists()
-    for name in ("etc/mailcloak", "etc/conf.d/mailcloak", "var/lib/mailcloak"):
+    assert not (tmp_path / "usr/local/share/mailcloak").exists()
+    for name in ("etc/mailcloak", "etc/conf.d/mailcloak", "etc/logrotate.d/mailcloak", "var/lib/mailcloak"):
         assert f"left {tmp_path}/{name}, " in said
 
 
@@ -259,6 +298,7 @@ def test_uninstall_of_what_was_not_changed_leaves_no_file(tmp_path):
     run("uninstall", tmp_path, "/usr")
     assert files(tmp_path) == set()
     assert not (tmp_path / "etc/mailcloak").exists()
+    assert not (tmp_path / "usr/share/doc/mailcloak").exists()
     run("uninstall", tmp_path, "/usr")  # and again
 
 
@@ -300,6 +340,32 @@ def test_interpreter_that_is_not_fit_is_refused_with_the_reason(tmp_path, script
     assert not (tmp_path / "dest").exists()
 
 
+@pytest.mark.parametrize(
+    ("closed", "mode", "found"),
+    [
+        ("folder", 0o700, "cannot be run by the user mailcloak: others may not enter {}/folder\n"),
+        ("folder/python", 0o750, "cannot be run by the user mailcloak: others may not read or run {}/folder/python\n"),
+        ("folder", 0o711, ""),
+    ],
+    ids=["folder", "program", "open"],
+)
+def test_interpreter_that_the_daemon_cannot_run_is_refused_by_modes(short_dir, closed, mode, found):
+    """What others may not enter is named, whatever it is called; one who insists gets it."""
+    python = short_dir / "folder/python"
+    python.parent.mkdir()
+    python.write_text(f'#!/bin/sh\ncase "$*" in *sys.executable*) echo "$0";; *) exec {sys.executable} "$@";; esac\n')
+    python.chmod(0o755)
+    (short_dir / closed).chmod(mode)
+    result = run("install", short_dir / "dest", python=python, check=False, ANY_PYTHON="")
+    if found:
+        assert found.format(short_dir) in result.stderr
+        assert "insist: make install ANY_PYTHON=yes" in result.stderr
+        assert (result.returncode, (short_dir / "dest").exists()) == (1, False)
+        run("install", short_dir / "dest", python=python)
+    else:  # the interpreter that it calls may be closed in the same way
+        assert f"{short_dir}/folder\n" not in result.stderr
+
+
 def test_service_manager_that_is_not_known_is_refused(tmp_path):
     result = run("install", tmp_path, check=False, init="sysv")
     assert (result.returncode != 0, "INIT must be openrc, systemd or both, got 'sysv'" in result.stderr) == (True, True)
@@ -314,15 +380,19 @@ def test_prefix_that_cannot_be_one_is_refused(tmp_path, prefix):
     assert files(tmp_path) == set()
 
 
-def test_modules_that_are_checked_are_those_that_the_programs_import():
+def imported_packages():
+    """The modules that the programs import and that Python does not bring."""
     imported = set()
     for name in ("mailcloak.py", "mailcloakctl.py", "mailcloakdoctor.py"):
         for node in ast.walk(ast.parse(text(ROOT / name))):
             if isinstance(node, (ast.Import, ast.ImportFrom)):
                 names = [node.module] if isinstance(node, ast.ImportFrom) else [each.name for each in node.names]
                 imported.update(each.partition(".")[0] for each in names)
-    origins = {name: importlib.util.find_spec(name).origin or "" for name in imported - {"mailcloak"}}
-    installed = {name for name, origin in origins.items() if re.search("/(site|dist)-packages/", origin)}
+    origins = {name: importlib.util.find_spec(name).origin or "" for name in imported}
+    return {name for name, origin in origins.items() if re.search("/(site|dist)-packages/", origin)}
+
+
+def test_modules_that_are_checked_are_those_that_the_programs_import():
     brought_by_requests = {"idna", "urllib3"}
     (checked,) = re.findall(r"for module in (.*); do", text(ROOT / "install"))
-    assert installed - brought_by_requests == set(checked.split())
+    assert imported_packages() - brought_by_requests == set(checked.split())

@@ -80,6 +80,11 @@ def test_service_keeps_its_state_where_the_daemon_looks_and_runs_as_its_user():
     assert sysusers == [["u", mailcloak.DaemonConfig().user]]
 
 
+def test_daemon_reports_to_the_watchdog_well_before_systemd_loses_patience():
+    """A server is seen at work every POLL_SECONDS, unless it waits for room."""
+    assert float(setting(SERVICE, "WatchdogSec")) / 2 > 10 * (mailcloak.POLL_SECONDS + mailcloak.ROOM_SECONDS)
+
+
 def test_reload_checks_the_configuration_first():
     assert settings(SERVICE)["ExecReload"] == [f"{PROGRAM} --check-config", "/bin/kill -HUP $MAINPID"]
 
@@ -177,6 +182,7 @@ import os, pwd, sys
 root, user, numbers, *arguments = sys.argv[1:]
 sys.path.insert(0, root)
 import mailcloak
+exec(os.environ.get("FAULT", ""))
 mailcloak.import_http()
 copies = [os.dup(int(number)) for number in numbers.split(",")]  # in rising order, so that none is overwritten below
 for target, copy in enumerate(copies, 3):
@@ -198,7 +204,7 @@ class Manager(Daemon):
     def __init__(self, directory, config):
         super().__init__(directory, config)
         self.names, self.hands_over, self.user, self.wrapper = ["policy", "socketmap"], True, "", []
-        self.listeners = []
+        self.listeners, self.environment = [], {}
         self.manager = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
         self.manager.bind(str(self.directory / "notify"))
         (self.directory / "notify").chmod(0o777)
@@ -213,7 +219,7 @@ class Manager(Daemon):
 
     def launch(self):
         self.write_config()
-        environment = {**os.environ, "NOTIFY_SOCKET": str(self.directory / "notify")}
+        environment = {**os.environ, "NOTIFY_SOCKET": str(self.directory / "notify"), **self.environment}
         command, numbers = [str(ROOT / "mailcloak.py")], []
         if self.hands_over:
             if not self.listeners:
@@ -419,6 +425,47 @@ def test_stop_is_announced(activated):
     assert heard["STOPPING"] == "1"
     assert "SIGTERM" in heard["STATUS"]
     assert activated.process.wait(15) == 0
+
+
+def test_watchdog_hears_from_the_daemon_also_between_reloads(activated):
+    activated.environment["WATCHDOG_USEC"] = str(400_000)
+    activated.launch()
+    assert activated.heard()["READY"] == "1"
+    activated.process.send_signal(signal.SIGHUP)
+    heard = [activated.heard() for _ in range(8)]
+    assert {"RELOADING", "READY", "WATCHDOG"} <= {name for message in heard for name in message}
+    assert [message["WATCHDOG"] for message in heard[-3:]] == ["1"] * 3
+    assert activated.stop() == 0
+
+
+@pytest.mark.parametrize(
+    "fault",
+    [
+        "mailcloak.Server.process_request = lambda *_: time.sleep(60)",  # the thread that accepts connections hangs
+        "mailcloak.UserDirectory.report = lambda *_: time.sleep(60)",  # as for a lock
+    ],
+    ids=["server", "directory"],
+)
+def test_watchdog_hears_nothing_more_once_questions_are_not_answered(activated, fault):
+    activated.environment.update(WATCHDOG_USEC=str(1_000_000), FAULT=f"import time; {fault}")
+    activated.launch()
+    assert activated.heard()["READY"] == "1"
+    with contextlib.closing(activated.policy()) as client:
+        client.send(recipient="alice@d1.test")
+        activated.manager.settimeout(4)
+        with pytest.raises(TimeoutError):
+            for _ in range(10):
+                activated.heard()
+    activated.process.kill()
+
+
+def test_watchdog_of_another_process_is_not_answered(monkeypatch):
+    monkeypatch.setenv("WATCHDOG_USEC", "2000000")
+    assert mailcloak.find_watchdog_seconds() == 1
+    monkeypatch.setenv("WATCHDOG_PID", str(os.getpid()))
+    assert mailcloak.find_watchdog_seconds() == 1
+    monkeypatch.setenv("WATCHDOG_PID", "1")
+    assert mailcloak.find_watchdog_seconds() == 0
 
 
 def test_manager_in_the_abstract_namespace_is_told(make_daemon):
