@@ -2951,7 +2951,7 @@ class UserStore:
         """Take in what Keycloak said, for all questions at once: what is cached now, and (before, after) of whoever has changed.
 
         An answer changes nothing of a user if a later question about that user was answered already. Where the two disagree about who was
-        found here, None is returned: ask again. A username belongs to one user, and so does an e-mail that Keycloak did not show with
+        found here, or this very question was answered later, None is returned: ask again. A username belongs to one user, and so does an e-mail that Keycloak did not show with
         two: who is found with it has taken it from the earlier holder.
         """
         with self._lock:
@@ -2973,8 +2973,8 @@ class UserStore:
         others = [user_id for name in named for user_id in self._index.get(name, ((), 0.0))[0]]
         for user_id in dict.fromkeys((*said, *others)):
             before, now = self._people.get(user_id), said.get(user_id)
-            is_old = before.asked_at > answer.asked_at if before else is_late
-            if is_old or (now and self._was_missed(before, now, answer.asked_at)):
+            is_old = before.asked_at > answer.asked_at if before else is_late or self._was_missed(now, answer.asked_at)
+            if is_old:
                 is_overtaken |= now is not None and not (before and before.standing == KNOWN and before.user == now)
                 if before and before.user == now and user_id in sharers and not is_late:  # by another name asked about later
                     self._put(user_id, before._replace(shares_email=len(sharers) > 1))
@@ -2992,7 +2992,7 @@ class UserStore:
             self._put(user_id, after)
             if before and after != before:
                 changes.append((before, after))
-        if is_overtaken:
+        if is_overtaken or is_late:
             return None, changes
         self._note_question(question, answer.asked_at)
         known = self._look(question)._replace(asked_at=answer.asked_at)
@@ -3077,10 +3077,9 @@ class UserStore:
         ids, asked_at = self._index.get(question) or ((), self._nobody.get(question, -math.inf))
         return Known(question, tuple(self._people[user_id] for user_id in ids), asked_at)
 
-    def _was_missed(self, before: Optional[Person], user: User, since: float) -> bool:
-        """Has an answer that was asked for later said something else about a name that is new to this user?"""
-        names = (name for name in (("username", user.username), ("email", user.email)) if not (before and before.has(name)))
-        looked = map(self._look, names)
+    def _was_missed(self, user: Optional[User], since: float) -> bool:
+        """Has an answer that was asked for later said something else about a name of this user, who was not known until now?"""
+        looked = [self._look(name) for name in ((("username", user.username), ("email", user.email)) if user else ())]
         return any(time > since for known in looked for time in (known.asked_at, *(person.asked_at for person in known.people)))
 
     def _put(self, user_id: str, after: Optional[Person], *, is_saved: bool = False) -> None:
@@ -3097,11 +3096,13 @@ class UserStore:
                 del self._index[name]
             elif name not in new or (before and after and before.has(name) and not after.has(name)):
                 self._index[name] = (ids, -math.inf)  # it may be somebody else's now: asked for again
-        for name in new if old != new else ():
-            ids, asked_at = self._index.get(name, ((), -math.inf))
-            self._nobody.pop(name, None)
-            # the answer that found the user by another name may be older than the one to this question, or newer: asked for again
-            self._index[name] = (ids, asked_at) if user_id in ids else ((*ids, user_id), -math.inf)
+        for name in new:
+            ids = self._index.get(name, ((), 0.0))[0]
+            gains = after is not None and after.has(name) and not (before and before.has(name))
+            if gains or user_id not in ids:
+                self._nobody.pop(name, None)
+                # the answer that found the user by another name may be older than the one to this question, or newer: asked for again
+                self._index[name] = (ids if user_id in ids else (*ids, user_id), -math.inf)
         if after != before and not is_saved:
             self.on_change(user_id, before, after)
 

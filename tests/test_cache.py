@@ -169,7 +169,8 @@ def test_answer_that_was_asked_for_earlier_changes_nothing_of_a_user():
         assert learn(store, question, ALICE, at=9) is None  # a newer answer says something else: ask again
         assert [person.user for person in store.look(question).people] == [DISABLED]
     assert [person.user for person in learn(store, EMAIL, ALICE, at=11).people] == [ALICE]
-    assert learn(store, EMAIL, at=10.5).here[0].standing == KNOWN  # missing, but asked for earlier
+    assert learn(store, EMAIL, at=10.5) is None  # missing, but asked for earlier
+    assert store.look(EMAIL).here[0].standing == KNOWN
 
 
 def test_user_with_another_email_has_no_right_to_the_old_one_and_is_no_stranger():

@@ -149,6 +149,13 @@ def test_late_answer_does_not_give_back_an_address_that_has_another_user_now():
         state.overtake(by_email=False, change=("taken", 0), flushed=False, number=2, seconds=1.0)
 
 
+def test_late_answer_with_an_address_that_nobody_has_by_now_is_heard():
+    with model(with_ids=False) as state:
+        state.watch(number=0, question=Question("recipient", "a@d1.test"), seconds=5.25, times=2)
+        state.take_address(number=0, other=1)
+        state.overtake(by_email=False, change=("state", "deleted"), flushed=False, number=0, seconds=1.0)
+
+
 def test_late_answer_about_a_user_not_known_until_then_does_not_make_a_login_ambiguous():
     with model(with_ids=False) as state:
         state.overtake(0, ("username", "b@d1.test"), by_email=False, seconds=1.0)
