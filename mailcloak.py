@@ -1212,7 +1212,7 @@ _group = _account("group", grp.getgrnam)
 
 
 def _daemon_user(value: Any) -> str:
-    hint = "; make it by useradd --system --user-group, or by systemd-sysusers, as the README says"
+    hint = "; make it by useradd --system --user-group --groups postfix, or by systemd-sysusers, as the README says"
     # nobody else can become that user anyway
     return str((_account("user", pwd.getpwnam, hint) if os.geteuid() == 0 else _or_empty(_text))(value))
 

@@ -4,11 +4,14 @@
 from __future__ import annotations
 
 import contextlib
+import grp
 import io
 import json
 import os
+import pwd
 import re
 import resource
+import shutil
 import socket
 import sqlite3
 
@@ -658,6 +661,30 @@ def test_flush_is_refused_to_a_user_who_may_only_connect(make_daemon):
     assert re.match(
         r"1 mailcloakctl: the daemon says: .*; run mailcloakctl as root, as the daemon's own user or as ", as_nobody(run)
     )
+
+
+@pytest.mark.real("root")
+def test_user_of_the_daemon_asks_by_the_group_of_the_sockets(make_daemon):
+    """As after the installation: the sockets belong to Postfix, whose group daemon.user is in."""
+    group, nobody = grp.getgrnam("nogroup").gr_name, pwd.getpwnam("nobody").pw_name
+    sockets = {"socket_owner_user": "root", "socket_owner_group": group, "socket_mode": "0660"}
+    daemon = make_daemon(static_users=USERS, sockets=sockets, daemon={"user": nobody})
+    shutil.chown(daemon.config_path.parent, nobody)
+    daemon.start()
+    daemon.config_path.chmod(0o644)
+
+    def run():
+        said = io.StringIO()
+        with contextlib.redirect_stderr(said), contextlib.redirect_stdout(said):
+            codes = [
+                mailcloakctl.main(["--config", str(daemon.config_path), *command])
+                for command in (["status"], ["ask", "recipient", "alice@d1.test"], ["flush"])
+            ]
+        return f"{codes} {said.getvalue()}"
+
+    said = as_nobody(run)
+    assert said.startswith("[0, 0, 0] "), said
+    assert "reason         primary" in said
 
 
 # ---- terminals
