@@ -22,7 +22,7 @@ help:
 	@echo 'make run           leave that same daemon in the foreground, to be asked by hand'
 	@echo 'make install       programs, man pages and files of the service manager (INIT=openrc|systemd|both) below PREFIX ($(PREFIX)) and'
 	@echo '                   DESTDIR; make uninstall'
-	@echo 'make deb           a package for Debian and Ubuntu in build/deb, for apt install (dpkg-dev, debhelper)'
+	@echo 'make deb           a package for Debian in build/deb, for apt install (build-essential, debhelper)'
 	@echo 'make test          run the tests, JOBS=4 at a time; those of real servers where they are installed'
 	@echo 'make lint          ruff, mypy --strict, and a check that Python 3.9 suffices'
 	@echo 'make test-all      what a version of Python can change, on each other one of 3.9 to 3.14 that is installed'

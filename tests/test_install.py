@@ -246,7 +246,7 @@ def test_systemd_makes_the_user_from_its_file(installed, tmp_path):
 
 @pytest.mark.real("systemd")
 @pytest.mark.parametrize("prefix", PREFIXES)
-def test_systemctl_enables_and_disables_service_and_sockets_together(tmp_path, prefix):
+def test_systemctl_enables_and_disables_service_and_sockets_together_and_so_does_uninstall(tmp_path, prefix):
     run("install", tmp_path, prefix, init="systemd")
 
     def systemctl(verb):
@@ -255,6 +255,9 @@ def test_systemctl_enables_and_disables_service_and_sockets_together(tmp_path, p
 
     assert systemctl("enable") == {"mailcloak.service", "mailcloak.socket", "mailcloak-socketmap.socket"}
     assert systemctl("disable") == set()
+    systemctl("enable")
+    assert "which starts it at boot" not in run("uninstall", tmp_path, prefix).stdout
+    assert [path for path in (tmp_path / "etc/systemd").rglob("*") if not path.is_dir()] == []
 
 
 # ---- again, and away

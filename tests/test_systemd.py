@@ -82,7 +82,8 @@ def test_service_keeps_its_state_where_the_daemon_looks_and_runs_as_its_user():
 
 
 def test_daemon_reports_to_the_watchdog_well_before_systemd_loses_patience():
-    """A server is seen at work every POLL_SECONDS, unless it waits for room."""
+    """A server is seen at work every POLL_SECONDS, unless it waits for room. systemd ends a daemon that hangs by SIGABRT."""
+    assert (setting(SERVICE, "LimitCORE"), setting(SERVICE, "Environment")) == ("0", "PYTHONFAULTHANDLER=1")
     assert float(setting(SERVICE, "WatchdogSec")) / 2 > 10 * (mailcloak.POLL_SECONDS + mailcloak.ROOM_SECONDS)
 
 
