@@ -594,6 +594,7 @@ CLASSES = {  # where Postfix knows a domain from, in its order; what delivers th
 }
 TO_DOVECOT = "lmtp:unix:private/dovecot-lmtp"
 FROM_DOVECOT = "start Dovecot, with this socket as in share/doc/mailcloak/examples/dovecot-2.3 or examples/dovecot-2.4"
+UNTRIED = "Only Unix sockets are tried"
 REWRITING = {"append_dot_mydomain": "no", "allow_percent_hack": "yes", "swap_bangpath": "yes", "allow_untrusted_routing": "no"}
 
 
@@ -989,7 +990,9 @@ def check_logins(postfix: Postfix) -> Findings:
             yield problem("postfix-login", f"{smtpd.name}: {text}", f"main.cf: {setting}, then postfix reload")
         else:
             yield ok("postfix-login", f"{smtpd.name}: Dovecot decides who has logged in")
-            if not path.startswith("inet:"):
+            if path.startswith("inet:"):
+                yield skipped("postfix-access", f"can Postfix connect to {path}? {UNTRIED}")
+            else:
                 sockets[postfix.path_of(f"unix:{path.replace('unix:', '', 1)}", smtpd.chroot)].append(smtpd)
     for path, services in sockets.items():
         yield from check_connection(postfix, services, path, f"{FROM_DOVECOT}; smtpd_sasl_path = private/auth")
@@ -1124,10 +1127,11 @@ def check_route(postfix: Postfix, name: str, transport: str, domains: str) -> Fi
         yield problem("postfix-delivery", text, f"main.cf: {setting} = {TO_DOVECOT}, then postfix reload")
     elif command == "virtual":
         yield skipped("postfix-delivery", f"has {mailboxes} a mailbox for each user? virtual(8) delivers to no other")
-    else:
+    elif service and (path := postfix.path_of(transport.partition(":")[2], service.chroot)):
         yield ok("postfix-delivery", f"mail for {domains} goes to {transport}")
-    if service and command == "lmtp" and (path := postfix.path_of(transport.partition(":")[2], service.chroot)):
         yield from check_connection(postfix, [service], path, FROM_DOVECOT)
+    else:
+        yield skipped("postfix-delivery", f"mail for {domains} goes to {transport}; does it arrive? {UNTRIED}")
     asking = (smtpd for smtpd in postfix.smtpds if postfix.value(smtpd, "smtpd_reject_unlisted_recipient") == "yes")
     lists = {postfix.value(smtpd, table) for smtpd in asking} - {""} if command != "virtual" else ()
     for value in sorted(lists):

@@ -1106,11 +1106,8 @@ SOUND_SETTINGS = {
     "further domains in a table": {"virtual_mailbox_domains": "d1.test, d2.test, texthash:/etc/postfix/domains"},
     "domains of local": AS_LOCAL,
     "relaying ended in the list of recipients": {RELAY: "", RECIPIENTS: f"{ASK % 'recipient'}, reject_unauth_destination"},
-    "domains that are relayed": {"virtual_mailbox_domains": "", "relay_domains": "d1.test, d2.test", "relay_transport": "smtp"},
     "mechanisms named": {"smtpd_sasl_mechanism_filter": "plain, XOAUTH2"},
     "unlisted recipients passed": {"virtual_mailbox_maps": "texthash:/x", "smtpd_reject_unlisted_recipient": "no"},
-    "Dovecot over TCP": {"virtual_transport": "lmtp:inet:127.0.0.1:24", "smtpd_sasl_path": "inet:127.0.0.1:12345"},
-    "delivery by another program": {"virtual_transport": "smtp:[mailstore.test]"},
     "trusted hosts alone relay": {RELAY: "permit_mynetworks, reject_unauth_destination", "mynetworks": "10.0.0.0/8, 127.0.0.1"},
     "default action of all": {
         RECIPIENTS: "check_policy_service unix:private/mailcloak",
@@ -1257,6 +1254,23 @@ def test_settings_of_the_service_itself_count_where_it_delivers(ask_postfix, pos
     nothing(ask_postfix())
     change_master(postfix, "^(rewrite unix .*)", r"\1\n  -o local_transport=discard:")
     the_only(ask_postfix(), "problem", "postfix-delivery")
+
+
+@real_postfix
+@pytest.mark.parametrize(
+    ("settings", "check"),
+    [
+        ({"virtual_transport": "lmtp:inet:127.0.0.1:24"}, "postfix-delivery"),
+        ({"virtual_transport": "smtp:[mailstore.test]"}, "postfix-delivery"),
+        ({"virtual_mailbox_domains": "", "relay_domains": "d1.test, d2.test", "relay_transport": "smtp"}, "postfix-delivery"),
+        ({"smtpd_sasl_path": "inet:127.0.0.1:12345"}, "postfix-access"),
+    ],
+)
+def test_what_is_reached_over_the_network_is_not_said_to_be_there(ask_postfix, postfix, settings, check):
+    postfix.set(**settings)
+    skipped = [finding for finding in ask_postfix() if finding.state != "ok"]
+    assert {(finding.state, finding.check, finding.remedy) for finding in skipped} == {("skipped", check, "")}
+    assert all("Only Unix sockets are tried" in finding.text for finding in skipped)
 
 
 @real_postfix
