@@ -750,7 +750,8 @@ class InProcess:
             rows = connection.execute("SELECT user_id FROM users WHERE meaning = ? ORDER BY 1", (self.service.meaning,)).fetchall()
             if number >= len(rows):
                 return None
-            connection.execute("UPDATE users SET person = ? WHERE user_id = ?", (NO_SENSE, *rows[number]))
+            key = (self.service.meaning, *rows[number])
+            connection.execute("UPDATE users SET person = ? WHERE meaning = ? AND user_id = ?", (NO_SENSE, *key))
             connection.commit()
         return str(json.loads(rows[number][0]))
 
