@@ -16,7 +16,8 @@ of the daemon; nothing has to be reloaded. The daemon is asked over the two sock
 is --config, else /etc/mailcloak/config.yaml.
 
 Exit codes: 0 done, or already so; 1 refused, not found or not possible, and then nothing was changed; 2 usage; 3 a safety limit
-stopped it. ask: 0 whatever the answer was. doctor: 0 all is well, 1 there are warnings, 2 there are problems.
+stopped it. ask: 0 whatever the answer was. doctor: 0 all is well, 1 there are warnings, 2 there are problems, 3 it could not run,
+or its command line is wrong.
 
 The checks of doctor are in mailcloakdoctor.py beside this file, and explained there.
 """
@@ -1586,7 +1587,7 @@ def add_command(parsers: Any, common: argparse.ArgumentParser, noun: str, verb: 
     parser = parsers.add_parser(verb or noun, help=command.help, description=f"{command.help}.", epilog=epilog, parents=[common])
     parser.set_defaults(noun=noun, verb=verb, parser=parser)
     if noun == "doctor":
-        parser.usage_exit_code = 3  # 2 says that there are problems
+        parser.usage_exit_code = EXIT_NOT_RUN  # 2 says that there are problems
     for argument in command.arguments:
         name = argument.strip("[]")
         optional = {"nargs": "?", "default": None} if name != argument else {}

@@ -514,6 +514,15 @@ class Daemon:
             self.process.wait()
 
 
+def read_of_threads(pid, name):
+    """The files /proc/PID/task/*/NAME, as bytes; a thread or process that ends meanwhile is left out."""
+    found = []
+    for path in Path(f"/proc/{pid}/task").glob(f"*/{name}"):
+        with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+            found.append(path.read_bytes())
+    return found
+
+
 def in_own_dev(command, syslog_path=None):
     """The command with a /dev of its own, whatever this host logs to: /dev/log leads to that socket, or is not there. As root."""
     link = f"ln -s {syslog_path} /dev/log &&" if syslog_path else ""

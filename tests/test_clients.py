@@ -11,7 +11,7 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import PolicyClient, as_nobody, wait_until
+from conftest import PolicyClient, as_nobody, read_of_threads, wait_until
 from test_wire import FULL_REQUEST, netstring
 
 import mailcloak
@@ -32,8 +32,7 @@ def processor_seconds(daemon):
 
 def all_threads_sleep(daemon):
     """None runs or waits for a processor: each has taken note of what it did last."""
-    tasks = Path(f"/proc/{daemon.process.pid}/task").glob("*/stat")
-    return all(task.read_text().rpartition(")")[2].split()[0] == "S" for task in tasks)
+    return all(stat.rpartition(b")")[2].split()[0] == b"S" for stat in read_of_threads(daemon.process.pid, "stat"))
 
 
 def is_closed(client):

@@ -27,7 +27,7 @@ from pathlib import Path
 import keycloak_stand_in
 import pytest
 import yaml
-from conftest import ROOT, USERS, Daemon, as_nobody, run_ctl, wait_until
+from conftest import ROOT, USERS, Daemon, as_nobody, read_of_threads, run_ctl, wait_until
 
 import mailcloak
 import mailcloakctl
@@ -171,7 +171,7 @@ def record_tokens(keycloak):
 def process_shows(pid):
     """What other users of the host can see of a process, and its environment."""
     parts = [Path(f"/proc/{pid}/{name}").read_bytes() for name in ("cmdline", "environ", "status", "comm")]
-    return b"\n".join(parts + [path.read_bytes() for path in Path(f"/proc/{pid}/task").glob("*/comm")])
+    return b"\n".join(parts + read_of_threads(pid, "comm"))
 
 
 def maps_say(daemon):
@@ -186,7 +186,7 @@ def maps_say(daemon):
 
 
 def children_of(pid):
-    return "".join(path.read_text() for path in Path(f"/proc/{pid}/task").glob("*/children")).split()
+    return b"".join(read_of_threads(pid, "children")).decode().split()
 
 
 @pytest.mark.parametrize("way", ["client_secret", "client_secret_file"])

@@ -18,7 +18,7 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import USERS, SocketmapClient, as_nobody, wait_until
+from conftest import USERS, SocketmapClient, as_nobody, read_of_threads, wait_until
 
 import mailcloak
 
@@ -492,11 +492,11 @@ def test_every_thread_of_the_daemon_has_given_up_root(make_daemon, short_dir):
     daemon.ask(recipient="alice@d1.test")
     clients = [daemon.policy() for _ in range(3)]
     assert [client.ask(recipient="alice@d1.test") for client in clients] == ["DUNNO"] * 3
-    threads = list(Path(f"/proc/{daemon.process.pid}/task").iterdir())
+    threads = read_of_threads(daemon.process.pid, "status")
     assert len(threads) >= 6
     groups = sorted(os.getgrouplist("bin", BIN.pw_gid))
     for thread in threads:
-        fields = dict(line.split(":", 1) for line in (thread / "status").read_text().splitlines())
+        fields = dict(line.split(":", 1) for line in thread.decode().splitlines())
         assert fields["Uid"].split() == [str(BIN.pw_uid)] * 4
         assert fields["Gid"].split() == [str(BIN.pw_gid)] * 4
         assert sorted(map(int, fields["Groups"].split())) == groups
