@@ -217,7 +217,7 @@ class QuestionFailed(DirectoryUnavailable):
 
 
 class Disappeared(MailcloakError):
-    """Keycloak takes back what it said of a user: not believed yet (no 550), but the old answer is not used either (451)."""
+    """Keycloak no longer says the same of a user: not believed yet (no 550), but the old answer is not used either (451)."""
 
 
 class DatabaseUnavailable(MailcloakError):
@@ -549,17 +549,17 @@ class Login(NamedTuple):
     """Which user a sasl_username names. username is "" unless state is "enabled"."""
 
     username: str
-    state: str  # "enabled", "disabled", "missing", or "ambiguous": it names more than one user
+    state: str  # "enabled", "disabled", "missing", "no-email", or "ambiguous": it names more than one user
 
 
 def resolve_login(named: Users, holders: Users) -> Login:
-    """The login of users found by username (named) and by primary e-mail (holders). A user without an e-mail counts as missing."""
+    """The login of users found by username (named) and by primary e-mail (holders). A user without an e-mail may not send."""
     usernames = {user.username for user in named + holders}
     if len(usernames) > 1:
         return Login("", "ambiguous")
     users = [user for user in named + holders if user.email]
     if not users:
-        return Login("", "missing")
+        return Login("", "no-email" if usernames else "missing")
     if all(user.enabled for user in users):
         return Login(users[0].username, "enabled")
     return Login("", "disabled")
@@ -751,8 +751,8 @@ def _decide_app(app: App, facts: Facts) -> Action:
         return Action(SENDER_NOT_OWNED, "app-sender")
     owner_state = facts.find_login(app.owner).state if app.owner else "enabled"
     if owner_state != "enabled":
-        reasons = {"disabled": "app-owner-disabled", "missing": "app-owner-missing", "ambiguous": "app-owner-ambiguous"}
-        return Action(SENDER_NOT_OWNED, reasons[owner_state])
+        reasons = {"disabled": "app-owner-disabled", "ambiguous": "app-owner-ambiguous"}
+        return Action(SENDER_NOT_OWNED, reasons.get(owner_state, "app-owner-missing"))
     return accept("app")
 
 
@@ -910,7 +910,7 @@ own-primary: the sender is the user's own primary e-mail: allowed
 null-sender: an enabled user may use the null sender <>, for notices and vacation mail: allowed
     disable the user in Keycloak
 sender-not-owned: the login is good, but the sender belongs to another user, or to several: refused
-    an alias of another user can be given to this one: mailcloakctl aliases list shows it
+    if it is an alias: mailcloakctl aliases add {address} USERNAME --replace gives it to this user
 sender-of-nobody: the login is good, but the sender is neither an enabled alias nor the primary e-mail of an enabled user: refused
     mailcloakctl aliases add {address} USERNAME lets this user send as it
 foreign-sender: a user has logged in, and the sender is not in policy.domain: policy.foreign_sender sets the answer
@@ -940,9 +940,9 @@ app-owner-ambiguous: the owner of the app is the name of one user and the e-mail
 directory-unavailable: Keycloak gave no answer that can be used, and neither the cache nor the database decides without it
     mailcloakctl status and mailcloakctl doctor show what is wrong with Keycloak; policy.keycloak_failure_mode sets the
       answer until it is fixed
-in-grace: Keycloak takes back what it said of a user (missing, disabled, another's name now), or the saved users cannot be read: the mail waits
-    look for the user in Keycloak, and in the log for last-known; policy.disappearance_grace_seconds sets for how long a
-      user is not believed gone
+in-grace: Keycloak no longer says the same of a user (missing, disabled, or another user has the name), or the saved users cannot be read: the mail waits
+    look for the user in Keycloak, and in the log for last-known; if the user is really gone, mailcloakctl flush {address};
+      policy.disappearance_grace_seconds sets for how long a user is not believed gone
 database-unavailable: the database cannot be read, and the answer depends on it
     mailcloakctl doctor shows what is wrong with the database
 internal-error: a fault of mailcloak itself: the answer is temporary
@@ -1212,7 +1212,7 @@ _group = _account("group", grp.getgrnam)
 
 
 def _daemon_user(value: Any) -> str:
-    hint = "; make it by useradd --system --user-group --groups postfix, or by systemd-sysusers, as the README says"
+    hint = "; make it by useradd --system --user-group, or by systemd-sysusers, as the README says"
     # nobody else can become that user anyway
     return str((_account("user", pwd.getpwnam, hint) if os.geteuid() == 0 else _or_empty(_text))(value))
 
@@ -2504,7 +2504,7 @@ class KeycloakApi:
         timeout: Any = urllib3.Timeout(total=deadline - started)
         try:
             with session.request(method, url, timeout=timeout, allow_redirects=False, stream=True, **options) as response:
-                self.failed += response.status_code not in (200, 401)  # 401: that a token has ended is no failure
+                self.failed += response.status_code not in ((200,) if method == "POST" else (200, 401))  # 401: the token has ended
                 return response.status_code, self._read_body(response)
         except Exception:
             self.failed += 1
@@ -2989,7 +2989,13 @@ class UserStore:
             after = judge(remaining, now, answer.asked_at, self._witnesses.get(federation, -math.inf), self.policy)
             if user_id in sharers:
                 after = after._replace(shares_email=len(sharers) > 1)
+            later = self._find_later(before, after) if before else []
+            for name, asked_at in later:
+                after = self._miss(after, name, asked_at)
             self._put(user_id, after)
+            for name, asked_at in later:
+                self._note_question(name, asked_at)
+                is_overtaken = True
             if before and after != before:
                 changes.append((before, after))
         if is_overtaken or is_late:
@@ -3081,6 +3087,17 @@ class UserStore:
         """Has an answer that was asked for later said something else about a name of this user, who was not known until now?"""
         looked = [self._look(name) for name in ((("username", user.username), ("email", user.email)) if user else ())]
         return any(time > since for known in looked for time in (known.asked_at, *(person.asked_at for person in known.people)))
+
+    def _find_later(self, before: Person, after: Person) -> list[tuple[Question, float]]:
+        """Names that are new to the user, and about which an answer that was asked for later did not show the user; when that was."""
+        gained = [name for name in after.names if after.has(name) and not before.has(name)]
+        return [(name, asked_at) for name in gained if (asked_at := self._look(name).asked_at) > after.asked_at]
+
+    def _miss(self, person: Person, name: Question, asked_at: float) -> Person:
+        """The person after that later answer, as if both had come in the order in which they were asked for."""
+        is_taken = any(other.has(name) and other.user.key != person.user.key for other in self._look(name).people)
+        remaining = person.without([name]) if is_taken and not (person.shares_email and name[0] == "email") else person
+        return judge(remaining, None, asked_at, self._witnesses.get(person.user.federation, -math.inf), self.policy)
 
     def _put(self, user_id: str, after: Optional[Person], *, is_saved: bool = False) -> None:
         """Put the person in place, in the index too; None takes it out. is_saved: as they are on the disk."""
@@ -3490,7 +3507,7 @@ class UserDirectory:
         policy, source = self._policy, "cache"
         asked: dict[Question, Known] = {}
         while True:  # again after asking: an answer may change what is cached for the other question
-            known = newest([asked.get(question) or self._store.look(question) for question in questions])
+            known = newest([self._look(question, asked) for question in questions])
             verdict, now = judge_all(known, None), self._clock()
             life = policy.cache_ttl_seconds if verdict.counts == "there" else policy.negative_cache_ttl_seconds
             old = [each.question for each in known if each.question not in asked and now - each.asked_at >= life]
@@ -3500,7 +3517,7 @@ class UserDirectory:
                 for question in old:
                     asked[question] = self._ask(question, deadline)
             except DirectoryUnavailable as exc:
-                known = newest([asked.get(question) or self._store.look(question) for question in questions])
+                known = newest([self._look(question, asked) for question in questions])
                 return self._find_in_outage(known, judge_all, exc)
             source = self._source.name
         oldest = min(each.asked_at for each in known)
@@ -3513,6 +3530,11 @@ class UserDirectory:
             raise Disappeared(f"directory: {questions[-1][1]} has disappeared, or it is not known who has this name now")
         good_until = oldest + life - (self._refresh_seconds if verdict.counts == "there" else 0.0)
         return Found(verdict.value, source, now - oldest, known, good_until)
+
+    def _look(self, question: Question, asked: Mapping[Question, Known]) -> Known:
+        """What is cached, or what was just learned, where the cache has pushed that out already."""
+        cached, learned = self._store.look(question), asked.get(question)
+        return learned if learned and learned.asked_at > cached.asked_at else cached
 
     def _find_in_outage(self, known: tuple[Known, ...], judge_all: Callable[..., Verdict], exc: DirectoryUnavailable) -> Found:
         """What is known already, where Keycloak gives no answer; raises what it failed with where that does not decide."""
@@ -3807,13 +3829,18 @@ def _can_be_alias(address: str) -> bool:
 def _explain(action: Action, facts: LiveFacts, asked: str, user: str) -> dict[str, Any]:
     """The answer as mailcloakctl prints it, with rule and change in words; two reasons where both recipient and sender were asked."""
     steps = facts.steps or []
-    deciding = [step["value"] for step in steps if step["asked"] == "alias" and step["found"] and step["found"]["enabled"]]
+    aliases = {step["value"]: step["found"]["enabled"] for step in steps if step["asked"] == "alias" and step["found"]}
+    deciding, holders = list(aliases), any(step["asked"] == "holders" and step["found"] for step in steps)
     names = {"address": asked, "alias": deciding[-1] if deciding else asked, "user": user}
     quoted = {name: shlex.quote(value) if value else "'<>'" for name, value in names.items()}
     reasons = [REASONS[word] for word in action.reason.split(",")]
     change = "; ".join(reason.change for reason in reasons if reason.change).format(**quoted)
     if asked and "@" not in asked:
         change = "ask for it with its domain: Postfix appends $myorigin to an address that has none"
+    elif "aliases add" in change and aliases and not any(aliases.values()):
+        change = f"mailcloakctl aliases enable {shlex.quote(deciding[0])}"
+    elif "aliases add" in change and holders:
+        change = "enable the user in Keycloak" if action.reason != "sender-not-owned" else "change the user's e-mail in Keycloak"
     elif "aliases add" in change and not _can_be_alias(asked):
         change = "nothing: no alias or e-mail of a user can have this form"
     rule = "; ".join(reason.rule for reason in reasons)
@@ -4558,6 +4585,9 @@ class ArgumentParser(argparse.ArgumentParser):
     """A parser whose errors repeat no argument: one of them may be a secret in the wrong place."""
 
     usage_exit_code = EXIT_USAGE
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options, allow_abbrev=False)  # part of an option may be part of another one as well
 
     def error(self, message: str) -> Any:
         message = re.sub(r"(unrecognized arguments|ignored explicit argument).*", r"\1", message, flags=re.DOTALL)

@@ -26,8 +26,8 @@ from __future__ import annotations
 
 import signal
 
-if __name__ == "__main__":  # until main() waits for it, Ctrl-C ends the program without a traceback
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # until main() waits for it, Ctrl-C ends the program without a traceback
 
 import argparse
 import base64
@@ -84,6 +84,10 @@ class Refused(mailcloak.MailcloakError):
 
 class NotAllowed(Refused):
     """The daemon says that this user may not ask for that."""
+
+
+class InGrace(Refused):
+    """A user may have the name: Keycloak has just taken that back."""
 
 
 class OtherVersion(Refused):
@@ -198,7 +202,7 @@ def check_token(token: str) -> str:
     if not token or not token.isprintable():
         raise Refused("a token cannot be empty or hold control characters, --generate makes a good one")
     if len(token) < LEAST_TOKEN_CHARS:
-        raise Refused(f"a token of {len(token)} characters is soon guessed: take {LEAST_TOKEN_CHARS} at least, or --generate")
+        raise Refused(f"a token of {len(token)} characters is too short: use at least {LEAST_TOKEN_CHARS}, or --generate")
     if len(token) < SHORT_TOKEN_CHARS:
         say(f"warning: a token of {len(token)} characters can be guessed, --generate makes a strong one")
     return token
@@ -407,12 +411,12 @@ def transaction(database: sqlite3.Connection) -> Iterator[None]:
 
 
 def commit(database: sqlite3.Connection) -> None:
-    """From here on Ctrl-C comes too late; before, it is told that nothing was changed."""
-    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    """From here on a signal comes too late, until main() ends: the change is said, and noted in syslog."""
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM, signal.SIGHUP})
     try:
         database.execute("COMMIT")
     except BaseException:
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
         raise
 
 
@@ -442,7 +446,7 @@ def open_database(path: str, *, create: bool) -> sqlite3.Connection:
             say(f"database {path} {done}")
         database = mailcloak.connect_database(path, INTERRUPT_SECONDS)
     except mailcloak.StartError as exc:
-        raise Refused(str(exc)) from exc
+        raise Refused(str(exc), database_remedy(exc, path) if mailcloak.sqlite_fault(exc) else "") from exc
     except mailcloak.DatabaseUnavailable as exc:
         raise Refused(exc.text, exc.remedy or database_remedy(exc, path)) from exc
     database.row_factory = sqlite3.Row
@@ -460,7 +464,7 @@ def database_remedy(exc: BaseException, path: str) -> str:
         disk = os.statvfs(os.path.dirname(path))
         if disk.f_flag & os.ST_RDONLY:
             return "its file system is mounted read-only, mount it for writing"
-        if fault == "full" or not disk.f_favail:
+        if fault == "full" or not disk.f_favail or not disk.f_bavail:
             return "make room on its disk and try again"
     readable = os.access(path, os.R_OK | os.W_OK) and os.access(os.path.dirname(path), os.W_OK | os.X_OK)
     if not readable:
@@ -488,14 +492,14 @@ def named_row(context: Context) -> tuple[str, str, str]:
     return "apps", "app_id", read_app_id(context.options.app_id)
 
 
-def note_change(event: str, **values: Any) -> None:
+def note_change(event: str, key: str, **values: Any) -> None:
     """A line in syslog (facility mail) for a change that was made: by whom it was made, the old value and the new one; never a token."""
     import syslog
 
     values = {**values, "uid": os.getuid(), "sudo_user": os.environ.get("SUDO_USER")}
     texts = [f"{name}={mailcloak.escape_for_log(str(value))}" for name, value in values.items() if value is not None]
     syslog.openlog("mailcloakctl", syslog.LOG_PID, syslog.LOG_MAIL)
-    syslog.syslog(syslog.LOG_NOTICE, " ".join([event, *texts]))
+    syslog.syslog(syslog.LOG_NOTICE, " ".join([event, f"<{mailcloak.escape_for_log(key)}>", *texts]))
 
 
 def set_enabled(context: Context) -> None:
@@ -513,7 +517,7 @@ def set_enabled(context: Context) -> None:
     if row["enabled"] == enabled:
         say(f"{table}: {key} is {word} already")
         return
-    note_change(f"{table}: {context.options.verb} {key}")
+    note_change(f"{table}: {context.options.verb}", key)
     say(f"{table}: {key} {word}")
 
 
@@ -525,7 +529,7 @@ def delete(context: Context) -> None:
         if row is None:
             raise Refused(f"{table}: {key} does not exist, {table} list shows what does")
         context.database.execute(f"DELETE FROM {table} WHERE {column} = ?", (key,))  # noqa: S608
-    note_change(f"{table}: del {key}", username=row["username"] if table == "aliases" else None)
+    note_change(f"{table}: del", key, username=row["username"] if table == "aliases" else None)
     say(f"{table}: {key} deleted")
 
 
@@ -542,7 +546,7 @@ def aliases_add(context: Context) -> None:
     database = context.database
     with transaction(database):
         row = database.execute("SELECT username, enabled FROM aliases WHERE alias_email = ?", (address,)).fetchone()
-        is_there = row and row["username"].lower() == username
+        is_there = row and str(row["username"]).lower() == username
         if row and not is_there and not context.options.replace:
             raise Refused(f"aliases: {address} leads to {row['username']} already, --replace changes that")
         if not is_there and not context.options.force:
@@ -550,13 +554,13 @@ def aliases_add(context: Context) -> None:
         app = database.execute("SELECT 1 FROM apps WHERE app_id = ?", (username,)).fetchone()
         database.execute(
             "INSERT INTO aliases (alias_email, username) VALUES (?, ?) ON CONFLICT (alias_email)"
-            " DO UPDATE SET username = excluded.username, updated_at = strftime('%s', 'now') WHERE username <> excluded.username",
+            " DO UPDATE SET username = excluded.username, updated_at = strftime('%s', 'now') WHERE lower(username) <> excluded.username",
             (address, username),
         )
     if is_there:
         say(f"aliases: {address} leads to {username} already")
     else:
-        note_change(f"aliases: add {address}", username=username, before=row["username"] if row else None)
+        note_change("aliases: add", address, username=username, before=row["username"] if row else None)
         say(f"aliases: {address} {'now ' if row else ''}leads to {username}")
     if row and not row["enabled"]:
         say(f"aliases: {address} is disabled, aliases enable {address} makes it count")
@@ -574,6 +578,11 @@ def refuse_names(context: Context, address: str, username: str) -> None:
         raise Refused(
             f"aliases: {username!r} holds a space, a comma or a semicolon: an alias leads to one user, named as in Keycloak"
         )
+    if "@" in username:
+        try:
+            mailcloak.parse_plain_address(username)
+        except ValueError as exc:
+            raise Refused(f"aliases: {username} is neither a username nor an address: {exc}") from None
     policy = context.policy
     if not policy:
         return
@@ -593,18 +602,33 @@ def refuse_names(context: Context, address: str, username: str) -> None:
 def check_with_keycloak(context: Context, address: str, username: str) -> None:
     """Ask the daemon what Keycloak says: raise Refused if the address is another user's e-mail, warn if the user does not count."""
 
-    def ask() -> tuple[Any, dict[str, str]]:
-        holders = ask_fact(context, "holders", address, protocol_state="RCPT", policy_context="recipient", recipient=address)
-        return holders, ask_login(context, username)
+    def ask() -> tuple[list[str], dict[str, str]]:
+        return find_others(context, address, username), ask_login(context, username)
 
-    holders, login = look_up(context, f"{address} and {username} were", ask) or (None, None)
-    others = [user["username"] for user in holders or () if user["username"] != username]
+    others, login = look_up(context, f"{address} and {username} were", ask) or ([], None)
     if others and not context.options.force:
         raise Refused(
             f"aliases: {address} is the primary e-mail of {shorten(others)}, whose mail this alias would take;"
             " change the user's e-mail in Keycloak first, or use --force"
         )
     warn_of_login(username, login)
+
+
+def find_others(context: Context, address: str, username: str) -> list[str]:
+    """Who else has the address as primary e-mail, or the one without its extension; raises Refused, ConfigError.
+
+    As a login as well: where an alias has the address already, the daemon looks no further for a recipient.
+    """
+    policy = context.policy
+    others: dict[str, None] = {}
+    for spelling in spellings_of(address, policy.recipient_delimiter if policy else ""):
+        recipient = {"protocol_state": "RCPT", "policy_context": "recipient", "recipient": spelling}
+        holders = ask_fact(context, "holders", spelling, **recipient) or ()
+        login = ask_login(context, spelling)
+        others.update(dict.fromkeys([*(user["username"] for user in holders), login["username"]]))
+        if not holders and login["state"] in ("disabled", "ambiguous"):
+            others["another user"] = None
+    return [other for other in others if other not in ("", username)]
 
 
 def look_up(context: Context, what: str, ask: Callable[[], Result]) -> Optional[Result]:
@@ -614,6 +638,8 @@ def look_up(context: Context, what: str, ask: Callable[[], Result]) -> Optional[
     try:
         return ask()
     except (Refused, mailcloak.ConfigError) as exc:
+        if isinstance(exc, InGrace) and not getattr(context.options, "force", True):
+            raise Refused(f"{context.options.noun}: {exc}; wait until it is certain, or use --force") from None
         why = exc if isinstance(exc, Refused) else "no configuration names the daemon's sockets"
         say(f"warning: {what} not looked up in Keycloak: {why}")
         return None
@@ -623,9 +649,13 @@ def warn_of_login(username: str, login: Optional[dict[str, str]]) -> None:
     """Say so where this is no username of a user who counts; login: None if that is not known."""
     state = login["state"] if login else "enabled"
     if login and state == "enabled" and login["username"] != username:
-        say(f"warning: {username} is no username, but the e-mail of {login['username']}: name the user so")
+        say(f"warning: {username} is not a username but the e-mail of {login['username']}; name {login['username']} instead")
     elif state != "enabled":
-        texts = {"missing": "is no user with an e-mail", "ambiguous": "is the name of one user and the e-mail of another"}
+        texts = {
+            "missing": "is not a user",
+            "no-email": "is a user without an e-mail",
+            "ambiguous": "is the name of one user and the e-mail of another, or the e-mail of several,",
+        }
         say(f"warning: {username} {texts.get(state, 'is ' + state)} in Keycloak")
 
 
@@ -697,7 +727,7 @@ def spellings_of(address: str, delimiters: str) -> list[str]:
 
 def mailbox_of(address: str, username: str) -> str:
     """Where Postfix is told to deliver what comes for an alias, in the form in which it asks again."""
-    return mailcloak.normalise_address(mailcloak.format_mailbox(username.lower(), "", address.rpartition("@")[2])).text
+    return mailcloak.normalise_address(mailcloak.format_mailbox(str(username).lower(), "", address.rpartition("@")[2])).text
 
 
 def aliases_list(context: Context) -> None:
@@ -735,7 +765,7 @@ def apps_add(context: Context) -> None:
             )
         if known and generated and not options.replace:
             raise Refused(f"apps: {app_id} exists already, --replace gives it a new token in place of the old one")
-        has_token = bool(known) and is_hash_of(token, known["secret_hash"])
+        has_token = bool(known) and is_hash_of(token, str(known["secret_hash"]))
         if not has_token:
             iterations = GENERATED_ITERATIONS if generated else CHOSEN_ITERATIONS
             database.execute(
@@ -749,7 +779,7 @@ def apps_add(context: Context) -> None:
     if has_token:
         say(f"apps: {app_id} has this token already")
     else:
-        note_change(f"apps: {'token' if known else 'add'} {app_id}")
+        note_change(f"apps: {'token' if known else 'add'}", app_id)
         say(f"apps: {app_id} {'has a new token, the old one no longer works' if known else 'added'}")
     if known and not known["enabled"]:
         say(f"apps: {app_id} is disabled, apps enable {app_id} lets it in again")
@@ -800,7 +830,7 @@ def say_app_changes(app_id: str, changed: dict[str, tuple[Any, Any]]) -> None:
     """Say what was changed, and what it means."""
     for column, (before, now) in changed.items():
         if before != now:
-            note_change(f"apps: set {app_id}", **{column: "none" if now is None else now, "before": before})
+            note_change("apps: set", app_id, **{column: "none" if now is None else now, "before": before})
         if column == "owner":
             say(f"apps: {app_id} counts only while {now} is enabled in Keycloak" if now else f"apps: {app_id} has no owner now")
         else:
@@ -811,7 +841,9 @@ def shown_state(row: Any) -> str:
     """Whether an app counts now: "enabled", "disabled" or "expired"."""
     if row["enabled"] != 1:
         return "disabled"
-    return "expired" if row["expires_at"] is not None and row["expires_at"] <= time.time() else "enabled"
+    expires_at = row["expires_at"]
+    is_expired = expires_at is not None and not (isinstance(expires_at, int) and expires_at > time.time())  # as the daemon sees it
+    return "expired" if is_expired else "enabled"
 
 
 def show_token(options: argparse.Namespace, app_id: str, token: str) -> None:
@@ -845,7 +877,7 @@ def apps_list(context: Context) -> None:
         "owner": lambda owner: owner or "-",
         "expires_at": lambda expires_at: "never" if expires_at is None else shown_time(expires_at),
         "created_at": shown_time,
-        "from_addr": lambda senders: ", ".join(map(shown_sender, senders)) or "(none: may not send)",
+        "from_addr": lambda senders: ", ".join(map(str, map(shown_sender, senders))) or "(none: may not send)",
     }
     print_list(context.options, rows, columns)
 
@@ -853,6 +885,7 @@ def apps_list(context: Context) -> None:
 def apps_allow(context: Context) -> None:
     """Let an app send as an address."""
     app_id, sender = read_app_id(context.options.app_id), read_sender(context.options.address)
+    others = look_up(context, f"{sender} was", lambda: find_others(context, sender, "")) if sender else None
     with transaction(context.database):
         require_app(context, app_id)
         changed = context.database.execute(
@@ -860,7 +893,9 @@ def apps_allow(context: Context) -> None:
             (app_id, sender),
         ).rowcount
     if changed:
-        note_change(f"apps: allow {app_id}", sender=shown_sender(sender))
+        note_change("apps: allow", app_id, sender=shown_sender(sender))
+        if others:
+            say(f"warning: {sender} is the primary e-mail of {shorten(others)}")
     say(f"apps: {app_id} may {'now ' if changed else ''}send as {shown_sender(sender)}{'' if changed else ' already'}")
 
 
@@ -871,7 +906,7 @@ def apps_disallow(context: Context) -> None:
         require_app(context, app_id)
         if not context.database.execute("DELETE FROM app_from WHERE app_id = ? AND from_addr = ?", (app_id, sender)).rowcount:
             raise Refused(f"apps: {app_id} was not allowed to send as {shown_sender(sender)}, apps list shows what it is allowed")
-    note_change(f"apps: disallow {app_id}", sender=shown_sender(sender))
+    note_change("apps: disallow", app_id, sender=shown_sender(sender))
     say(f"apps: {app_id} may no longer send as {shown_sender(sender)}")
 
 
@@ -1099,10 +1134,11 @@ def ask_fact(context: Context, asked: str, value: str, **attributes: str) -> Any
 
     Raises Refused, also where Keycloak gave no answer; ConfigError.
     """
-    for step in context.daemon.ask_json("explain", json.dumps({"policy": attributes}))["steps"]:
+    explanation = context.daemon.ask_json("explain", json.dumps({"policy": attributes}))
+    for step in explanation["steps"]:
         if (step["asked"], step["value"]) == (asked, value):
             if step["error"]:
-                raise Refused(step["error"])
+                raise (InGrace if explanation["reason"] == "in-grace" else Refused)(step["error"])
             return step["found"]
     return None
 
@@ -1160,7 +1196,7 @@ def show_answer(context: Context, asked: str, answer: str, leads_to: Optional[st
 def describe_step(step: dict[str, Any]) -> tuple[str, str, str]:
     """What was asked, what was found and where, in words."""
     asked = {"alias": "is there an alias", "app": "is there an app", "holders": "whose e-mail is", "login": "whose login is"}
-    source, where = step["source"], SOURCES[step["source"]]
+    source, where = step["source"], SOURCES.get(step["source"], "-")
     if source in ("cache", "outage"):
         where += f", {shown_seconds(step['age_seconds'])} old"
     elif source == "keycloak":
@@ -1420,7 +1456,7 @@ def run_doctor(context: Context) -> int:
     """
     try:
         import mailcloakdoctor
-    except ImportError as exc:
+    except Exception as exc:  # also a file that was cut
         path = os.path.join(os.path.dirname(os.path.realpath(__file__)), "mailcloakdoctor.py")
         say(f"mailcloakctl: doctor: {path} cannot be loaded: {exc}; install mailcloak again (make install), which puts it there")
         return EXIT_NOT_RUN
@@ -1682,19 +1718,28 @@ def run_command(options: argparse.Namespace) -> int:
 
 def main(argv: Optional[Sequence[str]] = None) -> int:
     """Run one command; returns its exit code."""
+    mask, handler = signal.pthread_sigmask(signal.SIG_BLOCK, ()), signal.getsignal(signal.SIGINT)
+    options = argparse.Namespace(config=None, db=None, json=False, noun="")
     try:
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-        return run(argv)
+        if handler is not signal.SIG_IGN:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+        return run(argv, options)
     except KeyboardInterrupt:
         signal.signal(signal.SIGINT, signal.SIG_DFL)
-        say("mailcloakctl: interrupted, nothing was changed")
-    return EXIT_REFUSED
+        say(f"mailcloakctl: interrupted{', no alias or app was changed' if options.noun in ('aliases', 'apps') else ''}")
+        return EXIT_NOT_RUN if options.noun == "doctor" else EXIT_REFUSED
+    finally:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+        signal.signal(signal.SIGINT, handler)
 
 
-def run(argv: Optional[Sequence[str]]) -> int:
-    """Run the command of these arguments; returns its exit code. Raises KeyboardInterrupt, before anything was changed."""
-    defaults = argparse.Namespace(config=None, db=None, json=False)
-    options, rest = build_parser().parse_known_args(argv, defaults)
+def run(argv: Optional[Sequence[str]], options: argparse.Namespace) -> int:
+    """Run the command of these arguments; returns its exit code. options has the defaults, and gets what the arguments say.
+
+    Raises KeyboardInterrupt, before an alias or an app was changed.
+    """
+    _, rest = build_parser().parse_known_args(argv, options)
     parser = options.parser
     if rest:
         take_late_argument(options, rest)
@@ -1708,6 +1753,11 @@ def run(argv: Optional[Sequence[str]]) -> int:
         parser.error("--method says how --user has logged in, name both")
     options.has_output = sys.stdout is not None
     repair_streams()
+    try:
+        os.getcwd()
+    except OSError:
+        say("mailcloakctl: the working directory is gone, change to another")
+        return EXIT_NOT_RUN if options.noun == "doctor" else EXIT_REFUSED
     try:
         return run_command(options)
     except mailcloak.ConfigError as exc:

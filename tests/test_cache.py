@@ -173,6 +173,23 @@ def test_answer_that_was_asked_for_earlier_changes_nothing_of_a_user():
     assert store.look(EMAIL).here[0].standing == KNOWN
 
 
+@pytest.mark.parametrize("newer", ["nobody", "somebody else"])
+def test_slow_answer_gives_no_right_that_a_newer_answer_took(newer):
+    """As if both had come in the order in which they were asked for: in doubt until Keycloak is asked again."""
+    store = store_of(10)
+    boss = ("email", "boss@d1.test")
+    carl = User("carl", "boss@d1.test", True, user_id="3")
+    learn(store, USERNAME, ALICE, at=1)
+    learn(store, boss, *([carl] if newer == "somebody else" else []), at=23)
+    assert learn(store, USERNAME, ALICE._replace(email="boss@d1.test"), at=20) is None
+    (alice,) = store.look(USERNAME).people
+    assert alice.standing == DOUBTED
+    assert [person.user.username for person in store.look(boss).here] == (["carl"] if newer == "somebody else" else ["alice"])
+    assert store.look(boss).asked_at == 23
+    assert learn(store, boss, at=18) is None  # older still
+    assert store.look(boss).asked_at == 23
+
+
 def test_user_with_another_email_has_no_right_to_the_old_one_and_is_no_stranger():
     store = store_of(10)
     learn(store, EMAIL, ALICE)

@@ -17,6 +17,7 @@ import pytest
 from conftest import ROOT, Terminal, in_own_dev, run_ctl, wait_until
 
 TOKEN = "a-token-of-some-length"
+INTERRUPTIBLE = ("env", "--default-signal=INT")  # where the tests run in the background SIGINT is ignored, and inherited so
 
 
 @pytest.fixture
@@ -49,6 +50,34 @@ def test_alias_that_is_another_users_email_is_refused_unless_force(change):
     assert change("aliases", "add", "bob@d1.test", "alice", "--force") == (0, "aliases: bob@d1.test leads to alice\n")
 
 
+@pytest.mark.parametrize("address", ["bob+list@d1.test", "info@d1.test"], ids=["extension", "alias that is there"])
+def test_alias_that_takes_another_users_mail_in_other_ways_is_refused(change, keycloak, address):
+    if address == "info@d1.test":
+        assert change("aliases", "add", address, "carol")[0] == 0
+        keycloak.user("bob")["email"] = address
+        change("flush")
+    code, said = change("aliases", "add", address, "alice", "--replace")
+    assert (code, said) == (
+        1,
+        f"mailcloakctl: aliases: {address} is the primary e-mail of bob, whose mail this alias would take;"
+        " change the user's e-mail in Keycloak first, or use --force\n",
+    )
+    assert change("aliases", "add", address, "alice", "--replace", "--force")[0] == 0
+
+
+def test_alias_of_an_address_whose_holder_is_in_the_grace_is_refused_unless_force(change, keycloak):
+    change.daemon.ask(recipient="bob@d1.test")
+    keycloak.users.remove(keycloak.user("bob"))
+    change.daemon.config["policy"].update(cache_ttl_seconds=0.1, negative_cache_ttl_seconds=0.1)
+    change.daemon.reload()
+    wait_until(lambda: change.daemon.ask(recipient="bob@d1.test").startswith("451"), what="the grace")
+    code, said = change("aliases", "add", "bob@d1.test", "alice")
+    assert (code, rows(change.daemon)) == (1, [])
+    assert "has disappeared" in said
+    assert said.endswith("; wait until it is certain, or use --force\n")
+    assert change("aliases", "add", "bob@d1.test", "alice", "--force")[0] == 0
+
+
 def test_alias_that_is_its_users_own_email_is_added(change):
     assert change("aliases", "add", "bob@d1.test", "bob") == (0, "aliases: bob@d1.test leads to bob\n")
 
@@ -56,13 +85,15 @@ def test_alias_that_is_its_users_own_email_is_added(change):
 @pytest.mark.parametrize(
     ("username", "says"),
     [
-        ("ghost", "warning: ghost is no user with an e-mail in Keycloak\n"),
+        ("ghost", "warning: ghost is not a user in Keycloak\n"),
+        ("nomail", "warning: nomail is a user without an e-mail in Keycloak\n"),
         ("dora", "warning: dora is disabled in Keycloak\n"),
-        ("carol@d2.test", "warning: carol@d2.test is no username, but the e-mail of carol: name the user so\n"),
+        ("carol@d2.test", "warning: carol@d2.test is not a username but the e-mail of carol; name carol instead\n"),
     ],
 )
 def test_alias_of_a_user_who_does_not_count_is_added_with_a_warning(change, keycloak, username, says):
     keycloak.add_user("dora", "dora@d1.test", enabled=False)
+    keycloak.add_user("nomail")
     code, said = change("aliases", "add", "info@d1.test", username)
     assert (code, said) == (0, f"{says}aliases: info@d1.test leads to {username}\n")
 
@@ -90,6 +121,7 @@ def test_alias_is_added_with_a_warning_while_the_daemon_does_not_run(change):
         ("@d1.test", "alice", "there is nothing before the @, and a catch-all for a whole domain is not supported"),
         ("info@d1.test", "alice,bob", "'alice,bob' holds a space, a comma or a semicolon: an alias leads to one user"),
         ("info@d1.test", "alice bob", "'alice bob' holds a space"),
+        ("info@d1.test", "a@b@d1.test", "a@b@d1.test is neither a username nor an address: it has more than one @"),
         ("info@d1.test", "al+ice", "al+ice holds a character of policy.recipient_delimiter (+)"),
         ("info@d1.test", "bob@elsewhere.example", "is in elsewhere.example, which is not in policy.domain (d1.test, d2.test)"),
     ],
@@ -126,7 +158,23 @@ def test_alias_that_would_be_refused_is_not_proposed(change, question):
     assert "aliases add" not in proposed(change, *question)
 
 
+def test_what_is_disabled_is_enabled_and_not_made_again(change, keycloak):
+    keycloak.add_user("dora", "dora@d1.test", enabled=False)
+    assert proposed(change, "recipient", "dora@d1.test") == "enable the user in Keycloak"
+    change("aliases", "add", "info@d1.test", "alice")
+    change("aliases", "disable", "info@d1.test")
+    for question in (("recipient", "info@d1.test"), ("alias", "info@d1.test"), ("sender", "info@d1.test", "--user", "alice")):
+        assert proposed(change, *question) == "mailcloakctl aliases enable info@d1.test"
+
+
 # ---- apps
+
+
+def test_address_of_a_user_is_allowed_to_an_app_with_a_warning(change):
+    change("apps", "add", "printer", TOKEN)
+    said = change("apps", "allow", "printer", "bob@d1.test")[1]
+    assert said == "warning: bob@d1.test is the primary e-mail of bob\napps: printer may now send as bob@d1.test\n"
+    assert "warning" not in change("apps", "allow", "printer", "scan@d1.test")[1]
 
 
 def test_token_that_the_app_has_already_changes_nothing(change):
@@ -155,9 +203,10 @@ def test_generate_for_an_app_that_exists_needs_replace(change):
     assert "has a new token" in change("apps", "add", "printer", "--generate", "--replace")[1]
 
 
-@pytest.mark.parametrize("app_id", ["alice", "alice@d1.test", "dora"])
+@pytest.mark.parametrize("app_id", ["alice", "alice@d1.test", "dora", "nomail"])
 def test_app_with_the_name_of_a_user_is_refused_unless_force(change, keycloak, app_id):
     keycloak.add_user("dora", "dora@d1.test", enabled=False)
+    keycloak.add_user("nomail")
     code, said = change("apps", "add", app_id, TOKEN)
     assert (code, rows(change.daemon, "SELECT * FROM apps")) == (1, [])
     assert said == (
@@ -172,14 +221,14 @@ def test_owner_who_does_not_exist_is_warned_about(change, verb):
     change("apps", "add", "printer", TOKEN)
     token = [TOKEN] if verb == "add" else []
     code, said = change("apps", verb, "printer", *token, "--owner", "ghost")
-    assert (code, "warning: ghost is no user with an e-mail in Keycloak\n" in said) == (0, True)
+    assert (code, "warning: ghost is not a user in Keycloak\n" in said) == (0, True)
     assert rows(change.daemon, "SELECT owner FROM apps") == [("ghost",)]
 
 
 def test_token_of_seven_characters_is_refused(change):
     code, said = change("apps", "add", "printer", "1234567")
     assert (code, rows(change.daemon, "SELECT * FROM apps")) == (1, [])
-    assert said == "mailcloakctl: a token of 7 characters is soon guessed: take 8 at least, or --generate\n"
+    assert said == "mailcloakctl: a token of 7 characters is too short: use at least 8, or --generate\n"
     assert change("apps", "add", "printer", "12345678")[0] == 0
 
 
@@ -197,7 +246,7 @@ def test_token_stdin_on_a_terminal_prompts(change):
 @pytest.mark.parametrize("verb", ["add", "list"])
 def test_interrupt_ends_a_wait_for_the_lock_at_once(change, verb):
     arguments = ["add", "info@d1.test", "alice"] if verb == "add" else ["list"]
-    command = [sys.executable, ROOT / "mailcloakctl.py", "--db", change.daemon.database, "aliases", *arguments]
+    command = [*INTERRUPTIBLE, sys.executable, ROOT / "mailcloakctl.py", "--db", change.daemon.database, "aliases", *arguments]
     with contextlib.closing(sqlite3.connect(change.daemon.database, isolation_level=None)) as writer:
         writer.execute("BEGIN EXCLUSIVE")
         process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
@@ -208,7 +257,7 @@ def test_interrupt_ends_a_wait_for_the_lock_at_once(change, verb):
         started = time.monotonic()
         _, said = process.communicate(timeout=30)
     assert time.monotonic() - started < 5
-    assert (process.returncode, said) == (1, "mailcloakctl: interrupted, nothing was changed\n")
+    assert (process.returncode, said) == (1, "mailcloakctl: interrupted, no alias or app was changed\n")
     assert rows(change.daemon) == []
 
 
@@ -222,7 +271,8 @@ def opens(pid, path):
 @pytest.mark.parametrize("milliseconds", range(0, 400, 20))
 def test_interrupt_shows_no_traceback_at_any_moment(change, milliseconds):
     """And what it says is true."""
-    command = [sys.executable, ROOT / "mailcloakctl.py", "--db", change.daemon.database, "aliases", "add", "info@d1.test", "alice"]
+    arguments = ["--db", change.daemon.database, "aliases", "add", "info@d1.test", "alice"]
+    command = [*INTERRUPTIBLE, sys.executable, ROOT / "mailcloakctl.py", *arguments]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
     time.sleep(milliseconds / 1000)
     process.send_signal(signal.SIGINT)
@@ -231,7 +281,7 @@ def test_interrupt_shows_no_traceback_at_any_moment(change, milliseconds):
         map(int, re.findall(r'mailcloakctl\.py", line (\d+)', said))
     )  # none but of Python's own start, which is before these
     assert max(lines, default=0) <= 1 + (ROOT / "mailcloakctl.py").read_text().split("\n").index("import signal")
-    if "nothing was changed" in said:
+    if "no alias or app was changed" in said:
         assert rows(change.daemon) == []
     if process.returncode == 0:
         assert rows(change.daemon) == [("info@d1.test", "alice")]
@@ -244,7 +294,8 @@ def test_interrupt_shows_no_traceback_at_any_moment(change, milliseconds):
     ("arguments", "says", "code"),
     [
         (("aliases", "list", "--jsn"), "unknown option --jsn; did you mean '--json'?", 2),
-        (("apps", "add", "printer", "--generat"), "", 1),  # argparse takes the beginning of an option for the whole
+        (("apps", "add", "printer", "--generat"), "unknown option --generat; did you mean '--generate'?", 2),
+        (("apps", "add", "printer", "--token", "abc"), "unknown option --token; did you mean '--token-stdin'?", 2),
         (("apps", "add", "printer", "--genrate"), "unknown option --genrate; did you mean '--generate'?", 2),
         (("--jsn", "aliases", "list"), "unknown option --jsn; did you mean '--json'?", 2),
         (("alias", "list"), "unknown word 'alias'; did you mean 'aliases'?", 2),
@@ -306,14 +357,14 @@ def test_each_change_is_a_line_in_syslog_without_a_token(short_dir):
     assert found == [
         f"{text} uid=0 sudo_user=joe"
         for text in (
-            "aliases: add info@d1.test username=alice",
-            "aliases: add info@d1.test username=bob before=alice",
-            "aliases: disable info@d1.test",
-            "aliases: del info@d1.test username=bob",
-            "apps: add printer",
-            "apps: set printer owner=al\\x20ice",
-            "apps: allow printer sender=\\x3c\\x3e",
-            "apps: set printer owner=none before=al\\x20ice",
-            "apps: disallow printer sender=\\x3c\\x3e",
+            "aliases: add <info@d1.test> username=alice",
+            "aliases: add <info@d1.test> username=bob before=alice",
+            "aliases: disable <info@d1.test>",
+            "aliases: del <info@d1.test> username=bob",
+            "apps: add <printer>",
+            "apps: set <printer> owner=al\\x20ice",
+            "apps: allow <printer> sender=\\x3c\\x3e",
+            "apps: set <printer> owner=none before=al\\x20ice",
+            "apps: disallow <printer> sender=\\x3c\\x3e",
         )
     ]

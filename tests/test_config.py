@@ -406,7 +406,7 @@ def test_daemon_user_missing_has_its_message(problems_of):
     for name in ("no-such-user-here", "mailx"):  # mail is there
         assert problems_of(with_key("daemon.user", name)) == [
             f"config: daemon.user: expected an existing user, got '{name}'"
-            "; make it by useradd --system --user-group --groups postfix, or by systemd-sysusers, as the README says"
+            "; make it by useradd --system --user-group, or by systemd-sysusers, as the README says"
         ]
 
 

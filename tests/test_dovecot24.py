@@ -203,7 +203,7 @@ def test_no_login_fails_while_mailcloakctl_writes_in_a_loop(host):
 
     def write():
         while not done.is_set():
-            host.daemon.ctl("apps", "add", "loop", "--generate")
+            host.daemon.ctl("apps", "add", "loop", "--generate", "--replace")
             writes.append(1)
 
     writer = threading.Thread(target=write)

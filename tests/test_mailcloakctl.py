@@ -846,7 +846,7 @@ def test_apps_add_on_a_terminal_asks_twice_without_echo(ctl):
         (TOKEN + "\n", TOKEN + "x\n", "the two tokens differ, try again or use --generate"),
         ("\n", "\n", "a token cannot be empty"),
         ("\x04", None, "no token: type it twice, or use --generate"),
-        ("\x03", None, "interrupted, nothing was changed"),
+        ("\x03", None, "interrupted, no alias or app was changed"),
     ],
     ids=["mismatch", "empty", "end of file", "interrupt"],
 )

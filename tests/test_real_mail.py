@@ -347,7 +347,7 @@ def test_changed_token_of_an_app_works_at_once_and_the_old_one_no_longer(host, n
     app_id = new_app("scan@d1.test")
     old = host.passwords[app_id]
     assert login_code(host, "PLAIN", app_id, old) == 235
-    host.add_app(app_id)
+    host.add_app(app_id, options=("--replace",))
     assert login_code(host, "PLAIN", app_id, host.passwords[app_id]) == 235
     assert login_code(host, "PLAIN", app_id, old) == WRONG_LOGIN
 
@@ -488,7 +488,7 @@ def test_no_login_fails_while_mailcloakctl_writes_in_a_loop(host, capsys):
     def write(number):
         while not done.is_set():
             host.daemon.ctl("aliases", "add", f"loop{number}@d1.test", "bob")
-            host.daemon.ctl("apps", "add", f"loop{number}", "--generate")
+            host.daemon.ctl("apps", "add", f"loop{number}", "--generate", "--replace")
             host.daemon.ctl("aliases", "del", f"loop{number}@d1.test")
             writes.append(3)
 

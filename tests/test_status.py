@@ -665,7 +665,7 @@ def test_flush_is_refused_to_a_user_who_may_only_connect(make_daemon):
 
 @pytest.mark.real("root")
 def test_user_of_the_daemon_asks_by_the_group_of_the_sockets(make_daemon):
-    """As after the installation: the sockets belong to Postfix, whose group daemon.user is in."""
+    """Where the directory of the sockets lets the user in: Postfix's own, private, is closed to all but Postfix and root."""
     group, nobody = grp.getgrnam("nogroup").gr_name, pwd.getpwnam("nobody").pw_name
     sockets = {"socket_owner_user": "root", "socket_owner_group": group, "socket_mode": "0660"}
     daemon = make_daemon(static_users=USERS, sockets=sockets, daemon={"user": nobody})

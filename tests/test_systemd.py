@@ -77,8 +77,7 @@ def test_service_keeps_its_state_where_the_daemon_looks_and_runs_as_its_user():
     assert f"/var/lib/{setting(SERVICE, 'StateDirectory')}" == os.path.dirname(mailcloak.DEFAULT_DATABASE_PATH)
     assert setting(SERVICE, "User") == setting(SERVICE, "Group") == mailcloak.DaemonConfig().user
     sysusers = [line.split()[:2] for line in (UNITS / "mailcloak.sysusers").read_text().splitlines() if not line.startswith("#")]
-    user = mailcloak.DaemonConfig().user
-    assert sysusers == [["u", user], ["m", user]]
+    assert sysusers == [["u", mailcloak.DaemonConfig().user]]
 
 
 def test_daemon_reports_to_the_watchdog_well_before_systemd_loses_patience():

@@ -199,7 +199,7 @@ class Oracle:
         self.witnesses += [(user.federation, at) for user in users if user.receives]
         for key in sharers if not is_late else ():
             last = self.heard[key][-1] if key in self.heard else None
-            if last and last.at > at and last.record == said[key]:
+            if last and last.at > at and self.now(key) == said[key]:
                 self.heard[key] = [*self.heard[key][:-1], last._replace(shares=len(sharers) > 1)]
         for key in dict.fromkeys((*said, *self.heard)):
             before = self.now(key)
@@ -211,6 +211,8 @@ class Oracle:
             if key in said or taken or (before and getattr(before, question[0]) == question[1]):
                 was_there = self.standing(key) == "there"
                 self._add(key, at, said.get(key), frozenset(taken), len(sharers) > 1 if key in sharers else None)
+                if before and key in said:
+                    self._hear_later(key, before, said[key])
                 now = self.now(key)
                 if was_there:  # a locked-out user who is still that has lost nothing more
                     is_kept = self.standing(key) == "there" and now.receives and (now.enabled or not before.enabled)
@@ -220,6 +222,17 @@ class Oracle:
         if question[0] == "username" and not users:
             self.unnamed.add(question[1])
         return lost
+
+    def _hear_later(self, key: str, before: User, user: User) -> None:
+        """A newer answer about a name that is new to the user did not show the user."""
+        at = self.heard[key][-1].at
+        for attribute in ("username", "email"):
+            name = getattr(user, attribute)
+            asked = self.asked.get((attribute, name), 0.0)
+            if self.heard[key][-1].record == user and name and name != getattr(before, attribute) and asked > at:
+                others = self.people(attribute, name).keys() - {key}
+                is_taken = bool(others) and not (attribute == "email" and self.shares(key))
+                self._add(key, asked, None, frozenset({attribute} if is_taken else ()), None)
 
     def _was_missed(self, user: User, at: float) -> bool:
         names = [(attribute, getattr(user, attribute)) for attribute in ("username", "email")]
@@ -630,7 +643,7 @@ class SteppedSavedUsers(mailcloak.SavedUsers):
         if self._taken_up and not was_read:
             self._driver.model.oracle.read()
         if self._taken_up and not self._waiting:
-            self._driver.save()
+            self._driver.save(self._meaning)
 
     @property
     def can_read(self) -> bool:
@@ -706,14 +719,16 @@ class InProcess:
     def pass_time(self, seconds: float) -> None:
         self.model.world.time += seconds
 
-    def save(self) -> None:
+    def save(self, meaning: Optional[str] = None) -> None:
         """The oracle's, if the file can be written; a row without sense stays until there is news of its user."""
         if self.holder or not self.is_database():
             return
         bad = set()
         if self.has_rows():
             with contextlib.closing(sqlite3.connect(self.saved_path)) as connection:
-                bad = {json.loads(key) for (key,) in connection.execute("SELECT user_id FROM users WHERE person = ?", (NO_SENSE,))}
+                key = (meaning or self.service.meaning, NO_SENSE)
+                rows = connection.execute("SELECT user_id FROM users WHERE meaning = ? AND person = ?", key)
+                bad = {json.loads(user_id) for (user_id,) in rows}
         self.model.oracle.save(lambda key: key in bad)
 
     def is_database(self) -> bool:

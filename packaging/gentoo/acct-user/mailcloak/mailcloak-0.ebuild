@@ -6,7 +6,7 @@ inherit acct-user
 
 DESCRIPTION="User of mail-filter/mailcloak"
 ACCT_USER_ID=-1
-ACCT_USER_GROUPS=( mailcloak postfix )
+ACCT_USER_GROUPS=( mailcloak )
 ACCT_USER_HOME=/var/lib/mailcloak
 ACCT_USER_HOME_OWNER=mailcloak:mailcloak
 ACCT_USER_HOME_PERMS=2750
