@@ -411,6 +411,15 @@ def test_steps_of_the_daemon_say_where_each_fact_comes_from(filled_daemon):
     assert re.search(r"whose login is carol +carol, enabled +cached, [0-9.]+ m?s old", shown)
 
 
+@pytest.mark.parametrize("question", [("recipient", "bob@d1.test"), ("sender", "bob@d1.test", "--user", "bob")])
+def test_step_without_an_answer_is_shown_to_people_too(keycloak_daemon, keycloak, question):
+    keycloak.fault = "status-500"
+    shown = run_ctl("--config", keycloak_daemon.config_path, "ask", *question).stdout
+    assert re.search(r"^answer +451 ", shown, re.MULTILINE)
+    assert "no answer: directory: realm 'mail':" in shown
+    assert shown.rstrip().endswith("-")  # where it is from
+
+
 def test_what_keycloak_said_in_an_outage_is_shown(keycloak_daemon, keycloak):
     keycloak.fault = "status-500"
     shown = asked_json(keycloak_daemon, "recipient", "bob@d1.test")

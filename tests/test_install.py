@@ -9,8 +9,10 @@ import marshal
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
+import time
 
 import pytest
 import yaml
@@ -229,6 +231,24 @@ def test_make_hands_its_variables_on(tmp_path):
     assert "systemctl link /opt/units/mailcloak" in said
     subprocess.run([*command[:2], "uninstall", *command[3:]], cwd=ROOT, capture_output=True, check=True, timeout=60)
     assert files(tmp_path) == set()
+
+
+def test_interrupt_of_an_installed_program_shows_no_traceback_at_any_moment(tmp_path):
+    places = {"prefix": tmp_path / "usr", "SYSCONFDIR": str(tmp_path / "etc"), "UNITDIR": str(tmp_path / "units")}
+    run("install", "", init="systemd", **places)
+    program = tmp_path / "usr/sbin/mailcloakctl"
+    database = tmp_path / "state.db"
+    subprocess.run([program, "--db", database, "aliases", "add", "a@d1.test", "alice"], check=True, capture_output=True, timeout=30)
+    for milliseconds in range(0, 240, 12):
+        # SIGINT is ignored, and inherited so, where the tests run in the background
+        command = ["env", "--default-signal=INT", program, "--db", database, "aliases", "list"]
+        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+        time.sleep(milliseconds / 1000)
+        process.send_signal(signal.SIGINT)
+        _, said = process.communicate(timeout=30)
+        lines = list(map(int, re.findall(r'mailcloak(?:ctl)?", line (\d+)', said)))  # none but of Python's own start, before these
+        assert max(lines, default=0) <= 1 + text(program).split("\n").index("import signal"), said
+        assert "share/mailcloak" not in said
 
 
 @pytest.mark.real("systemd")
