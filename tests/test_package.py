@@ -62,11 +62,9 @@ def test_package_has_the_version_of_the_program_and_what_it_imports(package):
 def test_package_has_programs_units_documents_and_rules_for_the_log(package, tmp_path):
     tree = unpack(package, tmp_path / "tree")
     for program in ("mailcloak", "mailcloakctl"):
-        assert (
-            (tree / "usr/sbin" / program)
-            .read_text()
-            .startswith('#!/usr/bin/python3\nimport sys\n\nsys.path.insert(0, "/usr/share/')
-        )
+        text = (tree / "usr/sbin" / program).read_text()
+        assert text.startswith("#!/usr/bin/python3\nimport signal\nimport sys\n")
+        assert '\nsys.path.insert(0, "/usr/share/mailcloak")\n' in text
     service = next(
         path / "systemd/system/mailcloak.service" for path in (tree / "lib", tree / "usr/lib") if (path / "systemd").is_dir()
     )
