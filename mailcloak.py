@@ -2328,11 +2328,11 @@ class KeycloakApi:
     def search(self, session: requests.Session, question: Question, deadline: Deadline) -> Answer:
         """Everybody whose "email" or "username" is the value, disabled users too. Raises DirectoryUnavailable.
 
-        An answer without an enabled user is believed only if a prove() that begins after it succeeds.
+        An answer that shows nobody, or only disabled users of a federation, is believed only if a prove() that begins after it succeeds.
         Source: GET /admin/realms/{realm}/users with exact and briefRepresentation.
         """
         answer = self._search_once(session, question, deadline)
-        if any(user.enabled for user in answer.users):
+        if any(user.enabled or not user.federation for user in answer.users):
             return answer
         self.prove(session, time.monotonic(), deadline)
         # With canaries once more: perhaps LDAP has come back between the two. Or Keycloak was just importing the user from it: then of
@@ -2521,7 +2521,8 @@ class KeycloakApi:
 
     def _json(self, body: bytes) -> Any:
         try:
-            return json.loads(body.decode().lstrip("\ufeff"))  # of bytes it would guess the encoding, and import that
+            # of bytes it would guess the encoding, and import that; older Pythons read an int of a million digits for seconds
+            return json.loads(body.decode().lstrip("\ufeff"), parse_int=float)
         except (ValueError, RecursionError) as exc:
             raise DirectoryUnavailable(self.failure("the answer is not JSON")) from exc
 
@@ -3067,7 +3068,8 @@ class UserStore:
 
     def sizes(self) -> tuple[int, int]:
         """How many users are known, and how many questions that found nobody."""
-        return len(self._people), len(self._nobody)
+        with self._lock:
+            return len(self._people), len(self._nobody)
 
     # ---- with the lock held
 
@@ -3540,11 +3542,12 @@ class UserDirectory:
         """What is known already, where Keycloak gives no answer; raises what it failed with where that does not decide."""
         now = self._clock()
         verdict = judge_all(known, now - self._policy.stale_if_error_seconds)
-        if verdict.counts == "unknown":
+        may_be_known = self._saved is not None and self._saved.may_know_more(self._policy.disappearance_grace_seconds)
+        if verdict.counts == "unknown" and not may_be_known:
             self._source.outage.deferred += 1
             raise exc
         self._keep_refusal(verdict, known)
-        if verdict.counts == "doubted":
+        if verdict.counts in ("doubted", "unknown"):
             self._source.outage.deferred += 1
             raise Disappeared(
                 f"directory: {known[-1].question[1]} has disappeared, or it is not known who has this name now"
@@ -3600,16 +3603,22 @@ class UserDirectory:
 class LiveFacts(Facts):
     """Facts looked up for one attempt at an answer, with what is needed to recall it, or to explain it.
 
-    All its questions to Keycloak share one deadline, which begins with the first of them.
+    All its questions to Keycloak share one deadline, which begins with the first of them, or with an earlier attempt's.
     """
 
     def __init__(
-        self, service: Service, version: Optional[Version] = None, *, explained: bool = False, gives_up: bool = False
+        self,
+        service: Service,
+        version: Optional[Version] = None,
+        *,
+        deadline: Deadline = 0.0,
+        explained: bool = False,
+        gives_up: bool = False,
     ) -> None:
         self._service = service
         self.version = version  # of the database, when the request came
         self.expires_at = math.inf  # of an app, in seconds since 1970
-        self._deadline: Deadline = 0.0
+        self.deadline = deadline  # 0 until the first question to Keycloak
         self._known: dict[tuple[str, str], Any] = {}  # by what was asked, and its value: one question sees each fact once
         self.can_be_recalled = True  # may the answer be recalled? Not if a fact cannot be compared with a later one
         self._rows = 0  # facts from the database so far
@@ -3659,8 +3668,8 @@ class LiveFacts(Facts):
         return bool(self._known)
 
     def _until(self) -> Deadline:
-        self._deadline = self._deadline or time.monotonic() + self._service.timeout_seconds
-        return self._deadline
+        self.deadline = self.deadline or time.monotonic() + self._service.timeout_seconds
+        return self.deadline
 
     def _look_up(self, asked: str, value: str, find: Callable[[], Any]) -> Any:
         if (asked, value) in self._known:
@@ -3756,12 +3765,14 @@ class Service:
         self.meaning = meaning_of(config.keycloak) if config.keycloak else ""
         self.store = UserStore(config.policy)
         self.saved: Optional[SavedUsers] = None
-        with_same_meaning = [each for each in with_same_path if each.meaning == self.meaning]
-        if self.meaning and with_same_meaning:
+        saved_path = last_known_path(config.sqlite.path)
+        with_same_file = [each for each in old if each.meaning and last_known_path(each.config.sqlite.path) == saved_path]
+        with_same_meaning = [each for each in with_same_file if each.meaning == self.meaning]
+        if with_same_meaning:
             self.store, self.saved = with_same_meaning[0].store, with_same_meaning[0].saved
             self.store.policy = config.policy
         elif self.meaning:
-            self.saved = SavedUsers(last_known_path(config.sqlite.path), self.meaning, self.store)
+            self.saved = SavedUsers(saved_path, self.meaning, self.store)
         self.source: UserSource
         with_same_source = [each for each in old if each.config.keycloak == config.keycloak]
         if config.keycloak and with_same_source:
@@ -3785,13 +3796,14 @@ class Service:
 
     def answer(self, question: tuple[str, ...], decide: Callable[[Facts], Action]) -> tuple[Action, bool]:
         """(the answer to the question, was it recalled?); decide makes it from facts."""
-        version = self.database.version()
+        version, deadline = self.database.version(), 0.0
         recalled = self.recalled.recall(question, version)
         if recalled is not None:
             return recalled, True
         for attempt in range(MAX_ATTEMPTS):
-            facts = LiveFacts(self, version, gives_up=attempt == MAX_ATTEMPTS - 1)
+            facts = LiveFacts(self, version, deadline=deadline, gives_up=attempt == MAX_ATTEMPTS - 1)
             action = decide(facts)
+            deadline = facts.deadline
             # Once more where an earlier look-up's finding was no longer so at a later one; only once, since users change all the time.
             holds = attempt > 0 or all(self.store.holds(known) for found in facts.found for known in found.known)
             if holds and not facts.is_torn:

@@ -190,6 +190,15 @@ def test_slow_answer_gives_no_right_that_a_newer_answer_took(newer):
     assert store.look(boss).asked_at == 23
 
 
+def test_sizes_wait_for_the_lock_that_all_look_ups_need():
+    """By them the watchdog learns that nobody keeps it."""
+    store, seen = store_of(10), threading.Event()
+    with store._lock:
+        threading.Thread(target=lambda: (store.sizes(), seen.set()), daemon=True).start()
+        assert not seen.wait(0.2)
+    assert seen.wait(10)
+
+
 def test_user_with_another_email_has_no_right_to_the_old_one_and_is_no_stranger():
     store = store_of(10)
     learn(store, EMAIL, ALICE)

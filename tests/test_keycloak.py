@@ -468,11 +468,13 @@ def test_each_empty_answer_is_believed_after_a_proof_asked_for_after_it(keycloak
     assert asked == [("users", each) for number in range(3) for each in (f"stranger{number}@d1.test", "1")]
 
 
-def test_disabled_answer_is_believed_after_the_same_proof_and_an_enabled_one_needs_none(keycloak, directory):
+def test_disabled_answer_of_a_federation_is_believed_after_the_same_proof_and_others_need_none(keycloak, directory):
     keycloak.add_user("alice", "alice@d1.test")
     assert find(directory, "email", "alice@d1.test")
-    assert keycloak.self_checks == 0
     keycloak.user("alice")["enabled"] = False
+    assert find(directory, "email", "alice@d1.test")
+    assert keycloak.self_checks == 0
+    keycloak.user("alice")["federationLink"] = "ldap"
     assert find(directory, "email", "alice@d1.test")
     assert keycloak.self_checks == 1
 

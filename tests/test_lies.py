@@ -315,7 +315,7 @@ def test_canary_that_is_missing_or_disabled_makes_it_an_outage(make_daemon, keyc
         keycloak.users.remove(keycloak.user("canary2"))
     else:
         keycloak.user("canary2")["enabled"] = False
-    keycloak.user("alice")["enabled"] = False
+    keycloak.user("alice").update(enabled=False, federationLink="ldap")
     daemon = make_daemon(keycloak=keycloak.config(canary=["canary1@d1.test", "canary2@d1.test"])).start()
     for recipient in ("alice@d1.test", "stranger@d1.test"):
         assert daemon.ask(recipient=recipient) == DEFER
@@ -323,6 +323,27 @@ def test_canary_that_is_missing_or_disabled_makes_it_an_outage(make_daemon, keyc
     keycloak.add_user("canary3", "canary2@d1.test")
     wait_until(lambda: daemon.ask(recipient="stranger@d1.test") == REJECT)
     assert daemon.ask(recipient="alice@d1.test") == REJECT
+
+
+@pytest.mark.parametrize("login", ["alice", "alice@d1.test"])
+def test_user_disabled_in_keycloak_itself_sends_nothing_while_a_canary_is_missing(make_daemon, keycloak, login):
+    """Keycloak shows the user: that needs no proof, and no outage takes it back."""
+    for name in ("alice", "canary1"):
+        keycloak.add_user(name, f"{name}@d1.test")
+    policy = {"cache_ttl_seconds": 0.1, "negative_cache_ttl_seconds": 0.1, "keycloak_failure_mode": "dunno"}
+    daemon = make_daemon(keycloak=keycloak.config(canary="canary1@d1.test"), policy=policy).start()
+    asked = {"protocol_state": "MAIL", "sender": "alice@d1.test", "sasl_username": login, "sasl_method": "XOAUTH2"}
+    assert daemon.ask(**asked) == "DUNNO"
+    keycloak.users.remove(keycloak.user("canary1"))
+    keycloak.user("alice")["enabled"] = False
+    asked_by_name = {**asked, "sasl_username": "alice"}
+    wait_until(lambda: daemon.ask(**asked_by_name).startswith("553"), what="the refusal")
+    assert daemon.ask(**asked)[:3] in ("553", "451")
+    daemon.process.kill()
+    daemon.process.wait()
+    keycloak.fault = "close"
+    daemon.start()
+    assert daemon.ask(**asked_by_name).startswith("553")
 
 
 def test_storage_that_goes_down_later_rejects_nobody(canary_daemon, keycloak):

@@ -57,6 +57,18 @@ def make_service(tmp_path, keycloak):
             service.saved.close()
 
 
+def test_attempts_at_one_answer_share_their_deadline(make_service, monkeypatch):
+    service, deadlines = make_service(), []
+    monkeypatch.setattr(mailcloak.LiveFacts, "is_torn", property(lambda facts: True))
+
+    def decide(facts):
+        deadlines.append(facts._until())
+        return mailcloak.accept("other-state")
+
+    service.answer(("question",), decide)
+    assert (len(deadlines), len(set(deadlines))) == (mailcloak.MAX_ATTEMPTS, 1)
+
+
 def ask(service, request):
     kind = mailcloak.SocketmapHandler if isinstance(request, mailcloak.SocketmapQuery) else mailcloak.PolicyHandler
     handler = kind.__new__(kind)  # without a connection
