@@ -15,7 +15,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
-from conftest import Clock, read_of_threads, wait_until
+from conftest import Clock, wait_until
 from test_lifecycle import wait_for_self_check
 
 import mailcloak
@@ -632,23 +632,6 @@ def test_who_was_refused_does_not_pass_while_the_saved_users_cannot_be_read(make
         daemon.start()
         assert daemon.ask(**asked).startswith("451")
     wait_until(lambda: daemon.ask(**asked).startswith("553"), 20, what="the saved users")
-
-
-def test_reload_with_another_name_of_the_database_keeps_the_users_and_their_one_writer(make_daemon, keycloak):
-    """Two writers of one last-known.db would overwrite each other's rows."""
-    keycloak.add_user("alice", "alice@d1.test")
-    daemon = make_daemon(keycloak=keycloak.config(), policy={"cache_ttl_seconds": 0.1, "negative_cache_ttl_seconds": 0.1}).start()
-    assert daemon.ask(recipient="alice@d1.test") == "DUNNO"
-    threads = len(read_of_threads(daemon.process.pid, "comm"))  # those of a second writer and a second store would come in addition
-    keycloak.fault = "close"
-    daemon.config["sqlite"]["path"] = str(shutil.copy(daemon.database, f"{daemon.database}2"))
-    daemon.reload()
-    assert daemon.ask(recipient="alice@d1.test") == "DUNNO"
-    keycloak.fault = None
-    keycloak.user("alice")["enabled"] = False
-    wait_until(lambda: daemon.ask(recipient="alice@d1.test") == REJECT)
-    # a second writer would be there until what was replaced ends, after twice timeout_seconds
-    wait_until(lambda: len(read_of_threads(daemon.process.pid, "comm")) == threads, 8, what="no second writer")
 
 
 @pytest.mark.parametrize("fault", ["garbage", "truncated", "gone", "directory"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import os
 import re
 import signal
@@ -55,6 +56,16 @@ def make_service(tmp_path, keycloak):
         service.source.close()
         if service.saved:
             service.saved.close()
+
+
+def test_database_of_another_name_in_the_same_directory_leaves_one_writer_of_saved_users(make_service, tmp_path):
+    """Two would overwrite each other's rows of one last-known.db."""
+    first = make_service()
+    config = dataclasses.replace(first.config, sqlite=mailcloak.SqliteConfig(str(tmp_path / "other.db")))
+    second = mailcloak.Service(config, first)
+    second.directory.close()
+    assert (second.saved, second.store) == (first.saved, first.store)
+    assert second.database is not first.database
 
 
 def test_attempts_at_one_answer_share_their_deadline(make_service, monkeypatch):
