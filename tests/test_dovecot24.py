@@ -193,7 +193,7 @@ def test_changed_token_of_an_app_works_at_once_and_the_old_one_no_longer(host, n
     app_id = new_app()
     old = host.passwords[app_id]
     assert login_code(host, "PLAIN", app_id, old) == 235
-    host.add_app(app_id)
+    host.add_app(app_id, options=("--replace",))
     assert login_code(host, "PLAIN", app_id, host.passwords[app_id]) == 235
     assert login_code(host, "PLAIN", app_id, old) == WRONG_LOGIN
 
