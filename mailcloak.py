@@ -38,7 +38,7 @@ Contents:
 An answer that surprises: mailcloakctl ask explains it, and each reason= of the log is an entry of REASONS, at the end of section 3.
   550 No such user          decide_recipient, find_owner (3); who counts: User.receives (3), read_user (7), judge (8). That nobody has an
                             address is cached for policy.negative_cache_ttl_seconds
-  553 Sender not owned      decide_sender and what it calls (3); whom a login names: resolve_login (3), judge_login (8)
+  553 Sender not owned      decide_sender and what it calls (3); which user a login names: resolve_login (3), judge_login (8)
   451                       UNKNOWN (3) lists the reasons; in-grace: judge begins and ends it, UserDirectory._find (8) says so
   Keycloak is away          UserDirectory._find_in_outage (8), policy.keycloak_failure_mode in section 3
   a change of the database  Database.version (6), RecalledAnswers (9): it counts from the next request on
@@ -680,8 +680,9 @@ def decide_recipient(raw: str, policy: PolicyConfig, facts: Facts) -> Action:
 def find_owner(address: Address, policy: PolicyConfig, facts: Facts) -> Owner:
     """Who owns this address: enabled alias, primary e-mail, disabled alias (nobody), then the same without the extension.
 
-    A primary e-mail counts if one of the users who have it receives mail; an alias counts whether its user exists or not. Without SQLite a primary e-mail still counts; without Keycloak only an exact, enabled alias does, since the address might be
-    somebody's primary e-mail. Raises nothing.
+    A primary e-mail counts if one of the users who have it receives mail; an alias counts whether its user exists or not. Without SQLite a
+    primary e-mail still counts; without Keycloak only an exact, enabled alias does, since the address might be somebody's primary
+    e-mail. Raises nothing.
     """
     if address.domain not in policy.domain or not address.is_plain:
         return Owner("", "nobody")

@@ -346,7 +346,7 @@ def test_saved_users_are_taken_up_to_the_limit_the_newest_of_them():
     store = store_of(3)
     store.take_up([Person(user(number), KNOWN, float(number), float(number)) for number in (4, 1, 5, 2, 3)], 100)
     assert set(store.everybody()) == {"id-3", "id-4", "id-5"}
-    assert store.look(by_email(5)).asked_at == -math.inf  # asked about anew
+    assert store.look(by_email(5)).asked_at == -math.inf  # asked about again
 
 
 def test_saved_user_does_not_replace_one_that_is_known():
