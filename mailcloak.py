@@ -117,8 +117,10 @@ MAX_ADDRESS_CHARS = 254  # RFC 5321, section 4.5.3.1.3: a path of 256 octets wit
 MAX_LABEL_CHARS = 63  # RFC 1035, section 2.3.4: of a domain, in A-label form
 MAX_ROUTES = 20  # hosts in one address, such as c!b!user@a
 MAX_SOCKET_PATH_BYTES = 107  # unix(7): sun_path holds 108 bytes, a terminating NUL included
-MAX_LOG_LINE_BYTES = 4096  # pipe(7), PIPE_BUF: a write of this size into a pipe that has room does not wait
-LOG_WAIT_MILLISECONDS = 100  # for a full pipe, once; then lines are lost until it has room again
+MAX_LOG_LINE_BYTES = 4096  # what is beyond is cut off
+MAX_LOG_LINES_WAITING = 4000  # to be written; beyond, lines are lost
+MAX_LOG_LINES_AT_ONCE = 200  # in one system call
+LOG_END_SECONDS = 1.0  # how long the program's end waits for the log
 LISTEN_BACKLOG = 1024  # a full backlog fails Postfix's non-blocking connect at once; the kernel caps it at net.core.somaxconn
 RECEIVE_BYTES = 16 * 1024  # one recv; takes any whole request
 REQUEST_SECONDS = 10  # a request that was begun must be whole after this; between requests a client may rest for ever
@@ -469,7 +471,7 @@ def split_extension(local_part: str, delimiters: str) -> tuple[str, str]:
 
 def holds_delimiter(username: str, delimiters: str) -> bool:
     """Would Dovecot cut this username, and deliver to the user of its first part? Of one with @, only what is before it counts."""
-    return not set(username.rpartition("@")[0] or username).isdisjoint(delimiters)
+    return not set(_split_username(username)[0]).isdisjoint(delimiters)
 
 
 def address_spellings(address: Address, delimiters: str) -> list[tuple[Address, str]]:
@@ -494,8 +496,14 @@ def unquote_local_part(address: str) -> str:
 
 def format_mailbox(username: str, extension: str, domain: str) -> str:
     """Where the mail of username goes: username+extension@domain; a username that is an address stays as it is, without extension."""
-    local_part, at_sign, own_domain = username.rpartition("@")
-    return f"{quote_local_part(local_part)}@{own_domain}" if at_sign else f"{quote_local_part(username + extension)}@{domain}"
+    local_part, own_domain = _split_username(username)
+    return f"{quote_local_part(local_part if own_domain else username + extension)}@{own_domain or domain}"
+
+
+def _split_username(username: str) -> tuple[str, str]:
+    """(local part, domain) of a username that is an address, (username, "") of any other: zoe@a,bob is one name, and no list."""
+    local_part, _, domain = username.rpartition("@")
+    return (local_part, domain) if local_part and _DOMAIN.fullmatch(domain_to_ascii(domain)) else (username, "")
 
 
 # ---------------------------------------------------------------------------------------------------------------------------------
@@ -2225,6 +2233,17 @@ class Answer:
 Question = tuple[str, str]  # ("email", address) or ("username", name), normalised
 
 
+def shows_owner(question: Question, users: Users) -> bool:
+    """Do these users show by themselves whose name it is? If not, Keycloak may hide the owner.
+
+    A storage that is down may call its users disabled. An e-mail, unlike a username, may have more than one user, so one who is disabled
+    does not show that no other has it; nor does one whose e-mail does not count, such as an unverified one.
+    """
+    attribute, name = question
+    believed = [user for user in users if getattr(user, attribute) == name and (user.enabled or not user.federation)]
+    return any(attribute == "username" or user.receives for user in believed)
+
+
 def read_user(record: Mapping[str, Any], config: KeycloakConfig) -> User:
     """What one of Keycloak's user records means: the only place that says so. Raises QuestionFailed for one that makes no sense.
 
@@ -2329,11 +2348,11 @@ class KeycloakApi:
     def search(self, session: requests.Session, question: Question, deadline: Deadline) -> Answer:
         """Everybody whose "email" or "username" is the value, disabled users too. Raises DirectoryUnavailable.
 
-        An answer that shows nobody, or only disabled users of a federation, is believed only if a prove() that begins after it succeeds.
+        An answer that shows no owner is believed only if a prove() that begins after it succeeds.
         Source: GET /admin/realms/{realm}/users with exact and briefRepresentation.
         """
         answer = self._search_once(session, question, deadline)
-        if any(user.enabled or not user.federation for user in answer.users):
+        if shows_owner(question, answer.users):
             return answer
         self.prove(session, time.monotonic(), deadline)
         # With canaries once more: perhaps LDAP has come back between the two. Or Keycloak was just importing the user from it: then of
@@ -4590,7 +4609,7 @@ class Daemon:
 
 # ---------------------------------------------------------------------------------------------------------------------------------
 # 12. main
-# Arguments, config, start, exit code.
+# Arguments, config, the log, start, exit code. The main thread enters; any thread logs, and one thread writes the log.
 # ---------------------------------------------------------------------------------------------------------------------------------
 
 
@@ -4626,56 +4645,83 @@ def _parse_arguments(argv: Optional[Sequence[str]]) -> argparse.Namespace:
     return options
 
 
-class _Stderr(logging.Handler):
-    """Standard error. Nobody waits long for a service manager or a pipe that takes no more: lines are lost then, and counted."""
+class QueuedLog(logging.Handler):
+    """The log, written by a thread of its own: a slow disk, a full pipe or a syslog that hangs keeps no answer waiting.
 
-    def __init__(self) -> None:
+    What waits to be written is bounded: lines are lost beyond that, and counted.
+    """
+
+    def __init__(self, write: Callable[[Sequence[tuple[int, str]]], None]) -> None:
         super().__init__()
-        self._lost = 0
-        self._poll = select.poll()
-        self._poll.register(2, select.POLLOUT)
-        try:
-            self._mode = os.fstat(2).st_mode
-        except OSError:  # it is closed
-            self._mode = 0
+        self._write_lines = write
+        self._lines: queue.SimpleQueue[Union[tuple[int, str], threading.Event]] = queue.SimpleQueue()  # (level, line)
+        self._lost = 0  # no lock: it may miss one in a great many
+        threading.Thread(target=self._write, name="log", daemon=True).start()
+
+    def createLock(self) -> None:  # noqa: N802  logging's name
+        """None: emit() needs no lock."""
+        self.lock = None
+
+    def handle(self, record: logging.LogRecord) -> bool:
+        """What logging calls, which would take the lock."""
+        self.emit(record)
+        return True
 
     def emit(self, record: logging.LogRecord) -> None:
-        if self._lost:
-            text = f"daemon: {self._lost} lines of the log were lost, it took no more"
-            if self._write(logging.LogRecord(log.name, logging.WARNING, "", 0, text, (), None)):
-                self._lost = 0
-        if self._lost or not self._write(record):
+        """Leave the line to the thread."""
+        if self._lines.qsize() >= MAX_LOG_LINES_WAITING:
             self._lost += 1
+            return
+        lost, self._lost = self._lost, 0
+        if lost:
+            text = f"daemon: {lost} lines of the log were lost, it took no more"
+            self._lines.put((logging.WARNING, self.format(logging.LogRecord(log.name, logging.WARNING, "", 0, text, (), None))))
+        self._lines.put((record.levelno, self.format(record)))
 
-    def _write(self, record: logging.LogRecord) -> bool:
-        data = self.format(record).encode("utf-8", "backslashreplace")[: MAX_LOG_LINE_BYTES - 1] + b"\n"
-        if stat.S_ISSOCK(self._mode) and _send_at_once and _send_at_once(2, data, len(data), _SEND_FLAGS) > 0:  # systemd's
-            return True
+    def flush(self) -> None:
+        """Wait until what waits now is written, for LOG_END_SECONDS at the most; logging does so at the program's end."""
+        written = threading.Event()
+        self._lines.put(written)
+        written.wait(LOG_END_SECONDS)
+
+    def _write(self) -> None:
+        while True:
+            waiting = [self._lines.get()]
+            while not self._lines.empty() and len(waiting) < MAX_LOG_LINES_AT_ONCE:
+                waiting.append(self._lines.get())
+            lines = [each for each in waiting if isinstance(each, tuple)]
+            try:
+                self._write_lines(lines)
+            except Exception:  # the disk is full, or nobody will ever read it
+                self._lost += len(lines)
+            for each in waiting:
+                if isinstance(each, threading.Event):
+                    each.set()
+
+
+def _write_to_stderr(lines: Sequence[tuple[int, str]]) -> None:
+    data = b"".join(line.encode("utf-8", "backslashreplace")[: MAX_LOG_LINE_BYTES - 1] + b"\n" for _, line in lines)
+    while data:
         try:
-            has_room = stat.S_ISREG(self._mode) or self._poll.poll(0 if self._lost else LOG_WAIT_MILLISECONDS)
-            return bool(has_room) and os.write(2, data) > 0
-        except OSError:  # the disk is full, or nobody will ever read it
-            return False
+            data = data[os.write(2, data) :]
+        except BlockingIOError:  # whoever gave it to us does not want to wait
+            select.select([], [2], [])
 
 
-class _Syslog(logging.Handler):
-    """The host's syslog, facility mail, ident mailcloak."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        if not os.path.exists("/dev/log"):
-            raise StartError("daemon.log: there is no /dev/log, start a syslog daemon or set it to stderr")
-        syslog.openlog("mailcloak", syslog.LOG_PID, syslog.LOG_MAIL)
-
-    def emit(self, record: logging.LogRecord) -> None:
-        priorities = {logging.DEBUG: syslog.LOG_DEBUG, logging.INFO: syslog.LOG_INFO, logging.WARNING: syslog.LOG_WARNING}
-        syslog.syslog(priorities.get(record.levelno, syslog.LOG_ERR), self.format(record))
+def _write_to_syslog(lines: Sequence[tuple[int, str]]) -> None:
+    priorities = {logging.DEBUG: syslog.LOG_DEBUG, logging.INFO: syslog.LOG_INFO, logging.WARNING: syslog.LOG_WARNING}
+    for level, line in lines:
+        syslog.syslog(priorities.get(level, syslog.LOG_ERR), line)
 
 
 def configure_logging(config: DaemonConfig) -> None:
     """Log to stderr, each line with its time, or to syslog, which has its own; raises StartError where there is no syslog."""
     to_syslog = config.log == "syslog"
-    handler = _Syslog() if to_syslog else _Stderr()
+    if to_syslog and not os.path.exists("/dev/log"):
+        raise StartError("daemon.log: there is no /dev/log, start a syslog daemon or set it to stderr")
+    if to_syslog:
+        syslog.openlog("mailcloak", syslog.LOG_PID, syslog.LOG_MAIL)
+    handler = QueuedLog(_write_to_syslog if to_syslog else _write_to_stderr)
     handler.setFormatter(logging.Formatter("%(levelname)s %(message)s" if to_syslog else "%(asctime)s %(levelname)s %(message)s"))
     for level in (logging.DEBUG, logging.INFO, logging.WARNING, logging.ERROR):
         logging.addLevelName(level, logging.getLevelName(level).lower())

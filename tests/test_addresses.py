@@ -371,8 +371,11 @@ def test_quoted_local_part_unquotes_to_itself(local_part):
         ("bob smith", "+tag", "d1.test", '"bob smith+tag"@d1.test'),
         ("erin@d2.test", "", "d1.test", "erin@d2.test"),
         ("erin@d2.test", "+tag", "d1.test", "erin@d2.test"),
+        ("zoe@d2.test,bob", "", "d1.test", '"zoe@d2.test,bob"@d1.test'),
+        ("zoe@d2.test,bob", "+tag", "d1.test", '"zoe@d2.test,bob+tag"@d1.test'),
+        ("@d2.test", "", "d1.test", '"@d2.test"@d1.test'),
+        ("zoe@b\u00fccher.test", "+tag", "d1.test", "zoe@b\u00fccher.test"),
     ],
-    ids=["plain", "extension", "space", "space and extension", "username with domain", "username with domain and extension"],
 )
 def test_format_mailbox_leads_to_the_user(username, extension, domain, mailbox):
     assert format_mailbox(username, extension, domain) == mailbox

@@ -346,6 +346,19 @@ def test_user_disabled_in_keycloak_itself_sends_nothing_while_a_canary_is_missin
     assert daemon.ask(**asked_by_name).startswith("553")
 
 
+@pytest.mark.parametrize("other", [{"emailVerified": False}, {"enabled": False}], ids=["unverified", "disabled"])
+def test_sharer_of_an_address_does_not_show_that_nobody_has_it_while_a_canary_is_missing(make_daemon, keycloak, other):
+    for name in ("bob", "canary1"):
+        keycloak.add_user(name, f"{name}@d1.test", emailVerified=True, federationLink="ldap")
+    keycloak.add_user("zoe", "bob@d1.test", **{"emailVerified": True, **other})
+    keycloak_block = keycloak.config(canary="canary1@d1.test", require_verified_email=True)
+    daemon = make_daemon(keycloak=keycloak_block, policy={**SHORT, "disappearance_grace_seconds": 0}).start()
+    everybody, keycloak.users = keycloak.users, [keycloak.user("zoe")]
+    assert daemon.ask(recipient="bob@d1.test") == DEFER
+    keycloak.users = everybody
+    wait_until(lambda: daemon.ask(recipient="bob@d1.test") == "DUNNO")
+
+
 def test_storage_that_goes_down_later_rejects_nobody(canary_daemon, keycloak):
     assert canary_daemon.ask(recipient="stranger@d1.test") == REJECT
     users, keycloak.users = keycloak.users, keycloak.users[:1]

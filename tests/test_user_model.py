@@ -12,7 +12,17 @@ from conftest import Daemon, config_in, short_directory, wait_until
 from hypothesis import HealthCheck, seed, settings
 from hypothesis.stateful import run_state_machine_as_test
 from keycloak_stand_in import KeycloakStandIn
-from user_model import Limits, Question, UserModel, UserRules, World, fill_database, id_of, policy_attributes, policy_block
+from user_model import (
+    Limits,
+    Question,
+    UserModel,
+    UserRules,
+    World,
+    fill_database,
+    id_of,
+    policy_attributes,
+    policy_block,
+)
 
 import mailcloak
 
@@ -181,6 +191,16 @@ def test_user_of_whom_the_look_up_of_the_sender_shows_the_loss_does_not_send_onc
         state.ask(Question("sender", "a@d1.test", "alice"))  # the login is cached, the sender is asked about
 
 
+def test_address_is_not_refused_because_keycloak_shows_another_user_who_may_not_have_it():
+    with model(with_ids=False, has_canary=True) as state:
+        state.take_address(3, 1)  # dave gets bob's, and bob has it again
+        state.make(1)
+        state.change(3, ("verified", False))
+        state.reload_with_other_meaning()
+        state.lie("hides-all", 0)
+        state.ask(Question("recipient", "b@d1.test"))
+
+
 def start_without_file(state):
     """What is known is saved, and cannot be read at the next start."""
     state.write_file()
@@ -285,7 +305,7 @@ class Keycloak(KeycloakStandIn):
         if held:
             held[0].set()
             held[1].wait(2)
-        if self.is_heard and (any(user.enabled for user in users) or not world.is_unmasked):
+        if self.is_heard and (mailcloak.shows_owner(question, users) or not world.is_unmasked):
             self.driver.model.oracle.hear(question, at, users)
             self.driver.model.oracle.save()  # its thread writes at once
         return [record_of(account, moment) for account in moment.accounts if any(user.key == id_of(account) for user in users)]
