@@ -22,6 +22,8 @@ import signal
 import sys
 import threading
 
+garbage = 0
+
 
 class Mallinfo2(ctypes.Structure):
     """Of all arenas, in bytes. Source: mallinfo(3)."""
@@ -55,18 +57,25 @@ def held():
     """objects: that the collector knows, nearly all but texts and numbers.
 
     entries: of containers. blocks: of memory that Python's objects have, but for those of more than 512 bytes; some hundreds of them
-    come and go. allocated_kib: what the C library has given out, also to SQLite. resident_kib: all of the process.
+    come and go. garbage: how many objects, so far, the collector has found only because it was told to look at all again. allocated_kib:
+    what the C library has given out, also to SQLite. resident_kib: all of the process.
     """
+    global garbage
+    gc.collect()
+    callbacks, gc.callbacks[:] = gc.callbacks[:], []
+    gc.unfreeze()
+    garbage += gc.collect()
     forget_memoised()
     blocks = sys.getallocatedblocks()
     objects = gc.get_objects()
-    found = {"objects": len(objects), "entries": count_entries(objects), "blocks": blocks, "allocated_kib": 0}
+    found = {"objects": len(objects), "entries": count_entries(objects), "blocks": blocks, "allocated_kib": 0, "garbage": garbage}
     library = ctypes.CDLL(None)
     if hasattr(library, "mallinfo2"):  # glibc 2.33
         library.mallinfo2.restype = Mallinfo2
         memory = library.mallinfo2()
         found["allocated_kib"] = (memory.uordblks + memory.hblkhd) // 1024
         library.malloc_trim(0)
+    gc.callbacks[:] = callbacks
     with open("/proc/self/statm", "rb") as file:  # text would load a codec, which then counts
         found["resident_kib"] = int(file.read().split()[1]) * resource.getpagesize() // 1024
     return found

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import gc
 import math
 import threading
+import weakref
 
 import pytest
 
@@ -290,7 +292,7 @@ def test_full_store_forgets_who_was_used_longest_ago():
     fill(store, [4])
     assert [bool(store.look(by_email(number)).people) for number in (1, 2, 3, 4)] == [True, False, True, True]
     assert store.sizes() == (3, 0)
-    assert len(store._index) == 6  # nothing is left of the forgotten one
+    assert [len(names) for names in store._index.values()] == [3, 3]  # nothing is left of the forgotten one
 
 
 def test_user_who_is_gone_is_remembered_as_long_as_others():
@@ -330,7 +332,7 @@ def test_user_who_is_found_is_no_question_without_an_answer_any_more():
     assert store.sizes() == (1, 0)
     store.forget(None, 0.0)
     assert store.sizes() == (0, 0)
-    assert store._index == {}
+    assert store._index == {"username": {}, "email": {}}
 
 
 def test_smaller_limit_counts_from_the_next_answer():
@@ -418,7 +420,8 @@ def test_threads_leave_it_whole_and_within_its_bound():
     for user_id, person in people.items():
         for name in person.names:
             names[name].add(user_id)
-    assert {name: set(ids) for name, (ids, _) in store._index.items()} == names
+    index = {(attribute, name): {*ids} for attribute, those in store._index.items() for name, (_, *ids) in those.items()}
+    assert index == names
 
 
 def test_federations_without_an_end_take_little_room(monkeypatch):
@@ -495,3 +498,18 @@ def test_saved_users_are_in_doubt_after_more_than_can_be_noted_while_they_could_
     store.take_up([Person(user(1)._replace(enabled=False), KNOWN, 1.0, 1.0), Person(ALICE, KNOWN, 1.0, 1.0)], 100)
     assert [person.standing for person in store.look(USERNAME).people] == [DOUBTED]
     assert [person.user for person in store.look(by_email(1)).people] == [user(1)]
+
+
+def test_store_that_a_reload_has_replaced_ends_without_the_collector(tmp_path):
+    """Which no longer looks at what has survived a pass."""
+    store = store_of(10)
+    saved = mailcloak.SavedUsers(str(tmp_path / "last-known.db"), "mail", store)
+    fill(store, (1, 2))
+    saved.close()
+    reference = weakref.ref(store)
+    gc.disable()
+    try:
+        del store, saved
+        assert reference() is None
+    finally:
+        gc.enable()

@@ -145,3 +145,14 @@ def test_some_bytes_left_behind_are_found(keycloak, short_dir, make_config, tmp_
         assert max(growth(daemon, keycloak, what)) >= 6
     finally:
         daemon.close()
+
+
+def test_what_has_survived_a_pass_of_the_collector_is_left_out_of_the_next(make_daemon):
+    daemon = make_daemon(static_users={"alice": "alice@d1.test"})
+    place = daemon._command.index("-c") + 1
+    daemon._command[place] = (
+        f"import atexit, gc; atexit.register(lambda: (gc.collect(), print('frozen', gc.get_freeze_count())))\n{daemon._command[place]}"
+    )
+    daemon.start()
+    assert daemon.stop() == 0
+    assert int(daemon.log().rpartition("frozen ")[2]) > 10_000

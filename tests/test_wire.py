@@ -68,7 +68,7 @@ def test_full_request_of_postfix_is_read():
         protocol_state="RCPT",
         recipient="alice@d1.test",
         sender="someone@elsewhere.test",
-        text="\n" + FULL_REQUEST[:-2].decode(),
+        text="\n" + FULL_REQUEST[:-1].decode(),
     )
     assert stream.next_request() is None
 
