@@ -1033,7 +1033,7 @@ def parse_policy_request(data: bytes) -> PolicyRequest:
     kind = _attribute(text, "\nrequest=")
     if kind != "smtpd_access_policy":
         raise ProtocolError(f"request={escape_for_log(kind)}, expected smtpd_access_policy")
-    return PolicyRequest(*[_attribute(text, mark) for mark in _POLICY_MARKS], text)
+    return PolicyRequest._make([*(_attribute(text, mark) for mark in _POLICY_MARKS), text])
 
 
 def _attribute(text: str, mark: str) -> str:
@@ -3064,8 +3064,9 @@ class UserStore:
         with self._lock:
             steps, self._steps = self._steps, None
             if steps:
-                for each in (self._people, *self._index.values(), self._nobody, self._witnesses):
-                    each.clear()
+                parts: tuple[dict[Any, Any], ...] = (self._people, *self._index.values(), self._nobody, self._witnesses)
+                for part in parts:
+                    part.clear()
                 self._forgotten_at = NEVER
             for person in sorted(people, key=lambda person: person.asked_at):
                 if self._has_all_steps:
