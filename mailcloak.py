@@ -1865,6 +1865,7 @@ class _ThreadsOwn(threading.local):
     version: Optional[Version] = None  # when the connection was used last
     read_from: Optional[Version] = None  # what the last row was read from, where that is known exactly
     is_wal = False  # is the connection in WAL mode?
+    schema: Sequence[Any] = ()  # that the connection knows
     page_bytes = 0  # as in the header, when the version was asked last
 
     def __init__(self) -> None:
@@ -2057,17 +2058,18 @@ class Database:
         return turns
 
     def _connection(self, version: Optional[Version]) -> sqlite3.Connection:
-        """This thread's connection, made again when the file has changed; in WAL mode commits alone do not change the file itself.
+        """This thread's connection, which lasts through commits; made again where the file may have changed in another way.
 
-        SQLite notices a commit, but not a file put in place by rename, nor a copy written over it: that may have the change counter it
-        knows, or other tables in the same number of steps. From outside, such a copy looks like a commit.
+        SQLite notices a commit by the version's last part, but not a file put in place by rename, nor a copy written over it with that part
+        alike. A copy with another one looks like a commit, and SQLite then believes in the schema it knows if the number of steps to it
+        is the same: so that is compared.
         """
         local = self._local
-        before, is_same = local.version, False
-        if version and before:
-            is_same = version[:-1] == before[:-1] and (version[-1] == before[-1] or isinstance(version[-1], bytes))
-        if local.connection is not None and local.file is self._file and is_same:
-            return local.connection
+        before, kept = local.version, local.connection
+        if kept is not None and local.file is self._file and version and before:
+            is_commit = before[-1] != version[-1] and isinstance(before[-1], bytes) == isinstance(version[-1], bytes)
+            if version == before or (is_commit and self._schema(kept) == local.schema):
+                return kept
         self.close()
         with self._lock:
             self._connections += 1
@@ -2083,7 +2085,13 @@ class Database:
             prepare_database(self._path, self._busy_seconds, create=False)  # an older file was put in place of ours
         connection.execute("PRAGMA query_only = ON")
         connection.text_factory = _decode
+        local.schema = self._schema(connection)
         return connection
+
+    @staticmethod
+    def _schema(connection: sqlite3.Connection) -> list[Any]:
+        """Tables and indexes, with where they begin in the file."""
+        return connection.execute("SELECT rootpage, sql FROM sqlite_master").fetchall()
 
 
 # ---------------------------------------------------------------------------------------------------------------------------------
