@@ -1023,23 +1023,22 @@ class PolicyStream(_Stream):
         return b"action=" + action.text.encode("utf-8", "replace") + b"\n\n"
 
 
-_POLICY_MARKS = tuple(f"\n{name}=" for name in PolicyRequest._fields[:-1])
+# (what begins the line, its length) of each attribute that is read
+_POLICY_LINES = tuple((f"\n{name}=", len(name) + 2) for name in ("request", *PolicyRequest._fields[:-1]))
 _LOGGED_ATTRIBUTE = re.compile(r"\n(client_address|queue_id)=([^\n]*)")
 
 
 def parse_policy_request(data: bytes) -> PolicyRequest:
-    """One request without its empty line. Any line but those of the attributes listed is ignored; raises ProtocolError."""
+    """One request without its empty line. Other attributes are ignored, the last of two lines counts; raises ProtocolError."""
     text = _decode(b"\n" + data + b"\n")
-    kind = _attribute(text, "\nrequest=")
+    values = []
+    for line, length in _POLICY_LINES:
+        at = text.rfind(line)
+        values.append(text[at + length : text.index("\n", at + length)] if at >= 0 else "")
+    kind, *others = values
     if kind != "smtpd_access_policy":
         raise ProtocolError(f"request={escape_for_log(kind)}, expected smtpd_access_policy")
-    return PolicyRequest._make([*(_attribute(text, mark) for mark in _POLICY_MARKS), text])
-
-
-def _attribute(text: str, mark: str) -> str:
-    """What stands in the last line that begins with the mark, "" if there is none."""
-    at = text.rfind(mark)
-    return text[at + len(mark) : text.index("\n", at + 1)] if at >= 0 else ""
+    return PolicyRequest._make([*others, text])
 
 
 class SocketmapQuery(NamedTuple):

@@ -466,11 +466,15 @@ class Daemon:
         return self
 
     def log(self):
-        """With all that the daemon has said so far: it is written when none of its threads has work."""
+        """With all that the daemon has said so far."""
+        self.await_log()
+        return self.log_path.read_text(errors="replace") if self.log_path.exists() else ""
+
+    def await_log(self):
+        """A thread of the daemon writes the log: all is written when none of them has work."""
         end = time.monotonic() + 1
         while self.process and self._is_at_work() and time.monotonic() < end:
             time.sleep(0.001)
-        return self.log_path.read_text(errors="replace") if self.log_path.exists() else ""
 
     def _is_at_work(self):
         return any(status.rpartition(b")")[2].split()[0] in (b"R", b"D") for status in read_of_threads(self.process.pid, "stat"))

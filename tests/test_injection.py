@@ -129,6 +129,7 @@ def shortened(text):
 
 def log_lines(daemon):
     """The lines of the log after its start, each checked to be one event and nothing but printable characters."""
+    daemon.await_log()
     text = daemon.log_path.read_bytes().decode()  # as it is: read_text() would take \r and what is not UTF-8 for something else
     lines = text.split("\n")
     assert lines.pop() == ""

@@ -183,6 +183,7 @@ class Oracle:
         self.versions: list[dict[str, list[Heard]]] = []  # what was heard so far, as long as a slow question lasts
         self.unnamed: set = set()  # these are no usernames
         self.unread: Optional[dict[str, list[Heard]]] = None  # what is saved, while the file cannot be read
+        self.was_unread = False  # the same, when the question came
         self.begun_at = 0.0
         self.answers: list[tuple[tuple[str, str], float, tuple[User, ...]]] = []  # that were heard meanwhile
 
@@ -443,7 +444,7 @@ class Oracle:
         return ""
 
     def _wrong_deferral(self, question: Question, *, failed: bool, began: float) -> str:
-        if self.unread is not None and self.world.time < self.begun_at + self.limits.grace:
+        if (self.unread is not None or self.was_unread) and self.world.time < self.begun_at + self.limits.grace:
             return ""
         if self.is_doubted(question) or (question.kind == "map" and self.owner(question, began - self.limits.stale) == ""):
             return ""
@@ -1035,6 +1036,7 @@ class UserRules(RuleBasedStateMachine):
 
     def _ask(self, question: Question, meanwhile: Any = (), fails_at: int = -1) -> None:
         oracle, began = self.oracle, self.world.time
+        oracle.was_unread = oracle.unread is not None
         several = meanwhile or self.driver.refreshes_by_itself
         if several:
             oracle.versions = [dict(oracle.heard)]
