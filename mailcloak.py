@@ -1922,13 +1922,13 @@ class Database:
         """A text of the row; one that is not UTF-8 is a fault of this row alone, said once."""
         if value.isascii() or not re.search("[\udc80-\udcff]", value):
             return value
-        error = DatabaseUnavailable(f"database: {self._path!r}: the row {escape_for_log(key)} of {table} is not UTF-8")
+        text = f"database: {self._path!r}: the row {escape_for_log(key)} of {table} is not UTF-8"
         with self._lock:
             is_new = key not in self._bad_rows
             self._bad_rows = (*self._bad_rows[-100:], key) if is_new else self._bad_rows
         if is_new:
-            log.error("%s; answers that need it are deferred until it is fixed", error)
-        raise error
+            log.error("%s; answers that need it are deferred until it is fixed", text)
+        raise DatabaseUnavailable(text)
 
     def check(self) -> None:
         """Raise DatabaseUnavailable if a question could not be answered now."""
@@ -2040,10 +2040,10 @@ class Database:
                 raise DatabaseUnavailable("the file ends within a page, it was truncated")
         except (*SQLITE_ERRORS, OSError, StartError, DatabaseUnavailable) as exc:
             self.close()  # a fresh connection next time: the file may have been replaced or fixed by then
-            error = DatabaseUnavailable(f"database: {self._path!r}: {describe_sqlite(exc)}")
+            text = f"database: {self._path!r}: {describe_sqlite(exc)}"
             if self._set_fails(fails=True):
-                log.error("%s; answers that need it are deferred until it is fixed", error)
-            raise error from exc
+                log.error("%s; answers that need it are deferred until it is fixed", text)
+            raise DatabaseUnavailable(text) from exc
         if self._connections > DATABASE_KEPT_CONNECTIONS:
             self.close()
         if self._fails and self._set_fails(fails=False):
@@ -3569,9 +3569,11 @@ class UserDirectory:
             try:
                 for question in old:
                     asked[question] = self._ask(question, deadline)
-            except DirectoryUnavailable as exc:
-                known = newest([self._look(question, asked) for question in questions])
-                return self._find_in_outage(known, judge_all, exc)
+            except DirectoryUnavailable:
+                found = self._find_in_outage(newest([self._look(question, asked) for question in questions]), judge_all)
+                if found is None:
+                    raise
+                return found
             source = self._source.name
         oldest = min(each.asked_at for each in known)
         if source == "cache" and verdict.counts == "there" and now >= oldest + life - self._refresh_seconds:
@@ -3589,20 +3591,18 @@ class UserDirectory:
         cached, learned = self._store.look(question), asked.get(question)
         return learned if learned and learned.asked_at > cached.asked_at else cached
 
-    def _find_in_outage(self, known: tuple[Known, ...], judge_all: Callable[..., Verdict], exc: DirectoryUnavailable) -> Found:
-        """What is known already, where Keycloak gives no answer; raises what it failed with where that does not decide."""
+    def _find_in_outage(self, known: tuple[Known, ...], judge_all: Callable[..., Verdict]) -> Optional[Found]:
+        """What is known already, where Keycloak gives no answer; None where that does not decide. Raises Disappeared."""
         now = self._clock()
         verdict = judge_all(known, now - self._policy.stale_if_error_seconds)
         may_be_known = self._saved is not None and self._saved.may_know_more(self._policy.disappearance_grace_seconds)
         if verdict.counts == "unknown" and not may_be_known:
             self._source.outage.deferred += 1
-            raise exc
+            return None
         self._keep_refusal(verdict, known)
         if verdict.counts in ("doubted", "unknown"):
             self._source.outage.deferred += 1
-            raise Disappeared(
-                f"directory: {known[-1].question[1]} has disappeared, or it is not known who has this name now"
-            ) from exc
+            raise Disappeared(f"directory: {known[-1].question[1]} has disappeared, or it is not known who has this name now")
         self._source.outage.cached += 1
         asked_at = min((person.asked_at for each in known for person in each.people), default=now)
         return Found(verdict.value, "outage", now - asked_at, known, NEVER)
@@ -4426,7 +4426,7 @@ def freeze_survivors(phase: str, info: Mapping[str, Any]) -> None:
     """One of gc.callbacks: what has survived a full pass of Python's collector is left out of later passes.
 
     A pass over 100,000 users would stop all threads for 0.1 s and more, and find nothing. Each object still ends with its last reference;
-    only one that becomes part of a cycle later stays (tests/soak.py counts such).
+    only one that becomes part of a cycle later would stay, and no answer leaves cycles (tests/test_memory.py).
     """
     if phase == "stop" and info["generation"] == 2:
         gc.freeze()
@@ -4512,6 +4512,8 @@ class Daemon:
             notify(READY=1, STATUS="reloaded" if is_good else "reload refused, the old configuration stays in force")
         notify(STOPPING=1, STATUS=f"stopping on {received.name}")
         self._stop(received)
+        gc.callbacks.remove(freeze_survivors)
+        gc.unfreeze()  # Python looks at all once more when it ends
 
     def _next_signal(self) -> Optional[signal.Signals]:
         """Wait for it; None if it is time for the watchdog, or to end what a reload has retired."""
