@@ -1,11 +1,13 @@
 """A real Postfix on the sample settings of examples/postfix, asking a daemon that was started as root and became nobody.
 
-Two more ports beside the sample's port 25 show what the sample's own checks would hide:
+Three more ports beside the sample's port 25. Two show what the sample's own checks would hide:
 open    accepts everything and asks nobody: shows where Postfix itself delivers an address, or to which sender it rewrites it.
 alone   asks only mailcloak: there is no reject_non_fqdn_* and no reject_unauth_destination.
+saving  asks mailcloak as seldom as the sample says that it may.
 """
 
 import contextlib
+import json
 import os
 import re
 import shutil
@@ -36,6 +38,10 @@ SERVICES = """\
   -o mynetworks=127.0.0.0/8
   -o {{ smtpd_sender_restrictions = check_policy_service {{ unix:private/mailcloak, policy_context=sender }} }}
   -o {{ smtpd_recipient_restrictions = check_policy_service {{ unix:private/mailcloak, policy_context=recipient }} }}
+127.0.0.1:{saving} inet n - y - - smtpd
+  -o smtpd_reject_unlisted_recipient=no
+  -o smtpd_sender_restrictions=reject_non_fqdn_sender
+  -o {{ smtpd_recipient_restrictions = reject_non_fqdn_recipient, check_policy_service unix:private/mailcloak }}
 """
 
 
@@ -49,7 +55,7 @@ def postfix():
             "mydestination": "mx.test, localhost",  # as on nearly every host: $myhostname, localhost
         },
         services=SERVICES,
-        ports=["open", "alone"],
+        ports=["open", "alone", "saving"],
     )
     with running(instance):
         yield instance
@@ -150,6 +156,21 @@ def test_odd_character_in_a_recipient_is_refused_for_good_and_at_once(postfix, d
         with pytest.raises(smtplib.SMTPResponseException) as refused:
             envelope(client, "x@elsewhere.test", f"x{character}y@d1.test")
     assert 500 <= refused.value.smtp_code < 600
+
+
+def test_postfix_that_asks_less_refuses_the_same(postfix, daemon):
+    counts = [json.loads(daemon.ask_map("stats *")[3:])["answers"]]
+    (delivery,) = postfix.deliveries(postfix.send("x@elsewhere.test", "info@d1.test", port="saving"))
+    counts.append(json.loads(daemon.ask_map("stats *")[3:])["answers"])
+    policy, socketmap = (
+        [sum(each["count"] for each in those if each["service"] == name and each["reason"] != "stats") for those in counts]
+        for name in ("policy", "socketmap")
+    )
+    assert (policy[1] - policy[0], socketmap[1] - socketmap[0]) == (1, 2)
+    assert delivery.recipient == "alice@d1.test"
+    assert postfix.refusal("x@elsewhere.test", "stranger@d1.test", port="saving") == expected(NO_SUCH_USER, "stranger@d1.test")
+    code, text = postfix.refusal("bob@d1.test", "alice@d1.test", port="saving")
+    assert (code, text.rpartition(": ")[2]) == (FORGED[0], FORGED[1].rpartition(": ")[2])
 
 
 # ---- Senders
