@@ -44,6 +44,7 @@ The checks: what each looks at, and the remedy.
   postfix-settings        does main.cf set what Postfix does not know? Look for typing errors
 
   dovecot-mechanisms      do users log in with a token, apps with a password, and nobody otherwise? auth_mechanisms
+  dovecot-realm           does Dovecot take tokens of the realm that the daemon asks? introspection_url
   dovecot                 does Dovecot look for apps in this database? The passdb of the examples
   dovecot-query           does its query let apps in only while they are enabled, and only to send? The query of the examples
   dovecot-access          can the process that asks the database read it? extra_groups, chmod
@@ -1162,7 +1163,18 @@ def check_main_settings(policy: mailcloak.PolicyConfig, postfix: Postfix) -> Fin
 # The query by which it lets apps in is tried on a database in memory; and can its user read the real one?
 # ---------------------------------------------------------------------------------------------------------------------------------
 
-SQL_SAMPLES = "share/doc/mailcloak/examples/dovecot-2.3/dovecot-sql.conf.ext or examples/dovecot-2.4/dovecot.conf"
+SQL_SAMPLES = (
+    "share/doc/mailcloak/examples/dovecot-2.3/dovecot-sql.conf.ext or share/doc/mailcloak/examples/dovecot-2.4/dovecot.conf"
+)
+OAUTH2_SAMPLES = (
+    "share/doc/mailcloak/examples/dovecot-2.3/dovecot-oauth2.conf.ext or share/doc/mailcloak/examples/dovecot-2.4/dovecot.conf"
+)
+TOKEN_URLS = {  # that name a realm, and whether Dovecot itself asks them or compares them; the last is told to mail programs
+    "introspection_url": True,
+    "tokeninfo_url": True,
+    "issuers": False,  # a name, whatever the way to Keycloak is
+    "openid_configuration_url": False,
+}
 TOKENS, PASSWORDS = {"oauthbearer", "xoauth2"}, {"plain", "login", "scram-sha-256"}
 
 
@@ -1185,6 +1197,7 @@ def check_dovecot(host: Installation) -> Findings:
             for name in ("service/auth-worker/user", "default_internal_user", "service/auth-worker/extra_groups", "auth_mechanisms")
         )
         queries = list(find_password_queries(settings))
+        token_urls = list(find_token_urls(settings))
     except CommandFailed as exc:
         remedy = "name Dovecot's configuration with --dovecot-config, and run doveconf -n"
         yield skipped("dovecot", exc.text, remedy if exc.is_there else "")
@@ -1193,7 +1206,10 @@ def check_dovecot(host: Installation) -> Findings:
         remedy = AS_ROOT if os.geteuid() else "correct args of the passdb"
         yield skipped("dovecot", f"{exc.filename}: {exc.strerror}", remedy)
         return
-    yield from check_mechanisms(host, set(re.split(r"[\s,]+", mechanisms.lower())) - {""})
+    offered = set(re.split(r"[\s,]+", mechanisms.lower())) - {""}
+    yield from check_mechanisms(host, offered)
+    if offered & TOKENS and host.static_users is None:
+        yield from check_realm(host, settings, token_urls)
     if not queries:
         if host.apps:
             remedy = f"take the passdb from {SQL_SAMPLES}"
@@ -1225,14 +1241,62 @@ def check_mechanisms(host: Installation, offered: set[str]) -> Findings:
     yield from found or [ok("dovecot-mechanisms", f"users log in with a token, apps with a password: {' '.join(sorted(offered))}")]
 
 
+def find_passdbs(settings: str) -> Iterator[tuple[str, dict[str, str], str]]:
+    """Head, settings and text of the args file (2.3, "" without one) of each passdb in the output of doveconf -n. Raises OSError."""
+    for head, body in re.findall(r"^(passdb\b[^{\n]*?) *\{\n(.*?)^\}", settings, re.MULTILINE | re.DOTALL):
+        passdb, text = read_settings(body), ""
+        if passdb.get("driver") in ("sql", "oauth2") and "args" in passdb:
+            with open(passdb["args"], encoding="utf-8", errors="replace") as file:
+                text = file.read()
+        yield head, passdb, text
+
+
+def find_token_urls(settings: str) -> Iterator[tuple[str, str, str]]:
+    """Place, setting and URL of all that says whose tokens are good: oauth2 of doveconf -n (2.4), args of a passdb (2.3). Raises OSError."""
+    texts = [("dovecot.conf", settings)]
+    texts += [(passdb["args"], text) for _, passdb, text in find_passdbs(settings) if passdb.get("driver") == "oauth2" and text]
+    for place, text in texts:
+        for setting, value in re.findall(rf"^[ \t]*(?:oauth2_)?({'|'.join(TOKEN_URLS)})[ \t]*=[ \t]*(.*)$", text, re.MULTILINE):
+            yield from ((place, setting, url) for url in value.split())
+
+
+def check_realm(host: Installation, settings: str, token_urls: Sequence[tuple[str, str, str]]) -> Findings:
+    """Are the users who log in those that the daemon knows? Of a URL only host and realm are shown: it may hold a secret."""
+    check = "dovecot-realm"
+    keycloak = host.keycloak
+    if keycloak is None:
+        yield skipped(check, f"which realm should Dovecot take tokens of? {NO_CONFIG}")
+        return
+    if not re.search(r"\boauth2", settings):
+        remedy = f"take the oauth2 settings from {OAUTH2_SAMPLES}, then doveadm reload"
+        yield warning(check, "no user can log in with a token: Dovecot has no oauth2 settings", remedy)
+        return
+    server = urllib.parse.urlsplit(keycloak.base_url).hostname
+    ours = f"{keycloak.base_url}/realms/{urllib.parse.quote(keycloak.realm)}"
+    found: list[Finding] = []
+    for place, setting, url in token_urls:
+        parts = urllib.parse.urlsplit(url)
+        realm = re.search("/realms/([^/]+)", parts.path)
+        remedy = f"{place}: let {setting} begin with {ours}, as in {OAUTH2_SAMPLES}; then doveadm reload"
+        if realm and urllib.parse.unquote(realm[1]) != keycloak.realm:
+            text = f"{setting} names realm {urllib.parse.unquote(realm[1])}, and the daemon asks realm {keycloak.realm}"
+            found.append(
+                problem(check, f"{text}: who logs in may be another user than it thinks, or one that it does not know", remedy)
+            )
+        elif parts.hostname != server and TOKEN_URLS[setting]:
+            text = f"{setting} names {parts.hostname}, and the daemon asks {server}: if they differ, so do their users"
+            found.append(warning(check, text, remedy))
+    if not any("/realms/" in url for _, _, url in token_urls):
+        found.append(skipped(check, "of which realm are the tokens that Dovecot takes? Its settings name none"))
+    yield from found or [ok(check, f"Dovecot takes tokens of realm {keycloak.realm}")]
+
+
 def find_password_queries(settings: str) -> Iterator[PasswordQuery]:
     """The queries of all SQLite passdbs in the output of doveconf -n. Raises OSError where a file that it names cannot be read."""
     top = read_settings(re.sub(r"^\s.*\n", "", settings, flags=re.MULTILINE))
-    for head, body in re.findall(r"^(passdb\b[^{\n]*?) *\{\n(.*?)^\}", settings, re.MULTILINE | re.DOTALL):
-        passdb = read_settings(body)
+    for head, passdb, text in find_passdbs(settings):
         if passdb.get("driver") == "sql" and "args" in passdb:  # 2.3
-            with open(passdb["args"], encoding="utf-8", errors="replace") as file:
-                options = read_settings(file.read())
+            options = read_settings(text)
             if options.get("driver") == "sqlite":
                 yield PasswordQuery(passdb["args"], options.get("password_query", ""), options.get("connect", ""), True)
         elif "query" in passdb and {**top, **passdb}.get("sql_driver") == "sqlite":  # 2.4

@@ -1584,6 +1584,113 @@ def test_dovecot_without_the_database_matters_only_where_there_are_apps(site, tm
     assert "1 app cannot log in" in the_only(site.findings(*ask, dovecot_config=str(path)), "warning", "dovecot").text
 
 
+@pytest.fixture
+def token_site(keycloak_site):
+    """A site whose daemon asks a Keycloak for the realm that Dovecot's settings name, and Dovecot's settings."""
+    shutil.chown(keycloak_site.database, group="daemon")
+    return keycloak_site
+
+
+def replace_in(folder, old, new):
+    """In Dovecot's files, whichever of them has it."""
+    texts = {path: path.read_text() for path in folder.iterdir() if path.suffix in (".conf", ".ext")}
+    assert any(old in text for text in texts.values()), old
+    for path, text in texts.items():
+        path.write_text(text.replace(old, new))
+
+
+@real_dovecot
+def test_realm_of_the_sample_settings_is_that_of_the_daemon(token_site, dovecot_factory):
+    found = ask_dovecot(token_site, dovecot_factory(token_site.database))
+    nothing(found)
+    assert named(found, "dovecot-realm")[0].text == "Dovecot takes tokens of realm mail"
+
+
+OTHER_REALMS = {
+    "another realm": (
+        "introspection_url = http://127.0.0.1:1/realms/mail/",
+        "introspection_url = http://127.0.0.1:1/realms/all%20staff/",
+        "problem",
+        "introspection_url names realm all staff, and the daemon asks realm mail",
+    ),
+    "another realm for mail programs": (
+        "openid_configuration_url = http://127.0.0.1:1/realms/mail/",
+        "openid_configuration_url = http://127.0.0.1:1/realms/Mail/",
+        "problem",
+        "openid_configuration_url names realm Mail, and the daemon asks realm mail",
+    ),
+    "another server": (
+        "introspection_url = http://127.0.0.1:1/",
+        "introspection_url = https://client:not-to-be-shown@sso.example.org/",
+        "warning",
+        "introspection_url names sso.example.org, and the daemon asks 127.0.0.1: if they differ, so do their users",
+    ),
+    "sample as it is": (
+        "introspection_url = http://127.0.0.1:1/",
+        "introspection_url = https://sso.example.org/",
+        "warning",
+        "introspection_url names sso.example.org",
+    ),
+}
+
+
+@real_dovecot
+@pytest.mark.parametrize(("old", "new", "state", "says"), OTHER_REALMS.values(), ids=OTHER_REALMS)
+def test_tokens_of_another_realm_are_found_until_the_remedy_was_carried_out(token_site, dovecot_factory, old, new, state, says):
+    instance = dovecot_factory(token_site.database)
+    replace_in(instance.config, old, new)
+    found = the_only(ask_dovecot(token_site, instance), state, "dovecot-realm")
+    assert says in found.text
+    assert "not-to-be-shown" not in str(found)
+    place, setting, beginning = re.match(r"(\S+): let (\S+) begin with (\S+), as in ", found.remedy).groups()
+    assert (Path(place).name, old.partition(" ")[0]) in ((path.name, setting) for path in instance.config.iterdir())
+    (wrong,) = {
+        found
+        for path in instance.config.iterdir()
+        for found in re.findall(rf"\n *({setting} = \S+/realms/[^/]+)", path.read_text())
+    }
+    replace_in(instance.config, wrong, f"{setting} = {beginning}")
+    nothing(ask_dovecot(token_site, instance))
+
+
+@real_dovecot
+def test_mail_programs_may_be_told_another_name_of_keycloak(token_site, dovecot_factory):
+    """That by which they reach it from outside."""
+    instance = dovecot_factory(token_site.database)
+    replace_in(
+        instance.config, "openid_configuration_url = http://127.0.0.1:1/", "openid_configuration_url = https://sso.example.org/"
+    )
+    nothing(ask_dovecot(token_site, instance))
+
+
+@real_dovecot
+def test_realm_that_dovecot_does_not_name_is_not_said_to_be_right(token_site, dovecot_factory):
+    instance = dovecot_factory(token_site.database)
+    replace_in(instance.config, "http://127.0.0.1:1/realms/mail/", "http://127.0.0.1:1/")
+    the_only_skipped(ask_dovecot(token_site, instance), "dovecot-realm", "Its settings name none")
+
+
+@real_dovecot
+def test_tokens_that_nobody_checks_are_a_warning(token_site, tmp_path):
+    first = "dovecot_config_version = 2.4.0\ndovecot_storage_version = 2.4.0\n" if installed_version() >= (2, 4) else ""
+    (tmp_path / "dovecot.conf").write_text(f"{first}ssl = no\nauth_mechanisms = plain oauthbearer\n")
+    found = token_site.findings(
+        mailcloakdoctor.check_database, mailcloakdoctor.check_dovecot, dovecot_config=str(tmp_path / "dovecot.conf")
+    )
+    assert "no user can log in with a token" in the_only(found, "warning", "dovecot-realm").text
+
+
+def test_realm_is_read_from_settings_of_dovecot_2_4_in_each_form():
+    urls = ["https://a.test/realms/x/userinfo", "https://b.test/realms/y"]
+    forms = (
+        f"oauth2 {{\n  introspection_url = {urls[0]}\n  issuers = {urls[1]}\n}}\n",
+        f"oauth2_introspection_url = {urls[0]}\noauth2_issuers = {urls[1]}\n",
+        f"passdb oauth2 {{\n  oauth2 {{\n    introspection_url = {urls[0]}\n    issuers = {urls[1]}\n  }}\n}}\n",
+    )
+    for form in forms:
+        assert [url for _, _, url in mailcloakdoctor.find_token_urls(form)] == urls
+
+
 @real_dovecot
 def test_dovecot_whose_configuration_is_bad_is_skipped(site, tmp_path):
     path = tmp_path / "dovecot.conf"
