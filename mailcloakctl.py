@@ -1594,7 +1594,7 @@ class ArgumentParser(mailcloak.ArgumentParser):
         super().error(message)
 
 
-def build_parser() -> argparse.ArgumentParser:
+def build_parser() -> ArgumentParser:
     """The parser of the whole command line, made of COMMANDS."""
     common = ArgumentParser(add_help=False, argument_default=argparse.SUPPRESS)  # so that they stand before or after the verb
     place = common.add_mutually_exclusive_group()
@@ -1739,7 +1739,10 @@ def run(argv: Optional[Sequence[str]], options: argparse.Namespace) -> int:
 
     Raises KeyboardInterrupt, before an alias or an app was changed.
     """
-    _, rest = build_parser().parse_known_args(argv, options)
+    top = build_parser()
+    if "doctor" in (sys.argv if argv is None else argv):  # also where an option before it is wrong
+        top.usage_exit_code = EXIT_NOT_RUN
+    _, rest = top.parse_known_args(argv, options)
     parser = options.parser
     if rest:
         take_late_argument(options, rest)

@@ -82,6 +82,7 @@ import base64
 import concurrent.futures
 import contextlib
 import email.utils
+import errno
 import functools
 import grp
 import json
@@ -659,6 +660,8 @@ class Postfix:
     def __init__(self, directory: Optional[str]) -> None:
         self._where = ("-c", directory) if directory else ()
         self.directory = self._postconf("-h", "config_directory").strip()
+        if not self.directory:
+            raise CommandFailed("postconf says nothing")
         self.main: dict[str, str] = defaultdict(str)  # the values in force, with all that they refer to put in
         for line in self._postconf("-x").splitlines():
             name, _, value = line.partition(" =")
@@ -825,7 +828,7 @@ def check_postfix(host: Installation) -> Findings:
             yield problem("postfix-smtpd", f"{postfix.directory}/master.cf has no smtpd: no mail comes in", remedy)
         remedy = f"sockets.socket_owner_user: {postfix.main['mail_owner']}, with access to its directory; then restart the daemon"
         for path in (host.sockets.policy_socket, host.sockets.socketmap_socket):
-            yield from check_connection(postfix, postfix.smtpds, path, remedy)
+            yield from check_connection(postfix, postfix.smtpds, path, remedy, f"{SEE_FINDINGS} about the daemon and its sockets")
         for smtpd in postfix.smtpds:
             yield from check_smtpd(host, host.sockets, postfix, smtpd)
         yield from check_clients(postfix)
@@ -836,8 +839,11 @@ def check_postfix(host: Installation) -> Findings:
         yield from check_main_settings(host.policy, postfix)
 
 
-def check_connection(postfix: Postfix, services: Sequence[PostfixService], path: str, remedy: str) -> Findings:
-    """Can these services connect, as Postfix's own user and from inside the queue directory where one of them is confined to it?"""
+def check_connection(postfix: Postfix, services: Sequence[PostfixService], path: str, remedy: str, start: str = "") -> Findings:
+    """Can these services connect, as Postfix's own user and from inside the queue directory where one of them is confined to it?
+
+    start: the remedy where nobody listens there, if it is another one.
+    """
     queue_directory, user = os.path.realpath(postfix.main["queue_directory"]), postfix.main["mail_owner"]
     chrooted = [service.name for service in services if service.chroot]
     if chrooted and not os.path.realpath(os.path.dirname(path)).startswith(f"{queue_directory}/"):
@@ -849,7 +855,9 @@ def check_connection(postfix: Postfix, services: Sequence[PostfixService], path:
     why, untried = try_as(user, connect, "postfix-access", f"can Postfix connect to {path}?", root=root)
     yield from untried
     if why:
-        yield problem("postfix-access", f"user {user} cannot connect to {path}: {why.lower()}", remedy)
+        is_down = why in (os.strerror(errno.ENOENT), os.strerror(errno.ECONNREFUSED))
+        text = f"user {user} cannot connect to {path}: {why.lower()}"
+        yield problem("postfix-access", text, (start if is_down else "") or remedy)
     elif not untried:
         yield ok("postfix-access", f"user {user} can connect to {path}{' from its chroot' if chrooted else ''}")
 
@@ -1192,6 +1200,8 @@ def check_dovecot(host: Installation) -> Findings:
     where = ("-c", host.options.dovecot_config) if host.options.dovecot_config else ()
     try:
         settings = run_program("doveconf", *where, "-n")[0]
+        if not settings:
+            raise CommandFailed("doveconf says nothing")
         worker, internal, groups, mechanisms = (
             run_program("doveconf", *where, "-h", name)[0].strip()
             for name in ("service/auth-worker/user", "default_internal_user", "service/auth-worker/extra_groups", "auth_mechanisms")

@@ -457,7 +457,7 @@ def test_database_that_was_not_read_holds_neither_aliases_nor_apps_that_are_good
     checks = (mailcloakdoctor.check_role_addresses, mailcloakdoctor.check_aliases, mailcloakdoctor.check_apps)
     found = site.findings(mailcloakdoctor.check_database, *checks)
     assert skipped_checks(found) == dict.fromkeys(("postmaster", "abuse", "aliases", "apps"), "the database was not read")
-    monkeypatch.setattr(mailcloakdoctor, "run_program", lambda *_: ("", ""))  # a Dovecot without a passdb
+    monkeypatch.setattr(mailcloakdoctor, "run_program", lambda *_: ("# Dovecot\n", ""))  # one without a passdb
     found = site.findings(mailcloakdoctor.check_database, mailcloakdoctor.check_dovecot)
     assert "are there apps that would need one? the database was not read" in skipped_checks(found)["dovecot"]
 
@@ -1310,6 +1310,22 @@ def test_socket_that_postfix_may_not_use_is_a_problem(ask_postfix, mail_site):
 
 
 @real_postfix
+@pytest.mark.parametrize("left", [False, True], ids=["no socket", "socket of a killed daemon"])
+def test_daemon_that_is_stopped_is_no_fault_of_its_owner(short_dir, make_config, postfix, left):
+    paths = {"policy_socket": str(postfix.private / "mailcloak"), "socketmap_socket": str(postfix.private / "mailcloak-socketmap")}
+    site = Site(short_dir, make_config(static_users=USERS, sockets=paths))
+    with contextlib.ExitStack() as stack:
+        for path in map(Path, paths.values() if left else ()):
+            with contextlib.closing(socket.socket(socket.AF_UNIX)) as dead:
+                dead.bind(str(path))
+            shutil.chown(path, "postfix", "postfix")
+            stack.callback(path.unlink)
+        found = named(site.findings(mailcloakdoctor.check_postfix, postfix_config=[str(postfix.config)]), "postfix-access")
+    remedy = "look at the findings about the daemon and its sockets"
+    assert [(each.state, each.remedy) for each in found] == [("problem", remedy)] * 2 + [("ok", "")] * 2
+
+
+@real_postfix
 def test_socket_outside_the_queue_directory_is_a_problem_for_a_chroot_alone(site, postfix):
     with FakeDaemon(site.config):
         for path in list(site.config["sockets"].values())[:2]:
@@ -1369,6 +1385,16 @@ def test_host_without_postfix_is_skipped_with_a_remedy_and_one_without_dovecot_i
     found = the_only(site.findings(mailcloakdoctor.check_postfix), "skipped", "postfix")
     assert found.text == "there is no postconf in the PATH"
     the_only_skipped(site.findings(mailcloakdoctor.check_dovecot), "dovecot", "there is no doveconf in the PATH")
+
+
+@pytest.mark.parametrize("check", ["postfix", "dovecot"])
+def test_program_that_says_nothing_is_not_taken_for_one_that_is_content(site, monkeypatch, tmp_path, check):
+    for name in ("postconf", "doveconf"):
+        (tmp_path / name).write_text("#!/bin/sh\n")
+        (tmp_path / name).chmod(0o755)
+    monkeypatch.setattr(mailcloakdoctor, "SYSTEM_PATH", f"{tmp_path}:/bin:/usr/bin")
+    found = the_only(site.findings(getattr(mailcloakdoctor, f"check_{check}")), "skipped", check)
+    assert found.text == f"{'postconf' if check == 'postfix' else 'doveconf'} says nothing"
 
 
 def test_program_that_hangs_is_given_up(site, monkeypatch, tmp_path):
@@ -2397,6 +2423,24 @@ def test_doctor_that_is_interrupted_does_not_exit_as_if_all_had_been_checked(sit
     monkeypatch.setattr(mailcloakdoctor, "CHECKS", (check,))
     assert mailcloakctl.main(["--db", str(site.database), "doctor"]) == 3
     assert capsys.readouterr().err == "mailcloakctl: doctor: interrupted, not all was checked\n"
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("--json=1", "doctor"),
+        ("--yaml", "doctor"),
+        ("doctor", "--json=1"),
+        ("doctor", "x"),
+        ("--db", "", "doctor"),
+        ("--db", "doctor"),
+    ],
+    ids=" ".join,
+)
+def test_usage_error_with_doctor_never_says_that_there_are_problems(arguments):
+    result = run_ctl(*arguments, check=False)
+    assert (result.returncode, result.stdout) == (3, "")
+    assert result.stderr.startswith("usage: mailcloakctl")
 
 
 def test_doctor_alone_loads_the_checks(site):
