@@ -303,7 +303,6 @@ def check_daemon_access(host: Installation, work: Callable[[], str], failure: Fi
 
 
 NEEDED_BYTES = 10 * 1024 * 1024  # that the disk of the database should have left
-OPENRC_SETTINGS = "/etc/conf.d/mailcloak"
 LOOPBACK = ("localhost", "127.0.0.1", "::1")
 
 
@@ -470,19 +469,22 @@ def check_daemon(host: Installation) -> Findings:
     if host.sockets is None:
         yield skipped("daemon", "the configuration does not say where its sockets are", FIX_CONFIG)
         return
+    daemon = ctl.RunningDaemon(host.sockets, ctl.ANSWER_SECONDS, ctl.where_log(host.daemon))
     try:
-        stats = ctl.RunningDaemon(host.sockets, ctl.ANSWER_SECONDS).ask_json("stats", "*")
+        yield from daemon.ask_json("stats", "*", lambda stats: list(check_stats(host, stats)))
     except ctl.OtherVersion as exc:
         yield warning("daemon", exc.text, "restart the daemon")
-        return
     except ctl.Refused as exc:
-        yield no_answer("daemon", host, exc)
-        return
+        yield no_answer("daemon", exc)
+
+
+def check_stats(host: Installation, stats: dict[str, Any]) -> Findings:
+    """What the daemon says of itself."""
     yield ok("daemon", f"it runs: version {stats['version']}, pid {stats['pid']}, up {ctl.shown_seconds(stats['uptime_seconds'])}")
     yield from check_read_config(host, stats)
     used = stats["database"]
     if not used["works"]:
-        remedy = f"{SEE_FINDINGS} about the database, and at its log ({where_log(host)})"
+        remedy = f"{SEE_FINDINGS} about the database, and at its log ({ctl.where_log(host.daemon)})"
         yield problem("daemon-database", "the daemon cannot use the database", remedy)
     elif host.database_path and used["path"] != host.database_path:
         yield warning("daemon-database", f"the daemon uses {used['path']}", f"reload it, so that it uses {host.database_path}")
@@ -492,23 +494,9 @@ def check_daemon(host: Installation) -> Findings:
         yield problem("daemon-keycloak", text, f"{SEE_FINDINGS} about Keycloak")
 
 
-def no_answer(check: str, host: Installation, exc: ctl.Refused) -> Finding:
+def no_answer(check: str, exc: ctl.Refused) -> Finding:
     """Why the daemon did not answer; where this user may not ask, nothing was looked at."""
-    if isinstance(exc.__cause__, PermissionError):
-        return skipped(check, exc.text, AS_ROOT)
-    return problem(check, exc.text, re.sub(r"\blog\b", f"log ({where_log(host)})", exc.remedy, count=1))
-
-
-def where_log(host: Installation) -> str:
-    """How to read the daemon's log on this host. Source: mailcloak(8), DIAGNOSTICS."""
-    if host.daemon and host.daemon.log == "syslog":
-        return "lines of mailcloak in the host's log of mail"
-    if os.path.isdir("/run/systemd/system"):
-        return "journalctl -u mailcloak"
-    with contextlib.suppress(OSError), open(OPENRC_SETTINGS, encoding="utf-8", errors="replace") as file:
-        if named := re.search(r"^mailcloak_log=[\"']?([^\"'\s]+)", file.read(), re.MULTILINE):
-            return named[1]
-    return "/var/log/mailcloak.log, or where its standard error goes"
+    return skipped(check, exc.text, AS_ROOT) if isinstance(exc.__cause__, PermissionError) else problem(check, exc.text, exc.remedy)
 
 
 def check_read_config(host: Installation, stats: dict[str, Any]) -> Findings:
@@ -541,7 +529,7 @@ def check_sockets(host: Installation) -> Findings:
         yield skipped("socket-policy", NO_CONFIG)
         yield skipped("socket-aliases", NO_CONFIG)
         return
-    daemon = ctl.RunningDaemon(host.sockets, ctl.ANSWER_SECONDS)
+    daemon = ctl.RunningDaemon(host.sockets, ctl.ANSWER_SECONDS, ctl.where_log(host.daemon))
     for check, path in (("socket-policy", host.sockets.policy_socket), ("socket-aliases", host.sockets.socketmap_socket)):
         try:
             status = os.lstat(path)
@@ -558,7 +546,7 @@ def check_sockets(host: Installation) -> Findings:
             is_policy = check == "socket-policy"
             answer = daemon.ask_policy(protocol_state="CONNECT") if is_policy else daemon.ask_map("alias", "no-domain")[0]
         except ctl.Refused as exc:
-            yield no_answer(check, host, exc)
+            yield no_answer(check, exc)
             continue
         if answer not in ("DUNNO", "NOTFOUND"):
             yield problem(check, f"{path} answers {answer!r} where it should have no objection", "restart the daemon")
@@ -595,7 +583,9 @@ CLASSES = {  # where Postfix knows a domain from, in its order; what delivers th
     "relay_domains": ("relay_transport", "relay_recipient_maps"),
 }
 TO_DOVECOT = "lmtp:unix:private/dovecot-lmtp"
-FROM_DOVECOT = "start Dovecot, with this socket as in share/doc/mailcloak/examples/dovecot-2.3 or examples/dovecot-2.4"
+FROM_DOVECOT = (
+    "start Dovecot, with this socket as in share/doc/mailcloak/examples/dovecot-2.3 or share/doc/mailcloak/examples/dovecot-2.4"
+)
 UNTRIED = "Only Unix sockets are tried"
 REWRITING = {"append_dot_mydomain": "no", "allow_percent_hack": "yes", "swap_bangpath": "yes", "allow_untrusted_routing": "no"}
 

@@ -739,13 +739,21 @@ def test_finding_that_sends_to_the_log_says_where_it_is(running, site, tmp_path,
     settings.write_text('# settings\nmailcloak_log="/srv/log/mailcloak"\n')
     by_systemd = "journalctl -u mailcloak" if os.path.isdir("/run/systemd/system") else ""
     for path, expected in ((tmp_path / "absent", "/var/log/mailcloak.log, or"), (settings, "/srv/log/mailcloak)")):
-        monkeypatch.setattr(mailcloakdoctor, "OPENRC_SETTINGS", str(path))
+        monkeypatch.setattr(mailcloakctl, "OPENRC_SETTINGS", str(path))
         assert (by_systemd or expected) in the_only(findings(), "problem", "daemon-database").remedy
         remedy = named(findings(mailcloakdoctor.check_sockets), "socket-policy")[0].remedy
         assert f"its log ({by_systemd or expected}" in remedy
     site.config["daemon"]["log"] = "syslog"
     site.write_config()
     assert "the host's log of mail" in named(findings(), "daemon-database")[0].remedy
+
+
+def test_daemon_of_this_version_that_tells_nonsense_is_a_problem(running):
+    findings, stats, _ = running
+    stats["database"] = "fine"
+    found = the_only(findings(), "problem", "daemon")
+    assert "makes no sense" in found.text
+    assert "something else listens there" in found.remedy
 
 
 def test_socket_that_is_something_else_is_a_problem(site):
@@ -2284,7 +2292,7 @@ def test_warning_exits_1_and_problem_exits_2_with_the_first_problem_as_next_step
     realm.profile_edit = ["admin", "user"]
     result = doctor(daemon, *options)
     assert result.returncode == 2
-    assert "\nnext           keycloak-email: share/doc/mailcloak/examples/keycloak/setup" in result.stdout
+    assert f"\nnext           keycloak-email: {ROOT}/examples/keycloak/setup" in result.stdout
     assert result.stdout.rstrip().endswith("; then mailcloakctl doctor again")
     shown = json.loads(doctor(daemon, *options, "--json").stdout)
     wrong = {finding["check"]: finding for finding in shown if finding["state"] != "ok"}

@@ -251,6 +251,23 @@ def test_interrupt_of_an_installed_program_shows_no_traceback_at_any_moment(tmp_
         assert "share/mailcloak" not in said
 
 
+def test_remedies_name_documents_where_they_are(installed):
+    """The paths of the table of reasons and of doctor, as mailcloakctl shows them."""
+    directory, prefix, _ = installed
+    share = directory / prefix[1:] / "share"
+    named = set()
+    for program in ("mailcloak.py", "mailcloakctl.py", "mailcloakdoctor.py"):
+        named |= set(re.findall(r"share/doc/mailcloak(?:/[\w.-]*\w)+", text(ROOT / program)))
+    assert len(named) > 5
+    for place, folder in ((share / "mailcloak", share / "doc/mailcloak"), (ROOT, ROOT)):
+        code = "import sys, mailcloakctl; print(mailcloakctl.real_paths(sys.stdin.read()))"
+        command = [sys.executable, "-B", "-c", code]
+        result = subprocess.run(command, input="\n".join(named), cwd=place, capture_output=True, text=True, check=True, timeout=30)
+        shown = result.stdout.splitlines()
+        assert len(shown) == len(named)
+        assert all(path.startswith(f"{folder}/examples/") and os.path.exists(path) for path in shown), shown
+
+
 @pytest.mark.real("systemd")
 def test_systemd_makes_the_user_from_its_file(installed, tmp_path):
     directory, prefix, _ = installed
