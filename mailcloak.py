@@ -15,7 +15,8 @@ Written:        last-known.db beside the database: what Keycloak said last of ea
 Asked:          Keycloak, by its admin REST interface, for users: their names, primary e-mail, and whether they are enabled;
                 the database, one SQLite file that mailcloakctl edits, for aliases and for apps (logins that may only send).
 Signals:        SIGTERM and SIGINT answer what was read and end; SIGHUP reads the configuration again.
-Environment:    LISTEN_*, NOTIFY_SOCKET and WATCHDOG_USEC of a service manager (sd_listen_fds(3), sd_notify(3)).
+Environment:    LISTEN_*, NOTIFY_SOCKET, WATCHDOG_USEC and JOURNAL_STREAM of a service manager (sd_listen_fds(3), sd_notify(3),
+                sd-daemon(3)).
 Exit codes:     0 ended by a signal, or the configuration is good; 64 usage; 78 configuration; 1 anything else.
 
 Security: started as root, the daemon binds its sockets and becomes daemon.user. The policy service never answers OK or any other
@@ -4626,11 +4627,27 @@ def _parse_arguments(argv: Optional[Sequence[str]]) -> argparse.Namespace:
     return options
 
 
+def _to_journal() -> bool:
+    """Does standard error go to systemd's journal? Source: systemd.exec(5), JOURNAL_STREAM."""
+    try:
+        status = os.fstat(2)
+    except OSError:  # it is closed
+        return False
+    return os.environ.get("JOURNAL_STREAM") == f"{status.st_dev}:{status.st_ino}"
+
+
+def _priority(level: int) -> int:
+    """The priority of a line in syslog and the journal."""
+    priorities = {logging.DEBUG: syslog.LOG_DEBUG, logging.INFO: syslog.LOG_INFO, logging.WARNING: syslog.LOG_WARNING}
+    return priorities.get(level, syslog.LOG_ERR)
+
+
 class _Stderr(logging.Handler):
     """Standard error. Nobody waits long for a service manager or a pipe that takes no more: lines are lost then, and counted."""
 
     def __init__(self) -> None:
         super().__init__()
+        self._is_journal = _to_journal()
         self._lost = 0
         self._poll = select.poll()
         self._poll.register(2, select.POLLOUT)
@@ -4648,7 +4665,8 @@ class _Stderr(logging.Handler):
             self._lost += 1
 
     def _write(self, record: logging.LogRecord) -> bool:
-        data = self.format(record).encode("utf-8", "backslashreplace")[: MAX_LOG_LINE_BYTES - 1] + b"\n"
+        priority = f"<{_priority(record.levelno)}>" if self._is_journal else ""  # sd-daemon(3)
+        data = f"{priority}{self.format(record)}".encode("utf-8", "backslashreplace")[: MAX_LOG_LINE_BYTES - 1] + b"\n"
         if stat.S_ISSOCK(self._mode) and _send_at_once and _send_at_once(2, data, len(data), _SEND_FLAGS) > 0:  # systemd's
             return True
         try:
@@ -4668,15 +4686,15 @@ class _Syslog(logging.Handler):
         syslog.openlog("mailcloak", syslog.LOG_PID, syslog.LOG_MAIL)
 
     def emit(self, record: logging.LogRecord) -> None:
-        priorities = {logging.DEBUG: syslog.LOG_DEBUG, logging.INFO: syslog.LOG_INFO, logging.WARNING: syslog.LOG_WARNING}
-        syslog.syslog(priorities.get(record.levelno, syslog.LOG_ERR), self.format(record))
+        syslog.syslog(_priority(record.levelno), self.format(record))
 
 
 def configure_logging(config: DaemonConfig) -> None:
-    """Log to stderr, each line with its time, or to syslog, which has its own; raises StartError where there is no syslog."""
+    """Log to stderr, each line with its time, or to syslog or the journal, which have their own; raises StartError without a syslog."""
     to_syslog = config.log == "syslog"
     handler = _Syslog() if to_syslog else _Stderr()
-    handler.setFormatter(logging.Formatter("%(levelname)s %(message)s" if to_syslog else "%(asctime)s %(levelname)s %(message)s"))
+    has_time = to_syslog or _to_journal()
+    handler.setFormatter(logging.Formatter("%(levelname)s %(message)s" if has_time else "%(asctime)s %(levelname)s %(message)s"))
     for level in (logging.DEBUG, logging.INFO, logging.WARNING, logging.ERROR):
         logging.addLevelName(level, logging.getLevelName(level).lower())
     # What no line shows is not looked up for each of them (Python's Logging HOWTO, Optimization).
@@ -4696,7 +4714,8 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     try:
         config = load_config(options.config)
     except ConfigError as exc:
-        print(exc, file=sys.stderr)
+        priority = f"<{syslog.LOG_ERR}>" if _to_journal() else ""
+        print(*(f"{priority}{problem}" for problem in exc.problems), sep="\n", file=sys.stderr)
         return EXIT_CONFIG
     if options.check_config:
         print(*config.warnings, *postfix_warnings(config), f"config: {config.path}: good", sep="\n", file=sys.stderr)
