@@ -2588,7 +2588,9 @@ class Outage:
             established = self.established
         self.suspected.set()
         if is_new:
-            log.log(logging.ERROR if isinstance(error, DirectoryMisconfigured) else logging.WARNING, "%s", error)
+            follows = "; Keycloak counts as away: cached users are served, policy.keycloak_failure_mode decides for others"
+            level = logging.ERROR if isinstance(error, DirectoryMisconfigured) else logging.WARNING
+            log.log(level, "%s%s", error, follows if begins else "")
         elif not established:
             log.info("%s", error)
 
