@@ -1338,6 +1338,31 @@ def _construct_mapping(loader: _StrictLoader, node: yaml.MappingNode) -> dict[An
 _StrictLoader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _construct_mapping)
 
 
+# A fault as PyYAML says it, and what it is in most files. Never the line itself, which may hold a secret.
+_YAML_FAULTS = (
+    (r"character '\\t' that cannot", "a tab, where YAML takes only spaces"),
+    (r"character '.' that cannot", "a value that begins with a character such as @ or % needs quotes"),
+    (
+        "mapping values are not allowed",
+        "no space after a colon further up, two colons in this line (a value with one needs quotes), or wrong indentation",
+    ),
+    ("could not find expected ':'", "no colon with a space after it"),
+    ("unexpected end of stream", "a quote that is not closed"),
+    ("expected (<block end>|'<document start>')", "wrong indentation, or a quote that is not closed or stands inside a value"),
+)
+
+
+def _describe_yaml(exc: yaml.MarkedYAMLError) -> str:
+    """The line of a fault, and what is probably wrong there."""
+    is_open = str(exc.context).startswith(
+        "while scanning a "
+    )  # a key or a quote: its end is missing, so its line is where it begins
+    mark = (exc.context_mark if is_open else None) or exc.problem_mark
+    problem = re.sub(r"(alias|tag|handle) '.*'", r"\1 '...'", exc.problem or "not YAML")
+    fault = next((fault for said, fault in _YAML_FAULTS if re.search(said, problem)), problem)
+    return f"line {mark.line + 1 if mark else 1}: {fault}"
+
+
 def read_yaml(path: str) -> dict[str, Any]:
     """The file as a mapping of blocks, unchecked; raises ConfigError with the file's line where YAML itself fails."""
     try:
@@ -1346,10 +1371,8 @@ def read_yaml(path: str) -> dict[str, Any]:
             repr(raw)  # ValueError for a number of thousands of digits, which no message could show
     except OSError as exc:
         raise ConfigError([Problem(path, f"cannot be read: {exc.strerror}", kind="unreadable")]) from exc
-    except yaml.MarkedYAMLError as exc:  # not str(exc), which quotes the line and so might show a secret
-        line = exc.problem_mark.line + 1 if exc.problem_mark else 1
-        problem = re.sub(r"(alias|tag|handle) '.*'", r"\1 '...'", exc.problem or "not YAML")
-        raise ConfigError([Problem(path, f"line {line}: {problem}")]) from exc
+    except yaml.MarkedYAMLError as exc:
+        raise ConfigError([Problem(path, _describe_yaml(exc))]) from exc
     except Exception as exc:  # PyYAML lets out whatever it meets in values such as "!!bool x" and "!!int ''"
         raise ConfigError([Problem(path, f"not YAML in UTF-8 ({type(exc).__name__})")]) from exc
     if not isinstance(raw, dict):
@@ -1360,7 +1383,8 @@ def read_yaml(path: str) -> dict[str, Any]:
 def read_block(cls: type[Any], name: str, raw: Any, problems: list[Problem]) -> Any:
     """One block of the file as its dataclass, or None with its problems appended."""
     if not isinstance(raw, dict):
-        problems.append(Problem(name, f"expected a block of keys, got {_kind(raw)}"))
+        ask = "; is there a space after each colon?" if isinstance(raw, str) else ""
+        problems.append(Problem(name, f"expected a block of keys, got {_kind(raw)}{ask}"))
         return None
     before = len(problems)
     fields = {field.name: field for field in dataclasses.fields(cls)}
