@@ -331,6 +331,9 @@ def test_uninstall_leaves_configuration_and_database_alone(tmp_path):
     assert not (tmp_path / "usr/local/share/mailcloak").exists()
     for name in ("etc/mailcloak", "etc/conf.d/mailcloak", "etc/logrotate.d/mailcloak", "var/lib/mailcloak"):
         assert f"left {tmp_path}/{name}, " in said
+    command = re.search("to delete the configuration, aliases and apps for good: (rm -r .*)", said)[1]
+    subprocess.run(command, shell=True, check=True, timeout=30)
+    assert files(tmp_path) == {"usr/local/sbin/another"}
 
 
 def test_uninstall_of_what_was_not_changed_leaves_no_file(tmp_path):
