@@ -1189,7 +1189,7 @@ def check_dovecot(host: Installation) -> Findings:
     """The passdb for apps: on this database, with a good query, and allowed to read."""
     where = ("-c", host.options.dovecot_config) if host.options.dovecot_config else ()
     try:
-        settings = run_program("doveconf", *where, "-n")[0]
+        settings = run_program("doveconf", *where, "-n", "-P")[0]  # with URLs that hold a password, which are not shown
         if not settings:
             raise CommandFailed("doveconf says nothing")
         worker, internal, groups, mechanisms = (
