@@ -1513,7 +1513,6 @@ def run_doctor(context: Context) -> int:
     try:
         for finding in mailcloakdoctor.run_checks(context.options):
             show_progress("")
-            finding = finding._replace(remedy=real_paths(finding.remedy))  # noqa: PLW2901
             findings.append(finding)
             if not context.options.json:
                 errors.append(try_to_print(functools.partial(print_finding, finding)))

@@ -103,7 +103,7 @@ import urllib.parse
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import SimpleNamespace
-from typing import Any, NamedTuple, Optional, TypeVar
+from typing import Any, NamedTuple, Optional
 
 import mailcloak
 import mailcloakctl as ctl  # for what it has of output, and for the questions to the running daemon
@@ -124,6 +124,8 @@ class Finding(NamedTuple):
 
 
 Findings = Iterator[Finding]
+EXAMPLES = ctl.real_paths("share/doc/mailcloak/examples")
+MAIN_CF, MASTER_CF = f"{EXAMPLES}/postfix/main.cf", f"{EXAMPLES}/postfix/master.cf"
 AS_ROOT = "run mailcloakctl doctor as root"
 FIX_CONFIG = "fix the configuration first"
 SEE_FINDINGS = "look at the findings"  # of other checks, whose remedies come first
@@ -183,7 +185,7 @@ class Installation:
         self.users: Optional[dict[str, mailcloak.User]] = None  # by username
         self.has_all_users = True
         self.users_not_looked_up: set[str] = set()  # of those that aliases and apps name
-        self.find_holders: Callable[[str], mailcloak.Users] = not_asked  # of a primary e-mail; raises DirectoryUnavailable
+        self.look_up_holders: Optional[Callable[[str], mailcloak.Users]] = None  # where not all users were read
         self.unusable_users: list[str] = []  # with records that the daemon does not understand, and why
         self.federations: set[str] = set()  # from which users come
 
@@ -194,10 +196,13 @@ class Installation:
             return grp.getgrgid(pwd.getpwnam(self.daemon.user if self.daemon else "").pw_gid).gr_name
         return "mailcloak"
 
-
-def not_asked(_: str) -> mailcloak.Users:
-    """What is known of the holders of an e-mail before Keycloak was asked. Raises DirectoryUnavailable."""
-    raise mailcloak.DirectoryUnavailable("not asked")
+    def find_holders(self, address: str) -> mailcloak.Users:
+        """The users with this primary e-mail. Raises DirectoryUnavailable."""
+        if self.users is None:
+            raise mailcloak.DirectoryUnavailable("not asked")
+        if self.look_up_holders:
+            return self.look_up_holders(address)
+        return tuple(user for user in self.users.values() if user.email == address)
 
 
 # ---------------------------------------------------------------------------------------------------------------------------------
@@ -433,11 +438,10 @@ def read_database(host: Installation, database: sqlite3.Connection) -> Findings:
         yield warning("database", f"{path} has schema version {version}, older than {mailcloak.SCHEMA_VERSION}", remedy)
     rows = database.execute("SELECT alias_email, username, enabled FROM aliases ORDER BY alias_email")
     host.aliases = {str(address): mailcloak.Alias(str(username).lower(), enabled == 1) for address, username, enabled in rows}
-    columns = {row[1] for row in database.execute("PRAGMA table_info(apps)")}
-    owner, expired = ("owner", "expires_at <= ?") if {"owner", "expires_at"} <= columns else ("NULL", "NULL <= ?")
-    state = f"CASE WHEN enabled IS NOT 1 THEN 'disabled' WHEN {expired} THEN 'expired' ELSE 'enabled' END"
-    rows = database.execute(f"SELECT app_id, {state}, {owner} FROM apps ORDER BY app_id", (time.time(),))  # noqa: S608
-    host.apps = {str(app_id): mailcloak.App(state, False, str(owner or "").lower()) for app_id, state, owner in rows}
+    database.row_factory = sqlite3.Row
+    apps = [{"owner": None, "expires_at": None, **row} for row in database.execute("SELECT * FROM apps ORDER BY app_id")]
+    database.row_factory = None
+    host.apps = {str(row["app_id"]): mailcloak.App(ctl.shown_state(row), False, str(row["owner"] or "").lower()) for row in apps}
     damage = list(check_damage(path, database))
     yield from damage
     if version == mailcloak.SCHEMA_VERSION and not any(finding.state == "problem" for finding in damage):
@@ -583,9 +587,7 @@ CLASSES = {  # where Postfix knows a domain from, in its order; what delivers th
     "relay_domains": ("relay_transport", "relay_recipient_maps"),
 }
 TO_DOVECOT = "lmtp:unix:private/dovecot-lmtp"
-FROM_DOVECOT = (
-    "start Dovecot, with this socket as in share/doc/mailcloak/examples/dovecot-2.3 or share/doc/mailcloak/examples/dovecot-2.4"
-)
+FROM_DOVECOT = f"start Dovecot, with this socket as in {EXAMPLES}/dovecot-2.3 or {EXAMPLES}/dovecot-2.4"
 UNTRIED = "Only Unix sockets are tried"
 REWRITING = {"append_dot_mydomain": "no", "allow_percent_hack": "yes", "swap_bangpath": "yes", "allow_untrusted_routing": "no"}
 
@@ -814,8 +816,8 @@ def check_postfix(host: Installation) -> Findings:
             continue
         yield ok("postfix", f"{postfix.directory} has {ctl.counted(postfix.smtpds, 'smtpd service')}")
         if not postfix.smtpds:
-            remedy = "compare share/doc/mailcloak/examples/postfix/master.cf"
-            yield problem("postfix-smtpd", f"{postfix.directory}/master.cf has no smtpd: no mail comes in", remedy)
+            text = f"{postfix.directory}/master.cf has no smtpd: no mail comes in"
+            yield problem("postfix-smtpd", text, f"compare {MASTER_CF}")
         remedy = f"sockets.socket_owner_user: {postfix.main['mail_owner']}, with access to its directory; then restart the daemon"
         for path in (host.sockets.policy_socket, host.sockets.socketmap_socket):
             yield from check_connection(postfix, postfix.smtpds, path, remedy, f"{SEE_FINDINGS} about the daemon and its sockets")
@@ -929,7 +931,7 @@ def check_use(host: Installation, postfix: Postfix, smtpd: PostfixService, use: 
     if not re.match(r"4[0-9][0-9]\b|defer", action.lower()):
         loses = "mail is lost" if re.match(r"5|reject", action.lower()) else "nothing is checked"
         text = f"{smtpd.name}: while mailcloak does not answer, Postfix says {action!r} in {use.list_name}, so {loses}"
-        remedy = "default_action = 451 4.3.0 Temporary lookup failure, as in share/doc/mailcloak/examples/postfix/main.cf"
+        remedy = f"default_action = 451 4.3.0 Temporary lookup failure, as in {MAIN_CF}"
         yield problem("postfix-default-action", text, remedy)
     timeout = use.options.get("timeout") or postfix.value(smtpd, "smtpd_policy_service_timeout")
     seconds = read_postfix_time(timeout)
@@ -959,12 +961,10 @@ def check_clients(postfix: Postfix) -> Findings:
             found.append(problem(check, f"{smtpd.name} takes no mail: without an end of relaying, smtpd(8) does not start", remedy))
         elif not postfix.takes(smtpd, known=True):
             text = f"{smtpd.name} takes no mail from anybody: reject or defer in one of its lists, with no permit before it"
-            found.append(
-                problem(check, text, "take it out, then postfix reload; compare share/doc/mailcloak/examples/postfix/main.cf")
-            )
+            found.append(problem(check, text, f"take it out, then postfix reload; compare {MAIN_CF}"))
     if doors and not found and not any(postfix.takes(smtpd) for smtpd in doors):
         text = "no smtpd takes mail of other hosts: each wants a login or a client in mynetworks"
-        found.append(warning(check, text, "compare the line smtp of share/doc/mailcloak/examples/postfix/master.cf"))
+        found.append(warning(check, text, f"compare the line smtp of {MASTER_CF}"))
     tables = any("_access" in postfix.value(smtpd, name) for smtpd in doors for name in LISTS)
     but = ", if tables permit nothing else" if tables else ""
     yield from found or [ok(check, f"other hosts can bring mail for our domains, and have none relayed{but}")]
@@ -974,9 +974,7 @@ def check_logins(postfix: Postfix) -> Findings:
     """Can users and apps log in somewhere, and is it Dovecot that checks their tokens and passwords?"""
     doors = [smtpd for smtpd in postfix.smtpds if postfix.value(smtpd, "smtpd_sasl_auth_enable") == "yes"]
     if not doors:
-        remedy = (
-            "take the lines submissions and submission from share/doc/mailcloak/examples/postfix/master.cf, then postfix reload"
-        )
+        remedy = f"take the lines submissions and submission from {MASTER_CF}, then postfix reload"
         yield warning("postfix-login", "no smtpd has smtpd_sasl_auth_enable = yes, so nobody can log in to send", remedy)
     sockets: dict[str, list[PostfixService]] = defaultdict(list)
     for smtpd in doors:
@@ -1014,7 +1012,7 @@ def check_local_mail(policy: mailcloak.PolicyConfig, sockets: mailcloak.SocketsC
         if origin.startswith("/"):  # Debian: /etc/mailname
             with open(origin, encoding="utf-8", errors="replace") as file:
                 origin = file.readline().strip()
-    sample = "as in share/doc/mailcloak/examples/postfix/master.cf, then postfix reload"
+    sample = f"as in {MASTER_CF}, then postfix reload"
     if not pickup:
         yield ok(check, "master.cf has no pickup, so no program of this host can send by sendmail(1)")
     elif any(list(postfix.uses(smtpd, sockets.policy_socket)) for smtpd in doors):  # check_smtpd says whether it is asked well
@@ -1161,12 +1159,8 @@ def check_main_settings(policy: mailcloak.PolicyConfig, postfix: Postfix) -> Fin
 # The query by which it lets apps in is tried on a database in memory; and can its user read the real one?
 # ---------------------------------------------------------------------------------------------------------------------------------
 
-SQL_SAMPLES = (
-    "share/doc/mailcloak/examples/dovecot-2.3/dovecot-sql.conf.ext or share/doc/mailcloak/examples/dovecot-2.4/dovecot.conf"
-)
-OAUTH2_SAMPLES = (
-    "share/doc/mailcloak/examples/dovecot-2.3/dovecot-oauth2.conf.ext or share/doc/mailcloak/examples/dovecot-2.4/dovecot.conf"
-)
+SQL_SAMPLES = f"{EXAMPLES}/dovecot-2.3/dovecot-sql.conf.ext or {EXAMPLES}/dovecot-2.4/dovecot.conf"
+OAUTH2_SAMPLES = f"{EXAMPLES}/dovecot-2.3/dovecot-oauth2.conf.ext or {EXAMPLES}/dovecot-2.4/dovecot.conf"
 TOKEN_URLS = {  # that name a realm, and whether Dovecot itself asks them or compares them; the last is told to mail programs
     "introspection_url": True,
     "tokeninfo_url": True,
@@ -1279,10 +1273,9 @@ def check_realm(host: Installation, settings: str, token_urls: Sequence[tuple[st
         realm = re.search("/realms/([^/]+)", parts.path)
         remedy = f"{place}: let {setting} begin with {ours}, as in {OAUTH2_SAMPLES}; then doveadm reload"
         if realm and urllib.parse.unquote(realm[1]) != keycloak.realm:
-            text = f"{setting} names realm {urllib.parse.unquote(realm[1])}, and the daemon asks realm {keycloak.realm}"
-            found.append(
-                problem(check, f"{text}: who logs in may be another user than it thinks, or one that it does not know", remedy)
-            )
+            names = f"{setting} names realm {urllib.parse.unquote(realm[1])}, and the daemon asks realm {keycloak.realm}"
+            text = f"{names}: who logs in may be another user than it thinks, or one that it does not know"
+            found.append(problem(check, text, remedy))
         elif parts.hostname != server and TOKEN_URLS[setting]:
             text = f"{setting} names {parts.hostname}, and the daemon asks {server}: if they differ, so do their users"
             found.append(warning(check, text, remedy))
@@ -1394,9 +1387,6 @@ NEEDED_ROLES = {"view-users", "query-users", "query-groups"}  # the last two are
 READING_ROLES = NEEDED_ROLES | {"view-realm"}  # with which doctor can also read the cache policy of a federation
 
 
-Result = TypeVar("Result")
-
-
 class KeycloakReader:
     """Requests to Keycloak, each given up after ctl.ANSWER_SECONDS. Raises DirectoryUnavailable."""
 
@@ -1413,9 +1403,9 @@ class KeycloakReader:
             told = email.utils.parsedate_to_datetime(response.headers.get("Date"))
             self.clock_ahead = told.timestamp() - time.time()
 
-    def ask(self, work: Callable[..., Result], *arguments: Any, **query: str) -> Result:
+    def ask(self, work: Callable[..., ctl.Result], *arguments: Any, **query: str) -> ctl.Result:
         """What a method of the api returns or raises. Name resolution, which knows no deadline, is left behind in its thread."""
-        outcome: concurrent.futures.Future[Result] = concurrent.futures.Future()
+        outcome: concurrent.futures.Future[ctl.Result] = concurrent.futures.Future()
 
         def run() -> None:
             try:
@@ -1449,9 +1439,8 @@ def check_keycloak(host: Installation) -> Findings:
     """Token, role, clock, who may change an e-mail, canaries, and the users themselves."""
     if host.static_users is not None:
         pairs = host.static_users.items()
-        host.users = users = {name: mailcloak.User(name, mailcloak.normalise_address(text).text, True) for name, text in pairs}
-        host.find_holders = lambda address: tuple(user for user in users.values() if user.email == address)
-        yield ok("keycloak", f"{ctl.counted(users, 'user')} of static_users of the configuration take its place")
+        host.users = {name: mailcloak.User(name, mailcloak.normalise_address(text).text, True) for name, text in pairs}
+        yield ok("keycloak", f"{ctl.counted(host.users, 'user')} of static_users of the configuration take its place")
         return
     if host.keycloak is None:
         yield skipped("keycloak", NO_CONFIG, FIX_CONFIG)
@@ -1525,7 +1514,9 @@ def check_email_edit(reader: KeycloakReader) -> Findings:
     if may_edit is None:
         yield skipped("keycloak-email", "may users change their own e-mail? The user profile of the realm cannot be read")
     elif may_edit:
-        remedy = "share/doc/mailcloak/examples/keycloak/setup email-by-administrators; or setup verify-email, with keycloak.require_verified_email: true"
+        remedy = (
+            f"{EXAMPLES}/keycloak/setup email-by-administrators; or setup verify-email, with keycloak.require_verified_email: true"
+        )
         yield problem("keycloak-email", "users may change their own e-mail and so take over any address that is free", remedy)
     else:
         yield ok("keycloak-email", "only administrators change a user's e-mail")
@@ -1546,7 +1537,6 @@ def list_users(host: Installation, reader: KeycloakReader) -> Findings:
             break
     host.users, host.has_all_users = users, is_whole
     if is_whole:
-        host.find_holders = lambda address: tuple(user for user in users.values() if user.email == address)
         yield ok("keycloak-users", ctl.counted(users, "user"))
     else:
         yield look_up_named_users(host, reader, users)
@@ -1568,7 +1558,7 @@ def look_up_named_users(host: Installation, reader: KeycloakReader, users: dict[
         found = understand(host, reader, reader.find(email=address))
         return tuple(user for user in found.values() if user.email == address)
 
-    host.find_holders = find_holders
+    host.look_up_holders = find_holders
     looked_up, rest = min(len(missing), MAX_SINGLE_LOOKUPS), len(host.users_not_looked_up)
     text = f"more than can be read: the first {read_before} were looked at, and {looked_up} more that aliases and apps name"
     return skipped("keycloak-users", f"{text}; not {rest} others of these" if rest else text)

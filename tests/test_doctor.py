@@ -1010,7 +1010,7 @@ MAIN_MISTAKES = {
         {"virtual_transport": "lmtp:unix:private/nobody"},
         "problem",
         "postfix-access",
-        "start Dovecot, with this socket as in share/doc/mailcloak/examples/dovecot-2.3",
+        f"start Dovecot, with this socket as in {ROOT}/examples/dovecot-2.3",
     ),
     "accounts of the host": (
         {"virtual_mailbox_domains": "", "mydestination": "d1.test, d2.test"},
