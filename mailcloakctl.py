@@ -1001,12 +1001,8 @@ class RunningDaemon:
     def _ask_object(self, name: str, key: str, read: Callable[[dict[str, Any]], Result]) -> Result:
         """What read() makes of the object in the answer. Whatever it does not find there, another program has answered."""
         status, text = self.ask_map(name, key)
-        if status == "PERM" and text.startswith("unknown map"):
-            raise OtherVersion(f"the running daemon does not know {name!r}: it is of an older version", "restart it")
-        if status == "PERM" and text in ("no key", "not a question"):
-            raise OtherVersion(
-                f"the running daemon does not understand the question ({text}): it is of another version", "restart it"
-            )
+        if status == "PERM" and (text.startswith("unknown map") or text in ("no key", "not a question")):
+            raise OtherVersion(f"the running daemon does not understand {name!r} ({text}): it is of another version", "restart it")
         if status == "PERM":
             owner = owner_name(self.sockets.socketmap_socket)
             raise NotAllowed(f"the daemon says: {text}", f"run mailcloakctl as root, as the daemon's own user or as {owner}")

@@ -518,7 +518,7 @@ BROKEN = {
         "PERM stats is for root",
         "the daemon says: stats is for root; run mailcloakctl as root, as the daemon's own user or",
     ),
-    "older": ("PERM unknown map stats", "does not know 'stats': it is of an older version; restart it"),
+    "older": ("PERM unknown map stats", "does not understand 'stats' (unknown map stats): it is of another version; restart it"),
     "not now": ("TEMP internal error", f"the daemon says: internal error; its log ({LOG}) says why"),
     "hangs": ("hang", f"within 6 s; look at its log ({LOG}), and restart it"),
     "nothing but our version": (own_version(), "makes no sense"),
