@@ -15,7 +15,8 @@ Written:        last-known.db beside the database: what Keycloak said last of ea
 Asked:          Keycloak, by its admin REST interface, for users: their names, primary e-mail, and whether they are enabled;
                 the database, one SQLite file that mailcloakctl edits, for aliases and for apps (logins that may only send).
 Signals:        SIGTERM and SIGINT answer what was read and end; SIGHUP reads the configuration again.
-Environment:    LISTEN_*, NOTIFY_SOCKET and WATCHDOG_USEC of a service manager (sd_listen_fds(3), sd_notify(3)).
+Environment:    LISTEN_*, NOTIFY_SOCKET, WATCHDOG_USEC and JOURNAL_STREAM of a service manager (sd_listen_fds(3), sd_notify(3),
+                sd-daemon(3)).
 Exit codes:     0 ended by a signal, or the configuration is good; 64 usage; 78 configuration; 1 anything else.
 
 Security: started as root, the daemon binds its sockets and becomes daemon.user. The policy service never answers OK or any other
@@ -1351,6 +1352,31 @@ def _construct_mapping(loader: _StrictLoader, node: yaml.MappingNode) -> dict[An
 _StrictLoader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _construct_mapping)
 
 
+# A fault as PyYAML says it, and what it is in most files. Never the line itself, which may hold a secret.
+_YAML_FAULTS = (
+    (r"character '\\t' that cannot", "a tab, where YAML takes only spaces"),
+    (r"character '.' that cannot", "a value that begins with a character such as @ or % needs quotes"),
+    (
+        "mapping values are not allowed",
+        "no space after a colon further up, two colons in this line (a value with one needs quotes), or wrong indentation",
+    ),
+    ("could not find expected ':'", "no colon with a space after it"),
+    ("unexpected end of stream", "a quote that is not closed"),
+    ("expected (<block end>|'<document start>')", "wrong indentation, or a quote that is not closed or stands inside a value"),
+)
+
+
+def _describe_yaml(exc: yaml.MarkedYAMLError) -> str:
+    """The line of a fault, and what is probably wrong there."""
+    is_open = str(exc.context).startswith(
+        "while scanning a "
+    )  # a key or a quote: its end is missing, so its line is where it begins
+    mark = (exc.context_mark if is_open else None) or exc.problem_mark
+    problem = re.sub(r"(alias|tag|handle) '.*'", r"\1 '...'", exc.problem or "not YAML")
+    fault = next((fault for said, fault in _YAML_FAULTS if re.search(said, problem)), problem)
+    return f"line {mark.line + 1 if mark else 1}: {fault}"
+
+
 def read_yaml(path: str) -> dict[str, Any]:
     """The file as a mapping of blocks, unchecked; raises ConfigError with the file's line where YAML itself fails."""
     try:
@@ -1359,10 +1385,8 @@ def read_yaml(path: str) -> dict[str, Any]:
             repr(raw)  # ValueError for a number of thousands of digits, which no message could show
     except OSError as exc:
         raise ConfigError([Problem(path, f"cannot be read: {exc.strerror}", kind="unreadable")]) from exc
-    except yaml.MarkedYAMLError as exc:  # not str(exc), which quotes the line and so might show a secret
-        line = exc.problem_mark.line + 1 if exc.problem_mark else 1
-        problem = re.sub(r"(alias|tag|handle) '.*'", r"\1 '...'", exc.problem or "not YAML")
-        raise ConfigError([Problem(path, f"line {line}: {problem}")]) from exc
+    except yaml.MarkedYAMLError as exc:
+        raise ConfigError([Problem(path, _describe_yaml(exc))]) from exc
     except Exception as exc:  # PyYAML lets out whatever it meets in values such as "!!bool x" and "!!int ''"
         raise ConfigError([Problem(path, f"not YAML in UTF-8 ({type(exc).__name__})")]) from exc
     if not isinstance(raw, dict):
@@ -1373,7 +1397,8 @@ def read_yaml(path: str) -> dict[str, Any]:
 def read_block(cls: type[Any], name: str, raw: Any, problems: list[Problem]) -> Any:
     """One block of the file as its dataclass, or None with its problems appended."""
     if not isinstance(raw, dict):
-        problems.append(Problem(name, f"expected a block of keys, got {_kind(raw)}"))
+        ask = "; is there a space after each colon?" if isinstance(raw, str) else ""
+        problems.append(Problem(name, f"expected a block of keys, got {_kind(raw)}{ask}"))
         return None
     before = len(problems)
     fields = {field.name: field for field in dataclasses.fields(cls)}
@@ -2626,7 +2651,9 @@ class Outage:
             established = self.established
         self.suspected.set()
         if is_new:
-            log.log(logging.ERROR if isinstance(error, DirectoryMisconfigured) else logging.WARNING, "%s", error)
+            follows = "; Keycloak counts as away: cached users are served, policy.keycloak_failure_mode decides for others"
+            level = logging.ERROR if isinstance(error, DirectoryMisconfigured) else logging.WARNING
+            log.log(level, "%s%s", error, follows if begins else "")
         elif not established:
             log.info("%s", error)
 
@@ -4752,21 +4779,41 @@ def _write_to_stderr(lines: Sequence[tuple[int, str]]) -> None:
             select.select([], [2], [])
 
 
+def _write_to_journal(lines: Sequence[tuple[int, str]]) -> None:
+    """Standard error as systemd reads it, with the priority before each line. Source: sd-daemon(3)."""
+    _write_to_stderr([(level, f"<{_priority(level)}>{line}") for level, line in lines])
+
+
 def _write_to_syslog(lines: Sequence[tuple[int, str]]) -> None:
-    priorities = {logging.DEBUG: syslog.LOG_DEBUG, logging.INFO: syslog.LOG_INFO, logging.WARNING: syslog.LOG_WARNING}
     for level, line in lines:
-        syslog.syslog(priorities.get(level, syslog.LOG_ERR), line)
+        syslog.syslog(_priority(level), line)
+
+
+def _priority(level: int) -> int:
+    """The priority of a line in syslog and the journal."""
+    priorities = {logging.DEBUG: syslog.LOG_DEBUG, logging.INFO: syslog.LOG_INFO, logging.WARNING: syslog.LOG_WARNING}
+    return priorities.get(level, syslog.LOG_ERR)
+
+
+def _to_journal() -> bool:
+    """Does standard error go to systemd's journal? Source: systemd.exec(5), JOURNAL_STREAM."""
+    try:
+        status = os.fstat(2)
+    except OSError:  # it is closed
+        return False
+    return os.environ.get("JOURNAL_STREAM") == f"{status.st_dev}:{status.st_ino}"
 
 
 def configure_logging(config: DaemonConfig) -> None:
-    """Log to stderr, each line with its time, or to syslog, which has its own; raises StartError where there is no syslog."""
-    to_syslog = config.log == "syslog"
-    if to_syslog and not os.path.exists("/dev/log"):
-        raise StartError("daemon.log: there is no /dev/log, start a syslog daemon or set it to stderr")
-    if to_syslog:
+    """Log to stderr, each line with its time, or to syslog or the journal, which have their own; raises StartError without a syslog."""
+    write = _write_to_journal if _to_journal() else _write_to_stderr
+    if config.log == "syslog":
+        if not os.path.exists("/dev/log"):
+            raise StartError("daemon.log: there is no /dev/log, start a syslog daemon or set it to stderr")
         syslog.openlog("mailcloak", syslog.LOG_PID, syslog.LOG_MAIL)
-    handler = QueuedLog(_write_to_syslog if to_syslog else _write_to_stderr)
-    handler.setFormatter(logging.Formatter("%(levelname)s %(message)s" if to_syslog else "%(asctime)s %(levelname)s %(message)s"))
+        write = _write_to_syslog
+    handler = QueuedLog(write)
+    handler.setFormatter(logging.Formatter(f"{'%(asctime)s ' if write is _write_to_stderr else ''}%(levelname)s %(message)s"))
     for level in (logging.DEBUG, logging.INFO, logging.WARNING, logging.ERROR):
         logging.addLevelName(level, logging.getLevelName(level).lower())
     # What no line shows is not looked up for each of them (Python's Logging HOWTO, Optimization).
@@ -4786,7 +4833,8 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     try:
         config = load_config(options.config)
     except ConfigError as exc:
-        print(exc, file=sys.stderr)
+        priority = f"<{syslog.LOG_ERR}>" if _to_journal() else ""
+        print(*(f"{priority}{problem}" for problem in exc.problems), sep="\n", file=sys.stderr)
         return EXIT_CONFIG
     if options.check_config:
         print(*config.warnings, *postfix_warnings(config), f"config: {config.path}: good", sep="\n", file=sys.stderr)

@@ -90,6 +90,10 @@ class InGrace(Refused):
     """A user may have the name: Keycloak has just taken that back."""
 
 
+class NoAnswer(Refused):
+    """The daemon was asked and has not answered; it may have done what it was asked all the same."""
+
+
 class OtherVersion(Refused):
     """The running daemon is of another version than this program, so its statistics and explanations cannot be read."""
 
@@ -138,7 +142,8 @@ class Context:
     def daemon(self) -> RunningDaemon:
         """The daemon whose sockets the configuration names. Raises ConfigError."""
         sockets, keycloak = self._block("sockets"), self._configuration[0].get("keycloak")
-        return RunningDaemon(sockets, ANSWER_SECONDS + (keycloak or mailcloak.KeycloakConfig).timeout_seconds)
+        seconds = ANSWER_SECONDS + (keycloak or mailcloak.KeycloakConfig).timeout_seconds
+        return RunningDaemon(sockets, seconds, where_log(self._configuration[0].get("daemon")))
 
     def close(self) -> None:
         """Close the database, if the command has opened it."""
@@ -293,6 +298,14 @@ def shown_seconds(seconds: float) -> str:
     index = next(index for index, (size, _) in enumerate(units) if seconds >= size)
     (size, unit), (lesser_size, lesser_unit) = units[index : index + 2]
     return f"{seconds // size:.0f} {unit} {seconds % size // lesser_size:.0f} {lesser_unit}"
+
+
+def real_paths(text: str) -> str:
+    """The text with share/doc/mailcloak as it is called here: where make install, a copy of the sources, or pip has put it."""
+    here = os.path.dirname(os.path.realpath(__file__))
+    places = (os.path.join(os.path.dirname(here), "doc", "mailcloak"), here, os.path.join(sys.prefix, "share", "doc", "mailcloak"))
+    documents = next((place for place in places if os.path.isdir(os.path.join(place, "examples"))), "share/doc/mailcloak")
+    return text.replace("share/doc/mailcloak", documents)
 
 
 def counted(items: Sized, one: str, many: str = "") -> str:
@@ -623,9 +636,9 @@ def find_others(context: Context, address: str, username: str) -> list[str]:
     others: dict[str, None] = {}
     for spelling in spellings_of(address, policy.recipient_delimiter if policy else ""):
         recipient = {"protocol_state": "RCPT", "policy_context": "recipient", "recipient": spelling}
-        holders = ask_fact(context, "holders", spelling, **recipient) or ()
+        holders = ask_fact(context, "holders", spelling, lambda users: [str(user["username"]) for user in users], **recipient)
         login = ask_login(context, spelling)
-        others.update(dict.fromkeys([*(user["username"] for user in holders), login["username"]]))
+        others.update(dict.fromkeys([*(holders or ()), login["username"]]))
         if not holders and login["state"] in ("disabled", "ambiguous"):
             others["another user"] = None
     return [other for other in others if other not in ("", username)]
@@ -919,15 +932,31 @@ def require_app(context: Context, app_id: str) -> None:
 # ---------------------------------------------------------------------------------------------------------------------------------
 # The running daemon
 # Its two sockets, asked as Postfix asks them. Whatever goes wrong is a Refused that names the way out; no wait is longer than the
-# time given. What the daemon tells of itself is used as it stands, since ask_json lets only a daemon of this very version through.
+# time given. What the daemon tells of itself is read as it stands, by a function given to ask_json, which lets only a daemon of this
+# very version through, and says so where the function fails.
 # ---------------------------------------------------------------------------------------------------------------------------------
 
 
-class RunningDaemon:
-    """Questions to the daemon, each over a connection of its own."""
+OPENRC_SETTINGS = "/etc/conf.d/mailcloak"
 
-    def __init__(self, sockets: mailcloak.SocketsConfig, seconds: float) -> None:
-        self.sockets, self._seconds = sockets, seconds
+
+def where_log(daemon: Optional[mailcloak.DaemonConfig]) -> str:
+    """How to read the daemon's log on this host; daemon is that block of the configuration. Source: mailcloak(8), DIAGNOSTICS."""
+    if daemon and daemon.log == "syslog":
+        return "lines of mailcloak in the host's log of mail"
+    if os.path.isdir("/run/systemd/system"):
+        return "journalctl -u mailcloak"
+    with contextlib.suppress(OSError), open(OPENRC_SETTINGS, encoding="utf-8", errors="replace") as file:
+        if named := re.search(r"^mailcloak_log=[\"']?([^\"'\s]+)", file.read(), re.MULTILINE):
+            return named[1]
+    return "/var/log/mailcloak.log, or where its standard error goes"
+
+
+class RunningDaemon:
+    """Questions to the daemon, each over a connection of its own; log says where its log is."""
+
+    def __init__(self, sockets: mailcloak.SocketsConfig, seconds: float, log: str) -> None:
+        self.sockets, self._seconds, self.log = sockets, seconds, log
 
     def ask_policy(self, **attributes: str) -> str:
         """The answer of the policy service, such as "550 5.1.1 No such user". Source: SMTPD_POLICY_README."""
@@ -947,41 +976,42 @@ class RunningDaemon:
             raise senseless_answer(path)
         return status, text
 
-    def ask_json(self, name: str, key: str) -> dict[str, Any]:
-        """The object with which the daemon's map "stats" or "explain" answers.
+    def ask_json(self, name: str, key: str, read: Callable[[dict[str, Any]], Result]) -> Result:
+        """What read() makes of the object with which the daemon's map "stats" or "explain" answers.
 
         Raises NotAllowed where the daemon says that this user may not ask, OtherVersion where it is not of this version.
         """
-        value = self._ask_object(name, key)
-        if value.get("version") != mailcloak.__version__:
+
+        def read_own(value: dict[str, Any]) -> Result:
             theirs = value.get("version", "unknown")
-            raise OtherVersion(f"the running daemon is version {theirs}, this is {mailcloak.__version__}", "restart it")
-        return value
+            if theirs != mailcloak.__version__:
+                raise OtherVersion(f"the running daemon is version {theirs}, this is {mailcloak.__version__}", "restart it")
+            return read(value)
+
+        return self._ask_object(name, key, read_own)
 
     def flush(self, key: str) -> int:
         """Let the daemon forget what it has cached of one user, or of all ("*"); how many cached answers these were."""
-        return int(self._ask_object("flush", key).get("forgotten", 0))
+        try:
+            return self._ask_object("flush", key, lambda value: int(value["forgotten"]))
+        except NoAnswer as exc:
+            text = f"{exc.text}; the flush may be done all the same"
+            raise Refused(text, f"repeat it; if there is no answer again, {exc.remedy}") from exc
 
-    def _ask_object(self, name: str, key: str) -> dict[str, Any]:
+    def _ask_object(self, name: str, key: str, read: Callable[[dict[str, Any]], Result]) -> Result:
+        """What read() makes of the object in the answer. Whatever it does not find there, another program has answered."""
         status, text = self.ask_map(name, key)
-        if status == "PERM" and text.startswith("unknown map"):
-            raise OtherVersion(f"the running daemon does not know {name!r}: it is of an older version", "restart it")
-        if status == "PERM" and text in ("no key", "not a question"):
-            raise OtherVersion(
-                f"the running daemon does not understand the question ({text}): it is of another version", "restart it"
-            )
+        if status == "PERM" and (text.startswith("unknown map") or text in ("no key", "not a question")):
+            raise OtherVersion(f"the running daemon does not understand {name!r} ({text}): it is of another version", "restart it")
         if status == "PERM":
             owner = owner_name(self.sockets.socketmap_socket)
             raise NotAllowed(f"the daemon says: {text}", f"run mailcloakctl as root, as the daemon's own user or as {owner}")
         if status == "TEMP":
-            raise Refused(f"the daemon says: {text}", "its log says why")
+            raise Refused(f"the daemon says: {text}", f"its log ({self.log}) says why")
         try:
-            value = json.loads(text) if status == "OK" else None
-        except (ValueError, RecursionError):
-            value = None
-        if not isinstance(value, dict):
-            raise senseless_answer(self.sockets.socketmap_socket)
-        return value
+            return read(json.loads(text if status == "OK" else ""))
+        except (ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError) as exc:
+            raise senseless_answer(self.sockets.socketmap_socket) from exc
 
     # ---- one exchange
 
@@ -1002,16 +1032,26 @@ class RunningDaemon:
                         return whole.decode("utf-8", "replace")
                     if not data:
                         closed = f"the daemon at {path} closed the connection without an answer"
-                        raise Refused(closed, "its log says why, or something else listens there")
+                        raise NoAnswer(closed, f"its log ({self.log}) says why, or something else listens there")
                     if len(answer) > MAX_ANSWER_BYTES:
                         raise senseless_answer(path)
             except socket.timeout:
                 late = f"no answer at {path} within {self._seconds:.0f} s"
-                raise Refused(late, "look at the daemon's log, and restart it") from None
+                raise NoAnswer(late, f"look at its log ({self.log}), and restart it") from None
             except ValueError:
                 raise senseless_answer(path) from None
             except OSError as exc:
-                raise failed_connection(path, exc) from exc
+                raise self._failed_connection(path, exc) from exc
+
+    def _failed_connection(self, path: str, exc: OSError) -> Refused:
+        """Why the daemon cannot be asked at that path, and what to do."""
+        if exc.errno in (errno.ENOENT, errno.ECONNREFUSED):
+            gone = "there is no socket" if exc.errno == errno.ENOENT else "nobody listens"
+            start = "start it (rc-service mailcloak start, systemctl start mailcloak), or name its configuration with --config"
+            return Refused(f"{gone} at {path}: the daemon is not running, or runs with another configuration", start)
+        if exc.errno in (errno.EACCES, errno.EPERM):
+            return Refused(f"this user may not connect to {path}", "run mailcloakctl as root")
+        return Refused(f"{path}: {exc.strerror or exc}", f"look at its log ({self.log}), and restart it")
 
     @staticmethod
     def _read_policy_answer(data: bytes) -> Optional[bytes]:
@@ -1030,17 +1070,6 @@ class RunningDaemon:
         if rest[length : length + 1] != b",":
             raise ValueError
         return rest[:length]
-
-
-def failed_connection(path: str, exc: OSError) -> Refused:
-    """Why the daemon cannot be asked at that path, and what to do."""
-    if exc.errno in (errno.ENOENT, errno.ECONNREFUSED):
-        gone = "there is no socket" if exc.errno == errno.ENOENT else "nobody listens"
-        start = "start it (rc-service mailcloak start, systemctl start mailcloak), or name its configuration with --config"
-        return Refused(f"{gone} at {path}: the daemon is not running, or runs with another configuration", start)
-    if exc.errno in (errno.EACCES, errno.EPERM):
-        return Refused(f"this user may not connect to {path}", f"run mailcloakctl as root or as {owner_name(path)}")
-    return Refused(f"{path}: {exc.strerror or exc}", "look at the daemon's log, and restart it")
 
 
 def senseless_answer(path: str) -> Refused:
@@ -1129,35 +1158,46 @@ def read_method(text: str) -> str:
     return text.upper()
 
 
-def ask_fact(context: Context, asked: str, value: str, **attributes: str) -> Any:
-    """What the daemon finds on the way to its answer to a policy request: a fact of that kind, None if it did not look one up.
+def ask_fact(context: Context, asked: str, value: str, read: Callable[[Any], Result], **attributes: str) -> Optional[Result]:
+    """What read() makes of a fact of that kind that the daemon finds on the way to its answer to a policy request; None without one.
 
     Raises Refused, also where Keycloak gave no answer; ConfigError.
     """
-    explanation = context.daemon.ask_json("explain", json.dumps({"policy": attributes}))
-    for step in explanation["steps"]:
-        if (step["asked"], step["value"]) == (asked, value):
-            if step["error"]:
-                raise (InGrace if explanation["reason"] == "in-grace" else Refused)(step["error"])
-            return step["found"]
-    return None
+
+    def find(explanation: dict[str, Any]) -> Optional[Result]:
+        for step in explanation["steps"]:
+            if (step["asked"], step["value"]) == (asked, value):
+                if step["error"]:
+                    raise (InGrace if explanation["reason"] == "in-grace" else Refused)(str(step["error"]))
+                return read(step["found"]) if step["found"] else None
+        return None
+
+    return context.daemon.ask_json("explain", json.dumps({"policy": attributes}), find)
 
 
 def ask_login(context: Context, name: str) -> dict[str, str]:
     """Which user a login of this name is, and its state; raises Refused, ConfigError."""
     question = {"protocol_state": "RCPT", "policy_context": "sender", "sasl_username": name, "sasl_method": "XOAUTH2"}
-    found: Optional[dict[str, str]] = ask_fact(context, "login", name, **question)
+    found = ask_fact(context, "login", name, lambda login: {key: str(login[key]) for key in ("username", "state")}, **question)
     return found or {"username": "", "state": "missing"}
 
 
 def explain(context: Context, question: dict[str, Any]) -> dict[str, Any]:
     """What the daemon's map "explain" says, or a note why it does not. Asked before the answer, which would fill the cache."""
     try:
-        return context.daemon.ask_json("explain", json.dumps(question))
+        return context.daemon.ask_json("explain", json.dumps(question), read_explanation)
     except NotAllowed as exc:
         return {"note": f"the reason is told only to root, to the daemon's own user and to the sockets' owner ({exc})"}
     except Refused as exc:
         return {"note": f"the reason cannot be told: {exc}"}
+
+
+def read_explanation(value: dict[str, Any]) -> dict[str, Any]:
+    """What is shown of an explanation; each step was described once, so that it can be described later."""
+    for step in value["steps"]:
+        describe_step(step)
+    texts = {name: real_paths(str(value[name])) for name in ("answer", "reason", "rule", "change")}
+    return {**texts, "steps": value["steps"]}
 
 
 def describe(explanation: dict[str, Any], answer: str, address: str) -> dict[str, Any]:
@@ -1238,10 +1278,14 @@ def show_status(context: Context) -> None:
     elif options.watch:
         watch_status(context)
     elif options.json:
-        print_json(context.daemon.ask_json("stats", "*"))
+        print_json(context.daemon.ask_json("stats", "*", lambda stats: stats))
     else:
-        for line in format_status(context.daemon.ask_json("stats", "*"), terminal_width()):
-            print(line)
+        print("\n".join(ask_status(context.daemon, terminal_width())))
+
+
+def ask_status(daemon: RunningDaemon, width: Optional[int]) -> list[str]:
+    """The daemon's statistics as lines for people."""
+    return daemon.ask_json("stats", "*", lambda stats: format_status(stats, width, daemon.log))
 
 
 def watch_status(context: Context) -> None:
@@ -1252,7 +1296,7 @@ def watch_status(context: Context) -> None:
         while True:
             width, height = shutil.get_terminal_size()
             try:
-                lines = format_status(context.daemon.ask_json("stats", "*"), width)
+                lines = ask_status(context.daemon, width)
             except Refused as exc:
                 lines = [paint(line, RED) for line in wrap(shown_text(exc), width)]
             lines = [time.strftime(f"%H:%M:%S, every {WATCH_SECONDS:.0f} s, Ctrl-C ends it"), "", *lines]
@@ -1263,11 +1307,11 @@ def watch_status(context: Context) -> None:
             time.sleep(WATCH_SECONDS)
 
 
-def format_status(stats: dict[str, Any], width: Optional[int]) -> list[str]:
-    """The daemon's statistics as lines for people."""
+def format_status(stats: dict[str, Any], width: Optional[int], log: str) -> list[str]:
+    """Statistics as lines; log says where the daemon's log is."""
     head = f"mailcloak {stats['version']}, pid {stats['pid']}, up {shown_seconds(stats['uptime_seconds'])}"
     lines = [paint(shown_text(head), BOLD)]
-    for label, text, colour in status_fields(stats):
+    for label, text, colour in status_fields(stats, log):
         first, *rest = hang(f"{label:<15}", text, width)
         lines += [first[:15] + paint(first[15:], colour), *rest]
     table = [["SERVICE", "ANSWER", "COUNT", "REASON"]]
@@ -1276,7 +1320,7 @@ def format_status(stats: dict[str, Any], width: Optional[int]) -> list[str]:
     return [*lines, "", *format_table(table, width)] if len(table) > 1 else lines
 
 
-def status_fields(stats: dict[str, Any]) -> Iterator[tuple[str, str, str]]:
+def status_fields(stats: dict[str, Any], log: str) -> Iterator[tuple[str, str, str]]:
     """Label, text and colour ("" for none) of each line."""
     reload = stats["last_reload"]
     read_at = f"reloaded {shown_time(reload['at'])}" if reload else f"read at start, {shown_time(stats['started_at'])}"
@@ -1292,7 +1336,7 @@ def status_fields(stats: dict[str, Any]) -> Iterator[tuple[str, str, str]]:
     users, missing, limit = (stats["cache"][name] for name in ("users", "missing", "limit"))
     yield "cached", f"users {users}, names without a user {missing}; at most {limit}", ""
     if saved := stats["saved"]:
-        works = "works" if saved["works"] else "cannot be used, its log says why"
+        works = "works" if saved["works"] else f"cannot be used, its log ({log}) says why"
         waiting = f", {saved['waiting']} changes are not on the disk yet" if saved["waiting"] else ""
         yield "saved", f"{saved['path']}, {works}{waiting}", "" if saved["works"] else RED
     yield "lookups", ", ".join(f"{text} {stats['lookups'][name]}" for name, text in LOOKUPS.items()), ""
@@ -1335,7 +1379,7 @@ def describe_times(histogram: dict[str, Any]) -> str:
 def write_metrics(context: Context, path: str) -> None:
     """Write the metrics, "-" is standard output. That the daemon is down is one of them: their reader sees no exit code."""
     try:
-        text = format_metrics(daemon_metrics(context.daemon.ask_json("stats", "*")))
+        text = context.daemon.ask_json("stats", "*", lambda stats: format_metrics(daemon_metrics(stats)))
     except Refused as exc:
         say(f"mailcloakctl: {exc}")
         text = format_metrics(is_up=isinstance(exc, OtherVersion))
@@ -1594,7 +1638,7 @@ class ArgumentParser(mailcloak.ArgumentParser):
         super().error(message)
 
 
-def build_parser() -> argparse.ArgumentParser:
+def build_parser() -> ArgumentParser:
     """The parser of the whole command line, made of COMMANDS."""
     common = ArgumentParser(add_help=False, argument_default=argparse.SUPPRESS)  # so that they stand before or after the verb
     place = common.add_mutually_exclusive_group()
@@ -1739,7 +1783,10 @@ def run(argv: Optional[Sequence[str]], options: argparse.Namespace) -> int:
 
     Raises KeyboardInterrupt, before an alias or an app was changed.
     """
-    _, rest = build_parser().parse_known_args(argv, options)
+    top = build_parser()
+    if "doctor" in (sys.argv if argv is None else argv):  # also where an option before it is wrong
+        top.usage_exit_code = EXIT_NOT_RUN
+    _, rest = top.parse_known_args(argv, options)
     parser = options.parser
     if rest:
         take_late_argument(options, rest)

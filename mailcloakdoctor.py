@@ -44,6 +44,7 @@ The checks: what each looks at, and the remedy.
   postfix-settings        does main.cf set what Postfix does not know? Look for typing errors
 
   dovecot-mechanisms      do users log in with a token, apps with a password, and nobody otherwise? auth_mechanisms
+  dovecot-realm           does Dovecot take tokens of the realm that the daemon asks? introspection_url
   dovecot                 does Dovecot look for apps in this database? The passdb of the examples
   dovecot-query           does its query let apps in only while they are enabled, and only to send? The query of the examples
   dovecot-access          can the process that asks the database read it? extra_groups, chmod
@@ -81,6 +82,7 @@ import base64
 import concurrent.futures
 import contextlib
 import email.utils
+import errno
 import functools
 import grp
 import json
@@ -101,7 +103,7 @@ import urllib.parse
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import SimpleNamespace
-from typing import Any, NamedTuple, Optional, TypeVar
+from typing import Any, NamedTuple, Optional
 
 import mailcloak
 import mailcloakctl as ctl  # for what it has of output, and for the questions to the running daemon
@@ -122,6 +124,8 @@ class Finding(NamedTuple):
 
 
 Findings = Iterator[Finding]
+EXAMPLES = ctl.real_paths("share/doc/mailcloak/examples")
+MAIN_CF, MASTER_CF = f"{EXAMPLES}/postfix/main.cf", f"{EXAMPLES}/postfix/master.cf"
 AS_ROOT = "run mailcloakctl doctor as root"
 FIX_CONFIG = "fix the configuration first"
 SEE_FINDINGS = "look at the findings"  # of other checks, whose remedies come first
@@ -181,7 +185,7 @@ class Installation:
         self.users: Optional[dict[str, mailcloak.User]] = None  # by username
         self.has_all_users = True
         self.users_not_looked_up: set[str] = set()  # of those that aliases and apps name
-        self.find_holders: Callable[[str], mailcloak.Users] = not_asked  # of a primary e-mail; raises DirectoryUnavailable
+        self.look_up_holders: Optional[Callable[[str], mailcloak.Users]] = None  # where not all users were read
         self.unusable_users: list[str] = []  # with records that the daemon does not understand, and why
         self.federations: set[str] = set()  # from which users come
 
@@ -192,10 +196,13 @@ class Installation:
             return grp.getgrgid(pwd.getpwnam(self.daemon.user if self.daemon else "").pw_gid).gr_name
         return "mailcloak"
 
-
-def not_asked(_: str) -> mailcloak.Users:
-    """What is known of the holders of an e-mail before Keycloak was asked. Raises DirectoryUnavailable."""
-    raise mailcloak.DirectoryUnavailable("not asked")
+    def find_holders(self, address: str) -> mailcloak.Users:
+        """The users with this primary e-mail. Raises DirectoryUnavailable."""
+        if self.users is None:
+            raise mailcloak.DirectoryUnavailable("not asked")
+        if self.look_up_holders:
+            return self.look_up_holders(address)
+        return tuple(user for user in self.users.values() if user.email == address)
 
 
 # ---------------------------------------------------------------------------------------------------------------------------------
@@ -301,7 +308,6 @@ def check_daemon_access(host: Installation, work: Callable[[], str], failure: Fi
 
 
 NEEDED_BYTES = 10 * 1024 * 1024  # that the disk of the database should have left
-OPENRC_SETTINGS = "/etc/conf.d/mailcloak"
 LOOPBACK = ("localhost", "127.0.0.1", "::1")
 
 
@@ -432,11 +438,10 @@ def read_database(host: Installation, database: sqlite3.Connection) -> Findings:
         yield warning("database", f"{path} has schema version {version}, older than {mailcloak.SCHEMA_VERSION}", remedy)
     rows = database.execute("SELECT alias_email, username, enabled FROM aliases ORDER BY alias_email")
     host.aliases = {str(address): mailcloak.Alias(str(username).lower(), enabled == 1) for address, username, enabled in rows}
-    columns = {row[1] for row in database.execute("PRAGMA table_info(apps)")}
-    owner, expired = ("owner", "expires_at <= ?") if {"owner", "expires_at"} <= columns else ("NULL", "NULL <= ?")
-    state = f"CASE WHEN enabled IS NOT 1 THEN 'disabled' WHEN {expired} THEN 'expired' ELSE 'enabled' END"
-    rows = database.execute(f"SELECT app_id, {state}, {owner} FROM apps ORDER BY app_id", (time.time(),))  # noqa: S608
-    host.apps = {str(app_id): mailcloak.App(state, False, str(owner or "").lower()) for app_id, state, owner in rows}
+    database.row_factory = sqlite3.Row
+    apps = [{"owner": None, "expires_at": None, **row} for row in database.execute("SELECT * FROM apps ORDER BY app_id")]
+    database.row_factory = None
+    host.apps = {str(row["app_id"]): mailcloak.App(ctl.shown_state(row), False, str(row["owner"] or "").lower()) for row in apps}
     damage = list(check_damage(path, database))
     yield from damage
     if version == mailcloak.SCHEMA_VERSION and not any(finding.state == "problem" for finding in damage):
@@ -468,19 +473,22 @@ def check_daemon(host: Installation) -> Findings:
     if host.sockets is None:
         yield skipped("daemon", "the configuration does not say where its sockets are", FIX_CONFIG)
         return
+    daemon = ctl.RunningDaemon(host.sockets, ctl.ANSWER_SECONDS, ctl.where_log(host.daemon))
     try:
-        stats = ctl.RunningDaemon(host.sockets, ctl.ANSWER_SECONDS).ask_json("stats", "*")
+        yield from daemon.ask_json("stats", "*", lambda stats: list(check_stats(host, stats)))
     except ctl.OtherVersion as exc:
         yield warning("daemon", exc.text, "restart the daemon")
-        return
     except ctl.Refused as exc:
-        yield no_answer("daemon", host, exc)
-        return
+        yield no_answer("daemon", exc)
+
+
+def check_stats(host: Installation, stats: dict[str, Any]) -> Findings:
+    """What the daemon says of itself."""
     yield ok("daemon", f"it runs: version {stats['version']}, pid {stats['pid']}, up {ctl.shown_seconds(stats['uptime_seconds'])}")
     yield from check_read_config(host, stats)
     used = stats["database"]
     if not used["works"]:
-        remedy = f"{SEE_FINDINGS} about the database, and at its log ({where_log(host)})"
+        remedy = f"{SEE_FINDINGS} about the database, and at its log ({ctl.where_log(host.daemon)})"
         yield problem("daemon-database", "the daemon cannot use the database", remedy)
     elif host.database_path and used["path"] != host.database_path:
         yield warning("daemon-database", f"the daemon uses {used['path']}", f"reload it, so that it uses {host.database_path}")
@@ -490,23 +498,9 @@ def check_daemon(host: Installation) -> Findings:
         yield problem("daemon-keycloak", text, f"{SEE_FINDINGS} about Keycloak")
 
 
-def no_answer(check: str, host: Installation, exc: ctl.Refused) -> Finding:
+def no_answer(check: str, exc: ctl.Refused) -> Finding:
     """Why the daemon did not answer; where this user may not ask, nothing was looked at."""
-    if isinstance(exc.__cause__, PermissionError):
-        return skipped(check, exc.text, AS_ROOT)
-    return problem(check, exc.text, re.sub(r"\blog\b", f"log ({where_log(host)})", exc.remedy, count=1))
-
-
-def where_log(host: Installation) -> str:
-    """How to read the daemon's log on this host. Source: mailcloak(8), DIAGNOSTICS."""
-    if host.daemon and host.daemon.log == "syslog":
-        return "lines of mailcloak in the host's log of mail"
-    if os.path.isdir("/run/systemd/system"):
-        return "journalctl -u mailcloak"
-    with contextlib.suppress(OSError), open(OPENRC_SETTINGS, encoding="utf-8", errors="replace") as file:
-        if named := re.search(r"^mailcloak_log=[\"']?([^\"'\s]+)", file.read(), re.MULTILINE):
-            return named[1]
-    return "/var/log/mailcloak.log, or where its standard error goes"
+    return skipped(check, exc.text, AS_ROOT) if isinstance(exc.__cause__, PermissionError) else problem(check, exc.text, exc.remedy)
 
 
 def check_read_config(host: Installation, stats: dict[str, Any]) -> Findings:
@@ -539,7 +533,7 @@ def check_sockets(host: Installation) -> Findings:
         yield skipped("socket-policy", NO_CONFIG)
         yield skipped("socket-aliases", NO_CONFIG)
         return
-    daemon = ctl.RunningDaemon(host.sockets, ctl.ANSWER_SECONDS)
+    daemon = ctl.RunningDaemon(host.sockets, ctl.ANSWER_SECONDS, ctl.where_log(host.daemon))
     for check, path in (("socket-policy", host.sockets.policy_socket), ("socket-aliases", host.sockets.socketmap_socket)):
         try:
             status = os.lstat(path)
@@ -556,7 +550,7 @@ def check_sockets(host: Installation) -> Findings:
             is_policy = check == "socket-policy"
             answer = daemon.ask_policy(protocol_state="CONNECT") if is_policy else daemon.ask_map("alias", "no-domain")[0]
         except ctl.Refused as exc:
-            yield no_answer(check, host, exc)
+            yield no_answer(check, exc)
             continue
         if answer not in ("DUNNO", "NOTFOUND"):
             yield problem(check, f"{path} answers {answer!r} where it should have no objection", "restart the daemon")
@@ -593,7 +587,7 @@ CLASSES = {  # where Postfix knows a domain from, in its order; what delivers th
     "relay_domains": ("relay_transport", "relay_recipient_maps"),
 }
 TO_DOVECOT = "lmtp:unix:private/dovecot-lmtp"
-FROM_DOVECOT = "start Dovecot, with this socket as in share/doc/mailcloak/examples/dovecot-2.3 or examples/dovecot-2.4"
+FROM_DOVECOT = f"start Dovecot, with this socket as in {EXAMPLES}/dovecot-2.3 or {EXAMPLES}/dovecot-2.4"
 UNTRIED = "Only Unix sockets are tried"
 REWRITING = {"append_dot_mydomain": "no", "allow_percent_hack": "yes", "swap_bangpath": "yes", "allow_untrusted_routing": "no"}
 
@@ -658,6 +652,8 @@ class Postfix:
     def __init__(self, directory: Optional[str]) -> None:
         self._where = ("-c", directory) if directory else ()
         self.directory = self._postconf("-h", "config_directory").strip()
+        if not self.directory:
+            raise CommandFailed("postconf says nothing")
         self.main: dict[str, str] = defaultdict(str)  # the values in force, with all that they refer to put in
         for line in self._postconf("-x").splitlines():
             name, _, value = line.partition(" =")
@@ -820,11 +816,11 @@ def check_postfix(host: Installation) -> Findings:
             continue
         yield ok("postfix", f"{postfix.directory} has {ctl.counted(postfix.smtpds, 'smtpd service')}")
         if not postfix.smtpds:
-            remedy = "compare share/doc/mailcloak/examples/postfix/master.cf"
-            yield problem("postfix-smtpd", f"{postfix.directory}/master.cf has no smtpd: no mail comes in", remedy)
+            text = f"{postfix.directory}/master.cf has no smtpd: no mail comes in"
+            yield problem("postfix-smtpd", text, f"compare {MASTER_CF}")
         remedy = f"sockets.socket_owner_user: {postfix.main['mail_owner']}, with access to its directory; then restart the daemon"
         for path in (host.sockets.policy_socket, host.sockets.socketmap_socket):
-            yield from check_connection(postfix, postfix.smtpds, path, remedy)
+            yield from check_connection(postfix, postfix.smtpds, path, remedy, f"{SEE_FINDINGS} about the daemon and its sockets")
         for smtpd in postfix.smtpds:
             yield from check_smtpd(host, host.sockets, postfix, smtpd)
         yield from check_clients(postfix)
@@ -835,8 +831,11 @@ def check_postfix(host: Installation) -> Findings:
         yield from check_main_settings(host.policy, postfix)
 
 
-def check_connection(postfix: Postfix, services: Sequence[PostfixService], path: str, remedy: str) -> Findings:
-    """Can these services connect, as Postfix's own user and from inside the queue directory where one of them is confined to it?"""
+def check_connection(postfix: Postfix, services: Sequence[PostfixService], path: str, remedy: str, start: str = "") -> Findings:
+    """Can these services connect, as Postfix's own user and from inside the queue directory where one of them is confined to it?
+
+    start: the remedy where nobody listens there, if it is another one.
+    """
     queue_directory, user = os.path.realpath(postfix.main["queue_directory"]), postfix.main["mail_owner"]
     chrooted = [service.name for service in services if service.chroot]
     if chrooted and not os.path.realpath(os.path.dirname(path)).startswith(f"{queue_directory}/"):
@@ -848,7 +847,9 @@ def check_connection(postfix: Postfix, services: Sequence[PostfixService], path:
     why, untried = try_as(user, connect, "postfix-access", f"can Postfix connect to {path}?", root=root)
     yield from untried
     if why:
-        yield problem("postfix-access", f"user {user} cannot connect to {path}: {why.lower()}", remedy)
+        is_down = why in (os.strerror(errno.ENOENT), os.strerror(errno.ECONNREFUSED))
+        text = f"user {user} cannot connect to {path}: {why.lower()}"
+        yield problem("postfix-access", text, (start if is_down else "") or remedy)
     elif not untried:
         yield ok("postfix-access", f"user {user} can connect to {path}{' from its chroot' if chrooted else ''}")
 
@@ -930,7 +931,7 @@ def check_use(host: Installation, postfix: Postfix, smtpd: PostfixService, use: 
     if not re.match(r"4[0-9][0-9]\b|defer", action.lower()):
         loses = "mail is lost" if re.match(r"5|reject", action.lower()) else "nothing is checked"
         text = f"{smtpd.name}: while mailcloak does not answer, Postfix says {action!r} in {use.list_name}, so {loses}"
-        remedy = "default_action = 451 4.3.0 Temporary lookup failure, as in share/doc/mailcloak/examples/postfix/main.cf"
+        remedy = f"default_action = 451 4.3.0 Temporary lookup failure, as in {MAIN_CF}"
         yield problem("postfix-default-action", text, remedy)
     timeout = use.options.get("timeout") or postfix.value(smtpd, "smtpd_policy_service_timeout")
     seconds = read_postfix_time(timeout)
@@ -960,12 +961,10 @@ def check_clients(postfix: Postfix) -> Findings:
             found.append(problem(check, f"{smtpd.name} takes no mail: without an end of relaying, smtpd(8) does not start", remedy))
         elif not postfix.takes(smtpd, known=True):
             text = f"{smtpd.name} takes no mail from anybody: reject or defer in one of its lists, with no permit before it"
-            found.append(
-                problem(check, text, "take it out, then postfix reload; compare share/doc/mailcloak/examples/postfix/main.cf")
-            )
+            found.append(problem(check, text, f"take it out, then postfix reload; compare {MAIN_CF}"))
     if doors and not found and not any(postfix.takes(smtpd) for smtpd in doors):
         text = "no smtpd takes mail of other hosts: each wants a login or a client in mynetworks"
-        found.append(warning(check, text, "compare the line smtp of share/doc/mailcloak/examples/postfix/master.cf"))
+        found.append(warning(check, text, f"compare the line smtp of {MASTER_CF}"))
     tables = any("_access" in postfix.value(smtpd, name) for smtpd in doors for name in LISTS)
     but = ", if tables permit nothing else" if tables else ""
     yield from found or [ok(check, f"other hosts can bring mail for our domains, and have none relayed{but}")]
@@ -975,9 +974,7 @@ def check_logins(postfix: Postfix) -> Findings:
     """Can users and apps log in somewhere, and is it Dovecot that checks their tokens and passwords?"""
     doors = [smtpd for smtpd in postfix.smtpds if postfix.value(smtpd, "smtpd_sasl_auth_enable") == "yes"]
     if not doors:
-        remedy = (
-            "take the lines submissions and submission from share/doc/mailcloak/examples/postfix/master.cf, then postfix reload"
-        )
+        remedy = f"take the lines submissions and submission from {MASTER_CF}, then postfix reload"
         yield warning("postfix-login", "no smtpd has smtpd_sasl_auth_enable = yes, so nobody can log in to send", remedy)
     sockets: dict[str, list[PostfixService]] = defaultdict(list)
     for smtpd in doors:
@@ -1015,7 +1012,7 @@ def check_local_mail(policy: mailcloak.PolicyConfig, sockets: mailcloak.SocketsC
         if origin.startswith("/"):  # Debian: /etc/mailname
             with open(origin, encoding="utf-8", errors="replace") as file:
                 origin = file.readline().strip()
-    sample = "as in share/doc/mailcloak/examples/postfix/master.cf, then postfix reload"
+    sample = f"as in {MASTER_CF}, then postfix reload"
     if not pickup:
         yield ok(check, "master.cf has no pickup, so no program of this host can send by sendmail(1)")
     elif any(list(postfix.uses(smtpd, sockets.policy_socket)) for smtpd in doors):  # check_smtpd says whether it is asked well
@@ -1162,7 +1159,14 @@ def check_main_settings(policy: mailcloak.PolicyConfig, postfix: Postfix) -> Fin
 # The query by which it lets apps in is tried on a database in memory; and can its user read the real one?
 # ---------------------------------------------------------------------------------------------------------------------------------
 
-SQL_SAMPLES = "share/doc/mailcloak/examples/dovecot-2.3/dovecot-sql.conf.ext or examples/dovecot-2.4/dovecot.conf"
+SQL_SAMPLES = f"{EXAMPLES}/dovecot-2.3/dovecot-sql.conf.ext or {EXAMPLES}/dovecot-2.4/dovecot.conf"
+OAUTH2_SAMPLES = f"{EXAMPLES}/dovecot-2.3/dovecot-oauth2.conf.ext or {EXAMPLES}/dovecot-2.4/dovecot.conf"
+TOKEN_URLS = {  # that name a realm, and whether Dovecot itself asks them or compares them; the last is told to mail programs
+    "introspection_url": True,
+    "tokeninfo_url": True,
+    "issuers": False,  # a name, whatever the way to Keycloak is
+    "openid_configuration_url": False,
+}
 TOKENS, PASSWORDS = {"oauthbearer", "xoauth2"}, {"plain", "login", "scram-sha-256"}
 
 
@@ -1179,12 +1183,15 @@ def check_dovecot(host: Installation) -> Findings:
     """The passdb for apps: on this database, with a good query, and allowed to read."""
     where = ("-c", host.options.dovecot_config) if host.options.dovecot_config else ()
     try:
-        settings = run_program("doveconf", *where, "-n")[0]
+        settings = run_program("doveconf", *where, "-n", "-P")[0]  # with URLs that hold a password, which are not shown
+        if not settings:
+            raise CommandFailed("doveconf says nothing")
         worker, internal, groups, mechanisms = (
             run_program("doveconf", *where, "-h", name)[0].strip()
             for name in ("service/auth-worker/user", "default_internal_user", "service/auth-worker/extra_groups", "auth_mechanisms")
         )
         queries = list(find_password_queries(settings))
+        token_urls = list(find_token_urls(settings))
     except CommandFailed as exc:
         remedy = "name Dovecot's configuration with --dovecot-config, and run doveconf -n"
         yield skipped("dovecot", exc.text, remedy if exc.is_there else "")
@@ -1193,7 +1200,10 @@ def check_dovecot(host: Installation) -> Findings:
         remedy = AS_ROOT if os.geteuid() else "correct args of the passdb"
         yield skipped("dovecot", f"{exc.filename}: {exc.strerror}", remedy)
         return
-    yield from check_mechanisms(host, set(re.split(r"[\s,]+", mechanisms.lower())) - {""})
+    offered = set(re.split(r"[\s,]+", mechanisms.lower())) - {""}
+    yield from check_mechanisms(host, offered)
+    if offered & TOKENS and host.static_users is None:
+        yield from check_realm(host, settings, token_urls)
     if not queries:
         if host.apps:
             remedy = f"take the passdb from {SQL_SAMPLES}"
@@ -1225,14 +1235,61 @@ def check_mechanisms(host: Installation, offered: set[str]) -> Findings:
     yield from found or [ok("dovecot-mechanisms", f"users log in with a token, apps with a password: {' '.join(sorted(offered))}")]
 
 
+def find_passdbs(settings: str) -> Iterator[tuple[str, dict[str, str], str]]:
+    """Head, settings and text of the args file (2.3, "" without one) of each passdb in the output of doveconf -n. Raises OSError."""
+    for head, body in re.findall(r"^(passdb\b[^{\n]*?) *\{\n(.*?)^\}", settings, re.MULTILINE | re.DOTALL):
+        passdb, text = read_settings(body), ""
+        if passdb.get("driver") in ("sql", "oauth2") and "args" in passdb:
+            with open(passdb["args"], encoding="utf-8", errors="replace") as file:
+                text = file.read()
+        yield head, passdb, text
+
+
+def find_token_urls(settings: str) -> Iterator[tuple[str, str, str]]:
+    """Place, setting and URL of all that says whose tokens are good: oauth2 of doveconf -n (2.4), args of a passdb (2.3). Raises OSError."""
+    texts = [("dovecot.conf", settings)]
+    texts += [(passdb["args"], text) for _, passdb, text in find_passdbs(settings) if passdb.get("driver") == "oauth2" and text]
+    for place, text in texts:
+        for setting, value in re.findall(rf"^[ \t]*(?:oauth2_)?({'|'.join(TOKEN_URLS)})[ \t]*=[ \t]*(.*)$", text, re.MULTILINE):
+            yield from ((place, setting, url) for url in value.split())
+
+
+def check_realm(host: Installation, settings: str, token_urls: Sequence[tuple[str, str, str]]) -> Findings:
+    """Are the users who log in those that the daemon knows? Of a URL only host and realm are shown: it may hold a secret."""
+    check = "dovecot-realm"
+    keycloak = host.keycloak
+    if keycloak is None:
+        yield skipped(check, f"which realm should Dovecot take tokens of? {NO_CONFIG}")
+        return
+    if not re.search(r"\boauth2", settings):
+        remedy = f"take the oauth2 settings from {OAUTH2_SAMPLES}, then doveadm reload"
+        yield warning(check, "no user can log in with a token: Dovecot has no oauth2 settings", remedy)
+        return
+    server = urllib.parse.urlsplit(keycloak.base_url).hostname
+    ours = f"{keycloak.base_url}/realms/{urllib.parse.quote(keycloak.realm)}"
+    found: list[Finding] = []
+    for place, setting, url in token_urls:
+        parts = urllib.parse.urlsplit(url)
+        realm = re.search("/realms/([^/]+)", parts.path)
+        remedy = f"{place}: let {setting} begin with {ours}, as in {OAUTH2_SAMPLES}; then doveadm reload"
+        if realm and urllib.parse.unquote(realm[1]) != keycloak.realm:
+            names = f"{setting} names realm {urllib.parse.unquote(realm[1])}, and the daemon asks realm {keycloak.realm}"
+            text = f"{names}: who logs in may be another user than it thinks, or one that it does not know"
+            found.append(problem(check, text, remedy))
+        elif parts.hostname != server and TOKEN_URLS[setting]:
+            text = f"{setting} names {parts.hostname}, and the daemon asks {server}: if they differ, so do their users"
+            found.append(warning(check, text, remedy))
+    if not any("/realms/" in url for _, _, url in token_urls):
+        found.append(skipped(check, "of which realm are the tokens that Dovecot takes? Its settings name none"))
+    yield from found or [ok(check, f"Dovecot takes tokens of realm {keycloak.realm}")]
+
+
 def find_password_queries(settings: str) -> Iterator[PasswordQuery]:
     """The queries of all SQLite passdbs in the output of doveconf -n. Raises OSError where a file that it names cannot be read."""
     top = read_settings(re.sub(r"^\s.*\n", "", settings, flags=re.MULTILINE))
-    for head, body in re.findall(r"^(passdb\b[^{\n]*?) *\{\n(.*?)^\}", settings, re.MULTILINE | re.DOTALL):
-        passdb = read_settings(body)
+    for head, passdb, text in find_passdbs(settings):
         if passdb.get("driver") == "sql" and "args" in passdb:  # 2.3
-            with open(passdb["args"], encoding="utf-8", errors="replace") as file:
-                options = read_settings(file.read())
+            options = read_settings(text)
             if options.get("driver") == "sqlite":
                 yield PasswordQuery(passdb["args"], options.get("password_query", ""), options.get("connect", ""), True)
         elif "query" in passdb and {**top, **passdb}.get("sql_driver") == "sqlite":  # 2.4
@@ -1330,9 +1387,6 @@ NEEDED_ROLES = {"view-users", "query-users", "query-groups"}  # the last two are
 READING_ROLES = NEEDED_ROLES | {"view-realm"}  # with which doctor can also read the cache policy of a federation
 
 
-Result = TypeVar("Result")
-
-
 class KeycloakReader:
     """Requests to Keycloak, each given up after ctl.ANSWER_SECONDS. Raises DirectoryUnavailable."""
 
@@ -1349,9 +1403,9 @@ class KeycloakReader:
             told = email.utils.parsedate_to_datetime(response.headers.get("Date"))
             self.clock_ahead = told.timestamp() - time.time()
 
-    def ask(self, work: Callable[..., Result], *arguments: Any, **query: str) -> Result:
+    def ask(self, work: Callable[..., ctl.Result], *arguments: Any, **query: str) -> ctl.Result:
         """What a method of the api returns or raises. Name resolution, which knows no deadline, is left behind in its thread."""
-        outcome: concurrent.futures.Future[Result] = concurrent.futures.Future()
+        outcome: concurrent.futures.Future[ctl.Result] = concurrent.futures.Future()
 
         def run() -> None:
             try:
@@ -1385,9 +1439,8 @@ def check_keycloak(host: Installation) -> Findings:
     """Token, role, clock, who may change an e-mail, canaries, and the users themselves."""
     if host.static_users is not None:
         pairs = host.static_users.items()
-        host.users = users = {name: mailcloak.User(name, mailcloak.normalise_address(text).text, True) for name, text in pairs}
-        host.find_holders = lambda address: tuple(user for user in users.values() if user.email == address)
-        yield ok("keycloak", f"{ctl.counted(users, 'user')} of static_users of the configuration take its place")
+        host.users = {name: mailcloak.User(name, mailcloak.normalise_address(text).text, True) for name, text in pairs}
+        yield ok("keycloak", f"{ctl.counted(host.users, 'user')} of static_users of the configuration take its place")
         return
     if host.keycloak is None:
         yield skipped("keycloak", NO_CONFIG, FIX_CONFIG)
@@ -1461,7 +1514,9 @@ def check_email_edit(reader: KeycloakReader) -> Findings:
     if may_edit is None:
         yield skipped("keycloak-email", "may users change their own e-mail? The user profile of the realm cannot be read")
     elif may_edit:
-        remedy = "share/doc/mailcloak/examples/keycloak/setup email-by-administrators; or setup verify-email, with keycloak.require_verified_email: true"
+        remedy = (
+            f"{EXAMPLES}/keycloak/setup email-by-administrators; or setup verify-email, with keycloak.require_verified_email: true"
+        )
         yield problem("keycloak-email", "users may change their own e-mail and so take over any address that is free", remedy)
     else:
         yield ok("keycloak-email", "only administrators change a user's e-mail")
@@ -1482,7 +1537,6 @@ def list_users(host: Installation, reader: KeycloakReader) -> Findings:
             break
     host.users, host.has_all_users = users, is_whole
     if is_whole:
-        host.find_holders = lambda address: tuple(user for user in users.values() if user.email == address)
         yield ok("keycloak-users", ctl.counted(users, "user"))
     else:
         yield look_up_named_users(host, reader, users)
@@ -1504,7 +1558,7 @@ def look_up_named_users(host: Installation, reader: KeycloakReader, users: dict[
         found = understand(host, reader, reader.find(email=address))
         return tuple(user for user in found.values() if user.email == address)
 
-    host.find_holders = find_holders
+    host.look_up_holders = find_holders
     looked_up, rest = min(len(missing), MAX_SINGLE_LOOKUPS), len(host.users_not_looked_up)
     text = f"more than can be read: the first {read_before} were looked at, and {looked_up} more that aliases and apps name"
     return skipped("keycloak-users", f"{text}; not {rest} others of these" if rest else text)

@@ -305,9 +305,9 @@ def test_answer_that_differs_from_its_explanation_is_shown_with_a_note(fake, ctl
         ("PERM explain is for root", "the reason is told only to root, to the daemon's own user and to the sockets' owner"),
         (
             "PERM unknown map explain",
-            "the reason cannot be told: the running daemon does not know 'explain': it is of an older version; restart",
+            "the reason cannot be told: the running daemon does not understand 'explain' (unknown map explain): it is of another version",
         ),
-        ("PERM not a question", "the reason cannot be told: the running daemon does not understand the question"),
+        ("PERM not a question", "the reason cannot be told: the running daemon does not understand 'explain' (not a question)"),
         ("TEMP internal error", "the reason cannot be told: the daemon says: internal error"),
         ("OK [1]", "the reason cannot be told: the answer at "),
         ("OK {", "the reason cannot be told: the answer at "),
@@ -448,5 +448,5 @@ def test_hanging_daemon_is_given_up(fake, ctl):
     started = time.monotonic()
     code, shown, said = ctl("ask", "alias", "x@d1.test")
     assert (code, shown) == (1, "")
-    assert "within 6 s; look at the daemon's log" in said  # ANSWER_SECONDS and keycloak.timeout_seconds
+    assert "within 6 s; look at its log (" in said  # ANSWER_SECONDS and keycloak.timeout_seconds
     assert time.monotonic() - started < 15

@@ -173,7 +173,11 @@ EXACT = {
     ),
     "unknown block, near miss": ("polcy", {}, "config: polcy: unknown key; did you mean 'policy'?"),
     "key that is a number": ("policy.5", 1, "config: policy.5: unknown key"),
-    "block that is text": ("policy", "example.org", "config: policy: expected a block of keys, got text"),
+    "block that is text": (
+        "policy",
+        "example.org",
+        "config: policy: expected a block of keys, got text; is there a space after each colon?",
+    ),
     "block that is empty": ("sockets", None, "config: sockets: expected a block of keys, got nothing"),
     "required key missing": ("policy.domain", MISSING, "config: policy.domain: missing, this key is required"),
     "required key empty": ("keycloak.realm", None, "config: keycloak.realm: expected text, got nothing"),
@@ -446,15 +450,40 @@ def test_static_users_that_are_wrong_have_their_message(problems_of, users, mess
     ("text", "line", "says"),
     [
         ("policy:\n  domain: [a.test\n", 3, "expected ',' or ']'"),
-        ("policy:\n\tdomain: a.test\n", 2, "cannot start any token"),
-        ("policy:\n  domain: a.test\n sockets:\n", 3, "expected <block end>"),
-        ("policy:\n  domain: a: b\n", 2, "mapping values are not allowed here"),
+        ("policy:\n\tdomain: a.test\n", 2, "a tab, where YAML takes only spaces"),
+        ("policy:\n  domain:\ta.test\n", 2, "a tab, where YAML takes only spaces"),
+        ("policy:\n  domain: @a.test\n", 2, "a value that begins with a character such as @ or % needs quotes"),
+        ("policy:\n  domain: a.test\n sockets:\n", 3, "wrong indentation, or a quote that is not closed or"),
+        ("policy:\n  domain: a.test\n    foreign_sender: dunno\n", 3, "or wrong indentation"),
+        ("  policy:\n    domain: a.test\nsockets: {}\n", 3, "wrong indentation"),
+        ("policy:\n  domain:a.test\n  foreign_sender: dunno\n", 3, "no space after a colon further up, "),
+        ("policy:\n  foreign_sender: dunno\n  domain:a.test\nsockets:\n", 3, "no colon with a space after it"),
+        ('policy:\n  domain: "a.test\n  foreign_sender: dunno\n', 2, "a quote that is not closed"),
+        ("policy:\n  domain: 'a.test\n  foreign_sender: 'dunno'\n", 3, "or a quote that is not closed or stands inside a value"),
+        ("policy:\n  domain: a: b\n", 2, "two colons in this line (a value with one needs quotes), "),
         ("policy:\n  domain: &a a.test\n  mailbox_domain: !!python/name:os.system\n", 3, "tag"),
         ("policy:\n  domain: a.test\nsockets: {}\npolicy: {}\n", 4, "key given twice: policy"),
         ("policy:\n  domain: a.test\n  foreign_sender: dunno\n  domain: b.test\n", 4, "key given twice: domain"),
         ("policy:\n  ? [a]\n  : b\n", 2, "unhashable key"),
     ],
-    ids=["bracket", "tab", "indentation", "colon", "tag", "block twice", "key twice", "key that is a list"],
+    ids=[
+        "bracket",
+        "tab",
+        "tab after a colon",
+        "at sign",
+        "less indentation",
+        "more indentation",
+        "first block indented",
+        "no space in the first key",
+        "no space in another key",
+        "open quote",
+        "open quote before another",
+        "colon",
+        "tag",
+        "block twice",
+        "key twice",
+        "key that is a list",
+    ],
 )
 def test_text_that_is_not_good_yaml_is_refused_with_its_line(load, problems_of, text, line, says):
     (problem,) = problems_of(text)
@@ -480,6 +509,12 @@ def test_text_that_is_not_good_yaml_is_refused_with_its_line(load, problems_of, 
 def test_file_that_is_no_mapping_is_one_problem(load, problems_of, content):
     (problem,) = problems_of(content)
     assert problem.startswith(f"config: {load.path}: ")
+
+
+def test_block_whose_only_key_has_no_space_says_so(problems_of):
+    assert "config: policy: expected a block of keys, got text; is there a space after each colon?" in problems_of(
+        "policy:\n  domain:a.test\n"
+    )
 
 
 def test_file_that_is_missing_is_one_problem(tmp_path):
@@ -622,13 +657,19 @@ def test_problem_never_shows_the_secret(problems_of, keycloak):
         f"keycloak:\n  client_secret: @{SECRET}\n",
         f"keycloak:\n  client_secret: a: {SECRET}\n",
         f'keycloak:\n  client_secret: "{SECRET}\n',
+        f"keycloak:\n  client_secret: {SECRET}\n  {SECRET}:x\n  realm: x\n",
+        f"keycloak:\n  client_secret: '{SECRET}'{SECRET}'\n",
+        f"keycloak:\n  realm: x\n  client_secret:{SECRET}\n  client_id: x\n",
         f"keycloak:\n  client_secret: !!bool {SECRET}\n",
         f"keycloak:\n  client_secret: !!timestamp {SECRET}\n",
         f"keycloak:\n  client_secret: !!int {SECRET}\n",
         f"{SECRET}\n",
         f"- {SECRET}\n",
     ],
-    ids=["alias", "tag", "at sign", "colon", "open quote", "bool", "timestamp", "int", "the secret file itself", "list"],
+    ids=[
+        *("alias", "tag", "at sign", "colon", "open quote", "second line", "quote inside", "no space"),
+        *("bool", "timestamp", "int", "the secret file itself", "list"),
+    ],
 )
 def test_yaml_error_never_shows_the_secret(problems_of, text):
     (problem,) = problems_of(text)

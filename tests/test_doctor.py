@@ -457,7 +457,7 @@ def test_database_that_was_not_read_holds_neither_aliases_nor_apps_that_are_good
     checks = (mailcloakdoctor.check_role_addresses, mailcloakdoctor.check_aliases, mailcloakdoctor.check_apps)
     found = site.findings(mailcloakdoctor.check_database, *checks)
     assert skipped_checks(found) == dict.fromkeys(("postmaster", "abuse", "aliases", "apps"), "the database was not read")
-    monkeypatch.setattr(mailcloakdoctor, "run_program", lambda *_: ("", ""))  # a Dovecot without a passdb
+    monkeypatch.setattr(mailcloakdoctor, "run_program", lambda *_: ("# Dovecot\n", ""))  # one without a passdb
     found = site.findings(mailcloakdoctor.check_database, mailcloakdoctor.check_dovecot)
     assert "are there apps that would need one? the database was not read" in skipped_checks(found)["dovecot"]
 
@@ -739,13 +739,21 @@ def test_finding_that_sends_to_the_log_says_where_it_is(running, site, tmp_path,
     settings.write_text('# settings\nmailcloak_log="/srv/log/mailcloak"\n')
     by_systemd = "journalctl -u mailcloak" if os.path.isdir("/run/systemd/system") else ""
     for path, expected in ((tmp_path / "absent", "/var/log/mailcloak.log, or"), (settings, "/srv/log/mailcloak)")):
-        monkeypatch.setattr(mailcloakdoctor, "OPENRC_SETTINGS", str(path))
+        monkeypatch.setattr(mailcloakctl, "OPENRC_SETTINGS", str(path))
         assert (by_systemd or expected) in the_only(findings(), "problem", "daemon-database").remedy
         remedy = named(findings(mailcloakdoctor.check_sockets), "socket-policy")[0].remedy
         assert f"its log ({by_systemd or expected}" in remedy
     site.config["daemon"]["log"] = "syslog"
     site.write_config()
     assert "the host's log of mail" in named(findings(), "daemon-database")[0].remedy
+
+
+def test_daemon_of_this_version_that_tells_nonsense_is_a_problem(running):
+    findings, stats, _ = running
+    stats["database"] = "fine"
+    found = the_only(findings(), "problem", "daemon")
+    assert "makes no sense" in found.text
+    assert "something else listens there" in found.remedy
 
 
 def test_socket_that_is_something_else_is_a_problem(site):
@@ -1002,7 +1010,7 @@ MAIN_MISTAKES = {
         {"virtual_transport": "lmtp:unix:private/nobody"},
         "problem",
         "postfix-access",
-        "start Dovecot, with this socket as in share/doc/mailcloak/examples/dovecot-2.3",
+        f"start Dovecot, with this socket as in {ROOT}/examples/dovecot-2.3",
     ),
     "accounts of the host": (
         {"virtual_mailbox_domains": "", "mydestination": "d1.test, d2.test"},
@@ -1310,6 +1318,22 @@ def test_socket_that_postfix_may_not_use_is_a_problem(ask_postfix, mail_site):
 
 
 @real_postfix
+@pytest.mark.parametrize("left", [False, True], ids=["no socket", "socket of a killed daemon"])
+def test_daemon_that_is_stopped_is_no_fault_of_its_owner(short_dir, make_config, postfix, left):
+    paths = {"policy_socket": str(postfix.private / "mailcloak"), "socketmap_socket": str(postfix.private / "mailcloak-socketmap")}
+    site = Site(short_dir, make_config(static_users=USERS, sockets=paths))
+    with contextlib.ExitStack() as stack:
+        for path in map(Path, paths.values() if left else ()):
+            with contextlib.closing(socket.socket(socket.AF_UNIX)) as dead:
+                dead.bind(str(path))
+            shutil.chown(path, "postfix", "postfix")
+            stack.callback(path.unlink)
+        found = named(site.findings(mailcloakdoctor.check_postfix, postfix_config=[str(postfix.config)]), "postfix-access")
+    remedy = "look at the findings about the daemon and its sockets"
+    assert [(each.state, each.remedy) for each in found] == [("problem", remedy)] * 2 + [("ok", "")] * 2
+
+
+@real_postfix
 def test_socket_outside_the_queue_directory_is_a_problem_for_a_chroot_alone(site, postfix):
     with FakeDaemon(site.config):
         for path in list(site.config["sockets"].values())[:2]:
@@ -1369,6 +1393,16 @@ def test_host_without_postfix_is_skipped_with_a_remedy_and_one_without_dovecot_i
     found = the_only(site.findings(mailcloakdoctor.check_postfix), "skipped", "postfix")
     assert found.text == "there is no postconf in the PATH"
     the_only_skipped(site.findings(mailcloakdoctor.check_dovecot), "dovecot", "there is no doveconf in the PATH")
+
+
+@pytest.mark.parametrize("check", ["postfix", "dovecot"])
+def test_program_that_says_nothing_is_not_taken_for_one_that_is_content(site, monkeypatch, tmp_path, check):
+    for name in ("postconf", "doveconf"):
+        (tmp_path / name).write_text("#!/bin/sh\n")
+        (tmp_path / name).chmod(0o755)
+    monkeypatch.setattr(mailcloakdoctor, "SYSTEM_PATH", f"{tmp_path}:/bin:/usr/bin")
+    found = the_only(site.findings(getattr(mailcloakdoctor, f"check_{check}")), "skipped", check)
+    assert found.text == f"{'postconf' if check == 'postfix' else 'doveconf'} says nothing"
 
 
 def test_program_that_hangs_is_given_up(site, monkeypatch, tmp_path):
@@ -1582,6 +1616,113 @@ def test_dovecot_without_the_database_matters_only_where_there_are_apps(site, tm
     nothing(site.findings(*ask, dovecot_config=str(path)))
     site.insert("apps", app_id="printer", secret_hash="x")
     assert "1 app cannot log in" in the_only(site.findings(*ask, dovecot_config=str(path)), "warning", "dovecot").text
+
+
+@pytest.fixture
+def token_site(keycloak_site):
+    """A site whose daemon asks a Keycloak for the realm that Dovecot's settings name, and Dovecot's settings."""
+    shutil.chown(keycloak_site.database, group="daemon")
+    return keycloak_site
+
+
+def replace_in(folder, old, new):
+    """In Dovecot's files, whichever of them has it."""
+    texts = {path: path.read_text() for path in folder.iterdir() if path.suffix in (".conf", ".ext")}
+    assert any(old in text for text in texts.values()), old
+    for path, text in texts.items():
+        path.write_text(text.replace(old, new))
+
+
+@real_dovecot
+def test_realm_of_the_sample_settings_is_that_of_the_daemon(token_site, dovecot_factory):
+    found = ask_dovecot(token_site, dovecot_factory(token_site.database))
+    nothing(found)
+    assert named(found, "dovecot-realm")[0].text == "Dovecot takes tokens of realm mail"
+
+
+OTHER_REALMS = {
+    "another realm": (
+        "introspection_url = http://127.0.0.1:1/realms/mail/",
+        "introspection_url = http://127.0.0.1:1/realms/all%20staff/",
+        "problem",
+        "introspection_url names realm all staff, and the daemon asks realm mail",
+    ),
+    "another realm for mail programs": (
+        "openid_configuration_url = http://127.0.0.1:1/realms/mail/",
+        "openid_configuration_url = http://127.0.0.1:1/realms/Mail/",
+        "problem",
+        "openid_configuration_url names realm Mail, and the daemon asks realm mail",
+    ),
+    "another server": (
+        "introspection_url = http://127.0.0.1:1/",
+        "introspection_url = https://client:not-to-be-shown@sso.example.org/",
+        "warning",
+        "introspection_url names sso.example.org, and the daemon asks 127.0.0.1: if they differ, so do their users",
+    ),
+    "sample as it is": (
+        "introspection_url = http://127.0.0.1:1/",
+        "introspection_url = https://sso.example.org/",
+        "warning",
+        "introspection_url names sso.example.org",
+    ),
+}
+
+
+@real_dovecot
+@pytest.mark.parametrize(("old", "new", "state", "says"), OTHER_REALMS.values(), ids=OTHER_REALMS)
+def test_tokens_of_another_realm_are_found_until_the_remedy_was_carried_out(token_site, dovecot_factory, old, new, state, says):
+    instance = dovecot_factory(token_site.database)
+    replace_in(instance.config, old, new)
+    found = the_only(ask_dovecot(token_site, instance), state, "dovecot-realm")
+    assert says in found.text
+    assert "not-to-be-shown" not in str(found)
+    place, setting, beginning = re.match(r"(\S+): let (\S+) begin with (\S+), as in ", found.remedy).groups()
+    assert (Path(place).name, old.partition(" ")[0]) in ((path.name, setting) for path in instance.config.iterdir())
+    (wrong,) = {
+        found
+        for path in instance.config.iterdir()
+        for found in re.findall(rf"\n *({setting} = \S+/realms/[^/]+)", path.read_text())
+    }
+    replace_in(instance.config, wrong, f"{setting} = {beginning}")
+    nothing(ask_dovecot(token_site, instance))
+
+
+@real_dovecot
+def test_mail_programs_may_be_told_another_name_of_keycloak(token_site, dovecot_factory):
+    """That by which they reach it from outside."""
+    instance = dovecot_factory(token_site.database)
+    replace_in(
+        instance.config, "openid_configuration_url = http://127.0.0.1:1/", "openid_configuration_url = https://sso.example.org/"
+    )
+    nothing(ask_dovecot(token_site, instance))
+
+
+@real_dovecot
+def test_realm_that_dovecot_does_not_name_is_not_said_to_be_right(token_site, dovecot_factory):
+    instance = dovecot_factory(token_site.database)
+    replace_in(instance.config, "http://127.0.0.1:1/realms/mail/", "http://127.0.0.1:1/")
+    the_only_skipped(ask_dovecot(token_site, instance), "dovecot-realm", "Its settings name none")
+
+
+@real_dovecot
+def test_tokens_that_nobody_checks_are_a_warning(token_site, tmp_path):
+    first = "dovecot_config_version = 2.4.0\ndovecot_storage_version = 2.4.0\n" if installed_version() >= (2, 4) else ""
+    (tmp_path / "dovecot.conf").write_text(f"{first}ssl = no\nauth_mechanisms = plain oauthbearer\n")
+    found = token_site.findings(
+        mailcloakdoctor.check_database, mailcloakdoctor.check_dovecot, dovecot_config=str(tmp_path / "dovecot.conf")
+    )
+    assert "no user can log in with a token" in the_only(found, "warning", "dovecot-realm").text
+
+
+def test_realm_is_read_from_settings_of_dovecot_2_4_in_each_form():
+    urls = ["https://a.test/realms/x/userinfo", "https://b.test/realms/y"]
+    forms = (
+        f"oauth2 {{\n  introspection_url = {urls[0]}\n  issuers = {urls[1]}\n}}\n",
+        f"oauth2_introspection_url = {urls[0]}\noauth2_issuers = {urls[1]}\n",
+        f"passdb oauth2 {{\n  oauth2 {{\n    introspection_url = {urls[0]}\n    issuers = {urls[1]}\n  }}\n}}\n",
+    )
+    for form in forms:
+        assert [url for _, _, url in mailcloakdoctor.find_token_urls(form)] == urls
 
 
 @real_dovecot
@@ -2151,7 +2292,7 @@ def test_warning_exits_1_and_problem_exits_2_with_the_first_problem_as_next_step
     realm.profile_edit = ["admin", "user"]
     result = doctor(daemon, *options)
     assert result.returncode == 2
-    assert "\nnext           keycloak-email: share/doc/mailcloak/examples/keycloak/setup" in result.stdout
+    assert f"\nnext           keycloak-email: {ROOT}/examples/keycloak/setup" in result.stdout
     assert result.stdout.rstrip().endswith("; then mailcloakctl doctor again")
     shown = json.loads(doctor(daemon, *options, "--json").stdout)
     wrong = {finding["check"]: finding for finding in shown if finding["state"] != "ok"}
@@ -2290,6 +2431,24 @@ def test_doctor_that_is_interrupted_does_not_exit_as_if_all_had_been_checked(sit
     monkeypatch.setattr(mailcloakdoctor, "CHECKS", (check,))
     assert mailcloakctl.main(["--db", str(site.database), "doctor"]) == 3
     assert capsys.readouterr().err == "mailcloakctl: doctor: interrupted, not all was checked\n"
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("--json=1", "doctor"),
+        ("--yaml", "doctor"),
+        ("doctor", "--json=1"),
+        ("doctor", "x"),
+        ("--db", "", "doctor"),
+        ("--db", "doctor"),
+    ],
+    ids=" ".join,
+)
+def test_usage_error_with_doctor_never_says_that_there_are_problems(arguments):
+    result = run_ctl(*arguments, check=False)
+    assert (result.returncode, result.stdout) == (3, "")
+    assert result.stderr.startswith("usage: mailcloakctl")
 
 
 def test_doctor_alone_loads_the_checks(site):

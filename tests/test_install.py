@@ -251,6 +251,24 @@ def test_interrupt_of_an_installed_program_shows_no_traceback_at_any_moment(tmp_
         assert "share/mailcloak" not in said
 
 
+def test_remedies_name_documents_where_they_are(installed):
+    """The paths of the table of reasons and of doctor, as mailcloakctl shows them."""
+    directory, prefix, _ = installed
+    share = directory / prefix[1:] / "share"
+    named = set()
+    for program in ("mailcloak.py", "mailcloakctl.py", "mailcloakdoctor.py"):
+        source = text(ROOT / program).replace("{EXAMPLES}", "share/doc/mailcloak/examples")
+        named |= set(re.findall(r"share/doc/mailcloak(?:/[\w.-]*\w)+", source))
+    assert len(named) > 5
+    for place, folder in ((share / "mailcloak", share / "doc/mailcloak"), (ROOT, ROOT)):
+        code = "import sys, mailcloakctl; print(mailcloakctl.real_paths(sys.stdin.read()))"
+        command = [sys.executable, "-B", "-c", code]
+        result = subprocess.run(command, input="\n".join(named), cwd=place, capture_output=True, text=True, check=True, timeout=30)
+        shown = result.stdout.splitlines()
+        assert len(shown) == len(named)
+        assert all(path.startswith(f"{folder}/examples") and os.path.exists(path) for path in shown), shown
+
+
 @pytest.mark.real("systemd")
 def test_systemd_makes_the_user_from_its_file(installed, tmp_path):
     directory, prefix, _ = installed
@@ -314,6 +332,9 @@ def test_uninstall_leaves_configuration_and_database_alone(tmp_path):
     assert not (tmp_path / "usr/local/share/mailcloak").exists()
     for name in ("etc/mailcloak", "etc/conf.d/mailcloak", "etc/logrotate.d/mailcloak", "var/lib/mailcloak"):
         assert f"left {tmp_path}/{name}, " in said
+    command = re.search("to delete the configuration, aliases and apps for good: (rm -r .*)", said)[1]
+    subprocess.run(command, shell=True, check=True, timeout=30)
+    assert files(tmp_path) == {"usr/local/sbin/another"}
 
 
 def test_uninstall_of_what_was_not_changed_leaves_no_file(tmp_path):

@@ -651,6 +651,41 @@ def test_syslog_that_hangs_makes_nobody_wait(make_daemon, short_dir):
         assert daemon.process.wait(10) == 0
 
 
+def as_journal(daemon):
+    """The daemon, told that its standard error leads to the journal, as systemd tells it."""
+    daemon.log_path.touch()
+    status = daemon.log_path.stat()
+    daemon._environment["JOURNAL_STREAM"] = f"{status.st_dev}:{status.st_ino}"
+    return daemon
+
+
+def test_line_in_the_journal_has_its_priority_and_not_its_time(make_daemon):
+    daemon = as_journal(make_daemon(static_users=USERS)).start()
+    daemon.ask(recipient="alice@d1.test")
+    daemon.ask(recipient="nobody@d1.test")
+    daemon.ask_map("no-such-map x")
+    lines = daemon.log().splitlines()
+    found = {re.fullmatch(r"<(\d)>(\w+) \w[\w-]*: .*", line).groups() for line in lines}
+    assert (
+        {("7", "debug"), ("6", "info"), ("4", "warning"), ("3", "error")}
+        >= found
+        >= {("7", "debug"), ("6", "info"), ("4", "warning")}
+    )
+    daemon.config["policy"]["domain"] = 5
+    assert daemon.stop() == 0
+    already = len(daemon.log())
+    assert daemon.launch().process.wait(10) == mailcloak.EXIT_CONFIG
+    assert all(line.startswith("<3>config: ") for line in daemon.log()[already:].splitlines())
+
+
+def test_line_elsewhere_has_its_time_and_no_priority(make_daemon):
+    """The variable is inherited, and the stream that it names may no longer be standard error."""
+    daemon = as_journal(make_daemon(static_users=USERS))
+    daemon._environment["JOURNAL_STREAM"] += "1"
+    daemon.start()
+    assert all(re.match(r"\d{4}-\d\d-\d\d [\d:,]+ \w+ ", line) for line in daemon.log().splitlines())
+
+
 def test_log_whose_reader_has_gone_ends_nothing(make_daemon):
     daemon = make_daemon(static_users=USERS)
     daemon.write_config()

@@ -7,6 +7,7 @@ import dataclasses
 import json
 import math
 import os
+import re
 import shutil
 import sqlite3
 import stat
@@ -335,6 +336,12 @@ def test_established_outage_is_answered_at_once_and_ends_soon_after_keycloak_ret
     keycloak.fault = None
     wait_until(lambda: client.ask(recipient="alice@d1.test") == "DUNNO", 10)
     daemon.wait_for_log("answers again, after ")
+    lines = [line for line in daemon.log().splitlines() if "Keycloak counts as away" in line]
+    follows = "; Keycloak counts as away: cached users are served, policy.keycloak_failure_mode decides for others"
+    assert len(lines) == 1, "not for the failures before, and not again for those after"
+    assert re.search(
+        rf" warning directory: realm 'mail': .*(timed out|no answer within).*, host \S+{re.escape(follows)}$", lines[0]
+    )
 
 
 def test_outage_is_probed_one_request_at_a_time(make_daemon, keycloak):

@@ -359,6 +359,35 @@ def test_mail_by_sendmail_is_checked_as_all_other_mail(postfix, daemon, sender, 
     assert reason in said
 
 
+def test_bounce_of_mail_by_sendmail_goes_to_its_forged_sender_though_nobody_has_the_address(postfix, daemon):
+    already = len(postfix.log())
+    assert submit(postfix, "stranger@d1.test", "bob@d1.test")[0] == "bounced"
+    log = wait_until(
+        lambda: re.search(r": to=<stranger@d1\.test>, .*status=sent", postfix.log()[already:]) and postfix.log()[already:]
+    )
+    queue_id = re.search(r"(\w+): to=<stranger@d1\.test>, .*status=sent", log)[1]
+    assert f"{queue_id}: from=<>" in log
+
+
+def test_authorized_submit_users_of_the_sample_closes_sendmail_for_all_others(postfix):
+    """Only root may name another configuration than /etc/postfix: so this one is there, for the command alone."""
+    name, users = re.search(r"^#(authorized_submit_users) = (.*)$", postfix.sample("main.cf"), re.MULTILINE).groups()
+    as_user = 'mount --bind "$1" /etc/postfix && exec setpriv --reuid "$2" --regid nogroup --clear-groups sendmail -f bob@d1.test bob@d1.test'
+
+    def submit_as(user):
+        command = ["unshare", "--mount", "--propagation", "private", "sh", "-c", as_user, "sh", postfix.config, user]
+        result = subprocess.run(command, input="x\n", capture_output=True, text=True, check=False, timeout=30, env={"PATH": PATH})
+        return result.stderr
+
+    before = postfix.postconf(name)
+    postfix.set(**{name: users})
+    try:
+        assert submit_as("nobody") == "sendmail: fatal: User nobody(65534) is not allowed to submit mail\n"
+        assert "not allowed" not in submit_as(users)
+    finally:
+        postfix.set(**{name: before})
+
+
 def test_mail_by_sendmail_for_an_alias_goes_to_its_mailbox(postfix, daemon):
     """The mailbox is no address of its own (carol's e-mail is another), so it must not be asked about in place of the alias."""
     daemon.ctl("aliases", "add", "desk@d1.test", "nobodys.name")

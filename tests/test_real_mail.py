@@ -6,18 +6,21 @@ LMTP; the message is read back over IMAP, where the user logs in with a token.
 
 import contextlib
 import imaplib
+import os
+import re
 import secrets
 import smtplib
 import sqlite3
 import statistics
+import subprocess
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
-from conftest import once_for_all, running, wait_until
+from conftest import ROOT, once_for_all, running, wait_until
 from real.dovecot import new_source
-from real.keycloak import service_client, user
+from real.keycloak import MAIL_CLIENT, PASSWORD, service_client, user
 from real.mail import (
     CACHE_SECONDS,
     DAEMON_USER,
@@ -137,6 +140,48 @@ def set_app(host, app_id, **columns):
 def test_samples_are_taken_by_postfix_and_dovecot_without_a_complaint(host):
     assert host.postfix.complaints() == ""
     assert host.dovecot.complaints() == ""
+
+
+def run_readme(host, real_keycloak, folder, *changes):
+    """The commands by which the README sends first messages of an app and of a user, with this host's names, after these changes.
+
+    Each gets its password where the README has somebody type it.
+    """
+    step = re.search(r"^7\. (.*?)^## ", (ROOT / "README.md").read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)[1]
+    blocks = "".join(re.findall(r"^   ```\n(.*?)^   ```\n", step, re.MULTILINE | re.DOTALL))
+    commands = [re.sub(r"\\?\n *", " ", command) for command in re.split(r"^   # ", blocks, flags=re.MULTILINE)]
+    replaced = {
+        "smtps://localhost": f"smtps://127.0.0.1:{host.postfix.ports['submissions']}",
+        "https://sso.example.org": real_keycloak.url,
+        "client_id=mail ": f"client_id={MAIL_CLIENT} ",
+        "--user printer": f"--user printer:{host.passwords['printer']}",
+        "example.org": "d1.test",
+    }
+    script = "\n".join(command for command in commands if re.match("(echo|token=|curl) ?", command))
+    for old, new in (*changes, *replaced.items()):
+        assert old in script
+        script = script.replace(old, new)
+    environment = {**os.environ, "password": PASSWORD}
+    command = ["bash", "-c", script]
+    result = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False, timeout=60)
+    return script.count("smtps://"), result.stderr
+
+
+def test_first_messages_of_the_readme_are_sent_by_an_app_and_by_a_user(host, real_keycloak, tmp_path):
+    marker = secrets.token_hex(8)
+    mark = ("echo 'Subject: ", f"echo -e 'X-Marker: {marker}\\nSubject: ")
+    number, said = run_readme(host, real_keycloak, tmp_path, mark)
+    assert (number, re.findall(r"curl: .*", said)) == (2, [])
+
+    def senders():
+        with host.mailbox("alice") as client:
+            found = client.search(None, "HEADER", "X-Marker", marker)[1][0].split()
+            texts = [client.fetch(each, "(RFC822)")[1][0][1].decode() for each in found]
+        return {re.search(r"^Return-Path: <(.*)>\r$", text, re.MULTILINE)[1] for text in texts}
+
+    wait_until(lambda: senders() == {"scan@d1.test", "alice@d1.test"}, 20, what="both messages")
+    strangers = (("--mail-from scan", "--mail-from alice"), ("--mail-from alice@", "--mail-from bob@"))
+    assert re.findall(r"curl: .*", run_readme(host, real_keycloak, tmp_path, *strangers)[1]) == ["curl: (55) RCPT failed: 553"] * 2
 
 
 def test_setup_of_the_client_gives_it_view_users_alone_and_may_be_repeated(host, real_keycloak, realm):

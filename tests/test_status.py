@@ -55,7 +55,7 @@ def changed(**changes):
 
 
 def status_lines(stats, width=None):
-    return "\n".join(mailcloakctl.format_status(stats, width))
+    return "\n".join(mailcloakctl.format_status(stats, width, "its place"))
 
 
 # ---- for people
@@ -94,7 +94,7 @@ def test_status_names_what_is_wrong():
         saved={"path": "/y.db", "works": False, "waiting": 7},
     )
     shown = status_lines(stats)
-    assert "/y.db, cannot be used, its log says why, 7 changes are not on the disk yet\n" in shown
+    assert "/y.db, cannot be used, its log (its place) says why, 7 changes are not on the disk yet\n" in shown
     assert ": refused, the one before it is in force\n" in shown
     assert "Keycloak       away for 2 min 10 s: timed out; 30 requests" in shown
     assert "/x.db, cannot be used\n" in shown
@@ -494,6 +494,14 @@ def test_usage_error_of_status_and_flush_exits_2(arguments):
 
 # ---- a daemon that does not answer
 
+LOG = mailcloakctl.where_log(None)
+
+
+def own_version(**values):
+    """What a program answers that has heard of our version."""
+    return f"OK {json.dumps({**values, 'version': mailcloak.__version__})}"
+
+
 COMMANDS = {"status": ("status",), "flush": ("flush",), "ask": ("ask", "alias", "x@d1.test")}
 BROKEN = {
     "bad JSON": ("OK {", "makes no sense; something else listens there, or a daemon of another version: restart it"),
@@ -504,15 +512,19 @@ BROKEN = {
     "no netstring": (b"action=DUNNO\n\n", "makes no sense"),
     "no comma": (b"4:OK 7;", "makes no sense"),
     "no end": (b"9" * 10, "makes no sense"),
-    "closed": (b"", "closed the connection without an answer; its log says why, or something else listens there"),
+    "closed": (b"", f"closed the connection without an answer; its log ({LOG}) says why, or something else listens there"),
     "half": (b"100:OK ", "closed the connection without an answer"),
     "refused": (
         "PERM stats is for root",
         "the daemon says: stats is for root; run mailcloakctl as root, as the daemon's own user or",
     ),
-    "older": ("PERM unknown map stats", "does not know 'stats': it is of an older version; restart it"),
-    "not now": ("TEMP internal error", "the daemon says: internal error; its log says why"),
-    "hangs": ("hang", "within 6 s; look at the daemon's log, and restart it"),
+    "older": ("PERM unknown map stats", "does not understand 'stats' (unknown map stats): it is of another version; restart it"),
+    "not now": ("TEMP internal error", f"the daemon says: internal error; its log ({LOG}) says why"),
+    "hangs": ("hang", f"within 6 s; look at its log ({LOG}), and restart it"),
+    "nothing but our version": (own_version(), "makes no sense"),
+    "texts for numbers": (own_version(**{name: "x" for name in STATS if name != "version"}), "makes no sense"),
+    "lists for blocks": (own_version(**{name: [[]] for name in STATS if name != "version"}), "makes no sense"),
+    "numbers beyond all bounds": (own_version(**{**STATS, "uptime_seconds": 10**400}), "makes no sense"),
 }
 
 
@@ -524,6 +536,39 @@ def test_answer_that_makes_no_sense_exits_1_and_names_the_next_step(fake, ctl, a
     assert says in said
     assert said.startswith("mailcloakctl: ")
     assert said.count("\n") == 1
+
+
+NONSENSE = {
+    "status": ("stats", ("status",)),
+    "ask": ("explain", ("ask", "alias", "x@d1.test")),
+    "ask in JSON": ("explain", ("ask", "alias", "x@d1.test", "--json")),
+    "flush": ("flush", ("flush",)),
+}
+
+
+@pytest.mark.parametrize("values", [{}, {"steps": [{}]}, {"steps": 7, "forgotten": []}, {"forgotten": None}], ids=str)
+@pytest.mark.parametrize(("name", "command"), NONSENSE.values(), ids=NONSENSE)
+def test_answer_of_our_version_that_makes_no_sense_is_one_line(fake, ctl, name, command, values):
+    fake.maps[name] = own_version(**values)
+    code, shown, said = ctl(*command)
+    assert "the answer at " in shown + said
+    assert "makes no sense" in shown + said
+    assert (code, said.count("\n")) == ((0, 0) if name == "explain" else (1, 1))
+
+
+def test_metrics_say_that_a_daemon_whose_statistics_make_no_sense_is_not_up(fake, ctl):
+    fake.maps["stats"] = own_version()
+    code, shown, said = ctl("status", "--prometheus", "-")
+    assert (code, "mailcloak_up 0.0\n" in shown, said.count("\n")) == (0, True, 1)
+
+
+@pytest.mark.parametrize("answer", ["hang", b""], ids=["hangs", "closes"])
+def test_flush_without_an_answer_may_be_done_and_says_so(fake, ctl, answer):
+    fake.maps["flush"] = answer
+    code, shown, said = ctl("flush")
+    assert (code, shown) == (1, "")
+    assert "the flush may be done all the same; repeat it; if there is no answer again, " in said
+    assert f"its log ({LOG})" in said
 
 
 @pytest.mark.parametrize("command", COMMANDS.values(), ids=COMMANDS)
@@ -562,7 +607,7 @@ def test_socket_that_may_not_be_connected_to_names_who_may(fake, config_path, co
     outcome = as_nobody(run)
     assert outcome.startswith("1 ")
     assert "this user may not connect to " in outcome
-    assert "run mailcloakctl as root or as user root" in outcome
+    assert outcome.endswith("; run mailcloakctl as root\n")
 
 
 def test_policy_answer_that_makes_no_sense_is_refused(fake, ctl):
