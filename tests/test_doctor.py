@@ -1714,6 +1714,22 @@ def test_tokens_that_nobody_checks_are_a_warning(token_site, tmp_path):
     assert "no user can log in with a token" in the_only(found, "warning", "dovecot-realm").text
 
 
+@real_dovecot
+def test_realm_of_dovecot_is_not_compared_with_one_that_is_not_known(token_site, dovecot_factory):
+    token_site.config["keycloak"]["realm"] = 5
+    found = ask_dovecot(token_site, dovecot_factory(token_site.database))
+    assert [(each.state, each.text) for each in named(found, "dovecot-realm")] == [
+        ("skipped", "which realm should Dovecot take tokens of? the configuration is not good")
+    ]
+
+
+def test_file_of_dovecot_2_3_that_is_missing_is_not_taken_for_one_without_a_realm(site, monkeypatch):
+    settings = "passdb {\n  args = /nowhere/oauth2.conf.ext\n  driver = oauth2\n}\n"
+    monkeypatch.setattr(mailcloakdoctor, "run_program", lambda *_: (settings, ""))
+    found = the_only(site.findings(mailcloakdoctor.check_dovecot), "skipped", "dovecot")
+    assert found.text == "/nowhere/oauth2.conf.ext: No such file or directory"
+
+
 def test_realm_is_read_from_settings_of_dovecot_2_4_in_each_form():
     urls = ["https://a.test/realms/x/userinfo", "https://b.test/realms/y"]
     forms = (
