@@ -152,6 +152,7 @@ MAX_NAME_CHARS = 255  # of a username or an address in an answer of Keycloak: it
 
 SAVE_RETRY_SECONDS = 1.0  # before last-known.db is tried again
 DATABASE_KEPT_CONNECTIONS = 64  # beyond, a thread's connection ends with its question; each takes about 150 KiB
+DATABASE_CACHE_KIB = 400  # of pages that a connection keeps; SQLite's own limit is 2,000
 DATABASE_BUSY_SECONDS = 2.0  # how long a question waits for a writer's lock
 MAX_REMEMBERED_ROWS = 20_000  # each about 400 bytes
 MAX_RECALLED_ANSWERS = 20_000  # each about 800 bytes
@@ -2108,6 +2109,7 @@ class Database:
         if 0 < connection.execute("PRAGMA user_version").fetchone()[0] < SCHEMA_VERSION:
             prepare_database(self._path, self._busy_seconds, create=False)  # an older file was put in place of ours
         connection.execute("PRAGMA query_only = ON")
+        connection.execute(f"PRAGMA cache_size = -{DATABASE_CACHE_KIB}")
         connection.text_factory = _decode
         local.schema = self._schema(connection)
         return connection
