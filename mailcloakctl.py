@@ -3,6 +3,7 @@
 """Edit the aliases and apps of mailcloak, ask the running daemon, and check the whole installation; by hand and from cron jobs.
 
   mailcloakctl aliases add ADDRESS USERNAME     an address that leads to a user's mailbox
+  mailcloakctl aliases sync FILE                make the aliases equal to a file
   mailcloakctl apps add APP_ID --generate       a login that may send, and only as the addresses it is allowed
   mailcloakctl apps allow APP_ID ADDRESS
 
@@ -19,7 +20,7 @@ Exit codes: 0 done, or already so; 1 refused, not found or not possible, and the
 stopped it. ask: 0 whatever the answer was. doctor: 0 all is well, 1 there are warnings, 2 there are problems, 3 it could not run,
 or its command line is wrong.
 
-The checks of doctor are in mailcloakdoctor.py beside this file, and explained there.
+The checks of doctor are in mailcloakdoctor.py beside this file, and explained there; what works with files is in mailcloakdata.py.
 """
 
 from __future__ import annotations
@@ -60,7 +61,7 @@ if TYPE_CHECKING:
 
 Columns = dict[str, Callable[[Any], str]]  # the columns of a table, each with the function that makes its value readable
 
-EXIT_DONE, EXIT_REFUSED = 0, 1  # 2 is argparse's; 3 is for safety limits
+EXIT_DONE, EXIT_REFUSED, EXIT_OVER_LIMIT = 0, 1, 3  # 2 is argparse's
 BUSY_SECONDS = 60.0  # how long to wait for another mailcloakctl that is writing
 INTERRUPT_SECONDS = 0.2  # how long SQLite may wait at a time: Ctrl-C counts only between two waits
 GENERATED_TOKEN_BYTES = 32
@@ -80,6 +81,13 @@ class Refused(mailcloak.MailcloakError):
     """The command cannot be done as asked; nothing was changed."""
 
     joiner = "; "
+    exit_code = EXIT_REFUSED
+
+
+class OverLimit(Refused):
+    """A safety limit stopped the command."""
+
+    exit_code = EXIT_OVER_LIMIT
 
 
 class NotAllowed(Refused):
@@ -603,15 +611,25 @@ def check_with_keycloak(context: Context, address: str, username: str) -> None:
     """Ask the daemon what Keycloak says: raise Refused if the address is another user's e-mail, warn if the user does not count."""
 
     def ask() -> tuple[list[str], dict[str, str]]:
-        return find_others(context, address, username), ask_login(context, username)
+        return ask_keycloak(context, address, username)
 
     others, login = look_up(context, f"{address} and {username} were", ask) or ([], None)
+    refuse_holders(context, address, others)
+    warn_of_login(username, login)
+
+
+def ask_keycloak(context: Context, address: str, username: str) -> tuple[list[str], dict[str, str]]:
+    """Who else has the address, and what the username is as a login; raises Refused, ConfigError where that cannot be known."""
+    return find_others(context, address, username), ask_login(context, username)
+
+
+def refuse_holders(context: Context, address: str, others: list[str]) -> None:
+    """Raise Refused if the address is the primary e-mail of others."""
     if others and not context.options.force:
         raise Refused(
             f"aliases: {address} is the primary e-mail of {shorten(others)}, whose mail this alias would take;"
             " change the user's e-mail in Keycloak first, or use --force"
         )
-    warn_of_login(username, login)
 
 
 def find_others(context: Context, address: str, username: str) -> list[str]:
@@ -704,8 +722,9 @@ def refuse_chain(context: Context, address: str, username: str) -> None:
 def aliases_that_begin_with(text: str, database: sqlite3.Connection) -> list[tuple[str, str]]:
     """Address and username of the aliases with an address that begins so, the shortest first."""
     return database.execute(
-        "SELECT alias_email, username FROM aliases WHERE substr(alias_email, 1, ?) = ? ORDER BY length(alias_email), alias_email",
-        (len(text), text),
+        "SELECT alias_email, username FROM aliases WHERE alias_email >= ? AND alias_email < ?"
+        " ORDER BY length(alias_email), alias_email",
+        (text, text + chr(0x10FFFF)),
     ).fetchall()
 
 
@@ -1457,8 +1476,7 @@ def run_doctor(context: Context) -> int:
     try:
         import mailcloakdoctor
     except Exception as exc:  # also a file that was cut
-        path = os.path.join(os.path.dirname(os.path.realpath(__file__)), "mailcloakdoctor.py")
-        say(f"mailcloakctl: doctor: {path} cannot be loaded: {exc}; install mailcloak again (make install), which puts it there")
+        say(f"mailcloakctl: doctor: {cannot_load('mailcloakdoctor.py', exc)}")
         return EXIT_NOT_RUN
     findings: list[mailcloakdoctor.Finding] = []
     errors: list[Optional[OSError]] = []
@@ -1522,6 +1540,26 @@ def print_summary(findings: Sequence[mailcloakdoctor.Finding], see_findings: str
 # ---------------------------------------------------------------------------------------------------------------------------------
 
 
+def cannot_load(file: str, exc: Exception) -> str:
+    """Why a module that lies beside this one cannot be used, and what to do."""
+    path = os.path.join(os.path.dirname(os.path.realpath(__file__)), file)
+    return f"{path} cannot be loaded: {exc}; install mailcloak again (make install), which puts it there"
+
+
+def from_data(name: str) -> Callable[[Context], Optional[int]]:
+    """A function of mailcloakdata.py, which is loaded when it is called."""
+
+    def run(context: Context) -> Optional[int]:
+        try:
+            import mailcloakdata
+        except Exception as exc:  # also a file that was cut
+            raise Refused(cannot_load("mailcloakdata.py", exc)) from exc
+        code: Optional[int] = getattr(mailcloakdata, name)(context)
+        return code
+
+    return run
+
+
 class Command(NamedTuple):
     """A verb of the command line: what does it, and what its help says."""
 
@@ -1541,6 +1579,17 @@ COMMANDS: dict[str, dict[str, Command]] = {  # the verb is "" where there is non
         "del": Command(delete, "delete an alias", "aliases del info@example.org", ("address",)),
         "enable": Command(set_enabled, "let a disabled alias count again", "aliases enable info@example.org", ("address",)),
         "disable": Command(set_enabled, "keep an alias, but let it lead nowhere", "aliases disable info@example.org", ("address",)),
+        "export": Command(from_data("aliases_export"), "write all aliases to a file", "aliases export aliases.csv", ("[file]",)),
+        "import": Command(
+            from_data("aliases_import"), "add and change what a file says", "aliases import aliases.csv --dry-run", ("file",), True
+        ),
+        "sync": Command(
+            from_data("aliases_sync"),
+            "make the aliases equal to a file",
+            "aliases sync aliases.csv --missing disable",
+            ("file",),
+            True,
+        ),
     },
     "apps": {
         "add": Command(apps_add, "make an app, or give one a new token", "apps add printer --generate", ("app_id",), True),
@@ -1577,6 +1626,8 @@ _ARGUMENT_HELP = {
     "username": "the Keycloak username that mail goes to",
     "app_id": "the app's login name",
     "[address]": "an e-mail address or a login; all that is cached, unless one is named",
+    "file": "the file of aliases; - for standard input",
+    "[file]": "the file to write, - for standard output (the default)",
 }
 
 
@@ -1628,6 +1679,8 @@ def add_command(parsers: Any, common: argparse.ArgumentParser, noun: str, verb: 
         name = argument.strip("[]")
         optional = {"nargs": "?", "default": None} if name != argument else {}
         parser.add_argument(name, metavar=name.upper(), help=_ARGUMENT_HELP[argument], **optional)
+    if noun == "aliases":
+        add_file_options(parser, verb)
     if (noun, verb) == ("aliases", "add"):
         parser.add_argument("--replace", action="store_true", help="also when the address leads to another user now")
         parser.add_argument(
@@ -1670,6 +1723,37 @@ def add_command(parsers: Any, common: argparse.ArgumentParser, noun: str, verb: 
         parser.add_argument("--dovecot-config", metavar="FILE", help="Dovecot's configuration, else doveconf's own")
 
 
+def add_file_options(parser: argparse.ArgumentParser, verb: str) -> None:
+    """Add what the verbs take that read or write a file of aliases."""
+    if verb in ("export", "import", "sync"):
+        skipped = "what the format cannot hold" if verb == "export" else "bad lines"
+        formats, usernames = ("csv", "jsonl", "virtual", "postfixadmin"), ("local", "address")
+        parser.add_argument("--format", choices=formats, help="of the file, unless its name ends so; csv for -")
+        parser.add_argument(
+            "--usernames", choices=usernames, default="local", help="what a target in virtual and postfixadmin has of the username"
+        )
+        parser.add_argument("--skip-bad", action="store_true", help=f"leave out {skipped}, and say so")
+    if verb == "export":
+        parser.set_defaults(file="-")
+    if verb in ("import", "sync"):
+        parser.add_argument("--dry-run", action="store_true", help="only say what would change")
+        parser.add_argument(
+            "--max-change",
+            metavar="SHARE",
+            default="20%",
+            help="stop if more of the aliases would change or go (default: 20%%)",
+        )
+        parser.add_argument("--force", action="store_true", help="also what aliases add would refuse without it")
+        parser.add_argument("-v", "--verbose", action="store_true", help="say each change")
+    if verb == "sync":
+        parser.add_argument(
+            "--missing",
+            choices=("delete", "disable", "keep"),
+            default="delete",
+            help="what becomes of aliases that the file does not name (default: %(default)s)",
+        )
+
+
 def take_late_argument(options: argparse.Namespace, rest: Sequence[str]) -> None:
     """apps add APP_ID --json TOKEN: argparse lets an optional argument stand only directly after the one before it."""
     parser = options.parser
@@ -1677,8 +1761,9 @@ def take_late_argument(options: argparse.Namespace, rest: Sequence[str]) -> None
         near = mailcloak.near_miss(word.partition("=")[0], re.findall(r"--[a-z-]+", parser.format_help()))
         if near and word.startswith("--"):
             parser.error(f"unknown option {word.partition('=')[0]}{near}")
-    if options.noun == "flush" and options.address is None and len(rest) == 1 and not rest[0].startswith("-"):
-        options.address = rest[0]
+    late = {"flush": ("address", None), "export": ("file", "-")}.get(options.verb or options.noun)
+    if late and getattr(options, late[0]) == late[1] and len(rest) == 1 and not rest[0].startswith("-"):
+        setattr(options, late[0], rest[0])
         return
     if (options.noun, options.verb) != ("apps", "add"):
         parser.error("unrecognized arguments")
@@ -1706,7 +1791,8 @@ def drop_output() -> None:
 def run_command(options: argparse.Namespace) -> int:
     """Run the command that the options name; its exit code. An error of the database becomes a Refused."""
     command = COMMANDS[options.noun][options.verb]
-    with contextlib.closing(Context(options, create=command.creates)) as context:
+    creates = command.creates and not getattr(options, "dry_run", False)
+    with contextlib.closing(Context(options, create=creates)) as context:
         try:
             exit_code = command.run(context)
         except mailcloak.SQLITE_ERRORS as exc:
@@ -1770,6 +1856,7 @@ def run(argv: Optional[Sequence[str]], options: argparse.Namespace) -> int:
             say(f"mailcloakctl: the configuration names the daemon's sockets; {remedy}")
     except Refused as exc:
         say(f"mailcloakctl: {exc}")
+        return exc.exit_code
     except BrokenPipeError:  # the reader of our list has seen enough
         drop_output()
         return EXIT_DONE
