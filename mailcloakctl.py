@@ -167,6 +167,26 @@ def read_address(text: str) -> str:
         raise Refused(f"{text!r} is not an address for this: {exc}") from None
 
 
+def read_addresses(words: Sequence[str]) -> list[str]:
+    """Addresses that may be stored, each once; "-" stands for the lines of standard input."""
+    found: dict[str, None] = {}
+    for word in words:
+        try:
+            lines = sys.stdin.buffer.read().decode("utf-8").splitlines() if word == "-" else [word]
+        except UnicodeDecodeError:
+            raise Refused("standard input is not UTF-8") from None
+        found.update(dict.fromkeys(read_address(line.strip()) for line in lines if word != "-" or line.strip()))
+    return list(found)
+
+
+def read_domain(text: str) -> str:
+    """A domain in the form in which addresses have it."""
+    try:
+        return mailcloak.parse_plain_address(f"postmaster@{text}").domain
+    except ValueError:
+        raise Refused(f"{text!r} is not a domain") from None
+
+
 def read_sender(text: str) -> str:
     """An address that an app may send from; '<>' is the null sender, stored as the empty string."""
     return "" if text == "<>" else read_address(text)
@@ -312,6 +332,25 @@ def shorten(items: Sequence[str]) -> str:
     """The first few, and how many more there are."""
     more = f" and {len(items) - SHOWN_ITEMS} more" if len(items) > SHOWN_ITEMS else ""
     return ", ".join(items[:SHOWN_ITEMS]) + more
+
+
+def answer(context: Context, changed: Sequence[str], *texts: str, **values: Any) -> None:
+    """Say what was done, or with --json print it: which aliases or apps were changed, and the values.
+
+    That it cannot be printed is said, and no failure: it is done.
+    """
+    if context.options.json:
+        print_done(lambda: print_json({"changed": bool(changed), context.options.noun: list(changed), **values}))
+    else:
+        for text in texts:
+            say(text)
+
+
+def print_done(show: Callable[[], None]) -> None:
+    """Print what was done; where that fails, say so, and go on."""
+    error = try_to_print(show)
+    if error and not isinstance(error, BrokenPipeError):
+        say(f"warning: it is done, but cannot be shown: {error.strerror or error}")
 
 
 def show_progress(text: str) -> None:
@@ -493,11 +532,22 @@ def owner_name(path: str) -> str:
     return "root"
 
 
-def named_row(context: Context) -> tuple[str, str, str]:
-    """Table, key column and key of the alias or app that the arguments name."""
+def named_rows(context: Context) -> tuple[str, str, list[str]]:
+    """Table, key column and keys of the aliases or of the app that the arguments name."""
     if context.options.noun == "aliases":
-        return "aliases", "alias_email", read_address(context.options.address)
-    return "apps", "app_id", read_app_id(context.options.app_id)
+        return "aliases", "alias_email", read_addresses(context.options.addresses)
+    return "apps", "app_id", [read_app_id(context.options.app_id)]
+
+
+def fetch_rows(context: Context, table: str, column: str, keys: Sequence[str]) -> dict[str, Any]:
+    """The rows by their keys; raises Refused unless all are there."""
+    select = f"SELECT * FROM {table} WHERE {column} = ?"  # noqa: S608  two names of this file
+    rows = {key: context.database.execute(select, (key,)).fetchone() for key in keys}
+    absent = [key for key, row in rows.items() if row is None]
+    if absent:
+        verb = "does" if len(absent) == 1 else "do"
+        raise Refused(f"{table}: {shorten(absent)} {verb} not exist, {table} list shows what does")
+    return rows
 
 
 def note_change(event: str, key: str, **values: Any) -> None:
@@ -511,34 +561,29 @@ def note_change(event: str, key: str, **values: Any) -> None:
 
 
 def set_enabled(context: Context) -> None:
-    """Enable or disable an alias or an app."""
-    table, column, key = named_row(context)
+    """Enable or disable aliases or an app."""
+    table, column, keys = named_rows(context)
     enabled = context.options.verb == "enable"
     word = "enabled" if enabled else "disabled"
     touch = ", updated_at = strftime('%s', 'now')" if table == "aliases" else ""
     with transaction(context.database):
-        row = context.database.execute(f"SELECT enabled FROM {table} WHERE {column} = ?", (key,)).fetchone()  # noqa: S608
-        if row is None:
-            raise Refused(f"{table}: {key} does not exist, {table} list shows what does")
-        if row["enabled"] != enabled:
-            context.database.execute(f"UPDATE {table} SET enabled = ?{touch} WHERE {column} = ?", (int(enabled), key))  # noqa: S608
-    if row["enabled"] == enabled:
-        say(f"{table}: {key} is {word} already")
-        return
-    note_change(f"{table}: {context.options.verb}", key)
-    say(f"{table}: {key} {word}")
+        changed = [key for key, row in fetch_rows(context, table, column, keys).items() if row["enabled"] != enabled]
+        update = f"UPDATE {table} SET enabled = ?{touch} WHERE {column} = ?"  # noqa: S608
+        context.database.executemany(update, [(int(enabled), key) for key in changed])
+    for key in changed:
+        note_change(f"{table}: {context.options.verb}", key)
+    answer(context, changed, *(f"{table}: {key} {word if key in changed else f'is {word} already'}" for key in keys))
 
 
 def delete(context: Context) -> None:
-    """Delete an alias, or an app with its addresses."""
-    table, column, key = named_row(context)
+    """Delete aliases, or an app with its addresses."""
+    table, column, keys = named_rows(context)
     with transaction(context.database):
-        row = context.database.execute(f"SELECT * FROM {table} WHERE {column} = ?", (key,)).fetchone()  # noqa: S608
-        if row is None:
-            raise Refused(f"{table}: {key} does not exist, {table} list shows what does")
-        context.database.execute(f"DELETE FROM {table} WHERE {column} = ?", (key,))  # noqa: S608
-    note_change(f"{table}: del", key, username=row["username"] if table == "aliases" else None)
-    say(f"{table}: {key} deleted")
+        rows = fetch_rows(context, table, column, keys)
+        context.database.executemany(f"DELETE FROM {table} WHERE {column} = ?", [(key,) for key in keys])  # noqa: S608
+    for key, row in rows.items():
+        note_change(f"{table}: del", key, username=row["username"] if table == "aliases" else None)
+    answer(context, keys, *(f"{table}: {key} deleted" for key in keys))
 
 
 # ---------------------------------------------------------------------------------------------------------------------------------
@@ -565,11 +610,11 @@ def aliases_add(context: Context) -> None:
             " DO UPDATE SET username = excluded.username, updated_at = strftime('%s', 'now') WHERE lower(username) <> excluded.username",
             (address, username),
         )
-    if is_there:
-        say(f"aliases: {address} leads to {username} already")
-    else:
-        note_change("aliases: add", address, username=username, before=row["username"] if row else None)
-        say(f"aliases: {address} {'now ' if row else ''}leads to {username}")
+    before = row["username"] if row else None
+    if not is_there:
+        note_change("aliases: add", address, username=username, before=before)
+    text = f"aliases: {address} {'now ' if row and not is_there else ''}leads to {username}{' already' if is_there else ''}"
+    answer(context, [] if is_there else [address], text, username=username, before=before)
     if row and not row["enabled"]:
         say(f"aliases: {address} is disabled, aliases enable {address} makes it count")
     if context.policy and mailcloak.normalise_address(address).domain not in context.policy.domain:
@@ -750,11 +795,48 @@ def mailbox_of(address: str, username: str) -> str:
 
 
 def aliases_list(context: Context) -> None:
-    """Print all aliases."""
-    select = "SELECT alias_email, username, enabled, updated_at FROM aliases ORDER BY alias_email"
-    rows = patiently(lambda: context.database.execute(select).fetchall())
-    columns: Columns = {"alias_email": str, "username": str, "enabled": yes_no, "updated_at": shown_time}
-    print_list(context.options, [dict(row) for row in rows], columns)
+    """Print the aliases that all of the options let through, sorted by address."""
+    options = context.options
+    filters = [
+        ("alias_email GLOB ?", options.glob and options.glob.lower()),
+        ("lower(username) = ?", options.user and read_username(options.user)),
+        ("substr(alias_email, instr(alias_email, '@') + 1) = ?", options.domain and read_domain(options.domain)),
+        ("enabled <> ?", 1 if options.disabled else None),
+    ]
+    where = " AND ".join(condition for condition, value in filters if value is not None) or "1"
+    what = "count(*)" if options.count else "alias_email, username, enabled, updated_at"
+    select = f"SELECT {what} FROM aliases WHERE {where} ORDER BY alias_email"  # noqa: S608  no text of a user
+    values = [value for _, value in filters if value is not None]
+    rows = patiently(lambda: context.database.execute(select, values).fetchall())
+    if options.count:
+        print_json({"count": rows[0][0]}) if options.json else print(rows[0][0])
+    elif options.quiet and options.json:
+        print_json([row["alias_email"] for row in rows])
+    elif options.quiet:
+        for row in rows:
+            print(shown_text(row["alias_email"]))
+    else:
+        columns: Columns = {"alias_email": str, "username": str, "enabled": yes_no, "updated_at": shown_time}
+        print_list(options, [dict(row) for row in rows], columns)
+
+
+def aliases_show(context: Context) -> None:
+    """Print one alias, and the mailbox that it leads to."""
+    address = read_address(context.options.address)
+    row = patiently(lambda: fetch_rows(context, "aliases", "alias_email", [address]))[address]
+    domain = (context.policy.mailbox_domain if context.policy else "") or address.rpartition("@")[2]
+    alias = {**dict(row), "mailbox": mailcloak.format_mailbox(str(row["username"]).lower(), "", domain)}
+    if context.options.json:
+        print_json(alias)
+        return
+    for label, text in (
+        ("alias", address),
+        ("username", alias["username"]),
+        ("mailbox", alias["mailbox"]),
+        ("enabled", yes_no(alias["enabled"])),
+        ("updated at", shown_time(alias["updated_at"])),
+    ):
+        print_field(label, str(text))
 
 
 # ---------------------------------------------------------------------------------------------------------------------------------
@@ -795,11 +877,15 @@ def apps_add(context: Context) -> None:
         changed = change_app(context, app_id, changes)
         if generated:  # before the commit: a token that was not shown must not lock the app out
             show_token(options, app_id, generated)
-    if has_token:
-        say(f"apps: {app_id} has this token already")
-    else:
+    texts = {"added": "added", "token": "has a new token, the old one no longer works", "": "has this token already"}
+    done = "" if has_token else "token" if known else "added"
+    if done:
         note_change(f"apps: {'token' if known else 'add'}", app_id)
-        say(f"apps: {app_id} {'has a new token, the old one no longer works' if known else 'added'}")
+    if generated:  # its answer was the token
+        say(f"apps: {app_id} {texts[done]}")
+    else:
+        is_changed = done or any(before != now for before, now in changed.values())
+        answer(context, [app_id] if is_changed else [], f"apps: {app_id} {texts[done]}")
     if known and not known["enabled"]:
         say(f"apps: {app_id} is disabled, apps enable {app_id} lets it in again")
     say_app_changes(app_id, changed)
@@ -816,6 +902,8 @@ def apps_set(context: Context) -> None:
     with transaction(context.database):
         require_app(context, app_id)
         changed = change_app(context, app_id, changes)
+    if context.options.json:
+        answer(context, [app_id] if any(before != now for before, now in changed.values()) else [])
     say_app_changes(app_id, changed)
 
 
@@ -915,7 +1003,8 @@ def apps_allow(context: Context) -> None:
         note_change("apps: allow", app_id, sender=shown_sender(sender))
         if others:
             say(f"warning: {sender} is the primary e-mail of {shorten(others)}")
-    say(f"apps: {app_id} may {'now ' if changed else ''}send as {shown_sender(sender)}{'' if changed else ' already'}")
+    text = f"apps: {app_id} may {'now ' if changed else ''}send as {shown_sender(sender)}{'' if changed else ' already'}"
+    answer(context, [app_id] if changed else [], text, sender=sender)
 
 
 def apps_disallow(context: Context) -> None:
@@ -926,7 +1015,7 @@ def apps_disallow(context: Context) -> None:
         if not context.database.execute("DELETE FROM app_from WHERE app_id = ? AND from_addr = ?", (app_id, sender)).rowcount:
             raise Refused(f"apps: {app_id} was not allowed to send as {shown_sender(sender)}, apps list shows what it is allowed")
     note_change("apps: disallow", app_id, sender=shown_sender(sender))
-    say(f"apps: {app_id} may no longer send as {shown_sender(sender)}")
+    answer(context, [app_id], f"apps: {app_id} may no longer send as {shown_sender(sender)}", sender=sender)
 
 
 def require_app(context: Context, app_id: str) -> None:
@@ -1575,10 +1664,19 @@ COMMANDS: dict[str, dict[str, Command]] = {  # the verb is "" where there is non
         "add": Command(
             aliases_add, "let an address lead to a user", "aliases add info@example.org alice", ("address", "username"), True
         ),
-        "list": Command(aliases_list, "show all aliases", "aliases list --json", ()),
-        "del": Command(delete, "delete an alias", "aliases del info@example.org", ("address",)),
-        "enable": Command(set_enabled, "let a disabled alias count again", "aliases enable info@example.org", ("address",)),
-        "disable": Command(set_enabled, "keep an alias, but let it lead nowhere", "aliases disable info@example.org", ("address",)),
+        "list": Command(aliases_list, "show all aliases, or some", "aliases list *@example.org --disabled", ("[glob]",)),
+        "show": Command(aliases_show, "show one alias, and where it leads", "aliases show info@example.org", ("address",)),
+        "move": Command(
+            from_data("aliases_move"),
+            "let all aliases of a user lead to another",
+            "aliases move alice bob",
+            ("old_user", "new_user"),
+        ),
+        "del": Command(delete, "delete aliases", "aliases del info@example.org", ("addresses",)),
+        "enable": Command(set_enabled, "let disabled aliases count again", "aliases enable info@example.org", ("addresses",)),
+        "disable": Command(
+            set_enabled, "keep aliases, but let them lead nowhere", "aliases disable info@example.org", ("addresses",)
+        ),
         "export": Command(from_data("aliases_export"), "write all aliases to a file", "aliases export aliases.csv", ("[file]",)),
         "import": Command(
             from_data("aliases_import"), "add and change what a file says", "aliases import aliases.csv --dry-run", ("file",), True
@@ -1623,7 +1721,11 @@ COMMANDS: dict[str, dict[str, Command]] = {  # the verb is "" where there is non
 }
 _ARGUMENT_HELP = {
     "address": "an e-mail address; for an app '<>' is the null sender",
+    "addresses": "e-mail addresses; - for the lines of standard input",
+    "[glob]": "only addresses like this pattern, with * and ?",
     "username": "the Keycloak username that mail goes to",
+    "old_user": "the Keycloak username that they lead to now",
+    "new_user": "the Keycloak username that they will lead to",
     "app_id": "the app's login name",
     "[address]": "an e-mail address or a login; all that is cached, unless one is named",
     "file": "the file of aliases; - for standard input",
@@ -1677,9 +1779,13 @@ def add_command(parsers: Any, common: argparse.ArgumentParser, noun: str, verb: 
         parser.usage_exit_code = EXIT_NOT_RUN  # 2 says that there are problems
     for argument in command.arguments:
         name = argument.strip("[]")
-        optional = {"nargs": "?", "default": None} if name != argument else {}
-        parser.add_argument(name, metavar=name.upper(), help=_ARGUMENT_HELP[argument], **optional)
+        number: dict[str, Any] = {"nargs": "?", "default": None} if name != argument else {}
+        if name == "addresses":
+            number = {"nargs": "+"}
+        metavar = "ADDRESS" if name == "addresses" else name.upper()
+        parser.add_argument(name, metavar=metavar, help=_ARGUMENT_HELP[argument], **number)
     if noun == "aliases":
+        add_list_options(parser, verb)
         add_file_options(parser, verb)
     if (noun, verb) == ("aliases", "add"):
         parser.add_argument("--replace", action="store_true", help="also when the address leads to another user now")
@@ -1723,6 +1829,20 @@ def add_command(parsers: Any, common: argparse.ArgumentParser, noun: str, verb: 
         parser.add_argument("--dovecot-config", metavar="FILE", help="Dovecot's configuration, else doveconf's own")
 
 
+def add_list_options(parser: argparse.ArgumentParser, verb: str) -> None:
+    """Add what aliases list and aliases move take."""
+    if verb == "move":
+        parser.add_argument("--force", action="store_true", help="also what aliases add would refuse without it")
+    if verb != "list":
+        return
+    parser.add_argument("--user", metavar="NAME", help="only aliases that lead to this user")
+    parser.add_argument("--domain", metavar="NAME", help="only aliases in this domain")
+    parser.add_argument("--disabled", action="store_true", help="only disabled aliases")
+    form = parser.add_mutually_exclusive_group()
+    form.add_argument("--quiet", action="store_true", help="only the addresses, without a heading")
+    form.add_argument("--count", action="store_true", help="only how many there are")
+
+
 def add_file_options(parser: argparse.ArgumentParser, verb: str) -> None:
     """Add what the verbs take that read or write a file of aliases."""
     if verb in ("export", "import", "sync"):
@@ -1761,7 +1881,9 @@ def take_late_argument(options: argparse.Namespace, rest: Sequence[str]) -> None
         near = mailcloak.near_miss(word.partition("=")[0], re.findall(r"--[a-z-]+", parser.format_help()))
         if near and word.startswith("--"):
             parser.error(f"unknown option {word.partition('=')[0]}{near}")
-    late = {"flush": ("address", None), "export": ("file", "-")}.get(options.verb or options.noun)
+    late = {"flush ": ("address", None), "aliases export": ("file", "-"), "aliases list": ("glob", None)}.get(
+        f"{options.noun} {options.verb}"
+    )
     if late and getattr(options, late[0]) == late[1] and len(rest) == 1 and not rest[0].startswith("-"):
         setattr(options, late[0], rest[0])
         return

@@ -1,9 +1,10 @@
 # mailcloakdata: aliases as files. MIT licence, see LICENSE.
-"""Aliases as files: what "mailcloakctl aliases export", "import" and "sync" run, and no other command loads.
+"""Aliases as files: what "mailcloakctl aliases export", "import", "sync" and "move" run; no other command loads it.
 
   aliases export [FILE]    all aliases as a file, or on standard output
   aliases import FILE      adds and changes what the file says, deletes nothing
   aliases sync FILE        makes the aliases equal to the file; what it does not name is deleted (--missing)
+  aliases move OLD NEW     lets all aliases of one user lead to another
 
 A file is read to its end before anything is decided. One bad line stops the whole, unless --skip-bad; each is said with its number.
 What is read is compared with the database, and only rows that differ are written, in one transaction: a kill at any instant leaves
@@ -691,17 +692,19 @@ def ask_about(context: ctl.Context, elsewhere: Optional[list[Change]]) -> None:
 
     changes = elsewhere
     answers = ctl.look_up(context, f"{ctl.counted(changes, 'alias', 'aliases')} were", ask) if changes else None
+    logins = {}
     for change, (others, login) in zip(changes, answers or ()):
         ctl.refuse_holders(context, change.address, others)
-        ctl.warn_of_login(str(change.username), login)
+        logins[str(change.username)] = login
+    for username, login in logins.items():
+        ctl.warn_of_login(username, login)
 
 
 def write(context: ctl.Context, staging: sqlite3.Connection, version: int, elsewhere: Optional[list[Change]]) -> None:
     """Make the changes in one transaction. Raises DryRun where this is one; Refused where the database is not what was compared."""
     database, options = context.database, context.options
-    database.execute(
-        "PRAGMA cache_spill = OFF"
-    )  # what does not fit the cache would be written before the commit, with all readers locked out
+    # what does not fit the cache would be written before the commit, with all readers locked out
+    database.execute("PRAGMA cache_spill = OFF")
     with ctl.transaction(database):
         if data_version(database) != version:
             raise ctl.Refused("aliases: another program has changed the database meanwhile; nothing was changed, try again")
@@ -714,10 +717,21 @@ def write(context: ctl.Context, staging: sqlite3.Connection, version: int, elsew
 
 
 def tell(context: ctl.Context, staging: sqlite3.Connection, counts: dict[str, int], stored: int, skipped: int) -> None:
-    """Say what was changed, or would be, on standard output; note it in syslog where it was."""
+    """Print what was changed, or would be; note it in syslog where it was."""
     options = context.options
-    if counts and not options.dry_run:
-        note(options, staging, counts)
+
+    def show() -> None:
+        report(options, staging, counts, stored, skipped)
+
+    if not counts or options.dry_run:
+        show()
+        return
+    note(f"aliases: {options.verb}", read_changes(staging), options.file, counts)
+    ctl.print_done(show)
+
+
+def report(options: Any, staging: sqlite3.Connection, counts: dict[str, int], stored: int, skipped: int) -> None:
+    """Print the summary of an import or a sync, with each change if that is wanted."""
     numbers = {word: counts.get(kind, 0) for kind, word in KINDS.items()}
     unchanged = stored - sum(counts.values()) + counts.get("add", 0)
     if options.json:
@@ -757,15 +771,43 @@ def print_as_json(head: dict[str, Any], changes: Iterable[Change]) -> None:
     print("]}")
 
 
-def note(options: Any, staging: sqlite3.Connection, counts: dict[str, int]) -> None:
+def note(event: str, changes: Iterable[Change], subject: str, counts: dict[str, int]) -> None:
     """A line in syslog for each of the first changes, and one for all of them."""
-    event = f"aliases: {options.verb}"
-    for change in itertools.islice(read_changes(staging), MAX_ASKED):
+    for change in itertools.islice(changes, MAX_ASKED):
         values = {"username": change.username, "before": change.old_username}
         if change.enabled != change.old_enabled and change.kind in ("change", "enable", "disable"):
             values["enabled"] = "yes" if change.enabled else "no"
         ctl.note_change(f"{event}: {change.kind}", change.address, **values)
-    ctl.note_change(event, options.file, **{KINDS[kind]: number for kind, number in counts.items()})
+    ctl.note_change(event, subject, **{KINDS[kind]: number for kind, number in counts.items()})
+
+
+def aliases_move(context: ctl.Context) -> None:
+    """Let all aliases of a user lead to another."""
+    options, database = context.options, context.database
+    old, new = ctl.read_username(options.old_user), ctl.read_username(options.new_user)
+    select = "SELECT alias_email, username, enabled FROM aliases WHERE lower(username) = ? ORDER BY alias_email"
+
+    def find() -> list[Change]:
+        rows = database.execute(select, (old,)).fetchall()
+        return [Change(row[0], row[1], row[2], new, row[2]) for row in rows if row[1] != new]
+
+    changes = ctl.patiently(find)
+    if not changes:
+        raise ctl.Refused(f"aliases: no alias leads to {old}, aliases list shows who has any")
+    for change in changes:
+        ctl.refuse_names(context, change.address, new)
+    asked = changes if len(changes) <= MAX_ASKED else None
+    ask_about(context, asked)
+    with ctl.transaction(database):
+        if find() != changes:
+            raise ctl.Refused("aliases: another program has changed them meanwhile; nothing was changed, try again")
+        apply(database, changes)
+        for change in asked or () if not options.force else ():
+            ctl.refuse_chain(context, change.address, new)
+    note("aliases: move", changes, old, {"change": len(changes)})
+    addresses = [change.address for change in changes]
+    lead = "alias now leads" if len(changes) == 1 else "aliases now lead"
+    ctl.answer(context, addresses, f"aliases: {len(changes)} {lead} to {new}: {ctl.shorten(addresses)}", username=new, before=old)
 
 
 def aliases_export(context: ctl.Context) -> None:

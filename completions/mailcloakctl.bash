@@ -11,7 +11,7 @@ _mailcloakctl() {
     COMPREPLY=()
     for ((index = 1; index < COMP_CWORD; index++)); do
         case ${COMP_WORDS[index]} in
-            --config | --db | --owner | --expires | --user | --method | --prometheus | --postfix-config | --dovecot-config | --format | --usernames | --max-change | --missing) # and its value
+            --config | --db | --owner | --expires | --user | --method | --prometheus | --postfix-config | --dovecot-config | --format | --usernames | --max-change | --missing | --domain) # and its value
                 [[ ${COMP_WORDS[index]} != --config && ${COMP_WORDS[index]} != --db ]] || place=("${COMP_WORDS[index]}")
                 [[ ${COMP_WORDS[index + 1]} != = ]] || ((index++)) # bash makes three words of --db=FILE
                 ((index++))
@@ -30,15 +30,17 @@ _mailcloakctl() {
         --format) words='csv jsonl virtual postfixadmin' options='' command='' ;;
         --usernames) words='local address' options='' command='' ;;
         --missing) words='delete disable keep' options='' command='' ;;
-        --owner | --user | --max-change) return ;;
+        --owner | --user | --domain | --max-change) return ;;
     esac
     case $command in
         '') [[ -n $words ]] || { words='aliases apps ask status doctor flush'; options+=' --version'; } ;;
-        aliases) words='add list del enable disable export import sync' ;;
+        aliases) words='add list show move del enable disable export import sync' ;;
         apps) words='add set list allow disallow del enable disable' ;;
         ask) words='recipient sender alias' ;;
         'aliases add'*) options+=' --replace --force' ;;
-        'aliases del' | 'aliases enable' | 'aliases disable') [[ $cur == -* ]] || words=$(_mailcloakctl_names aliases) ;;
+        'aliases move'*) options+=' --force' ;;
+        'aliases list'*) options+=' --user --domain --disabled --quiet --count' ;;
+        'aliases show' | 'aliases del'* | 'aliases enable'* | 'aliases disable'*) [[ $cur == -* ]] || words=$(_mailcloakctl_names aliases) ;;
         'aliases export'* | 'aliases import'* | 'aliases sync'*)
             options+=' --format --usernames --skip-bad'
             [[ $command == 'aliases export'* ]] || options+=' --dry-run --max-change --force --verbose'

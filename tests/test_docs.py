@@ -202,7 +202,7 @@ OPTIONS = sorted(
 
 def test_commands_are_those_of_the_reference():
     assert [
-        *(f"aliases {verb}" for verb in ("add", "list", "del", "enable", "disable", "export", "import", "sync")),
+        *(f"aliases {verb}" for verb in ("add", "list", "show", "move", "del", "enable", "disable", "export", "import", "sync")),
         *(f"apps {verb}" for verb in ("add", "set", "list", "allow", "disallow", "del", "enable", "disable")),
         *(f"ask {verb}" for verb in ("recipient", "sender", "alias")),
     ] == [verb for verb in VERBS if " " in verb]
