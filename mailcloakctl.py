@@ -12,6 +12,9 @@
   mailcloakctl doctor                           what is wrong with the installation, and what to do next
   mailcloakctl flush [ADDRESS]                  have the daemon forget which users it has cached
 
+  mailcloakctl backup FILE, restore FILE        copy the database, and bring it back
+  mailcloakctl db check                         what is wrong in the database
+
 The database is --db, else sqlite.path of the configuration, else /var/lib/mailcloak/state.db. A change counts from the next answer
 of the daemon; nothing has to be reloaded. The daemon is asked over the two sockets that the configuration names; the configuration
 is --config, else /etc/mailcloak/config.yaml.
@@ -1715,10 +1718,20 @@ COMMANDS: dict[str, dict[str, Command]] = {  # the verb is "" where there is non
         ),
         "alias": Command(ask_alias, "say where an address leads, and why", "ask alias info@example.org", ("address",)),
     },
+    "backup": {
+        "": Command(
+            from_data("backup"), "copy the database to a file, and check the copy", "backup /var/backups/state.db", ("file",)
+        )
+    },
+    "restore": {
+        "": Command(from_data("restore"), "make the database what a backup says", "restore /var/backups/state.db", ("file",), True)
+    },
+    "db": {"check": Command(from_data("db_check"), "say what is wrong in the database", "db check --fix", ())},
     "status": {"": Command(show_status, "show what the daemon has answered so far, and how it is", "status --watch", ())},
     "doctor": {"": Command(run_doctor, "check the whole installation, and say what to do next", "doctor", ())},
     "flush": {"": Command(flush, "have the daemon forget which users it has cached", "flush alice@example.org", ("[address]",))},
 }
+DATABASE_NOUNS = ("aliases", "apps", "backup", "restore", "db")  # those that use the database, and not the running daemon
 _ARGUMENT_HELP = {
     "address": "an e-mail address; for an app '<>' is the null sender",
     "addresses": "e-mail addresses; - for the lines of standard input",
@@ -1728,7 +1741,7 @@ _ARGUMENT_HELP = {
     "new_user": "the Keycloak username that they will lead to",
     "app_id": "the app's login name",
     "[address]": "an e-mail address or a login; all that is cached, unless one is named",
-    "file": "the file of aliases; - for standard input",
+    "file": "the file; for aliases - is standard input",
     "[file]": "the file to write, - for standard output (the default)",
 }
 
@@ -1808,6 +1821,16 @@ def add_command(parsers: Any, common: argparse.ArgumentParser, noun: str, verb: 
         parser.add_argument(
             "--expires", metavar="DATE", help="its last day, 2027-01-31, or a number of days from now, 90d; or never"
         )
+    add_other_options(parser, noun, verb)
+
+
+def add_other_options(parser: ArgumentParser, noun: str, verb: str) -> None:
+    """Add what the commands take that are neither about aliases nor about apps."""
+    if noun == "backup":
+        parser.add_argument("--replace", action="store_true", help="also when the file is there already")
+    if noun == "db":
+        parser.set_defaults(force=True)  # what is stored by --force is no fault
+        parser.add_argument("--fix", action="store_true", help="correct what can be corrected without a doubt")
     if (noun, verb) == ("ask", "sender"):
         parser.add_argument("--user", metavar="NAME", default="", help="who has logged in: a username, an e-mail or an app")
         parser.add_argument(
@@ -1817,7 +1840,7 @@ def add_command(parsers: Any, common: argparse.ArgumentParser, noun: str, verb: 
         form = parser.add_mutually_exclusive_group()
         form.add_argument("--watch", action="store_true", help=f"again every {WATCH_SECONDS:.0f} seconds, in place, until Ctrl-C")
         need = "argument --prometheus: expected a FILE to replace, or - for standard output"
-        either = {"nargs": "?", "const": "", "type": lambda text: text or parser.error(need)}
+        either: dict[str, Any] = {"nargs": "?", "const": "", "type": lambda text: text or parser.error(need)}
         form.add_argument("--prometheus", metavar="FILE", help="write the metrics for Prometheus, - to standard output", **either)
     if noun == "doctor":
         parser.add_argument(
@@ -1934,7 +1957,7 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
         return run(argv, options)
     except KeyboardInterrupt:
         signal.signal(signal.SIGINT, signal.SIG_DFL)
-        say(f"mailcloakctl: interrupted{', no alias or app was changed' if options.noun in ('aliases', 'apps') else ''}")
+        say(f"mailcloakctl: interrupted{', no alias or app was changed' if options.noun in DATABASE_NOUNS else ''}")
         return EXIT_NOT_RUN if options.noun == "doctor" else EXIT_REFUSED
     finally:
         signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -1971,7 +1994,7 @@ def run(argv: Optional[Sequence[str]], options: argparse.Namespace) -> int:
     except mailcloak.ConfigError as exc:
         for problem in exc.problems:
             say(str(problem))
-        if options.noun in ("aliases", "apps"):
+        if options.noun in DATABASE_NOUNS:
             say("mailcloakctl: the configuration names the database; fix it, or name the database with --db")
         else:
             remedy = "fix it, name another with --config, or run this as root"

@@ -1,5 +1,6 @@
-# mailcloakdata: aliases as files. MIT licence, see LICENSE.
-"""Aliases as files: what "mailcloakctl aliases export", "import", "sync" and "move" run; no other command loads it.
+# mailcloakdata: aliases as files, backups. MIT licence, see LICENSE.
+"""Aliases as files, and backups of the database: what "mailcloakctl aliases export", "import", "sync" and "move", "backup", "restore" and "db check" run;
+no other command loads it.
 
   aliases export [FILE]    all aliases as a file, or on standard output
   aliases import FILE      adds and changes what the file says, deletes nothing
@@ -22,7 +23,13 @@ The last two name mailboxes, not users. With --usernames local the username is t
 own domain; with --usernames address the whole target is the username. An alias leads to one user: a line with several targets, or
 with one that is elsewhere, is a bad line.
 
-Contents: decisions (pure), formats (pure), files, comparing (in a database of its own, which is deleted when it is closed), verbs.
+  backup FILE              a copy of the database, while others use it, checked, for its owner alone
+  restore FILE             checks a backup and makes the database equal to it, in one transaction: the file itself stays the same, so
+                           that a Dovecot that has it open reads on
+  db check                 damage, rows that belong to nothing, and names that are not as the daemon compares them; --fix corrects them
+
+Contents: decisions (pure), formats (pure), files, comparing (in a database of its own, which is deleted when it is closed), the verbs
+of aliases, backups, the check.
 """
 
 from __future__ import annotations
@@ -38,6 +45,7 @@ import sqlite3
 import sys
 import tempfile
 import time
+import urllib.parse
 from collections.abc import Callable, Iterable, Iterator
 from typing import IO, Any, NamedTuple, Optional, TypeVar, cast
 
@@ -375,6 +383,11 @@ def find_format(name: Optional[str], path: str, usernames: str) -> Format:
 # ---------------------------------------------------------------------------------------------------------------------------------
 
 
+def in_words(count: int, one: str, many: str) -> str:
+    """How many there are."""
+    return f"{count} {one if count == 1 else many}"
+
+
 def watch(items: Iterable[Item], what: str, share: Callable[[], float] = lambda: 0.0) -> Iterator[Item]:
     """The items; on a terminal, how many there were and what share (0 to 1, 0 is unknown) that is, once it takes a while."""
     began = next_time = time.monotonic() + PROGRESS_SECONDS
@@ -452,9 +465,8 @@ class Problems:
     def stop(self, *, skip: bool) -> None:
         """Raise Refused if there were any, and they may not be left out."""
         if self.count and not skip:
-            lines = "line is" if self.count == 1 else "lines are"
             raise ctl.Refused(
-                f"aliases: {self.name}: {self.count} {lines} bad, nothing was changed; correct them, or leave them out with --skip-bad"
+                f"aliases: {self.name}: {in_words(self.count, 'line is', 'lines are')} bad, nothing was changed; correct them, or leave them out with --skip-bad"
             )
 
 
@@ -480,18 +492,22 @@ def read_aliases(
 
 
 @contextlib.contextmanager
-def replacing(path: str, mode: int) -> Iterator[str]:
-    """The path of a new file beside path, that takes its place at the end: a reader sees all of the old or all of the new."""
+def replacing(path: str, mode: int, *, replace: bool = True) -> Iterator[str]:
+    """The path of a new file beside path, that takes its place at the end: a reader sees all of the old or all of the new.
+
+    Raises OSError; FileExistsError where there is a file already and it may not be replaced.
+    """
     descriptor, new = tempfile.mkstemp(dir=os.path.dirname(os.path.abspath(path)), prefix=".mailcloak-")
     try:
         os.fchmod(descriptor, mode)
         yield new
         os.fsync(descriptor)
-        os.rename(new, path)
+        (os.rename if replace else os.link)(new, path)
     finally:
         os.close(descriptor)
-        with contextlib.suppress(FileNotFoundError):  # it has been renamed
-            os.unlink(new)
+        for left in (new, f"{new}-journal"):
+            with contextlib.suppress(FileNotFoundError):  # it has been renamed
+                os.unlink(left)
 
 
 # ---------------------------------------------------------------------------------------------------------------------------------
@@ -570,8 +586,9 @@ def load(staging: sqlite3.Connection, context: ctl.Context, source: Source, form
     except Unreadable as exc:
         raise source.refuse(str(exc)) from None
     for domain, count in foreign.most_common(ctl.SHOWN_ITEMS):
-        aliases = "1 alias" if count == 1 else f"{count} aliases"
-        ctl.say(f"warning: {aliases} in {domain}, which is not in policy.domain: such an alias leads nowhere")
+        ctl.say(
+            f"warning: {in_words(count, 'alias', 'aliases')} in {domain}, which is not in policy.domain: such an alias leads nowhere"
+        )
     return int(staging.execute("SELECT count(*) FROM wanted").fetchone()[0])
 
 
@@ -613,7 +630,7 @@ def apply(database: sqlite3.Connection, changes: Iterable[Change]) -> None:
 
 
 # ---------------------------------------------------------------------------------------------------------------------------------
-# Verbs
+# The verbs of aliases
 # ---------------------------------------------------------------------------------------------------------------------------------
 
 
@@ -744,7 +761,7 @@ def report(options: Any, staging: sqlite3.Connection, counts: dict[str, int], st
             print(ctl.shown_text(describe(change)))
     would = "would be " if options.dry_run else ""
     parts = [f"{number} {would}{word}" for word, number in numbers.items() if number]
-    skipped_part = [f"{skipped} bad lines left out"] if skipped else []
+    skipped_part = [f"{in_words(skipped, 'bad line', 'bad lines')} left out"] if skipped else []
     print(f"aliases: {', '.join([*(parts or ['nothing to change']), f'{unchanged} unchanged', *skipped_part])}")
 
 
@@ -806,8 +823,8 @@ def aliases_move(context: ctl.Context) -> None:
             ctl.refuse_chain(context, change.address, new)
     note("aliases: move", changes, old, {"change": len(changes)})
     addresses = [change.address for change in changes]
-    lead = "alias now leads" if len(changes) == 1 else "aliases now lead"
-    ctl.answer(context, addresses, f"aliases: {len(changes)} {lead} to {new}: {ctl.shorten(addresses)}", username=new, before=old)
+    lead = in_words(len(changes), "alias now leads", "aliases now lead")
+    ctl.answer(context, addresses, f"aliases: {lead} to {new}: {ctl.shorten(addresses)}", username=new, before=old)
 
 
 def aliases_export(context: ctl.Context) -> None:
@@ -861,3 +878,354 @@ def write_lines(lines: Iterator[str], file: IO[bytes]) -> None:
     while batch := list(itertools.islice(lines, BATCH_ROWS)):
         file.write("".join(batch).encode())
     file.flush()
+
+
+# ---------------------------------------------------------------------------------------------------------------------------------
+# Backups
+# ---------------------------------------------------------------------------------------------------------------------------------
+
+BACKUP_PAGES = 5000  # copied at a time; between two of these steps others may write
+KEYS = {
+    "aliases": ("alias_email",),
+    "apps": ("app_id",),
+    "app_from": ("app_id", "from_addr"),
+}  # the tables, a parent before its child
+
+
+def tell_numbers(context: ctl.Context, database: sqlite3.Connection, text: str, **values: Any) -> None:
+    """Print what was done, and how many aliases and apps there are now."""
+    numbers = {name: int(database.execute(f"SELECT count(*) FROM {name}").fetchone()[0]) for name in ("aliases", "apps")}  # noqa: S608
+
+    def show() -> None:
+        if context.options.json:
+            ctl.print_json({**values, **numbers})
+        else:
+            aliases, apps = in_words(numbers["aliases"], "alias", "aliases"), in_words(numbers["apps"], "app", "apps")
+            print(f"{context.options.noun}: {text}: {aliases}, {apps}")
+
+    ctl.print_done(show)
+
+
+def check_whole(database: sqlite3.Connection, name: str) -> None:
+    """Raise Refused where SQLite finds the file damaged."""
+    found = [str(row[0]) for row in database.execute("PRAGMA quick_check(1)")]
+    if found != ["ok"]:
+        raise ctl.Refused(f"{name} is damaged: {found[0]}", "mailcloakctl db check says more; use another backup")
+
+
+def backup(context: ctl.Context) -> None:
+    """Copy the database to a new file."""
+    options, database = context.options, context.database
+    path = os.path.abspath(options.file)
+    if os.path.lexists(path) and not options.replace:
+        raise ctl.Refused(f"backup: {path!r} is there already, --replace replaces it")
+    if os.path.exists(path) and os.path.samefile(path, context.path):
+        raise ctl.Refused(f"backup: {path!r} is the database itself, name another file")
+    try:
+        with replacing(path, 0o600, replace=options.replace) as new, contextlib.closing(sqlite3.connect(new)) as copy:
+            database.backup(copy, pages=BACKUP_PAGES)
+            copy.execute("PRAGMA journal_mode = DELETE")  # also where the database is in WAL mode: one file has all of it
+            check_whole(copy, "backup: the copy")
+    except FileExistsError:
+        raise ctl.Refused(f"backup: {path!r} is there now, --replace replaces it") from None
+    except OSError as exc:
+        raise ctl.Refused(f"backup: {path!r} cannot be written: {exc.strerror}; what was there stays") from exc
+    tell_numbers(context, database, f"{path} written", file=path)
+
+
+def restore(context: ctl.Context) -> None:
+    """Make the database what a backup says."""
+    path = os.path.abspath(context.options.file)
+    check_backup(path)
+    target = context.path
+    if os.path.exists(target) and os.path.samefile(path, target):
+        raise ctl.Refused(f"restore: {path!r} is the database itself, name a backup")
+    try:
+        if not os.path.lexists(target):
+            restore_new(context, path)
+        elif os.stat(target).st_size == 0:  # SQLite takes it for a database without tables
+            with contextlib.closing(mailcloak.connect_database(target, ctl.INTERRUPT_SECONDS)) as database:
+                restore_into(context, database, path)
+        else:
+            restore_into(context, context.database, path)
+    except mailcloak.SQLITE_ERRORS as exc:
+        raise damaged(context, exc) from exc
+    except ctl.Refused as exc:
+        if mailcloak.sqlite_fault(exc) == "damaged":
+            raise damaged(context, exc) from exc
+        raise
+
+
+def damaged(context: ctl.Context, exc: BaseException) -> ctl.Refused:
+    """What to do where SQLite cannot write the rows into the file that is there."""
+    if mailcloak.sqlite_fault(exc) != "damaged":
+        return ctl.Refused(
+            f"restore: {mailcloak.describe_sqlite(exc)}, nothing was changed", ctl.database_remedy(exc, context.path)
+        )
+    move = f"stop mailcloak and Dovecot, move {context.path} away, run this again, and start them"
+    return ctl.Refused(f"restore: the database itself is damaged ({mailcloak.describe_sqlite(exc)}), nothing was changed", move)
+
+
+def check_backup(path: str) -> None:
+    """Raise Refused for a file that is no whole database of mailcloak, or of a newer one."""
+    try:
+        os.stat(path)
+        with contextlib.closing(open_readonly(path)) as database:
+            check_whole(database, f"restore: {path!r}")
+            version = database.execute("PRAGMA user_version").fetchone()[0]
+            tables = {row[0] for row in database.execute("SELECT name FROM sqlite_master WHERE type = 'table'")}
+    except OSError as exc:
+        raise ctl.Refused(f"restore: {path!r}: {exc.strerror}") from exc
+    except mailcloak.SQLITE_ERRORS as exc:
+        raise ctl.Refused(f"restore: {path!r} cannot be read: {mailcloak.describe_sqlite(exc)}", "use another backup") from exc
+    if version > mailcloak.SCHEMA_VERSION:
+        text = f"restore: {path!r} has schema version {version}, this mailcloak knows {mailcloak.SCHEMA_VERSION}"
+        raise ctl.Refused(text, "install the newer one first")
+    if not version or not set(KEYS) <= tables:
+        raise ctl.Refused(f"restore: {path!r} is no database of mailcloak, name a file that backup has written")
+
+
+def open_readonly(path: str) -> sqlite3.Connection:
+    """A connection that changes nothing, for a file that nobody else uses; raises sqlite3.Error."""
+    return sqlite3.connect(readonly_uri(path), uri=True, isolation_level=None)
+
+
+def readonly_uri(path: str) -> str:
+    """The name by which SQLite opens a file for reading alone."""
+    return f"file:{urllib.parse.quote(os.fsencode(path))}?mode=ro"
+
+
+def restore_new(context: ctl.Context, path: str) -> None:
+    """Make the database, which is missing: nobody sees it before all is in it."""
+    target = context.path
+    new = f"{target}.restored-{os.getpid()}"
+    status = os.stat(os.path.dirname(target))
+    as_owner = mailcloak.acting_as(status.st_uid, status.st_gid) if os.geteuid() == 0 else contextlib.nullcontext()
+    with contextlib.closing(sqlite3.connect(":memory:", uri=True, isolation_level=None)) as rows:
+        bring_rows(rows, path)  # the owner of the directory may not read the backup
+        mailcloak.create_database_file(new)
+        try:
+            with as_owner, contextlib.closing(mailcloak.connect_database(new, 0)) as database:
+                rows.backup(database)
+            os.link(new, target)
+        except FileExistsError:
+            raise ctl.Refused("restore: another program has made the database meanwhile, try again") from None
+        finally:
+            os.unlink(new)
+        ctl.note_change("restore", path)
+        tell_numbers(context, rows, f"{target} made from {path}", changed=True)
+
+
+def restore_into(context: ctl.Context, database: sqlite3.Connection, path: str) -> None:
+    """Make the rows of an open database those of the backup."""
+    database.execute("PRAGMA cache_spill = OFF")  # as in write()
+    changed = bring_rows(database, path)
+    if changed:
+        ctl.note_change("restore", path, rows=changed)
+    tell_numbers(context, database, f"{context.path} is as {path}, {changed} rows changed", changed=bool(changed))
+
+
+def bring_rows(database: sqlite3.Connection, path: str) -> int:
+    """Write the rows of the backup that differ, in one transaction; how many these were. Makes the tables where there are none."""
+    database.execute("ATTACH ? AS backup", (readonly_uri(path),))
+    with ctl.transaction(database):
+        if not database.execute("SELECT 1 FROM main.sqlite_master").fetchone():
+            for statement in mailcloak.SCHEMA.split(";\n"):
+                database.execute(statement)
+            database.execute(f"PRAGMA main.user_version = {mailcloak.SCHEMA_VERSION}")
+        changed = sum(delete_rows(database, table) for table in reversed(list(KEYS)))
+        changed += sum(copy_rows(database, table) for table in KEYS)
+    database.execute("DETACH backup")
+    return changed
+
+
+def delete_rows(database: sqlite3.Connection, table: str) -> int:
+    """Delete the rows whose key the backup does not have; how many these were."""
+    same = " AND ".join(f"theirs.{column} = ours.{column}" for column in KEYS[table])
+    delete = f"DELETE FROM main.{table} AS ours WHERE NOT EXISTS (SELECT 1 FROM backup.{table} AS theirs WHERE {same})"  # noqa: S608
+    return database.execute(delete).rowcount
+
+
+def copy_rows(database: sqlite3.Connection, table: str) -> int:
+    """Write the rows of the backup that differ; how many these were. A column that an older backup lacks is empty."""
+    columns = [row[1] for row in database.execute(f"PRAGMA main.table_info({table})")]
+    theirs = {row[1] for row in database.execute(f"PRAGMA backup.table_info({table})")}
+    values = [column if column in theirs else "NULL" for column in columns]
+    others = [column for column in columns if column not in KEYS[table]]
+    new = [f"excluded.{column}" for column in others]
+    orphans = " WHERE app_id IN (SELECT app_id FROM backup.apps)" if table == "app_from" else " WHERE 1"
+    statement = (
+        f"INSERT INTO main.{table} ({', '.join(columns)}) SELECT {', '.join(values)} FROM backup.{table}{orphans}"  # noqa: S608
+        f" ON CONFLICT ({', '.join(KEYS[table])}) DO UPDATE SET {', '.join(map(' = '.join, zip(others, new)))}"
+        f" WHERE ({', '.join(others)}) IS NOT ({', '.join(new)})"
+    )
+    return database.execute(statement).rowcount
+
+
+# ---------------------------------------------------------------------------------------------------------------------------------
+# The check
+# ---------------------------------------------------------------------------------------------------------------------------------
+
+
+class Fault(NamedTuple):
+    """What is wrong with one row, or with the file."""
+
+    table: str  # "" for the file
+    key: str
+    fault: str
+    remedy: str  # "" where the statements mend it
+    fixes: tuple[tuple[str, tuple[Any, ...]], ...] = ()  # statements with their values
+
+
+def db_check(context: ctl.Context) -> int:
+    """Print what is wrong; 0 where nothing is, or where all of it was corrected, else 1."""
+    options, database = context.options, context.database
+    database.text_factory = lambda data: data.decode("utf-8", "surrogateescape")  # what is not UTF-8 is a fault of its row
+    fixed: list[Fault] = []
+    if options.fix:
+        with ctl.transaction(database):
+            database.execute("PRAGMA defer_foreign_keys = ON")
+            while fixable := [
+                fault for fault in find_faults(context) if fault.fixes
+            ]:  # each correction makes one row right, or deletes it
+                for fault in fixable:
+                    for statement, values in fault.fixes:
+                        database.execute(statement, values)
+                fixed += fixable
+        for fault in fixed:
+            ctl.note_change("db check: fix", fault.key, table=fault.table, fault=fault.fault)
+    left = list(find_faults(context))
+    rows = [(fault, "fixed") for fault in fixed] + [(fault, fault.remedy or "db check --fix corrects it") for fault in left]
+
+    def show() -> None:
+        if rows or options.json:
+            shown = [
+                {"table": fault.table or "-", "key": fault.key, "fault": fault.fault, "remedy": remedy} for fault, remedy in rows
+            ]
+            ctl.print_list(options, shown, dict.fromkeys(("table", "key", "fault", "remedy"), str))
+        else:
+            tell_numbers(context, database, "nothing is wrong")
+
+    ctl.print_done(show)
+    return ctl.EXIT_REFUSED if left else ctl.EXIT_DONE
+
+
+def find_faults(context: ctl.Context) -> Iterator[Fault]:
+    """All that is wrong, the file first; with a file that is damaged, nothing else."""
+    database = context.database
+    restore_it = "mailcloakctl restore brings back a backup"
+    damage = [str(row[0]) for row in database.execute("PRAGMA integrity_check")]
+    if damage != ["ok"]:
+        yield from (Fault("", context.path, text, restore_it) for text in damage)
+        return
+    lacks = False
+    with contextlib.closing(sqlite3.connect(":memory:")) as model:
+        model.executescript(mailcloak.SCHEMA)
+        for table in KEYS:
+            wanted, found = ({row[1] for row in each.execute(f"PRAGMA table_info({table})")} for each in (model, database))
+            for column in sorted(wanted - found):
+                lacks = True
+                yield Fault(table, column, "this column is missing", restore_it)
+    if lacks:
+        return
+    for table, rowid, parent, _ in database.execute("PRAGMA foreign_key_check").fetchall():
+        (key,) = database.execute(f"SELECT app_id FROM {table} WHERE rowid = ?", (rowid,)).fetchone()  # noqa: S608
+        yield Fault(table, str(key), f"belongs to nothing in {parent}", "", ((f"DELETE FROM {table} WHERE rowid = ?", (rowid,)),))  # noqa: S608
+    yield from find_alias_faults(context)
+    yield from find_app_faults(database)
+    yield from find_sender_faults(database)
+
+
+def find_alias_faults(context: ctl.Context) -> Iterator[Fault]:
+    """Addresses and usernames that are not as the daemon compares them."""
+    database = context.database
+    database_rows = rows_of(database, "SELECT alias_email, username, rowid FROM aliases ORDER BY alias_email")
+    for address, username, rowid in watch(database_rows, "checked"):
+        remedy = f"delete it: sqlite3 {context.path} 'DELETE FROM aliases WHERE rowid = {rowid}'"  # noqa: S608
+        try:
+            right = ctl.read_address(address)
+        except (ctl.Refused, TypeError, AttributeError):
+            yield Fault("aliases", ctl.shown_text(address), "this is no address, so the alias counts for nobody", remedy)
+            continue
+        if right != address:
+            yield from misspelled(database, address, right)
+            continue
+        try:
+            name = ctl.read_username(username)
+            ctl.refuse_names(context, address, name)
+        except (ctl.Refused, TypeError, AttributeError) as exc:
+            yield Fault(
+                "aliases", address, str(exc).removeprefix("aliases: "), f"mailcloakctl aliases add {address} USERNAME --replace"
+            )
+            continue
+        if name != username:
+            update = "UPDATE aliases SET username = ? WHERE alias_email = ?"
+            yield Fault("aliases", address, f"the username {username!r} is stored for {name}", "", ((update, (name, address)),))
+
+
+def misspelled(database: sqlite3.Connection, address: str, right: str) -> Iterator[Fault]:
+    """The fault of an alias that is not stored in the form in which it is looked up."""
+    fault = f"is stored in a form that is never looked up: {right} is"
+    rows = [
+        database.execute("SELECT lower(username), enabled FROM aliases WHERE alias_email = ?", (each,)).fetchone()
+        for each in (address, right)
+    ]
+    delete = ("DELETE FROM aliases WHERE alias_email = ?", (address,))
+    if not rows[1]:
+        update = "UPDATE OR IGNORE aliases SET alias_email = ? WHERE alias_email = ?"
+        yield Fault("aliases", address, fault, "", ((update, (right, address)),))
+    elif tuple(rows[0]) == tuple(rows[1]):
+        yield Fault("aliases", address, f"{fault}, and is there", "", (delete,))
+    else:
+        remedy = f"choose one: mailcloakctl aliases add {right} USERNAME --replace; then db check --fix"
+        yield Fault("aliases", address, f"{fault}, and leads to {rows[1][0]} or has another state", remedy)
+
+
+def find_app_faults(database: sqlite3.Connection) -> Iterator[Fault]:
+    """Ids and owners of apps that are not as the daemon compares them."""
+    ids = {app_id for (app_id,) in database.execute("SELECT app_id FROM apps")}
+    fixes: tuple[tuple[str, tuple[Any, ...]], ...]
+    for app_id, owner in database.execute("SELECT app_id, owner FROM apps ORDER BY app_id").fetchall():
+        try:
+            right = ctl.read_app_id(app_id)
+            name = ctl.read_username(owner) if owner else owner
+        except (ctl.Refused, TypeError) as exc:
+            yield Fault("apps", ctl.shown_text(app_id), str(exc), "make it again, with mailcloakctl apps add and apps set")
+            continue
+        if right != app_id and right in ids:
+            yield Fault(
+                "apps",
+                app_id,
+                f"nobody can log in as it, since {right} is looked up",
+                f"there are two: mailcloakctl apps del {right}",
+            )
+        elif right != app_id:
+            ids.add(right)
+            apps, senders = (f"UPDATE {table} SET app_id = ? WHERE app_id = ?" for table in ("apps", "app_from"))  # noqa: S608
+            fixes = ((apps, (right, app_id)), (senders, (right, app_id)))
+            yield Fault("apps", app_id, f"nobody can log in as it, since {right} is looked up", "", fixes)
+        elif name != owner:
+            fixes = (("UPDATE apps SET owner = ? WHERE app_id = ?", (name, app_id)),)
+            yield Fault("apps", app_id, f"the owner {owner!r} is stored for {name}", "", fixes)
+
+
+def find_sender_faults(database: sqlite3.Connection) -> Iterator[Fault]:
+    """Addresses of apps that are not as the daemon compares them."""
+    for app_id, sender, rowid in database.execute(
+        "SELECT app_id, from_addr, rowid FROM app_from ORDER BY app_id, from_addr"
+    ).fetchall():
+        key = ctl.shown_text(f"{app_id} {sender}")
+        try:
+            right = ctl.read_sender(sender) if sender else sender
+        except (ctl.Refused, TypeError, AttributeError):
+            yield Fault(
+                "app_from",
+                key,
+                "this is no address, so it allows nothing",
+                "",
+                (("DELETE FROM app_from WHERE rowid = ?", (rowid,)),),
+            )
+            continue
+        if right != sender:
+            fixes = (("UPDATE OR REPLACE app_from SET from_addr = ? WHERE rowid = ?", (right, rowid)),)
+            yield Fault("app_from", key, f"is never looked up: {right} is", "", fixes)

@@ -33,9 +33,10 @@ _mailcloakctl() {
         --owner | --user | --domain | --max-change) return ;;
     esac
     case $command in
-        '') [[ -n $words ]] || { words='aliases apps ask status doctor flush'; options+=' --version'; } ;;
+        '') [[ -n $words ]] || { words='aliases apps backup restore db ask status doctor flush'; options+=' --version'; } ;;
         aliases) words='add list show move del enable disable export import sync' ;;
         apps) words='add set list allow disallow del enable disable' ;;
+        db) words='check' ;;
         ask) words='recipient sender alias' ;;
         'aliases add'*) options+=' --replace --force' ;;
         'aliases move'*) options+=' --force' ;;
@@ -52,6 +53,11 @@ _mailcloakctl() {
         'apps set' | 'apps allow' | 'apps disallow' | 'apps del' | 'apps enable' | 'apps disable')
             [[ $cur == -* ]] || words=$(_mailcloakctl_names apps)
             ;;
+        backup* | restore*)
+            [[ $command != backup* ]] || options+=' --replace'
+            [[ $cur == -* ]] || { compopt -o filenames 2>/dev/null; mapfile -t COMPREPLY < <(compgen -f -- "$cur"); return; }
+            ;;
+        'db check'*) options+=' --fix' ;;
         'ask sender'*) options+=' --user --method' ;;
         status*) options+=' --watch --prometheus' ;;
         doctor*) options+=' --postfix-config --dovecot-config' ;;

@@ -300,7 +300,11 @@ def test_interrupt_shows_no_traceback_at_any_moment(change, milliseconds):
         (("--jsn", "aliases", "list"), "unknown option --jsn; did you mean '--json'?", 2),
         (("alias", "list"), "unknown word 'alias'; did you mean 'aliases'?", 2),
         (("aliases", "dell", "info@d1.test"), "unknown word 'dell'; did you mean 'del'?", 2),
-        (("aliases", "hunter2"), "unknown word, expected one of add, list, show, move, del, enable, disable, export, import, sync", 2),
+        (
+            ("aliases", "hunter2"),
+            "unknown word, expected one of add, list, show, move, del, enable, disable, export, import, sync",
+            2,
+        ),
         (("doctor", "--jsn"), "unknown option --jsn; did you mean '--json'?", 3),
     ],
 )

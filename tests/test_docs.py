@@ -205,6 +205,7 @@ def test_commands_are_those_of_the_reference():
         *(f"aliases {verb}" for verb in ("add", "list", "show", "move", "del", "enable", "disable", "export", "import", "sync")),
         *(f"apps {verb}" for verb in ("add", "set", "list", "allow", "disallow", "del", "enable", "disable")),
         *(f"ask {verb}" for verb in ("recipient", "sender", "alias")),
+        "db check",
     ] == [verb for verb in VERBS if " " in verb]
     assert {"--config", "--db", "--json", "--replace", "--force", "--token-stdin", "--generate"} <= set(OPTIONS)
 
