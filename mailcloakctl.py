@@ -1727,11 +1727,27 @@ COMMANDS: dict[str, dict[str, Command]] = {  # the verb is "" where there is non
         "": Command(from_data("restore"), "make the database what a backup says", "restore /var/backups/state.db", ("file",), True)
     },
     "db": {"check": Command(from_data("db_check"), "say what is wrong in the database", "db check --fix", ())},
+    "migrate-from-go": {
+        "": Command(
+            from_data("migrate_from_go"),
+            "take over the data of the Go program",
+            "migrate-from-go /root/go/state.db",
+            ("file",),
+            True,
+        )
+    },
     "status": {"": Command(show_status, "show what the daemon has answered so far, and how it is", "status --watch", ())},
     "doctor": {"": Command(run_doctor, "check the whole installation, and say what to do next", "doctor", ())},
     "flush": {"": Command(flush, "have the daemon forget which users it has cached", "flush alice@example.org", ("[address]",))},
 }
-DATABASE_NOUNS = ("aliases", "apps", "backup", "restore", "db")  # those that use the database, and not the running daemon
+DATABASE_NOUNS = (
+    "aliases",
+    "apps",
+    "backup",
+    "restore",
+    "db",
+    "migrate-from-go",
+)  # those that use the database, and not the running daemon
 _ARGUMENT_HELP = {
     "address": "an e-mail address; for an app '<>' is the null sender",
     "addresses": "e-mail addresses; - for the lines of standard input",
@@ -1828,6 +1844,12 @@ def add_other_options(parser: ArgumentParser, noun: str, verb: str) -> None:
     """Add what the commands take that are neither about aliases nor about apps."""
     if noun == "backup":
         parser.add_argument("--replace", action="store_true", help="also when the file is there already")
+    if noun == "migrate-from-go":
+        parser.add_argument("--go-config", metavar="OLD", help="its config.yaml")
+        parser.add_argument("--new-config", metavar="NEW", help="where to write the same for this mailcloak, mode 0600")
+        parser.add_argument("--skip-bad", action="store_true", help="leave out bad rows, and say so")
+        parser.add_argument("--dry-run", action="store_true", help="only say what would come in")
+        parser.add_argument("--force", action="store_true", help="also what aliases add would refuse without it")
     if noun == "db":
         parser.set_defaults(force=True)  # what is stored by --force is no fault
         parser.add_argument("--fix", action="store_true", help="correct what can be corrected without a doubt")
@@ -1936,8 +1958,7 @@ def drop_output() -> None:
 def run_command(options: argparse.Namespace) -> int:
     """Run the command that the options name; its exit code. An error of the database becomes a Refused."""
     command = COMMANDS[options.noun][options.verb]
-    creates = command.creates and not getattr(options, "dry_run", False)
-    with contextlib.closing(Context(options, create=creates)) as context:
+    with contextlib.closing(Context(options, create=command.creates)) as context:
         try:
             exit_code = command.run(context)
         except mailcloak.SQLITE_ERRORS as exc:

@@ -1,6 +1,6 @@
 # mailcloakdata: aliases as files, backups. MIT licence, see LICENSE.
-"""Aliases as files, and backups of the database: what "mailcloakctl aliases export", "import", "sync" and "move", "backup", "restore" and "db check" run;
-no other command loads it.
+"""Aliases as files, and backups of the database: what "mailcloakctl aliases export", "import", "sync" and "move", "backup", "restore", "db check" and
+"migrate-from-go" run; no other command loads it.
 
   aliases export [FILE]    all aliases as a file, or on standard output
   aliases import FILE      adds and changes what the file says, deletes nothing
@@ -28,8 +28,10 @@ with one that is elsewhere, is a bad line.
                            that a Dovecot that has it open reads on
   db check                 damage, rows that belong to nothing, and names that are not as the daemon compares them; --fix corrects them
 
+  migrate-from-go FILE     takes over the aliases and apps of the Go program, and its configuration
+
 Contents: decisions (pure), formats (pure), files, comparing (in a database of its own, which is deleted when it is closed), the verbs
-of aliases, backups, the check.
+of aliases, backups, the check, moving in from the Go program.
 """
 
 from __future__ import annotations
@@ -41,6 +43,7 @@ import itertools
 import json
 import os
 import re
+import shutil
 import sqlite3
 import sys
 import tempfile
@@ -453,20 +456,20 @@ class Source:
 class Problems:
     """Bad lines: each is said at once, and counted."""
 
-    def __init__(self, name: str) -> None:
-        self.name, self.count = name, 0
+    def __init__(self, name: str, unit: str = "line") -> None:
+        self.name, self.unit, self.count = name, unit, 0
 
     def report(self, number: int, reason: str) -> None:
         """Say what is wrong with a line."""
         ctl.show_progress("")
-        ctl.say(f"aliases: {self.name}: line {number}: {reason}")
+        ctl.say(f"aliases: {self.name}: {self.unit} {number}: {reason}")
         self.count += 1
 
     def stop(self, *, skip: bool) -> None:
         """Raise Refused if there were any, and they may not be left out."""
         if self.count and not skip:
             raise ctl.Refused(
-                f"aliases: {self.name}: {in_words(self.count, 'line is', 'lines are')} bad, nothing was changed; correct them, or leave them out with --skip-bad"
+                f"aliases: {self.name}: {in_words(self.count, f'{self.unit} is', f'{self.unit}s are')} bad, nothing was changed; correct them, or leave them out with --skip-bad"
             )
 
 
@@ -562,9 +565,25 @@ def reading(database: sqlite3.Connection) -> Iterator[None]:
             database.execute("ROLLBACK")
 
 
+def find_database(context: ctl.Context) -> sqlite3.Connection:
+    """The database; for a dry run where there is none yet, an empty one in memory."""
+    if context.options.dry_run and not os.path.lexists(context.path):
+        context.database = sqlite3.connect(":memory:", isolation_level=None)
+        context.database.row_factory = sqlite3.Row
+        context.database.executescript(mailcloak.SCHEMA)
+    return context.database
+
+
 def data_version(database: sqlite3.Connection) -> int:
     """A number that changes with each commit of another connection. Source: SQLite, PRAGMA data_version."""
     return int(database.execute("PRAGMA data_version").fetchone()[0])
+
+
+def check_names(context: ctl.Context, address: str, username: str) -> tuple[str, str]:
+    """Both as they may be stored, by the rules of aliases add; raises Refused."""
+    address, username = ctl.read_address(address), ctl.read_username(username)
+    ctl.refuse_names(context, address, username)
+    return address, username
 
 
 def load(staging: sqlite3.Connection, context: ctl.Context, source: Source, form: Format, problems: Problems) -> int:
@@ -573,8 +592,7 @@ def load(staging: sqlite3.Connection, context: ctl.Context, source: Source, form
     policy = context.policy
 
     def check(address: str, username: str) -> tuple[str, str]:
-        address, username = ctl.read_address(address), ctl.read_username(username)
-        ctl.refuse_names(context, address, username)
+        address, username = check_names(context, address, username)
         domain = address.rpartition("@")[2]
         if policy and domain not in policy.domain:
             foreign[domain] += 1
@@ -660,7 +678,7 @@ def make_so(context: ctl.Context, missing: str) -> None:
     with contextlib.closing(open_staging()) as staging:
         wanted = load(staging, context, source, form, problems)
         problems.stop(skip=options.skip_bad)
-        database = context.database
+        database = find_database(context)
         version = data_version(database)
         counts, stored = compare(staging, database, problems, missing)
         problems.stop(skip=options.skip_bad)
@@ -717,8 +735,14 @@ def ask_about(context: ctl.Context, elsewhere: Optional[list[Change]]) -> None:
         ctl.warn_of_login(username, login)
 
 
-def write(context: ctl.Context, staging: sqlite3.Connection, version: int, elsewhere: Optional[list[Change]]) -> None:
-    """Make the changes in one transaction. Raises DryRun where this is one; Refused where the database is not what was compared."""
+def write(
+    context: ctl.Context,
+    staging: sqlite3.Connection,
+    version: int,
+    elsewhere: Optional[list[Change]],
+    write_others: Callable[[], object] = lambda: None,
+) -> None:
+    """Make the changes in one transaction, with others that belong to them. Raises DryRun where this is one; Refused where the database is not what was compared."""
     database, options = context.database, context.options
     # what does not fit the cache would be written before the commit, with all readers locked out
     database.execute("PRAGMA cache_spill = OFF")
@@ -727,6 +751,7 @@ def write(context: ctl.Context, staging: sqlite3.Connection, version: int, elsew
             raise ctl.Refused("aliases: another program has changed the database meanwhile; nothing was changed, try again")
         if not options.dry_run or elsewhere is not None:
             apply(database, watch(read_changes(staging), "changes made"))
+            write_others()
         for change in elsewhere or () if not options.force else ():
             ctl.refuse_chain(context, change.address, str(change.username))
         if options.dry_run:
@@ -1229,3 +1254,231 @@ def find_sender_faults(database: sqlite3.Connection) -> Iterator[Fault]:
         if right != sender:
             fixes = (("UPDATE OR REPLACE app_from SET from_addr = ? WHERE rowid = ?", (right, rowid)),)
             yield Fault("app_from", key, f"is never looked up: {right} is", "", fixes)
+
+
+# ---------------------------------------------------------------------------------------------------------------------------------
+# From the Go program
+# Its database in both layouts, and its config.yaml in both forms. Its files are only read: the database as a copy, since a file in
+# WAL mode cannot be opened without writing beside it.
+# ---------------------------------------------------------------------------------------------------------------------------------
+
+GO_ALIASES = {  # the columns of its table aliases that tell the layout, and what to read
+    frozenset({"username"}): "SELECT alias_email, username, enabled = 1, rowid FROM aliases ORDER BY rowid",
+    frozenset({"target_user", "alias_domain_name"}): (
+        "SELECT alias_email, target_user, aliases.enabled = 1 AND coalesce(domains.enabled, 0) = 1, aliases.rowid FROM aliases"
+        " LEFT JOIN domains ON domain_name = alias_domain_name ORDER BY aliases.rowid"
+    ),
+}
+GO_KEYS = {  # each block that it reads, with those keys that are ours as well
+    "keycloak": ("base_url", "realm", "client_id", "client_secret"),
+    "sockets": ("policy_socket", "socketmap_socket", "socket_owner_user", "socket_owner_group", "socket_mode"),
+}
+
+
+class GoData(NamedTuple):
+    """What is in the database of the Go program, but for the aliases."""
+
+    domains: list[str]  # of ours, that are enabled
+    apps: list[tuple[str, str, int, int]]  # id, hash, enabled, created_at
+    senders: list[tuple[str, str, int]]  # id of the app, address, enabled
+
+
+def migrate_from_go(context: ctl.Context) -> None:
+    """Take over aliases and apps of the Go program, and its configuration; raises Refused, and then nothing was changed."""
+    options = context.options
+    problems = Problems(options.file, "row")
+    if bool(options.go_config) != bool(options.new_config):
+        raise ctl.Refused("migrate-from-go: --go-config names the old file and --new-config the new one, name both")
+    with contextlib.ExitStack() as stack:
+        old = stack.enter_context(copy_of_go(options.file))
+        staging = stack.enter_context(contextlib.closing(open_staging()))
+        select = find_go_layout(old, options.file)
+        staging.executemany("INSERT INTO wanted VALUES (?, ?, ?, ?)", read_go_aliases(context, old, select, problems))
+        data = read_go_data(old, problems)
+        config = convert_config(options.go_config, context.path, data.domains) if options.go_config else ""
+        problems.stop(skip=options.skip_bad)
+        database = find_database(context)
+        version = data_version(database)
+        compare(staging, database, problems, "keep")
+        for row in rows_of(staging, "SELECT rowid, address, old_username FROM changes WHERE username <> old_username"):
+            problems.report(row[0], f"{row[1]} leads to {row[2]} here already")
+        problems.stop(skip=options.skip_bad)
+        staging.execute("DELETE FROM changes WHERE old_username IS NOT NULL")
+        new = list(itertools.islice(read_changes(staging), MAX_ASKED + 1))
+        elsewhere = new if len(new) <= MAX_ASKED else None
+        ask_about(context, elsewhere)
+        before = database.total_changes
+        with contextlib.ExitStack() as undo, contextlib.suppress(DryRun):
+            if config and not options.dry_run:
+                write_new_file(options.new_config, config)
+                undo.callback(os.unlink, options.new_config)
+            write(context, staging, version, elsewhere, lambda: write_go_apps(database, data))
+            undo.pop_all()
+        tell_go(context, staging, data, is_changed=database.total_changes != before and not options.dry_run)
+
+
+@contextlib.contextmanager
+def copy_of_go(path: str) -> Iterator[sqlite3.Connection]:
+    """A connection to a copy of the database, with what its -wal has; raises Refused."""
+    with tempfile.TemporaryDirectory(prefix="mailcloak-") as directory:
+        copy = os.path.join(directory, "go.db")
+        try:
+            for suffix in ("", "-wal", "-journal"):
+                if not suffix or os.path.exists(path + suffix):
+                    shutil.copyfile(path + suffix, copy + suffix)
+            with contextlib.closing(sqlite3.connect(copy, isolation_level=None)) as database:
+                database.text_factory = lambda data: data.decode("utf-8", "surrogateescape")
+                try:
+                    check_whole(database, f"migrate-from-go: {path!r}")
+                except mailcloak.SQLITE_ERRORS as exc:
+                    raise ctl.Refused(f"migrate-from-go: {path!r} cannot be read: {mailcloak.describe_sqlite(exc)}") from exc
+                yield database
+        except OSError as exc:
+            raise ctl.Refused(f"migrate-from-go: {path!r} cannot be read: {exc.strerror}") from exc
+
+
+def find_go_layout(old: sqlite3.Connection, path: str) -> str:
+    """The statement that reads the aliases; raises Refused for a database of another program."""
+    columns = {row[1] for row in old.execute("PRAGMA table_info(aliases)")}
+    select = next((select for layout, select in GO_ALIASES.items() if layout <= columns), None)
+    if old.execute("PRAGMA user_version").fetchone()[0]:
+        raise ctl.Refused(f"migrate-from-go: {path!r} is a database of this mailcloak, mailcloakctl restore takes it")
+    if not select:
+        raise ctl.Refused(f"migrate-from-go: {path!r} is no database of the Go program")
+    return select
+
+
+def read_go_aliases(
+    context: ctl.Context, old: sqlite3.Connection, select: str, problems: Problems
+) -> Iterator[tuple[str, str, int, int]]:
+    """Its aliases, as read_aliases() gives those of a file; those of a disabled domain are disabled."""
+    for address, username, enabled, number in old.execute(select):
+        try:
+            yield (*check_names(context, str(address), str(username)), enabled, number)
+        except ctl.Refused as exc:
+            problems.report(number, str(exc).removeprefix("aliases: "))
+
+
+def read_go_data(old: sqlite3.Connection, problems: Problems) -> GoData:
+    """Its domains and apps. An address in a disabled domain comes in disabled."""
+    tables = {row[0] for row in old.execute("SELECT name FROM sqlite_master WHERE type = 'table'")}
+    states: dict[str, bool] = {}
+    if "domains" in tables:
+        rows = old.execute("SELECT domain_name, enabled = 1 FROM domains ORDER BY domain_name")
+        states = {mailcloak.domain_to_ascii(str(name)): bool(enabled) for name, enabled in rows}
+    apps, senders = [], []
+    if "apps" in tables:
+        columns = {row[1] for row in old.execute("PRAGMA table_info(apps)")}
+        created = "created_at" if "created_at" in columns else "updated_at"
+        for app_id, secret_hash, enabled, created_at, number in old.execute(
+            f"SELECT app_id, secret_hash, enabled = 1, {created}, rowid FROM apps ORDER BY app_id"  # noqa: S608
+        ):
+            try:
+                apps.append((ctl.read_app_id(str(app_id)), str(secret_hash), enabled, created_at))
+            except ctl.Refused as exc:
+                problems.report(number, f"of apps: {exc}")
+    known = {app[0] for app in apps}
+    for app_id, sender, enabled, number in old.execute(
+        "SELECT app_id, from_addr, enabled = 1, rowid FROM app_from ORDER BY rowid" if "app_from" in tables else "SELECT 1 WHERE 0"
+    ):
+        try:
+            address = ctl.read_sender(str(sender)) if sender else ""
+            if str(app_id).lower() not in known:
+                raise ctl.Refused(f"{app_id} is no app")
+            senders.append((str(app_id).lower(), address, int(enabled and states.get(address.rpartition("@")[2], True))))
+        except ctl.Refused as exc:
+            problems.report(number, f"of app_from: {exc}")
+    domains = [name for name, enabled in states.items() if enabled]
+    return GoData(domains or ([] if states else go_domains(old)), apps, senders)
+
+
+def go_domains(old: sqlite3.Connection) -> list[str]:
+    """The domains of its aliases, where it has no table of domains."""
+    found = {str(row[0]).rpartition("@")[2] for row in old.execute("SELECT alias_email FROM aliases")}
+    return sorted({mailcloak.domain_to_ascii(domain) for domain in found if domain})
+
+
+def write_go_apps(database: sqlite3.Connection, data: GoData) -> None:
+    """Store the apps with their hashes as they are; raises Refused for one that is here with another hash."""
+    for app in data.apps:
+        known = database.execute("SELECT secret_hash FROM apps WHERE app_id = ?", (app[0],)).fetchone()
+        if known and known[0] != app[1]:
+            raise ctl.Refused(f"apps: {app[0]} is here already, with another token; nothing was changed: apps del {app[0]} first")
+    database.executemany("INSERT OR IGNORE INTO apps (app_id, secret_hash, enabled, created_at) VALUES (?, ?, ?, ?)", data.apps)
+    database.executemany("INSERT OR IGNORE INTO app_from (app_id, from_addr, enabled) VALUES (?, ?, ?)", data.senders)
+
+
+def convert_config(path: str, database: str, domains: list[str]) -> str:
+    """Its config.yaml as ours; raises Refused. Keys that have no counterpart are said."""
+    import yaml
+
+    try:
+        with open(path, encoding="utf-8") as file:
+            old = yaml.safe_load(file)
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as exc:
+        reason = (exc.strerror if isinstance(exc, OSError) else "") or "it is not YAML"
+        raise ctl.Refused(f"migrate-from-go: {path!r} cannot be read: {reason}") from None
+    if not isinstance(old, dict):
+        raise ctl.Refused(f"migrate-from-go: {path!r} is no configuration of the Go program")
+    blocks = {name: block if isinstance(block, dict) else {} for name, block in old.items()}
+    idp, policy = blocks.get("idp", {}), blocks.get("policy", {})
+    if str(idp.get("provider", "keycloak")).strip().lower() != "keycloak":
+        raise ctl.Refused(f"migrate-from-go: {path!r} has idp.provider {idp['provider']}, and mailcloak asks Keycloak only")
+    keycloak = {**blocks.get("keycloak", {}), **{key: value for key, value in (idp.get("keycloak") or {}).items() if value}}
+    sockets = dict(blocks.get("sockets", {}))
+    if isinstance(sockets.get("socket_mode"), int):  # 0660 without quotes is an octal number in YAML 1.1
+        sockets["socket_mode"] = f"{sockets['socket_mode']:04o}"
+    new: dict[str, dict[str, Any]] = {
+        "keycloak": {key: keycloak[key] for key in GO_KEYS["keycloak"] if key in keycloak},
+        "policy": {"domain": policy.get("domain") or domains},
+        "sqlite": {"path": database},
+        "sockets": {key: sockets[key] for key in GO_KEYS["sockets"] if key in sockets},
+        "daemon": {"user": blocks.get("daemon", {}).get("user") or "mailcloak"},
+    }
+    ttl = keycloak.get("cache_ttl_seconds") or policy.get("cache_ttl_seconds")
+    mode = policy.get("idp_failure_mode") or policy.get("keycloak_failure_mode")
+    new["policy"].update({key: value for key, value in (("cache_ttl_seconds", ttl), ("keycloak_failure_mode", mode)) if value})
+    for block in sorted(blocks.keys() - {*new, "idp"}):
+        ctl.say(f"warning: {path}: {block} has no counterpart, and was left out")
+    return yaml.safe_dump(new, sort_keys=False, allow_unicode=True)
+
+
+def write_new_file(path: str, text: str) -> None:
+    """A file for its owner alone, which was not there before; raises Refused."""
+    try:
+        with replacing(path, 0o600, replace=False) as new, open(new, "w", encoding="utf-8") as file:
+            file.write(text)
+    except OSError as exc:
+        raise ctl.Refused(f"migrate-from-go: {path!r} cannot be written: {exc.strerror}; nothing was changed") from exc
+
+
+def tell_go(context: ctl.Context, staging: sqlite3.Connection, data: GoData, *, is_changed: bool) -> None:
+    """Print what came in, and what the configuration must say."""
+    options = context.options
+    added = int(staging.execute("SELECT count(*) FROM changes").fetchone()[0])
+    if is_changed:
+        note("migrate-from-go", read_changes(staging), options.file, {"add": added})
+
+    def show() -> None:
+        if options.json:
+            ctl.print_json(
+                {
+                    "changed": is_changed,
+                    "dry_run": options.dry_run,
+                    "aliases_added": added,
+                    "apps": len(data.apps),
+                    "domains": data.domains,
+                }
+            )
+            return
+        would = " would be" if options.dry_run else ""
+        print(
+            f"migrate-from-go: {in_words(added, 'alias', 'aliases')}{would} added, {in_words(len(data.apps), 'app', 'apps')} in it"
+        )
+        print(f"migrate-from-go: policy.domain must list: {', '.join(data.domains) or '(no domain is enabled in it)'}")
+        if options.new_config and not options.dry_run:
+            print(
+                f"migrate-from-go: {options.new_config} written; mailcloak --config {options.new_config} --check-config looks at it"
+            )
+
+    ctl.print_done(show)

@@ -11,7 +11,7 @@ _mailcloakctl() {
     COMPREPLY=()
     for ((index = 1; index < COMP_CWORD; index++)); do
         case ${COMP_WORDS[index]} in
-            --config | --db | --owner | --expires | --user | --method | --prometheus | --postfix-config | --dovecot-config | --format | --usernames | --max-change | --missing | --domain) # and its value
+            --config | --db | --owner | --expires | --user | --method | --prometheus | --postfix-config | --dovecot-config | --format | --usernames | --max-change | --missing | --domain | --go-config | --new-config) # and its value
                 [[ ${COMP_WORDS[index]} != --config && ${COMP_WORDS[index]} != --db ]] || place=("${COMP_WORDS[index]}")
                 [[ ${COMP_WORDS[index + 1]} != = ]] || ((index++)) # bash makes three words of --db=FILE
                 ((index++))
@@ -23,7 +23,7 @@ _mailcloakctl() {
     done
     if [[ $cur == = ]]; then cur=''; elif [[ $prev == = ]]; then prev=${COMP_WORDS[COMP_CWORD - 2]}; fi
     case $prev in
-        --config | --db | --prometheus | --dovecot-config) compopt -o filenames 2>/dev/null; mapfile -t COMPREPLY < <(compgen -f -- "$cur"); return ;;
+        --config | --db | --prometheus | --dovecot-config | --go-config | --new-config) compopt -o filenames 2>/dev/null; mapfile -t COMPREPLY < <(compgen -f -- "$cur"); return ;;
         --postfix-config) compopt -o filenames 2>/dev/null; mapfile -t COMPREPLY < <(compgen -d -- "$cur"); return ;;
         --method) words='XOAUTH2 OAUTHBEARER PLAIN LOGIN' options='' command='' ;;
         --expires) words='never 30d 90d 365d' options='' command='' ;;
@@ -33,7 +33,7 @@ _mailcloakctl() {
         --owner | --user | --domain | --max-change) return ;;
     esac
     case $command in
-        '') [[ -n $words ]] || { words='aliases apps backup restore db ask status doctor flush'; options+=' --version'; } ;;
+        '') [[ -n $words ]] || { words='aliases apps backup restore db migrate-from-go ask status doctor flush'; options+=' --version'; } ;;
         aliases) words='add list show move del enable disable export import sync' ;;
         apps) words='add set list allow disallow del enable disable' ;;
         db) words='check' ;;
@@ -55,6 +55,10 @@ _mailcloakctl() {
             ;;
         backup* | restore*)
             [[ $command != backup* ]] || options+=' --replace'
+            [[ $cur == -* ]] || { compopt -o filenames 2>/dev/null; mapfile -t COMPREPLY < <(compgen -f -- "$cur"); return; }
+            ;;
+        migrate-from-go*)
+            options+=' --go-config --new-config --skip-bad --dry-run --force'
             [[ $cur == -* ]] || { compopt -o filenames 2>/dev/null; mapfile -t COMPREPLY < <(compgen -f -- "$cur"); return; }
             ;;
         'db check'*) options+=' --fix' ;;
