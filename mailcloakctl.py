@@ -647,7 +647,7 @@ def refuse_names(context: Context, address: str, username: str) -> None:
             f"aliases: {username} holds a character of policy.recipient_delimiter ({policy.recipient_delimiter}), where"
             " Dovecot would cut it; mail would reach another user: rename the user in Keycloak"
         )
-    domain = mailcloak.normalise_address(username).domain
+    domain = mailcloak.normalise_address(username).domain if re.search("[@!%]", username) else ""
     if domain not in ("", *policy.domain, policy.mailbox_domain) and not context.options.force:
         raise Refused(
             f"aliases: {username} is in {domain}, which is not in policy.domain ({', '.join(sorted(policy.domain))}): an alias leads to"

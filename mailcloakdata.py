@@ -1,6 +1,5 @@
 # mailcloakdata: aliases as files, backups. MIT licence, see LICENSE.
-"""Aliases as files, and backups of the database: what "mailcloakctl aliases export", "import", "sync" and "move", "backup", "restore", "db check" and
-"migrate-from-go" run; no other command loads it.
+"""Aliases as files, and backups of the database: what these commands of mailcloakctl run, and no other command loads.
 
   aliases export [FILE]    all aliases as a file, or on standard output
   aliases import FILE      adds and changes what the file says, deletes nothing
@@ -179,15 +178,16 @@ def username_of(target: str, address: str, usernames: str) -> str:
 
     usernames: "local" (the local part, of a target in the alias's own domain) or "address" (all of it).
     """
-    if len(re.split(r"[\s,]+", target.strip(" \t,"))) != 1:
+    target = target.strip(" \t,")
+    if re.search(r"[\s,]", target):
         raise ValueError("it has several targets, and an alias leads to one user")
-    local_part, at_sign, domain = mailcloak.unquote_local_part(target.strip(" \t,")).rpartition("@")
+    local_part, at_sign, domain = mailcloak.unquote_local_part(target).rpartition("@")
     if not at_sign:
         raise ValueError(f"its target {target!r} has no domain")
     if usernames == "address":
         return f"{local_part}@{domain}"
     own = address.rpartition("@")[2]
-    if mailcloak.domain_to_ascii(domain) != mailcloak.domain_to_ascii(own):
+    if domain != own and mailcloak.domain_to_ascii(domain) != mailcloak.domain_to_ascii(own):
         raise ValueError(f"its target {target!r} is not in the alias's own domain, and an external target is not supported")
     return local_part
 
@@ -212,6 +212,7 @@ class Format:
     """One form of file; an object for each file that is read or written."""
 
     head = ""  # what a file begins with
+    holds_all = True  # is there a line for each alias that may be stored?
 
     def __init__(self, usernames: str) -> None:
         self.usernames = usernames
@@ -294,7 +295,7 @@ class Csv(Format):
 class PostfixAdmin(Csv):
     """What PostfixAdmin's list of aliases gives as CSV: its columns by their names or, in English, as they are shown."""
 
-    head = "address,goto,active\n"
+    head, holds_all = "address,goto,active\n", False
     columns = ({"address": 0, "alias": 0, "goto": 1, "to": 1, "active": 2},)
     takes_other_columns = True
 
@@ -333,6 +334,8 @@ class JsonLines(Format):
 
 class Virtual(Format):
     """The text of a virtual alias table. Source: virtual(5), TABLE FORMAT."""
+
+    holds_all = False
 
     def join(self, lines: Iterable[tuple[int, str]]) -> Iterable[tuple[int, str]]:
         number, whole = 0, ""
@@ -526,6 +529,7 @@ PRAGMA cache_size = -{kib};
 CREATE TABLE wanted (address TEXT, username TEXT, enabled INTEGER, line INTEGER);
 CREATE TABLE changes (address TEXT, old_username TEXT, old_enabled INTEGER, username TEXT, enabled INTEGER);
 CREATE TABLE stored (address TEXT, username TEXT, enabled INTEGER);
+CREATE TABLE lines (line TEXT);
 BEGIN;
 """
 SELECT_STORED = "SELECT alias_email, username, enabled FROM aliases WHERE typeof(alias_email) = 'text' ORDER BY alias_email"
@@ -860,9 +864,9 @@ def aliases_export(context: ctl.Context) -> None:
     with contextlib.closing(open_staging()) as staging:
         with reading(database):  # and not longer: who reads our output may be slow
             staging.executemany("INSERT INTO stored VALUES (?, ?, ?)", rows_of(database, SELECT_STORED))
-        if isinstance(form, (Virtual, PostfixAdmin)):
-            count_unholdable(staging, form, skip=options.skip_bad)
-        lines = export_lines(staging, form)
+        rows = watch(rows_of(staging, "SELECT * FROM stored ORDER BY rowid"), "written")
+        lines = map(form.write, rows) if form.holds_all else hold(staging, form, rows, skip=options.skip_bad)
+        lines = itertools.chain([form.head], lines)
         if options.file == "-":
             write_lines(lines, sys.stdout.buffer)
             return
@@ -875,27 +879,28 @@ def aliases_export(context: ctl.Context) -> None:
             raise ctl.Refused(f"aliases: {options.file!r} cannot be written: {exc.strerror}; what was there stays") from exc
 
 
-def count_unholdable(staging: sqlite3.Connection, form: Format, *, skip: bool) -> None:
-    """Say which aliases the format cannot hold; raises Refused where there are any, unless they may be left out."""
-    count = 0
-    for row in watch(rows_of(staging, "SELECT * FROM stored"), "looked at"):
-        try:
-            form.write(row)
-        except ValueError as exc:
-            ctl.say(f"aliases: {row[0]} cannot be in this file: {exc}")
-            count += 1
-    if count and not skip:
+def hold(staging: sqlite3.Connection, form: Format, rows: Iterable[Row], *, skip: bool) -> Iterator[str]:
+    """The lines of a format that may not hold all aliases, all of them made before the first is given.
+
+    Which it cannot hold is said; raises Refused where there are any, unless they may be left out.
+    """
+    left_out = 0
+
+    def lines() -> Iterator[tuple[str]]:
+        nonlocal left_out
+        for row in rows:
+            try:
+                yield (form.write(row),)
+            except ValueError as exc:
+                ctl.say(f"aliases: {row[0]} cannot be in this file: {exc}")
+                left_out += 1
+
+    staging.executemany("INSERT INTO lines VALUES (?)", lines())
+    if left_out and not skip:
         raise ctl.Refused(
-            f"aliases: {count} cannot be in this file, nothing was written; use another --format, or leave them out with --skip-bad"
+            f"aliases: {left_out} cannot be in this file, nothing was written; use another --format, or leave them out with --skip-bad"
         )
-
-
-def export_lines(staging: sqlite3.Connection, form: Format) -> Iterator[str]:
-    """The lines of the file, but those that the format cannot hold."""
-    yield form.head
-    for row in watch(rows_of(staging, "SELECT * FROM stored ORDER BY rowid"), "written"):
-        with contextlib.suppress(ValueError):
-            yield form.write(row)
+    return (line for (line,) in rows_of(staging, "SELECT line FROM lines ORDER BY rowid"))
 
 
 def write_lines(lines: Iterator[str], file: IO[bytes]) -> None:
