@@ -821,7 +821,7 @@ def note(event: str, changes: Iterable[Change], subject: str, counts: dict[str, 
     """A line in syslog for each of the first changes, and one for all of them."""
     for change in itertools.islice(changes, MAX_ASKED):
         values = {"username": change.username, "before": change.old_username}
-        if change.enabled != change.old_enabled and change.kind in ("change", "enable", "disable"):
+        if change.username is not None and change.enabled != (1 if change.old_enabled is None else change.old_enabled):
             values["enabled"] = "yes" if change.enabled else "no"
         ctl.note_change(f"{event}: {change.kind}", change.address, **values)
     ctl.note_change(event, subject, **{KINDS[kind]: number for kind, number in counts.items()})
