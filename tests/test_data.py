@@ -635,3 +635,26 @@ def test_job_of_readme_copies_the_aliases_of_another_host_and_keeps_them_when_it
     result = run_job(job, filled, tmp_path)
     assert (result.returncode, len(filled.aliases())) == (3, 40)
     assert result.stderr in (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+@pytest.mark.real("slapd")
+@pytest.mark.real("ldapsearch")
+def test_job_of_readme_takes_the_aliases_from_a_directory_and_keeps_them_when_it_is_away(filled, tmp_path):
+    from real.ldap import PEOPLE, PrivateSlapd
+
+    (job,) = cron_lines("ldapsearch")
+    people = {f"user{user}": "\nmail: ".join(row[0] for row in filled.aliases() if row[1] == f"user{user}") for user in range(3)}
+    people["user0"] += "\nmail: Sales@d1.test"
+    with contextlib.closing(PrivateSlapd(people)) as slapd:
+        slapd.start()
+        replacements = [("ldap://ldap.example.org", slapd.url), ("ou=people,dc=example,dc=org", PEOPLE)]
+        before = filled.aliases()
+        result = run_job(job, filled, tmp_path, replacements)
+        assert (result.returncode, result.stdout, result.stderr) == (0, "", "")
+        assert filled.aliases() == [*before, ("sales@d1.test", "user0", 1)]
+        slapd.stop()
+        result = run_job(job, filled, tmp_path, replacements)
+    assert result.returncode == 3
+    assert "Can't contact LDAP server" in result.stderr
+    assert "of 31 aliases 31 deleted: more than --max-change 20%, nothing was changed" in result.stderr
+    assert len(filled.aliases()) == 31
