@@ -3,6 +3,7 @@
 """Edit the aliases and apps of mailcloak, ask the running daemon, and check the whole installation; by hand and from cron jobs.
 
   mailcloakctl aliases add ADDRESS USERNAME     an address that leads to a user's mailbox
+  mailcloakctl aliases sync FILE                make the aliases equal to a file
   mailcloakctl apps add APP_ID --generate       a login that may send, and only as the addresses it is allowed
   mailcloakctl apps allow APP_ID ADDRESS
 
@@ -10,6 +11,9 @@
   mailcloakctl status                           what the daemon has answered so far, and how it is
   mailcloakctl doctor                           what is wrong with the installation, and what to do next
   mailcloakctl flush [ADDRESS]                  have the daemon forget which users it has cached
+
+  mailcloakctl backup FILE, restore FILE        copy the database, and bring it back
+  mailcloakctl db check                         what is wrong in the database
 
 The database is --db, else sqlite.path of the configuration, else /var/lib/mailcloak/state.db. A change counts from the next answer
 of the daemon; nothing has to be reloaded. The daemon is asked over the two sockets that the configuration names; the configuration
@@ -19,7 +23,7 @@ Exit codes: 0 done, or already so; 1 refused, not found or not possible, and the
 stopped it. ask: 0 whatever the answer was. doctor: 0 all is well, 1 there are warnings, 2 there are problems, 3 it could not run,
 or its command line is wrong.
 
-The checks of doctor are in mailcloakdoctor.py beside this file, and explained there.
+The checks of doctor are in mailcloakdoctor.py beside this file, and explained there; what works with files is in mailcloakdata.py.
 """
 
 from __future__ import annotations
@@ -60,7 +64,7 @@ if TYPE_CHECKING:
 
 Columns = dict[str, Callable[[Any], str]]  # the columns of a table, each with the function that makes its value readable
 
-EXIT_DONE, EXIT_REFUSED = 0, 1  # 2 is argparse's; 3 is for safety limits
+EXIT_DONE, EXIT_REFUSED, EXIT_OVER_LIMIT = 0, 1, 3  # 2 is argparse's
 BUSY_SECONDS = 60.0  # how long to wait for another mailcloakctl that is writing
 INTERRUPT_SECONDS = 0.2  # how long SQLite may wait at a time: Ctrl-C counts only between two waits
 GENERATED_TOKEN_BYTES = 32
@@ -80,6 +84,13 @@ class Refused(mailcloak.MailcloakError):
     """The command cannot be done as asked; nothing was changed."""
 
     joiner = "; "
+    exit_code = EXIT_REFUSED
+
+
+class OverLimit(Refused):
+    """A safety limit stopped the command."""
+
+    exit_code = EXIT_OVER_LIMIT
 
 
 class NotAllowed(Refused):
@@ -162,6 +173,26 @@ def read_address(text: str) -> str:
         return mailcloak.parse_plain_address(text).text
     except ValueError as exc:
         raise Refused(f"{text!r} is not an address for this: {exc}") from None
+
+
+def read_addresses(words: Sequence[str]) -> list[str]:
+    """Addresses that may be stored, each once; "-" stands for the lines of standard input."""
+    found: dict[str, None] = {}
+    for word in words:
+        try:
+            lines = sys.stdin.buffer.read().decode("utf-8").splitlines() if word == "-" else [word]
+        except UnicodeDecodeError:
+            raise Refused("standard input is not UTF-8") from None
+        found.update(dict.fromkeys(read_address(line.strip()) for line in lines if word != "-" or line.strip()))
+    return list(found)
+
+
+def read_domain(text: str) -> str:
+    """A domain in the form in which addresses have it."""
+    try:
+        return mailcloak.parse_plain_address(f"postmaster@{text}").domain
+    except ValueError:
+        raise Refused(f"{text!r} is not a domain") from None
 
 
 def read_sender(text: str) -> str:
@@ -317,6 +348,25 @@ def shorten(items: Sequence[str]) -> str:
     """The first few, and how many more there are."""
     more = f" and {len(items) - SHOWN_ITEMS} more" if len(items) > SHOWN_ITEMS else ""
     return ", ".join(items[:SHOWN_ITEMS]) + more
+
+
+def answer(context: Context, changed: Sequence[str], *texts: str, **values: Any) -> None:
+    """Say what was done, or with --json print it: which aliases or apps were changed, and the values.
+
+    That it cannot be printed is said, and no failure: it is done.
+    """
+    if context.options.json:
+        print_done(lambda: print_json({"changed": bool(changed), context.options.noun: list(changed), **values}))
+    else:
+        for text in texts:
+            say(text)
+
+
+def print_done(show: Callable[[], None]) -> None:
+    """Print what was done; where that fails, say so, and go on."""
+    error = try_to_print(show)
+    if error and not isinstance(error, BrokenPipeError):
+        say(f"warning: it is done, but cannot be shown: {error.strerror or error}")
 
 
 def show_progress(text: str) -> None:
@@ -498,11 +548,22 @@ def owner_name(path: str) -> str:
     return "root"
 
 
-def named_row(context: Context) -> tuple[str, str, str]:
-    """Table, key column and key of the alias or app that the arguments name."""
+def named_rows(context: Context) -> tuple[str, str, list[str]]:
+    """Table, key column and keys of the aliases or of the app that the arguments name."""
     if context.options.noun == "aliases":
-        return "aliases", "alias_email", read_address(context.options.address)
-    return "apps", "app_id", read_app_id(context.options.app_id)
+        return "aliases", "alias_email", read_addresses(context.options.addresses)
+    return "apps", "app_id", [read_app_id(context.options.app_id)]
+
+
+def fetch_rows(context: Context, table: str, column: str, keys: Sequence[str]) -> dict[str, Any]:
+    """The rows by their keys; raises Refused unless all are there."""
+    select = f"SELECT * FROM {table} WHERE {column} = ?"  # noqa: S608  two names of this file
+    rows = {key: context.database.execute(select, (key,)).fetchone() for key in keys}
+    absent = [key for key, row in rows.items() if row is None]
+    if absent:
+        verb = "does" if len(absent) == 1 else "do"
+        raise Refused(f"{table}: {shorten(absent)} {verb} not exist, {table} list shows what does")
+    return rows
 
 
 def note_change(event: str, key: str, **values: Any) -> None:
@@ -516,34 +577,29 @@ def note_change(event: str, key: str, **values: Any) -> None:
 
 
 def set_enabled(context: Context) -> None:
-    """Enable or disable an alias or an app."""
-    table, column, key = named_row(context)
+    """Enable or disable aliases or an app."""
+    table, column, keys = named_rows(context)
     enabled = context.options.verb == "enable"
     word = "enabled" if enabled else "disabled"
     touch = ", updated_at = strftime('%s', 'now')" if table == "aliases" else ""
     with transaction(context.database):
-        row = context.database.execute(f"SELECT enabled FROM {table} WHERE {column} = ?", (key,)).fetchone()  # noqa: S608
-        if row is None:
-            raise Refused(f"{table}: {key} does not exist, {table} list shows what does")
-        if row["enabled"] != enabled:
-            context.database.execute(f"UPDATE {table} SET enabled = ?{touch} WHERE {column} = ?", (int(enabled), key))  # noqa: S608
-    if row["enabled"] == enabled:
-        say(f"{table}: {key} is {word} already")
-        return
-    note_change(f"{table}: {context.options.verb}", key)
-    say(f"{table}: {key} {word}")
+        changed = [key for key, row in fetch_rows(context, table, column, keys).items() if row["enabled"] != enabled]
+        update = f"UPDATE {table} SET enabled = ?{touch} WHERE {column} = ?"  # noqa: S608
+        context.database.executemany(update, [(int(enabled), key) for key in changed])
+    for key in changed:
+        note_change(f"{table}: {context.options.verb}", key)
+    answer(context, changed, *(f"{table}: {key} {word if key in changed else f'is {word} already'}" for key in keys))
 
 
 def delete(context: Context) -> None:
-    """Delete an alias, or an app with its addresses."""
-    table, column, key = named_row(context)
+    """Delete aliases, or an app with its addresses."""
+    table, column, keys = named_rows(context)
     with transaction(context.database):
-        row = context.database.execute(f"SELECT * FROM {table} WHERE {column} = ?", (key,)).fetchone()  # noqa: S608
-        if row is None:
-            raise Refused(f"{table}: {key} does not exist, {table} list shows what does")
-        context.database.execute(f"DELETE FROM {table} WHERE {column} = ?", (key,))  # noqa: S608
-    note_change(f"{table}: del", key, username=row["username"] if table == "aliases" else None)
-    say(f"{table}: {key} deleted")
+        rows = fetch_rows(context, table, column, keys)
+        context.database.executemany(f"DELETE FROM {table} WHERE {column} = ?", [(key,) for key in keys])  # noqa: S608
+    for key, row in rows.items():
+        note_change(f"{table}: del", key, username=row["username"] if table == "aliases" else None)
+    answer(context, keys, *(f"{table}: {key} deleted" for key in keys))
 
 
 # ---------------------------------------------------------------------------------------------------------------------------------
@@ -570,11 +626,11 @@ def aliases_add(context: Context) -> None:
             " DO UPDATE SET username = excluded.username, updated_at = strftime('%s', 'now') WHERE lower(username) <> excluded.username",
             (address, username),
         )
-    if is_there:
-        say(f"aliases: {address} leads to {username} already")
-    else:
-        note_change("aliases: add", address, username=username, before=row["username"] if row else None)
-        say(f"aliases: {address} {'now ' if row else ''}leads to {username}")
+    before = row["username"] if row else None
+    if not is_there:
+        note_change("aliases: add", address, username=username, before=before)
+    text = f"aliases: {address} {'now ' if row and not is_there else ''}leads to {username}{' already' if is_there else ''}"
+    answer(context, [] if is_there else [address], text, username=username, before=before)
     if row and not row["enabled"]:
         say(f"aliases: {address} is disabled, aliases enable {address} makes it count")
     if context.policy and mailcloak.normalise_address(address).domain not in context.policy.domain:
@@ -604,7 +660,7 @@ def refuse_names(context: Context, address: str, username: str) -> None:
             f"aliases: {username} holds a character of policy.recipient_delimiter ({policy.recipient_delimiter}), where"
             " Dovecot would cut it; mail would reach another user: rename the user in Keycloak"
         )
-    domain = mailcloak.normalise_address(username).domain
+    domain = mailcloak.normalise_address(username).domain if re.search("[@!%]", username) else ""
     if domain not in ("", *policy.domain, policy.mailbox_domain) and not context.options.force:
         raise Refused(
             f"aliases: {username} is in {domain}, which is not in policy.domain ({', '.join(sorted(policy.domain))}): an alias leads to"
@@ -616,15 +672,25 @@ def check_with_keycloak(context: Context, address: str, username: str) -> None:
     """Ask the daemon what Keycloak says: raise Refused if the address is another user's e-mail, warn if the user does not count."""
 
     def ask() -> tuple[list[str], dict[str, str]]:
-        return find_others(context, address, username), ask_login(context, username)
+        return ask_keycloak(context, address, username)
 
     others, login = look_up(context, f"{address} and {username} were", ask) or ([], None)
+    refuse_holders(context, address, others)
+    warn_of_login(username, login)
+
+
+def ask_keycloak(context: Context, address: str, username: str) -> tuple[list[str], dict[str, str]]:
+    """Who else has the address, and what the username is as a login; raises Refused, ConfigError where that cannot be known."""
+    return find_others(context, address, username), ask_login(context, username)
+
+
+def refuse_holders(context: Context, address: str, others: list[str]) -> None:
+    """Raise Refused if the address is the primary e-mail of others."""
     if others and not context.options.force:
         raise Refused(
             f"aliases: {address} is the primary e-mail of {shorten(others)}, whose mail this alias would take;"
             " change the user's e-mail in Keycloak first, or use --force"
         )
-    warn_of_login(username, login)
 
 
 def find_others(context: Context, address: str, username: str) -> list[str]:
@@ -717,8 +783,9 @@ def refuse_chain(context: Context, address: str, username: str) -> None:
 def aliases_that_begin_with(text: str, database: sqlite3.Connection) -> list[tuple[str, str]]:
     """Address and username of the aliases with an address that begins so, the shortest first."""
     return database.execute(
-        "SELECT alias_email, username FROM aliases WHERE substr(alias_email, 1, ?) = ? ORDER BY length(alias_email), alias_email",
-        (len(text), text),
+        "SELECT alias_email, username FROM aliases WHERE alias_email >= ? AND alias_email < ?"
+        " ORDER BY length(alias_email), alias_email",
+        (text, text + chr(0x10FFFF)),
     ).fetchall()
 
 
@@ -744,11 +811,48 @@ def mailbox_of(address: str, username: str) -> str:
 
 
 def aliases_list(context: Context) -> None:
-    """Print all aliases."""
-    select = "SELECT alias_email, username, enabled, updated_at FROM aliases ORDER BY alias_email"
-    rows = patiently(lambda: context.database.execute(select).fetchall())
-    columns: Columns = {"alias_email": str, "username": str, "enabled": yes_no, "updated_at": shown_time}
-    print_list(context.options, [dict(row) for row in rows], columns)
+    """Print the aliases that all of the options let through, sorted by address."""
+    options = context.options
+    filters = [
+        ("alias_email GLOB ?", options.glob and options.glob.lower()),
+        ("lower(username) = ?", options.user and read_username(options.user)),
+        ("substr(alias_email, instr(alias_email, '@') + 1) = ?", options.domain and read_domain(options.domain)),
+        ("enabled <> ?", 1 if options.disabled else None),
+    ]
+    where = " AND ".join(condition for condition, value in filters if value is not None) or "1"
+    what = "count(*)" if options.count else "alias_email, username, enabled, updated_at"
+    select = f"SELECT {what} FROM aliases WHERE {where} ORDER BY alias_email"  # noqa: S608  no text of a user
+    values = [value for _, value in filters if value is not None]
+    rows = patiently(lambda: context.database.execute(select, values).fetchall())
+    if options.count:
+        print_json({"count": rows[0][0]}) if options.json else print(rows[0][0])
+    elif options.quiet and options.json:
+        print_json([row["alias_email"] for row in rows])
+    elif options.quiet:
+        for row in rows:
+            print(shown_text(row["alias_email"]))
+    else:
+        columns: Columns = {"alias_email": str, "username": str, "enabled": yes_no, "updated_at": shown_time}
+        print_list(options, [dict(row) for row in rows], columns)
+
+
+def aliases_show(context: Context) -> None:
+    """Print one alias, and the mailbox that it leads to."""
+    address = read_address(context.options.address)
+    row = patiently(lambda: fetch_rows(context, "aliases", "alias_email", [address]))[address]
+    domain = (context.policy.mailbox_domain if context.policy else "") or address.rpartition("@")[2]
+    alias = {**dict(row), "mailbox": mailcloak.format_mailbox(str(row["username"]).lower(), "", domain)}
+    if context.options.json:
+        print_json(alias)
+        return
+    for label, text in (
+        ("alias", address),
+        ("username", alias["username"]),
+        ("mailbox", alias["mailbox"]),
+        ("enabled", yes_no(alias["enabled"])),
+        ("updated at", shown_time(alias["updated_at"])),
+    ):
+        print_field(label, str(text))
 
 
 # ---------------------------------------------------------------------------------------------------------------------------------
@@ -789,11 +893,15 @@ def apps_add(context: Context) -> None:
         changed = change_app(context, app_id, changes)
         if generated:  # before the commit: a token that was not shown must not lock the app out
             show_token(options, app_id, generated)
-    if has_token:
-        say(f"apps: {app_id} has this token already")
-    else:
+    texts = {"added": "added", "token": "has a new token, the old one no longer works", "": "has this token already"}
+    done = "" if has_token else "token" if known else "added"
+    if done:
         note_change(f"apps: {'token' if known else 'add'}", app_id)
-        say(f"apps: {app_id} {'has a new token, the old one no longer works' if known else 'added'}")
+    if generated:  # its answer was the token
+        say(f"apps: {app_id} {texts[done]}")
+    else:
+        is_changed = done or any(before != now for before, now in changed.values())
+        answer(context, [app_id] if is_changed else [], f"apps: {app_id} {texts[done]}")
     if known and not known["enabled"]:
         say(f"apps: {app_id} is disabled, apps enable {app_id} lets it in again")
     say_app_changes(app_id, changed)
@@ -810,6 +918,8 @@ def apps_set(context: Context) -> None:
     with transaction(context.database):
         require_app(context, app_id)
         changed = change_app(context, app_id, changes)
+    if context.options.json:
+        answer(context, [app_id] if any(before != now for before, now in changed.values()) else [])
     say_app_changes(app_id, changed)
 
 
@@ -909,7 +1019,8 @@ def apps_allow(context: Context) -> None:
         note_change("apps: allow", app_id, sender=shown_sender(sender))
         if others:
             say(f"warning: {sender} is the primary e-mail of {shorten(others)}")
-    say(f"apps: {app_id} may {'now ' if changed else ''}send as {shown_sender(sender)}{'' if changed else ' already'}")
+    text = f"apps: {app_id} may {'now ' if changed else ''}send as {shown_sender(sender)}{'' if changed else ' already'}"
+    answer(context, [app_id] if changed else [], text, sender=sender)
 
 
 def apps_disallow(context: Context) -> None:
@@ -920,7 +1031,7 @@ def apps_disallow(context: Context) -> None:
         if not context.database.execute("DELETE FROM app_from WHERE app_id = ? AND from_addr = ?", (app_id, sender)).rowcount:
             raise Refused(f"apps: {app_id} was not allowed to send as {shown_sender(sender)}, apps list shows what it is allowed")
     note_change("apps: disallow", app_id, sender=shown_sender(sender))
-    say(f"apps: {app_id} may no longer send as {shown_sender(sender)}")
+    answer(context, [app_id], f"apps: {app_id} may no longer send as {shown_sender(sender)}", sender=sender)
 
 
 def require_app(context: Context, app_id: str) -> None:
@@ -1501,8 +1612,7 @@ def run_doctor(context: Context) -> int:
     try:
         import mailcloakdoctor
     except Exception as exc:  # also a file that was cut
-        path = os.path.join(os.path.dirname(os.path.realpath(__file__)), "mailcloakdoctor.py")
-        say(f"mailcloakctl: doctor: {path} cannot be loaded: {exc}; install mailcloak again (make install), which puts it there")
+        say(f"mailcloakctl: doctor: {cannot_load('mailcloakdoctor.py', exc)}")
         return EXIT_NOT_RUN
     findings: list[mailcloakdoctor.Finding] = []
     errors: list[Optional[OSError]] = []
@@ -1566,6 +1676,26 @@ def print_summary(findings: Sequence[mailcloakdoctor.Finding], see_findings: str
 # ---------------------------------------------------------------------------------------------------------------------------------
 
 
+def cannot_load(file: str, exc: Exception) -> str:
+    """Why a module that lies beside this one cannot be used, and what to do."""
+    path = os.path.join(os.path.dirname(os.path.realpath(__file__)), file)
+    return f"{path} cannot be loaded: {exc}; install mailcloak again (make install), which puts it there"
+
+
+def from_data(name: str) -> Callable[[Context], Optional[int]]:
+    """A function of mailcloakdata.py, which is loaded when it is called."""
+
+    def run(context: Context) -> Optional[int]:
+        try:
+            import mailcloakdata
+        except Exception as exc:  # also a file that was cut
+            raise Refused(cannot_load("mailcloakdata.py", exc)) from exc
+        code: Optional[int] = getattr(mailcloakdata, name)(context)
+        return code
+
+    return run
+
+
 class Command(NamedTuple):
     """A verb of the command line: what does it, and what its help says."""
 
@@ -1581,10 +1711,30 @@ COMMANDS: dict[str, dict[str, Command]] = {  # the verb is "" where there is non
         "add": Command(
             aliases_add, "let an address lead to a user", "aliases add info@example.org alice", ("address", "username"), True
         ),
-        "list": Command(aliases_list, "show all aliases", "aliases list --json", ()),
-        "del": Command(delete, "delete an alias", "aliases del info@example.org", ("address",)),
-        "enable": Command(set_enabled, "let a disabled alias count again", "aliases enable info@example.org", ("address",)),
-        "disable": Command(set_enabled, "keep an alias, but let it lead nowhere", "aliases disable info@example.org", ("address",)),
+        "list": Command(aliases_list, "show all aliases, or some", "aliases list *@example.org --disabled", ("[glob]",)),
+        "show": Command(aliases_show, "show one alias, and where it leads", "aliases show info@example.org", ("address",)),
+        "move": Command(
+            from_data("aliases_move"),
+            "let all aliases of a user lead to another",
+            "aliases move alice bob",
+            ("old_user", "new_user"),
+        ),
+        "del": Command(delete, "delete aliases", "aliases del info@example.org", ("addresses",)),
+        "enable": Command(set_enabled, "let disabled aliases count again", "aliases enable info@example.org", ("addresses",)),
+        "disable": Command(
+            set_enabled, "keep aliases, but let them lead nowhere", "aliases disable info@example.org", ("addresses",)
+        ),
+        "export": Command(from_data("aliases_export"), "write all aliases to a file", "aliases export aliases.csv", ("[file]",)),
+        "import": Command(
+            from_data("aliases_import"), "add and change what a file says", "aliases import aliases.csv --dry-run", ("file",), True
+        ),
+        "sync": Command(
+            from_data("aliases_sync"),
+            "make the aliases equal to a file",
+            "aliases sync aliases.csv --missing disable",
+            ("file",),
+            True,
+        ),
     },
     "apps": {
         "add": Command(apps_add, "make an app, or give one a new token", "apps add printer --generate", ("app_id",), True),
@@ -1612,15 +1762,47 @@ COMMANDS: dict[str, dict[str, Command]] = {  # the verb is "" where there is non
         ),
         "alias": Command(ask_alias, "say where an address leads, and why", "ask alias info@example.org", ("address",)),
     },
+    "backup": {
+        "": Command(
+            from_data("backup"), "copy the database to a file, and check the copy", "backup /var/backups/state.db", ("file",)
+        )
+    },
+    "restore": {
+        "": Command(from_data("restore"), "make the database what a backup says", "restore /var/backups/state.db", ("file",), True)
+    },
+    "db": {"check": Command(from_data("db_check"), "say what is wrong in the database", "db check --fix", ())},
+    "migrate-from-go": {
+        "": Command(
+            from_data("migrate_from_go"),
+            "take over the data of the Go program",
+            "migrate-from-go /root/go/state.db",
+            ("file",),
+            True,
+        )
+    },
     "status": {"": Command(show_status, "show what the daemon has answered so far, and how it is", "status --watch", ())},
     "doctor": {"": Command(run_doctor, "check the whole installation, and say what to do next", "doctor", ())},
     "flush": {"": Command(flush, "have the daemon forget which users it has cached", "flush alice@example.org", ("[address]",))},
 }
+DATABASE_NOUNS = (
+    "aliases",
+    "apps",
+    "backup",
+    "restore",
+    "db",
+    "migrate-from-go",
+)  # those that use the database, and not the running daemon
 _ARGUMENT_HELP = {
     "address": "an e-mail address; for an app '<>' is the null sender",
+    "addresses": "e-mail addresses; - for the lines of standard input",
+    "[glob]": "only addresses like this pattern, with * and ?",
     "username": "the Keycloak username that mail goes to",
+    "old_user": "the Keycloak username that they lead to now",
+    "new_user": "the Keycloak username that they will lead to",
     "app_id": "the app's login name",
     "[address]": "an e-mail address or a login; all that is cached, unless one is named",
+    "file": "the file; for aliases - is standard input",
+    "[file]": "the file to write, - for standard output (the default)",
 }
 
 
@@ -1670,8 +1852,14 @@ def add_command(parsers: Any, common: argparse.ArgumentParser, noun: str, verb: 
         parser.usage_exit_code = EXIT_NOT_RUN  # 2 says that there are problems
     for argument in command.arguments:
         name = argument.strip("[]")
-        optional = {"nargs": "?", "default": None} if name != argument else {}
-        parser.add_argument(name, metavar=name.upper(), help=_ARGUMENT_HELP[argument], **optional)
+        number: dict[str, Any] = {"nargs": "?", "default": None} if name != argument else {}
+        if name == "addresses":
+            number = {"nargs": "+"}
+        metavar = "ADDRESS" if name == "addresses" else name.upper()
+        parser.add_argument(name, metavar=metavar, help=_ARGUMENT_HELP[argument], **number)
+    if noun == "aliases":
+        add_list_options(parser, verb)
+        add_file_options(parser, verb)
     if (noun, verb) == ("aliases", "add"):
         parser.add_argument("--replace", action="store_true", help="also when the address leads to another user now")
         parser.add_argument(
@@ -1693,6 +1881,22 @@ def add_command(parsers: Any, common: argparse.ArgumentParser, noun: str, verb: 
         parser.add_argument(
             "--expires", metavar="DATE", help="its last day, 2027-01-31, or a number of days from now, 90d; or never"
         )
+    add_other_options(parser, noun, verb)
+
+
+def add_other_options(parser: ArgumentParser, noun: str, verb: str) -> None:
+    """Add what the commands take that are neither about aliases nor about apps."""
+    if noun == "backup":
+        parser.add_argument("--replace", action="store_true", help="also when the file is there already")
+    if noun == "migrate-from-go":
+        parser.add_argument("--go-config", metavar="OLD", help="its config.yaml")
+        parser.add_argument("--new-config", metavar="NEW", help="where to write the same for this mailcloak, mode 0600")
+        parser.add_argument("--skip-bad", action="store_true", help="leave out bad rows, and say so")
+        parser.add_argument("--dry-run", action="store_true", help="only say what would come in")
+        parser.add_argument("--force", action="store_true", help="also what aliases add would refuse without it")
+    if noun == "db":
+        parser.set_defaults(force=True)  # what is stored by --force is no fault
+        parser.add_argument("--fix", action="store_true", help="correct what can be corrected without a doubt")
     if (noun, verb) == ("ask", "sender"):
         parser.add_argument("--user", metavar="NAME", default="", help="who has logged in: a username, an e-mail or an app")
         parser.add_argument(
@@ -1702,7 +1906,7 @@ def add_command(parsers: Any, common: argparse.ArgumentParser, noun: str, verb: 
         form = parser.add_mutually_exclusive_group()
         form.add_argument("--watch", action="store_true", help=f"again every {WATCH_SECONDS:.0f} seconds, in place, until Ctrl-C")
         need = "argument --prometheus: expected a FILE to replace, or - for standard output"
-        either = {"nargs": "?", "const": "", "type": lambda text: text or parser.error(need)}
+        either: dict[str, Any] = {"nargs": "?", "const": "", "type": lambda text: text or parser.error(need)}
         form.add_argument("--prometheus", metavar="FILE", help="write the metrics for Prometheus, - to standard output", **either)
     if noun == "doctor":
         parser.add_argument(
@@ -1714,6 +1918,51 @@ def add_command(parsers: Any, common: argparse.ArgumentParser, noun: str, verb: 
         parser.add_argument("--dovecot-config", metavar="FILE", help="Dovecot's configuration, else doveconf's own")
 
 
+def add_list_options(parser: argparse.ArgumentParser, verb: str) -> None:
+    """Add what aliases list and aliases move take."""
+    if verb == "move":
+        parser.add_argument("--force", action="store_true", help="also what aliases add would refuse without it")
+    if verb != "list":
+        return
+    parser.add_argument("--user", metavar="NAME", help="only aliases that lead to this user")
+    parser.add_argument("--domain", metavar="NAME", help="only aliases in this domain")
+    parser.add_argument("--disabled", action="store_true", help="only disabled aliases")
+    form = parser.add_mutually_exclusive_group()
+    form.add_argument("--quiet", action="store_true", help="only the addresses, without a heading")
+    form.add_argument("--count", action="store_true", help="only how many there are")
+
+
+def add_file_options(parser: argparse.ArgumentParser, verb: str) -> None:
+    """Add what the verbs take that read or write a file of aliases."""
+    if verb in ("export", "import", "sync"):
+        skipped = "what the format cannot hold" if verb == "export" else "bad lines"
+        formats, usernames = ("csv", "jsonl", "virtual", "postfixadmin"), ("local", "address")
+        parser.add_argument("--format", choices=formats, help="of the file, unless its name ends so; csv for -")
+        parser.add_argument(
+            "--usernames", choices=usernames, default="local", help="what a target in virtual and postfixadmin has of the username"
+        )
+        parser.add_argument("--skip-bad", action="store_true", help=f"leave out {skipped}, and say so")
+    if verb == "export":
+        parser.set_defaults(file="-")
+    if verb in ("import", "sync"):
+        parser.add_argument("--dry-run", action="store_true", help="only say what would change")
+        parser.add_argument(
+            "--max-change",
+            metavar="SHARE",
+            default="20%",
+            help="stop if more of the aliases would change or go (default: 20%%)",
+        )
+        parser.add_argument("--force", action="store_true", help="also what aliases add would refuse without it")
+        parser.add_argument("-v", "--verbose", action="store_true", help="say each change")
+    if verb == "sync":
+        parser.add_argument(
+            "--missing",
+            choices=("delete", "disable", "keep"),
+            default="delete",
+            help="what becomes of aliases that the file does not name (default: %(default)s)",
+        )
+
+
 def take_late_argument(options: argparse.Namespace, rest: Sequence[str]) -> None:
     """apps add APP_ID --json TOKEN: argparse lets an optional argument stand only directly after the one before it."""
     parser = options.parser
@@ -1721,8 +1970,11 @@ def take_late_argument(options: argparse.Namespace, rest: Sequence[str]) -> None
         near = mailcloak.near_miss(word.partition("=")[0], re.findall(r"--[a-z-]+", parser.format_help()))
         if near and word.startswith("--"):
             parser.error(f"unknown option {word.partition('=')[0]}{near}")
-    if options.noun == "flush" and options.address is None and len(rest) == 1 and not rest[0].startswith("-"):
-        options.address = rest[0]
+    late = {"flush ": ("address", None), "aliases export": ("file", "-"), "aliases list": ("glob", None)}.get(
+        f"{options.noun} {options.verb}"
+    )
+    if late and getattr(options, late[0]) == late[1] and len(rest) == 1 and not rest[0].startswith("-"):
+        setattr(options, late[0], rest[0])
         return
     if (options.noun, options.verb) != ("apps", "add"):
         parser.error("unrecognized arguments")
@@ -1770,7 +2022,7 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
         return run(argv, options)
     except KeyboardInterrupt:
         signal.signal(signal.SIGINT, signal.SIG_DFL)
-        say(f"mailcloakctl: interrupted{', no alias or app was changed' if options.noun in ('aliases', 'apps') else ''}")
+        say(f"mailcloakctl: interrupted{', no alias or app was changed' if options.noun in DATABASE_NOUNS else ''}")
         return EXIT_NOT_RUN if options.noun == "doctor" else EXIT_REFUSED
     finally:
         signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -1810,13 +2062,14 @@ def run(argv: Optional[Sequence[str]], options: argparse.Namespace) -> int:
     except mailcloak.ConfigError as exc:
         for problem in exc.problems:
             say(str(problem))
-        if options.noun in ("aliases", "apps"):
+        if options.noun in DATABASE_NOUNS:
             say("mailcloakctl: the configuration names the database; fix it, or name the database with --db")
         else:
             remedy = "fix it, name another with --config, or run this as root"
             say(f"mailcloakctl: the configuration names the daemon's sockets; {remedy}")
     except Refused as exc:
         say(f"mailcloakctl: {exc}")
+        return exc.exit_code
     except BrokenPipeError:  # the reader of our list has seen enough
         drop_output()
         return EXIT_DONE

@@ -11,7 +11,7 @@ _mailcloakctl() {
     COMPREPLY=()
     for ((index = 1; index < COMP_CWORD; index++)); do
         case ${COMP_WORDS[index]} in
-            --config | --db | --owner | --expires | --user | --method | --prometheus | --postfix-config | --dovecot-config) # and its value
+            --config | --db | --owner | --expires | --user | --method | --prometheus | --postfix-config | --dovecot-config | --format | --usernames | --max-change | --missing | --domain | --go-config | --new-config) # and its value
                 [[ ${COMP_WORDS[index]} != --config && ${COMP_WORDS[index]} != --db ]] || place=("${COMP_WORDS[index]}")
                 [[ ${COMP_WORDS[index + 1]} != = ]] || ((index++)) # bash makes three words of --db=FILE
                 ((index++))
@@ -23,24 +23,45 @@ _mailcloakctl() {
     done
     if [[ $cur == = ]]; then cur=''; elif [[ $prev == = ]]; then prev=${COMP_WORDS[COMP_CWORD - 2]}; fi
     case $prev in
-        --config | --db | --prometheus | --dovecot-config) compopt -o filenames 2>/dev/null; mapfile -t COMPREPLY < <(compgen -f -- "$cur"); return ;;
+        --config | --db | --prometheus | --dovecot-config | --go-config | --new-config) compopt -o filenames 2>/dev/null; mapfile -t COMPREPLY < <(compgen -f -- "$cur"); return ;;
         --postfix-config) compopt -o filenames 2>/dev/null; mapfile -t COMPREPLY < <(compgen -d -- "$cur"); return ;;
         --method) words='XOAUTH2 OAUTHBEARER PLAIN LOGIN' options='' command='' ;;
         --expires) words='never 30d 90d 365d' options='' command='' ;;
-        --owner | --user) return ;;
+        --format) words='csv jsonl virtual postfixadmin' options='' command='' ;;
+        --usernames) words='local address' options='' command='' ;;
+        --missing) words='delete disable keep' options='' command='' ;;
+        --owner | --user | --domain | --max-change) return ;;
     esac
     case $command in
-        '') [[ -n $words ]] || { words='aliases apps ask status doctor flush'; options+=' --version'; } ;;
-        aliases) words='add list del enable disable' ;;
+        '') [[ -n $words ]] || { words='aliases apps backup restore db migrate-from-go ask status doctor flush'; options+=' --version'; } ;;
+        aliases) words='add list show move del enable disable export import sync' ;;
         apps) words='add set list allow disallow del enable disable' ;;
+        db) words='check' ;;
         ask) words='recipient sender alias' ;;
         'aliases add'*) options+=' --replace --force' ;;
-        'aliases del' | 'aliases enable' | 'aliases disable') [[ $cur == -* ]] || words=$(_mailcloakctl_names aliases) ;;
+        'aliases move'*) options+=' --force' ;;
+        'aliases list'*) options+=' --user --domain --disabled --quiet --count' ;;
+        'aliases show' | 'aliases del'* | 'aliases enable'* | 'aliases disable'*) [[ $cur == -* ]] || words=$(_mailcloakctl_names aliases) ;;
+        'aliases export'* | 'aliases import'* | 'aliases sync'*)
+            options+=' --format --usernames --skip-bad'
+            [[ $command == 'aliases export'* ]] || options+=' --dry-run --max-change --force --verbose'
+            [[ $command != 'aliases sync'* ]] || options+=' --missing'
+            [[ $cur == -* ]] || { compopt -o filenames 2>/dev/null; mapfile -t COMPREPLY < <(compgen -f -- "$cur"); return; }
+            ;;
         'apps add'*) options+=' --token-stdin --generate --replace --force --owner --expires' ;;
         'apps set'*) options+=' --owner --expires' ;;&
         'apps set' | 'apps allow' | 'apps disallow' | 'apps del' | 'apps enable' | 'apps disable')
             [[ $cur == -* ]] || words=$(_mailcloakctl_names apps)
             ;;
+        backup* | restore*)
+            [[ $command != backup* ]] || options+=' --replace'
+            [[ $cur == -* ]] || { compopt -o filenames 2>/dev/null; mapfile -t COMPREPLY < <(compgen -f -- "$cur"); return; }
+            ;;
+        migrate-from-go*)
+            options+=' --go-config --new-config --skip-bad --dry-run --force'
+            [[ $cur == -* ]] || { compopt -o filenames 2>/dev/null; mapfile -t COMPREPLY < <(compgen -f -- "$cur"); return; }
+            ;;
+        'db check'*) options+=' --fix' ;;
         'ask sender'*) options+=' --user --method' ;;
         status*) options+=' --watch --prometheus' ;;
         doctor*) options+=' --postfix-config --dovecot-config' ;;

@@ -42,6 +42,7 @@ REAL_SERVERS = {
     "dovecot": ("dovecot doveadm", "dovecot-core dovecot-imapd dovecot-lmtpd dovecot-sqlite"),
     "keycloak": ("java mvn", "default-jre-headless maven"),
     "slapd": ("slapd slapadd", "slapd"),
+    "ldapsearch": ("ldapsearch", "ldap-utils"),
     "strace": ("strace", "strace"),
     "openrc": ("rc-service supervise-daemon", "openrc"),
     "systemd": ("systemd-socket-activate systemd-analyze", "systemd"),

@@ -300,7 +300,11 @@ def test_interrupt_shows_no_traceback_at_any_moment(change, milliseconds):
         (("--jsn", "aliases", "list"), "unknown option --jsn; did you mean '--json'?", 2),
         (("alias", "list"), "unknown word 'alias'; did you mean 'aliases'?", 2),
         (("aliases", "dell", "info@d1.test"), "unknown word 'dell'; did you mean 'del'?", 2),
-        (("aliases", "hunter2"), "unknown word, expected one of add, list, del, enable, disable", 2),
+        (
+            ("aliases", "hunter2"),
+            "unknown word, expected one of add, list, show, move, del, enable, disable, export, import, sync",
+            2,
+        ),
         (("doctor", "--jsn"), "unknown option --jsn; did you mean '--json'?", 3),
     ],
 )
@@ -329,31 +333,37 @@ def test_token_in_the_wrong_place_is_not_shown(tmp_path, arguments):
 # ---- syslog
 
 
-@pytest.mark.real("root")
-def test_each_change_is_a_line_in_syslog_without_a_token(short_dir):
-    path, database = short_dir / "dev-log", short_dir / "state.db"
+def noted_in_syslog(directory, *commands):
+    """What mailcloakctl writes to syslog when it runs these commands on one database, one line each."""
+    path, database = directory / "dev-log", directory / "state.db"
     lines = []
     with contextlib.closing(socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)) as syslog:
         syslog.bind(str(path))
         reader = threading.Thread(target=lambda: [lines.append(line) for line in iter(lambda: syslog.recv(2000), b"end")])
         reader.start()
-        for arguments in (
-            ("aliases", "add", "info@d1.test", "alice"),
-            ("aliases", "add", "info@d1.test", "alice"),  # is so already: no line
-            ("aliases", "add", "info@d1.test", "bob", "--replace"),
-            ("aliases", "disable", "info@d1.test"),
-            ("aliases", "del", "info@d1.test"),
-            ("aliases", "del", "info@d1.test"),  # refused: no line
-            ("apps", "add", "printer", TOKEN, "--owner", "al ice"),
-            ("apps", "allow", "printer", "<>"),
-            ("apps", "set", "printer", "--owner", ""),
-            ("apps", "disallow", "printer", "<>"),
-        ):
+        for arguments in commands:
             command = [sys.executable, ROOT / "mailcloakctl.py", "--db", database, *arguments]
             subprocess.run(in_own_dev(map(str, command), path), check=False, env={**os.environ, "SUDO_USER": "joe"}, timeout=60)
         socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM).sendto(b"end", str(path))
         reader.join(10)
-    found = [re.fullmatch(r"<21>\w+ +\d+ [\d:]+ mailcloakctl\[\d+\]: (.*)\0?\n?", line.decode())[1] for line in lines]
+    return [re.fullmatch(r"<21>\w+ +\d+ [\d:]+ mailcloakctl\[\d+\]: (.*)\0?\n?", line.decode())[1] for line in lines]
+
+
+@pytest.mark.real("root")
+def test_each_change_is_a_line_in_syslog_without_a_token(short_dir):
+    found = noted_in_syslog(
+        short_dir,
+        ("aliases", "add", "info@d1.test", "alice"),
+        ("aliases", "add", "info@d1.test", "alice"),  # is so already: no line
+        ("aliases", "add", "info@d1.test", "bob", "--replace"),
+        ("aliases", "disable", "info@d1.test"),
+        ("aliases", "del", "info@d1.test"),
+        ("aliases", "del", "info@d1.test"),  # refused: no line
+        ("apps", "add", "printer", TOKEN, "--owner", "al ice"),
+        ("apps", "allow", "printer", "<>"),
+        ("apps", "set", "printer", "--owner", ""),
+        ("apps", "disallow", "printer", "<>"),
+    )
     assert found == [
         f"{text} uid=0 sudo_user=joe"
         for text in (
@@ -367,4 +377,32 @@ def test_each_change_is_a_line_in_syslog_without_a_token(short_dir):
             "apps: set <printer> owner=none before=al\\x20ice",
             "apps: disallow <printer> sender=\\x3c\\x3e",
         )
+    ]
+
+
+@pytest.mark.real("root")
+def test_sync_writes_a_line_for_each_of_the_first_changes_and_one_for_all(short_dir):
+    few, many, copy = (short_dir / name for name in ("few.csv", "many.csv", "copy.db"))
+    few.write_text("a@d1.test,alice\nb@d1.test,bob,0\n")
+    many.write_text("a@d1.test,carol\n" + "".join(f"n{number:03}@d1.test,dora\n" for number in range(120)))
+    found = noted_in_syslog(
+        short_dir,
+        ("aliases", "import", few),
+        ("aliases", "import", few, "--dry-run"),  # changes nothing: no line
+        ("aliases", "import", few),
+        ("backup", copy),
+        ("aliases", "sync", many, "--missing", "disable"),
+        ("aliases", "move", "carol", "eve"),
+        ("restore", copy),
+    )
+    assert [line.removesuffix(" uid=0 sudo_user=joe") for line in found] == [
+        "aliases: import: add <a@d1.test> username=alice",
+        "aliases: import: add <b@d1.test> username=bob enabled=no",
+        f"aliases: import <{few}> added=2",
+        "aliases: sync: change <a@d1.test> username=carol before=alice",
+        *(f"aliases: sync: add <n{number:03}@d1.test> username=dora" for number in range(99)),
+        f"aliases: sync <{many}> changed=1 added=120",
+        "aliases: move: change <a@d1.test> username=eve before=carol",
+        "aliases: move <carol> changed=1",
+        f"restore <{copy}> rows=121",
     ]

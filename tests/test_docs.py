@@ -180,7 +180,7 @@ def test_licence_is_mit():
         'PROVIDED "AS IS", WITHOUT WARRANTY',
     ):
         assert part in text
-    for program in ("mailcloak.py", "mailcloakctl.py"):
+    for program in ("mailcloak.py", "mailcloakctl.py", "mailcloakdata.py"):
         assert "MIT licence" in "".join((ROOT / program).read_text(encoding="utf-8").splitlines()[:2])
 
 
@@ -202,9 +202,10 @@ OPTIONS = sorted(
 
 def test_commands_are_those_of_the_reference():
     assert [
-        *(f"aliases {verb}" for verb in ("add", "list", "del", "enable", "disable")),
+        *(f"aliases {verb}" for verb in ("add", "list", "show", "move", "del", "enable", "disable", "export", "import", "sync")),
         *(f"apps {verb}" for verb in ("add", "set", "list", "allow", "disallow", "del", "enable", "disable")),
         *(f"ask {verb}" for verb in ("recipient", "sender", "alias")),
+        "db check",
     ] == [verb for verb in VERBS if " " in verb]
     assert {"--config", "--db", "--json", "--replace", "--force", "--token-stdin", "--generate"} <= set(OPTIONS)
 

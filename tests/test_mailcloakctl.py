@@ -310,6 +310,136 @@ def test_change_of_what_does_not_exist_is_refused(filled, noun, name, verb):
     assert filled.refuses(noun, verb, name) == f"mailcloakctl: {noun}: {name} does not exist, {noun} list shows what does\n"
 
 
+@pytest.fixture
+def several(ctl):
+    """The command on a database with four aliases, one of them disabled."""
+    for address, username in (
+        ("info@d1.test", "alice"),
+        ("info@d2.test", "bob"),
+        ("old@d1.test", "alice"),
+        ("x1@d1.test", "Alice"),
+    ):
+        ctl.insert("aliases", address, username)
+    ctl("aliases", "disable", "old@d1.test")
+    return ctl
+
+
+@pytest.mark.parametrize(
+    ("options", "addresses"),
+    [
+        ([], ["info@d1.test", "info@d2.test", "old@d1.test", "x1@d1.test"]),
+        (["INFO@*"], ["info@d1.test", "info@d2.test"]),
+        (["--quiet", "x?@d1.test"], ["x1@d1.test"]),
+        (["--user", "ALICE"], ["info@d1.test", "old@d1.test", "x1@d1.test"]),
+        (["--domain", "D1.test."], ["info@d1.test", "old@d1.test", "x1@d1.test"]),
+        (["--domain", "1.test"], []),
+        (["--disabled"], ["old@d1.test"]),
+        (["--domain", "d1.test", "--user", "alice", "i*"], ["info@d1.test"]),
+    ],
+    ids=["all", "pattern", "pattern behind an option", "user", "domain", "end of a domain", "disabled", "several"],
+)
+def test_aliases_list_shows_what_all_filters_let_through(several, options, addresses):
+    quiet = [] if "--quiet" in options else ["--quiet"]
+    assert json.loads(several("aliases", "list", *options, *quiet, "--json").stdout) == addresses
+    assert several("aliases", "list", *options, *quiet).stdout == "".join(f"{address}\n" for address in addresses)
+    if quiet:
+        assert several("aliases", "list", *options, "--count").stdout == f"{len(addresses)}\n"
+        assert json.loads(several("aliases", "list", *options, "--count", "--json").stdout) == {"count": len(addresses)}
+        assert [row["alias_email"] for row in json.loads(several("aliases", "list", *options, "--json").stdout)] == addresses
+
+
+def test_aliases_show_shows_one_with_its_mailbox(several):
+    shown = several("aliases", "show", "X1@d1.test").stdout
+    assert re.search(r"^username +Alice$", shown, re.MULTILINE)
+    assert re.search(r"^mailbox +alice@d1.test$", shown, re.MULTILINE)
+    value = json.loads(several("aliases", "show", "old@d1.test", "--json").stdout)
+    assert (value["alias_email"], value["username"], value["enabled"], value["mailbox"]) == (
+        "old@d1.test",
+        "alice",
+        0,
+        "alice@d1.test",
+    )
+    assert several.refuses("aliases", "show", "absent@d1.test").endswith("does not exist, aliases list shows what does\n")
+
+
+def test_aliases_move_lets_all_of_a_user_lead_to_another(several):
+    result = several("aliases", "move", "alice", "Carol")
+    assert result.stderr == "aliases: 3 aliases now lead to carol: info@d1.test, old@d1.test, x1@d1.test\n"
+    assert several.aliases() == [
+        ("info@d1.test", "carol", 1),
+        ("info@d2.test", "bob", 1),
+        ("old@d1.test", "carol", 0),
+        ("x1@d1.test", "carol", 1),
+    ]
+    assert "no alias leads to alice" in several.refuses("aliases", "move", "alice", "carol")
+
+
+def test_aliases_move_that_forms_a_chain_is_refused_as_a_whole_unless_force(several):
+    several.insert("aliases", "carol@d1.test", "dora")
+    assert "name dora instead" in several.refuses("aliases", "move", "alice", "carol")
+    several("aliases", "move", "alice", "carol", "--force")
+    assert ("info@d1.test", "carol", 1) in several.aliases()
+
+
+def test_several_aliases_are_changed_together_or_not_at_all(several):
+    for verb in ("disable", "enable", "del"):
+        message = several.refuses("aliases", verb, "info@d1.test", "a@d1.test", "b@d1.test")
+        assert message == "mailcloakctl: aliases: a@d1.test, b@d1.test do not exist, aliases list shows what does\n"
+    result = several("aliases", "disable", "info@d1.test", "-", "old@d1.test", input="info@d2.test\n\n INFO@d1.test \n")
+    assert result.stderr == (
+        "aliases: info@d1.test disabled\naliases: info@d2.test disabled\naliases: old@d1.test is disabled already\n"
+    )
+    assert [row[2] for row in several.aliases()] == [0, 0, 0, 1]
+    several("aliases", "del", "-", input=several("aliases", "list", "--disabled", "--quiet").stdout)
+    assert [row[0] for row in several.aliases()] == ["x1@d1.test"]
+    result = run_ctl("--db", several.path, "aliases", "del", "-", input=b"x1@d1.test\xff\n", text=False, check=False)
+    assert (result.returncode, b"standard input is not UTF-8" in result.stderr) == (1, True)
+    assert len(several.aliases()) == 1
+
+
+ANSWERS = {
+    "aliases add": (["aliases", "add", "new@d1.test", "bob"], ["new@d1.test"], {"username": "bob", "before": None}),
+    "aliases add, as it is": (["aliases", "add", "info@d1.test", "alice"], [], {"username": "alice", "before": "alice"}),
+    "aliases disable": (["aliases", "disable", "info@d1.test"], ["info@d1.test"], {}),
+    "aliases enable, as it is": (["aliases", "enable", "info@d1.test"], [], {}),
+    "aliases del": (["aliases", "del", "info@d1.test"], ["info@d1.test"], {}),
+    "aliases move": (["aliases", "move", "alice", "bob"], ["info@d1.test"], {"username": "bob", "before": "alice"}),
+    "apps add": (["apps", "add", "shop", TOKEN], ["shop"], {}),
+    "apps set": (["apps", "set", "printer", "--owner", "bob"], ["printer"], {}),
+    "apps set, as it is": (["apps", "set", "printer", "--owner", ""], [], {}),
+    "apps allow": (["apps", "allow", "printer", "<>"], ["printer"], {"sender": ""}),
+    "apps allow, as it is": (["apps", "allow", "printer", "scan@d1.test"], [], {"sender": "scan@d1.test"}),
+    "apps disallow": (["apps", "disallow", "printer", "scan@d1.test"], ["printer"], {"sender": "scan@d1.test"}),
+    "apps disable": (["apps", "disable", "printer"], ["printer"], {}),
+    "apps del": (["apps", "del", "printer"], ["printer"], {}),
+}
+
+
+@pytest.mark.parametrize(("command", "changed", "values"), ANSWERS.values(), ids=ANSWERS)
+def test_command_that_changes_something_says_so_in_json(filled, command, changed, values):
+    before = filled.path.read_bytes()
+    result = filled(*command, "--json")
+    assert json.loads(result.stdout) == {"changed": bool(changed), command[0]: changed, **values}
+    assert (filled.path.read_bytes() != before) == bool(changed)
+
+
+def test_change_that_cannot_be_shown_is_done_and_says_so(filled):
+    with open("/dev/full", "w") as full:
+        result = run_ctl_process(
+            "--db",
+            str(filled.path),
+            "aliases",
+            "del",
+            "info@d1.test",
+            "--json",
+            capture_output=False,
+            stdout=full,
+            stderr=subprocess.PIPE,
+        )
+    assert (result.returncode, result.stderr) == (0, "warning: it is done, but cannot be shown: No space left on device\n")
+    assert filled.aliases() == []
+
+
 # ---- apps
 
 
@@ -744,10 +874,11 @@ USAGE_ERRORS = {
     "nothing": (),
     "no verb": ("aliases",),
     "unknown noun": ("users", "list"),
-    "unknown verb": ("aliases", "show"),
+    "unknown verb": ("aliases", "rename"),
     "unknown option": ("aliases", "list", "--yaml"),
     "argument missing": ("aliases", "add", "info@d1.test"),
-    "argument too many": ("aliases", "del", "info@d1.test", "alice"),
+    "argument too many": ("aliases", "show", "info@d1.test", "alice"),
+    "two forms of a list": ("aliases", "list", "--quiet", "--count"),
     "option of another verb": ("aliases", "del", "info@d1.test", "--force"),
     "option without value": ("aliases", "list", "--db"),
     "--config and --db": ("--config", "/no/such/file", "aliases", "list"),

@@ -285,7 +285,7 @@ def test_example_of_a_whole_file_is_good(tmp_path, monkeypatch):
 def commands():
     """Each command of the page: (head, body)."""
     found = {}
-    for title in ("Aliases", "Apps", "The running daemon", "The installation"):
+    for title in ("Aliases", "Apps", "The database", "The running daemon", "The installation"):
         for head, body in items(section("mailcloakctl.8", title)):
             words = head.split()
             depth = 2 if words[0] in {command.split()[0] for command in COMMANDS if " " in command} else 1

@@ -900,8 +900,17 @@ def test_doubtful_token_from_standard_input_is_not_shown(database, monkeypatch, 
     assert_hidden(output, TOKEN)
 
 
-GOOD_ARGUMENTS = {"address": "info@d1.test", "username": "alice", "app_id": "printer"}
-# Those without a verb, such as flush ADDRESS, may take the word for an address, and name it.
+GOOD_ARGUMENTS = {
+    "address": "info@d1.test",
+    "addresses": "info@d1.test",
+    "username": "alice",
+    "app_id": "printer",
+    "glob": "*@d1.test",
+    "old_user": "alice",
+    "new_user": "bob",
+    "file": "/absent/aliases.csv",
+}
+# Those without a verb, such as flush ADDRESS, and those that take several addresses may take the word for an address, and name it.
 COMMANDS = [(noun, verb) for noun, verbs in mailcloakctl.COMMANDS.items() for verb in verbs if verb]
 
 
@@ -912,9 +921,9 @@ def test_usage_error_shows_no_token(capfd, tmp_path, noun, verb, token):
     arguments = [GOOD_ARGUMENTS[argument.strip("[]")] for argument in mailcloakctl.COMMANDS[noun][verb].arguments]
     good = [noun, verb, *arguments]
     adds_token = (noun, verb) == ("apps", "add")
+    takes_more = "addresses" in mailcloakctl.COMMANDS[noun][verb].arguments
     mistakes = [
-        [*good, token, "too many"] if adds_token else [*good, token],
-        [*good, "too many", token],
+        *([] if takes_more else [[*good, token, "too many"] if adds_token else [*good, token], [*good, "too many", token]]),
         [*good, f"--token={token}"],
         [*good, "--token", token, token],
         [*good, f"--token-stdin={token}"],

@@ -1,0 +1,1489 @@
+# mailcloakdata: aliases as files, backups. MIT licence, see LICENSE.
+"""Aliases as files, and backups of the database: what these commands of mailcloakctl run, and no other command loads.
+
+  aliases export [FILE]    all aliases as a file, or on standard output
+  aliases import FILE      adds and changes what the file says, deletes nothing
+  aliases sync FILE        makes the aliases equal to the file; what it does not name is deleted (--missing)
+  aliases move OLD NEW     lets all aliases of one user lead to another
+
+A file is read to its end before anything is decided. One bad line stops the whole, unless --skip-bad; each is said with its number.
+What is read is compared with the database, and only rows that differ are written, in one transaction: a kill at any instant leaves
+the old state or the new, and where nothing differs nothing is written at all. The daemon reads on meanwhile. It waits for the commit
+alone, as for every commit.
+
+A file that would remove or change more than --max-change of the aliases stops with exit code 3: it may be a broken export.
+
+Formats (--format, else by the end of the file's name):
+  csv            alias,username[,enabled], a header if you like; enabled is 1 or 0, and 1 where it is not there
+  jsonl          a line of JSON for each: {"alias": "info@example.org", "username": "alice", "enabled": true}
+  virtual        virtual(5): an address and its target; it has no disabled aliases
+  postfixadmin   CSV with address,goto,active, as PostfixAdmin exports its aliases; other columns are not read
+The last two name mailboxes, not users. With --usernames local the username is the local part, and the target must be in the alias's
+own domain; with --usernames address the whole target is the username. An alias leads to one user: a line with several targets, or
+with one that is elsewhere, is a bad line.
+
+  backup FILE              a copy of the database, while others use it, checked, for its owner alone
+  restore FILE             checks a backup and makes the database equal to it, in one transaction: the file itself stays the same, so
+                           that a Dovecot that has it open reads on
+  db check                 damage, rows that belong to nothing, and names that are not as the daemon compares them; --fix corrects them
+
+  migrate-from-go FILE     takes over the aliases and apps of the Go program, and its configuration
+
+Contents: decisions (pure), formats (pure), files, comparing (in a database of its own, which is deleted when it is closed), the verbs
+of aliases, backups, the check, moving in from the Go program.
+"""
+
+from __future__ import annotations
+
+import collections
+import contextlib
+import csv
+import itertools
+import json
+import os
+import re
+import shutil
+import sqlite3
+import sys
+import tempfile
+import time
+import urllib.parse
+from collections.abc import Callable, Iterable, Iterator
+from typing import IO, Any, NamedTuple, Optional, TypeVar, cast
+
+import mailcloak
+import mailcloakctl as ctl
+
+MAX_LINE_BYTES = 65536  # of a line of a file; an alias with all its fields takes less than 1,000
+MAX_ASKED = 100  # changed aliases that are looked up in Keycloak one by one, and that get a line of their own in syslog
+FEW_ALIASES = 20  # so many are not worth a limit on changes
+BATCH_ROWS = 1000
+STAGING_CACHE_KIB = 16384
+PROGRESS_SECONDS = 1.0  # what takes longer is shown on a terminal
+PROGRESS_ITEMS = 4096  # between two looks at the clock
+
+Item = TypeVar("Item")
+
+# ---------------------------------------------------------------------------------------------------------------------------------
+# Decisions
+# From what is stored and what is wanted to what changes. Pure.
+# ---------------------------------------------------------------------------------------------------------------------------------
+
+
+class Row(NamedTuple):
+    """An alias as it is stored."""
+
+    address: str
+    username: str
+    enabled: int  # 1 or 0
+
+
+class Change(NamedTuple):
+    """What becomes of one alias. Both old values are None for one that is new, both new values for one that goes."""
+
+    address: str
+    old_username: Optional[str]
+    old_enabled: Optional[int]
+    username: Optional[str]
+    enabled: Optional[int]
+
+    @property
+    def kind(self) -> str:
+        """One of KINDS."""
+        if self.old_username is None:
+            return "add"
+        if self.username is None:
+            return "delete"
+        if self.username != self.old_username:
+            return "change"
+        return "enable" if self.enabled else "disable"
+
+    @property
+    def leads_elsewhere(self) -> bool:
+        """Does mail for the address go to another user than before?"""
+        return self.username is not None and self.username != self.old_username
+
+
+KINDS = {"add": "added", "change": "changed", "enable": "enabled", "disable": "disabled", "delete": "deleted"}
+
+
+def plan(stored: Iterable[Row], wanted: Iterable[Row], missing: str) -> Iterator[Change]:
+    """The changes that make what is stored what is wanted. Both are sorted by address, and hold each address once.
+
+    missing: what becomes of an alias that is stored and not wanted: "delete", "disable" or "keep".
+    """
+    stored, wanted = iter(stored), iter(wanted)
+    old, new = next(stored, None), next(wanted, None)
+    while old is not None or new is not None:
+        if old == new:
+            old, new = next(stored, None), next(wanted, None)
+        elif new is None or (old is not None and old[0] < new[0]):
+            address, username, enabled = cast(Row, old)
+            if missing == "delete":
+                yield Change(address, username, enabled, None, None)
+            elif missing == "disable" and enabled:
+                yield Change(address, username, enabled, username, 0)
+            old = next(stored, None)
+        elif old is None or new[0] < old[0]:
+            yield Change(new[0], None, None, new[1], new[2])
+            new = next(wanted, None)
+        else:
+            yield Change(old[0], old[1], old[2], new[1], new[2])
+            old, new = next(stored, None), next(wanted, None)
+
+
+def take_once(rows: Iterable[tuple[str, str, int, int]], report: Callable[[int, str], None]) -> Iterator[Row]:
+    """Each address once. rows: address, username, enabled and the number of the line, sorted by address and number.
+
+    A line that says again what an earlier one said is no fault; one that says something else is reported, and left out.
+    """
+    last, last_number = Row("", "", 0), 0
+    for address, username, enabled, number in rows:
+        row = (address, username, enabled)
+        if address != last[0]:
+            last, last_number = cast(Row, row), number
+            yield last
+        elif row != last:
+            leads = "leads to another user" if username != last[1] else "has another state"
+            report(number, f"{address} {leads} in line {last_number}; an alias leads to one user")
+
+
+def is_over_limit(counts: dict[str, int], stored: int, wanted: int, percent: float) -> bool:
+    """Do so many of the stored aliases change or go that the file may be a broken one? counts: of changes, by kind.
+
+    Of a few aliases each may change, but all of them do not go because a file is empty.
+    """
+    touched = sum(counts.values()) - counts.get("add", 0)
+    return touched > stored * percent / 100 and (stored > FEW_ALIASES or not wanted)
+
+
+# ---------------------------------------------------------------------------------------------------------------------------------
+# Formats
+# A line of text to the fields of an alias, and an alias to a line. Pure.
+# ---------------------------------------------------------------------------------------------------------------------------------
+
+ENABLED = {"1": 1, "yes": 1, "true": 1, "0": 0, "no": 0, "false": 0}
+
+
+def read_enabled(text: str) -> int:
+    """1 or 0; raises ValueError."""
+    try:
+        return ENABLED[text.lower()]
+    except KeyError:
+        raise ValueError(f"it says {text!r} where 1 or 0 (enabled or not) is expected; an alias leads to one user") from None
+
+
+def username_of(target: str, address: str, usernames: str) -> str:
+    """The username that a target of virtual(5) stands for; raises ValueError for one that is no user of ours.
+
+    usernames: "local" (the local part, of a target in the alias's own domain) or "address" (all of it).
+    """
+    target = target.strip(" \t,")
+    if re.search(r"[\s,]", target):
+        raise ValueError("it has several targets, and an alias leads to one user")
+    local_part, at_sign, domain = mailcloak.unquote_local_part(target).rpartition("@")
+    if not at_sign:
+        raise ValueError(f"its target {target!r} has no domain")
+    if usernames == "address":
+        return f"{local_part}@{domain}"
+    own = address.rpartition("@")[2]
+    if domain != own and mailcloak.domain_to_ascii(domain) != mailcloak.domain_to_ascii(own):
+        raise ValueError(f"its target {target!r} is not in the alias's own domain, and an external target is not supported")
+    return local_part
+
+
+def target_of(row: Row, usernames: str) -> str:
+    """The mailbox of an alias as virtual(5) names it; raises ValueError where another username would be read from it."""
+    target = mailcloak.format_mailbox(row[1], "", row[0].rpartition("@")[2])
+    if ("@" in row[1]) != (usernames == "address"):
+        other = "address" if usernames == "local" else "local"
+        raise ValueError(f"its username {row[1]!r} needs --usernames {other}")
+    with contextlib.suppress(ValueError):
+        if username_of(target, row[0], usernames) == row[1]:
+            return target
+    raise ValueError(f"its username {row[1]!r} cannot stand there")
+
+
+class Unreadable(ctl.Refused):
+    """The file as a whole cannot be read in this format."""
+
+
+class Format:
+    """One form of file; an object for each file that is read or written."""
+
+    head = ""  # what a file begins with
+    holds_all = True  # is there a line for each alias that may be stored?
+
+    def __init__(self, usernames: str) -> None:
+        self.usernames = usernames
+
+    def join(self, lines: Iterable[tuple[int, str]]) -> Iterable[tuple[int, str]]:
+        """The numbered lines, with each that goes on in the next one whole."""
+        return lines
+
+    def read(self, line: str) -> Optional[tuple[str, str, int]]:
+        """Address, username and enabled as they are written; None where the line has no alias. Raises ValueError with the reason."""
+        raise NotImplementedError
+
+    def write(self, row: Row) -> str:
+        """The line of an alias, with its end; raises ValueError with the reason why this format cannot hold it."""
+        raise NotImplementedError
+
+
+class Echo:
+    """A file for csv.writer whose writerow() returns what it writes."""
+
+    @staticmethod
+    def write(text: str) -> str:
+        """The text."""
+        return text
+
+
+class Csv(Format):
+    """Comma-separated values as Python's csv reads and writes them (RFC 4180), each alias on a line."""
+
+    head = "alias,username,enabled\n"
+    columns: tuple[dict[str, int], ...] = (  # each name that a column may have, with its place in what read() returns
+        {"alias": 0, "alias_email": 0, "address": 0, "username": 1, "enabled": 2},
+    )
+    takes_other_columns = False
+
+    def __init__(self, usernames: str) -> None:
+        super().__init__(usernames)
+        self._order: Optional[list[Optional[int]]] = None  # what stands in each column; None until the first line is read
+        self._least = 2  # so many columns must be there
+        self._writer: Any = csv.writer(cast(Any, Echo()), lineterminator="\n")
+
+    def read(self, line: str) -> Optional[tuple[str, str, int]]:
+        if not line.strip():
+            return None
+        try:
+            fields = line.split(",") if '"' not in line else next(csv.reader([line], strict=True))
+        except csv.Error as exc:
+            raise ValueError(f"it is not CSV: {exc}") from None
+        if self._order is None:
+            self._order = self._read_header(fields)
+            if "@" not in line:
+                return None
+        if not self._least <= len(fields) <= len(self._order):
+            raise ValueError(f"it has {ctl.counted(fields, 'field')}, expected {len(self._order)}; an alias leads to one user")
+        found = ["", "", "1"]
+        for place, field in zip(self._order, fields):
+            if place is not None:
+                found[place] = field.strip()
+        return self._checked(found[0], found[1], read_enabled(found[2]))
+
+    def _read_header(self, fields: list[str]) -> list[Optional[int]]:
+        if any("@" in field for field in fields):
+            return [0, 1, 2]
+        names = [field.strip().lower() for field in fields]
+        order = [self.columns[0].get(name) for name in names]
+        found = [place for place in order if place is not None]
+        unknown = [name for name, place in zip(names, order) if place is None and not self.takes_other_columns]
+        if not {0, 1} <= set(found) or len(set(found)) != len(found) or unknown:
+            raise Unreadable(f"its first line names the columns {','.join(names)!r}, expected {self.head.strip()}")
+        self._least = len(order)
+        return order
+
+    def _checked(self, address: str, username: str, enabled: int) -> tuple[str, str, int]:
+        return address, username, enabled
+
+    def write(self, row: Row) -> str:
+        return str(self._writer.writerow(row))
+
+
+class PostfixAdmin(Csv):
+    """What PostfixAdmin's list of aliases gives as CSV: its columns by their names or, in English, as they are shown."""
+
+    head, holds_all = "address,goto,active\n", False
+    columns = ({"address": 0, "alias": 0, "goto": 1, "to": 1, "active": 2},)
+    takes_other_columns = True
+
+    def _checked(self, address: str, username: str, enabled: int) -> tuple[str, str, int]:
+        return address, username_of(username, address, self.usernames), enabled
+
+    def write(self, row: Row) -> str:
+        return str(self._writer.writerow((row[0], target_of(row, self.usernames), row[2])))
+
+
+class JsonLines(Format):
+    """An object of JSON on each line."""
+
+    def read(self, line: str) -> Optional[tuple[str, str, int]]:
+        if not line.strip():
+            return None
+        try:
+            value = json.loads(line)
+        except (ValueError, RecursionError):
+            raise ValueError("it is not JSON") from None
+        if not isinstance(value, dict):
+            raise ValueError("it is not an object of JSON")
+        other = value.keys() - {"alias", "username", "enabled"}
+        if other:
+            raise ValueError(f"it has {sorted(other)[0]!r}, expected alias, username and enabled")
+        address, username, enabled = value.get("alias"), value.get("username"), value.get("enabled", True)
+        if not isinstance(address, str) or not isinstance(username, str):
+            raise ValueError("alias and username must both be there, each a text; an alias leads to one user")
+        if enabled not in (0, 1):
+            raise ValueError("enabled must be true or false")
+        return address, username, int(enabled)
+
+    def write(self, row: Row) -> str:
+        return json.dumps({"alias": row[0], "username": row[1], "enabled": bool(row[2])}) + "\n"
+
+
+class Virtual(Format):
+    """The text of a virtual alias table. Source: virtual(5), TABLE FORMAT."""
+
+    holds_all = False
+
+    def join(self, lines: Iterable[tuple[int, str]]) -> Iterable[tuple[int, str]]:
+        number, whole = 0, ""
+        for each, line in lines:
+            if not line.strip() or line.lstrip().startswith("#"):
+                continue
+            if line[0].isspace():
+                whole += line
+                if len(whole) > MAX_LINE_BYTES:
+                    raise Unreadable(f"line {number} goes on for more than {MAX_LINE_BYTES} characters")
+                continue
+            if whole:
+                yield number, whole
+            number, whole = each, line
+        if whole:
+            yield number, whole
+
+    def read(self, line: str) -> Optional[tuple[str, str, int]]:
+        if not line.strip() or line.lstrip().startswith("#"):
+            return None
+        address, _, target = line.strip().replace("\t", " ").partition(" ")
+        if not target:
+            raise ValueError("it has no target")
+        return address, username_of(target, address, self.usernames), 1
+
+    def write(self, row: Row) -> str:
+        if not row[2]:
+            raise ValueError("it is disabled, and this format has no disabled aliases")
+        line = f"{row[0]} {target_of(row, self.usernames)}"
+        if self.read(line) != row:
+            raise ValueError("it would be read as something else")
+        return line + "\n"
+
+
+FORMATS: dict[str, type[Format]] = {"csv": Csv, "jsonl": JsonLines, "virtual": Virtual, "postfixadmin": PostfixAdmin}
+
+
+def find_format(name: Optional[str], path: str, usernames: str) -> Format:
+    """The format that --format names, or the end of the file's name; CSV on standard input and output. Raises Refused."""
+    if not name:
+        name = "csv" if path == "-" else os.path.splitext(path)[1][1:]
+        if name not in FORMATS:
+            raise ctl.Refused(
+                f"aliases: the name {path!r} does not say which format this is, name it with --format {'|'.join(FORMATS)}"
+            )
+    return FORMATS[name](usernames)
+
+
+# ---------------------------------------------------------------------------------------------------------------------------------
+# Files
+# ---------------------------------------------------------------------------------------------------------------------------------
+
+
+def in_words(count: int, one: str, many: str) -> str:
+    """How many there are."""
+    return f"{count} {one if count == 1 else many}"
+
+
+def watch(items: Iterable[Item], what: str, share: Callable[[], float] = lambda: 0.0) -> Iterator[Item]:
+    """The items; on a terminal, how many there were and what share (0 to 1, 0 is unknown) that is, once it takes a while."""
+    began = next_time = time.monotonic() + PROGRESS_SECONDS
+    began -= PROGRESS_SECONDS
+    for count, item in enumerate(items, 1):
+        if not count % PROGRESS_ITEMS and time.monotonic() > next_time:
+            seconds, done = time.monotonic() - began, share()
+            left = f", {ctl.shown_seconds(seconds / done * (1 - done))} left" if done else ""
+            ctl.show_progress(f"aliases: {what}: {count:,}, {count / seconds:,.0f} a second{left}")
+            next_time += PROGRESS_SECONDS / 2
+        yield item
+    ctl.show_progress("")
+
+
+class Source:
+    """A file of aliases that is read once, line by line, "-" for standard input. Raises Refused where it is not whole."""
+
+    def __init__(self, path: str) -> None:
+        self.path = path
+        self.name = "standard input" if path == "-" else path
+        self._bytes = self._size = 0
+
+    def lines(self) -> Iterator[tuple[int, str]]:
+        """Each line with its number, without its end."""
+        try:
+            with contextlib.ExitStack() as stack:
+                file = sys.stdin.buffer if self.path == "-" else stack.enter_context(open(self.path, "rb"))
+                before = self._state(os.fstat(file.fileno()))
+                self._size = before[2]
+                yield from self._decode(file)
+                is_same = self.path == "-" or before == self._state(os.fstat(file.fileno())) == self._state(os.stat(self.path))
+        except OSError as exc:
+            raise self.refuse(f"it cannot be read: {exc.strerror}") from exc
+        if not is_same:
+            raise self.refuse("it has changed while it was read, try again when it is whole")
+
+    def share(self) -> float:
+        """How much of the file has been read, from 0 to 1; 0 where its size is not known."""
+        return self._bytes / self._size if self._size else 0.0
+
+    def refuse(self, text: str) -> ctl.Refused:
+        """The error for the whole file."""
+        return ctl.Refused(f"aliases: {self.name}: {text}; nothing was changed")
+
+    @staticmethod
+    def _state(status: os.stat_result) -> tuple[int, ...]:
+        return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
+
+    def _decode(self, file: IO[bytes]) -> Iterator[tuple[int, str]]:
+        for number, raw in enumerate(iter(lambda: file.readline(MAX_LINE_BYTES), b""), 1):
+            self._bytes += len(raw)
+            try:
+                line = raw.decode("utf-8-sig" if number == 1 else "utf-8")
+            except UnicodeDecodeError:
+                raise self.refuse(f"line {number} is not UTF-8, save the file as UTF-8") from None
+            if not line.endswith("\n"):
+                long = f"line {number} is longer than {MAX_LINE_BYTES} bytes"
+                cut = f"its last line, {number}, has no end: it may have been cut"
+                raise self.refuse(long if len(raw) == MAX_LINE_BYTES else cut)
+            yield number, line.rstrip("\r\n")
+
+
+class Problems:
+    """Bad lines: each is said at once, and counted."""
+
+    def __init__(self, name: str, unit: str = "line") -> None:
+        self.name, self.unit, self.count = name, unit, 0
+
+    def report(self, number: int, reason: str) -> None:
+        """Say what is wrong with a line."""
+        ctl.show_progress("")
+        ctl.say(f"aliases: {self.name}: {self.unit} {number}: {reason}")
+        self.count += 1
+
+    def stop(self, *, skip: bool) -> None:
+        """Raise Refused if there were any, and they may not be left out."""
+        if self.count and not skip:
+            raise ctl.Refused(
+                f"aliases: {self.name}: {in_words(self.count, f'{self.unit} is', f'{self.unit}s are')} bad, nothing was changed; correct them, or leave them out with --skip-bad"
+            )
+
+
+def read_aliases(
+    lines: Iterable[tuple[int, str]],
+    form: Format,
+    check: Callable[[str, str], tuple[str, str]],
+    report: Callable[[int, str], None],
+) -> Iterator[tuple[str, str, int, int]]:
+    """Address, username, enabled and line of each alias. check: makes both of the form in which they are stored, or raises Refused.
+
+    A bad line is reported, and left out.
+    """
+    for number, line in form.join(lines):
+        try:
+            fields = form.read(line)
+            if fields:
+                yield (*check(fields[0], fields[1]), fields[2], number)
+        except Unreadable:
+            raise
+        except (ValueError, ctl.Refused) as exc:
+            report(number, str(exc).removeprefix("aliases: "))
+
+
+@contextlib.contextmanager
+def replacing(path: str, mode: int, *, replace: bool = True) -> Iterator[str]:
+    """The path of a new file beside path, that takes its place at the end: a reader sees all of the old or all of the new.
+
+    Raises OSError; FileExistsError where there is a file already and it may not be replaced.
+    """
+    descriptor, new = tempfile.mkstemp(dir=os.path.dirname(os.path.abspath(path)), prefix=".mailcloak-")
+    try:
+        os.fchmod(descriptor, mode)
+        yield new
+        os.fsync(descriptor)
+        (os.rename if replace else os.link)(new, path)
+    finally:
+        os.close(descriptor)
+        for left in (new, f"{new}-journal"):
+            with contextlib.suppress(FileNotFoundError):  # it has been renamed
+                os.unlink(left)
+
+
+# ---------------------------------------------------------------------------------------------------------------------------------
+# Comparing
+# What was read, and what is to change, wait in a database of their own in a temporary file, which nobody else can see: a million
+# aliases need little memory, and the mail host's database is locked for the shortest time.
+# ---------------------------------------------------------------------------------------------------------------------------------
+
+STAGING = """
+PRAGMA journal_mode = OFF;
+PRAGMA synchronous = OFF;
+PRAGMA cache_size = -{kib};
+CREATE TABLE wanted (address TEXT, username TEXT, enabled INTEGER, line INTEGER);
+CREATE TABLE changes (address TEXT, old_username TEXT, old_enabled INTEGER, username TEXT, enabled INTEGER);
+CREATE TABLE stored (address TEXT, username TEXT, enabled INTEGER);
+CREATE TABLE lines (line TEXT);
+BEGIN;
+"""
+SELECT_STORED = "SELECT alias_email, username, enabled FROM aliases WHERE typeof(alias_email) = 'text' ORDER BY alias_email"
+
+
+def open_staging() -> sqlite3.Connection:
+    """An empty database in a temporary file, gone when it is closed. Its one transaction is never committed."""
+    staging = sqlite3.connect("", isolation_level=None)
+    staging.executescript(STAGING.format(kib=STAGING_CACHE_KIB))
+    return staging
+
+
+def rows_of(database: sqlite3.Connection, select: str) -> Iterator[Any]:
+    """Plain tuples, one after the other."""
+    cursor = database.cursor()
+    cursor.row_factory = None
+    return cursor.execute(select)
+
+
+@contextlib.contextmanager
+def reading(database: sqlite3.Connection) -> Iterator[None]:
+    """One state of the database, whatever others do meanwhile.
+
+    With the lock of a writer where this user may have it: another writer that waited for a mere reader would keep new readers, such
+    as the daemon, waiting as well.
+    """
+    try:
+        ctl.patiently(lambda: database.execute("BEGIN IMMEDIATE"))
+    except sqlite3.OperationalError as exc:
+        if mailcloak.sqlite_fault(exc) != "readonly":
+            raise
+        database.execute("BEGIN")
+    try:
+        yield
+    finally:
+        if database.in_transaction:
+            database.execute("ROLLBACK")
+
+
+def find_database(context: ctl.Context) -> sqlite3.Connection:
+    """The database; for a dry run where there is none yet, an empty one in memory."""
+    if context.options.dry_run and not os.path.lexists(context.path):
+        context.database = sqlite3.connect(":memory:", isolation_level=None)
+        context.database.row_factory = sqlite3.Row
+        context.database.executescript(mailcloak.SCHEMA)
+    return context.database
+
+
+def data_version(database: sqlite3.Connection) -> int:
+    """A number that changes with each commit of another connection. Source: SQLite, PRAGMA data_version."""
+    return int(database.execute("PRAGMA data_version").fetchone()[0])
+
+
+def check_names(context: ctl.Context, address: str, username: str) -> tuple[str, str]:
+    """Both as they may be stored, by the rules of aliases add; raises Refused."""
+    address, username = ctl.read_address(address), ctl.read_username(username)
+    ctl.refuse_names(context, address, username)
+    return address, username
+
+
+def load(staging: sqlite3.Connection, context: ctl.Context, source: Source, form: Format, problems: Problems) -> int:
+    """Read the file into the table wanted; how many aliases it has. Raises Refused where it is not whole."""
+    foreign: collections.Counter[str] = collections.Counter()
+    policy = context.policy
+
+    def check(address: str, username: str) -> tuple[str, str]:
+        address, username = check_names(context, address, username)
+        domain = address.rpartition("@")[2]
+        if policy and domain not in policy.domain:
+            foreign[domain] += 1
+        return address, username
+
+    lines = watch(source.lines(), "lines read", source.share)
+    try:
+        staging.executemany("INSERT INTO wanted VALUES (?, ?, ?, ?)", read_aliases(lines, form, check, problems.report))
+    except Unreadable as exc:
+        raise source.refuse(str(exc)) from None
+    for domain, count in foreign.most_common(ctl.SHOWN_ITEMS):
+        ctl.say(
+            f"warning: {in_words(count, 'alias', 'aliases')} in {domain}, which is not in policy.domain: such an alias leads nowhere"
+        )
+    return int(staging.execute("SELECT count(*) FROM wanted").fetchone()[0])
+
+
+def compare(
+    staging: sqlite3.Connection, database: sqlite3.Connection, problems: Problems, missing: str
+) -> tuple[dict[str, int], int]:
+    """Fill the table changes. How many changes there are of each kind, and how many aliases are stored."""
+    counts: collections.Counter[str] = collections.Counter()
+
+    def counted(changes: Iterator[Change]) -> Iterator[Change]:
+        for change in changes:
+            counts[change.kind] += 1
+            yield change
+
+    wanted = rows_of(staging, "SELECT address, username, enabled, line FROM wanted ORDER BY address, line")
+    with reading(database):
+        stored = int(database.execute("SELECT count(*) FROM aliases").fetchone()[0])
+        rows = watch(rows_of(database, SELECT_STORED), "compared", lambda: 0.0)
+        changes = counted(plan(rows, take_once(wanted, problems.report), missing))
+        staging.executemany("INSERT INTO changes VALUES (?, ?, ?, ?, ?)", changes)
+    return dict(counts), stored
+
+
+def read_changes(staging: sqlite3.Connection) -> Iterator[Change]:
+    """The table changes, sorted by address."""
+    return map(Change._make, rows_of(staging, "SELECT * FROM changes ORDER BY rowid"))
+
+
+def apply(database: sqlite3.Connection, changes: Iterable[Change]) -> None:
+    """Make the changes, in the transaction that is open."""
+    changes = iter(changes)
+    while batch := list(itertools.islice(changes, BATCH_ROWS)):
+        database.executemany("DELETE FROM aliases WHERE alias_email = ?", [(each[0],) for each in batch if each[3] is None])
+        database.executemany(
+            "INSERT INTO aliases (alias_email, username, enabled) VALUES (?, ?, ?) ON CONFLICT (alias_email) DO UPDATE"
+            " SET username = excluded.username, enabled = excluded.enabled, updated_at = excluded.updated_at",
+            [(each[0], each[3], each[4]) for each in batch if each[3] is not None],
+        )
+
+
+# ---------------------------------------------------------------------------------------------------------------------------------
+# The verbs of aliases
+# ---------------------------------------------------------------------------------------------------------------------------------
+
+
+class DryRun(Exception):
+    """All was tried, and is to be taken back."""
+
+
+def aliases_import(context: ctl.Context) -> None:
+    """Add and change what the file says."""
+    make_so(context, "keep")
+
+
+def aliases_sync(context: ctl.Context) -> None:
+    """Make the aliases equal to the file."""
+    make_so(context, context.options.missing)
+
+
+def make_so(context: ctl.Context, missing: str) -> None:
+    """Read, compare, check, write, tell. Raises Refused, OverLimit; then nothing was changed."""
+    options = context.options
+    percent, form, source = (
+        read_share(options.max_change),
+        find_format(options.format, options.file, options.usernames),
+        Source(options.file),
+    )
+    problems = Problems(source.name)
+    with contextlib.closing(open_staging()) as staging:
+        wanted = load(staging, context, source, form, problems)
+        problems.stop(skip=options.skip_bad)
+        database = find_database(context)
+        version = data_version(database)
+        counts, stored = compare(staging, database, problems, missing)
+        problems.stop(skip=options.skip_bad)
+        if is_over_limit(counts, stored, wanted, percent):
+            if options.dry_run:
+                tell(context, staging, counts, stored, problems.count)
+            raise over_limit(options, counts, stored)
+        elsewhere = (
+            [change for change in read_changes(staging) if change.leads_elsewhere] if sum(counts.values()) <= MAX_ASKED else None
+        )
+        ask_about(context, elsewhere)
+        if counts:
+            with contextlib.suppress(DryRun):
+                write(context, staging, version, elsewhere)
+        tell(context, staging, counts, stored, problems.count)
+
+
+def read_share(text: str) -> float:
+    """The percentage of --max-change; raises Refused."""
+    found = re.fullmatch(r"([0-9]{1,3}(?:\.[0-9]+)?)%?", text, re.ASCII)
+    if not found or float(found[1]) > 100:
+        raise ctl.Refused(f"aliases: --max-change {text}: expected a share such as 20%, at most 100%")
+    return float(found[1])
+
+
+def over_limit(options: Any, counts: dict[str, int], stored: int) -> ctl.OverLimit:
+    """What the limit stopped, and how to let it pass."""
+    touched = ", ".join(f"{counts[kind]} {KINDS[kind]}" for kind in KINDS if counts.get(kind) and kind != "add")
+    return ctl.OverLimit(
+        f"aliases: {options.verb}: of {stored} aliases {touched}: more than --max-change {options.max_change}, nothing was changed;"
+        " look with --dry-run -v, and if this is right, allow it with --max-change 100%"
+    )
+
+
+def ask_about(context: ctl.Context, elsewhere: Optional[list[Change]]) -> None:
+    """Look up in Keycloak the aliases that are new or lead elsewhere; None: too many of them. Raises Refused as aliases add does."""
+    if elsewhere is None:
+        ctl.say(
+            f"warning: more than {MAX_ASKED} changes: the daemon was not asked about them, and aliases of aliases were not looked for;"
+            " mailcloakctl doctor does both for all aliases"
+        )
+        return
+
+    def ask() -> list[tuple[list[str], dict[str, str]]]:
+        return [ctl.ask_keycloak(context, change.address, str(change.username)) for change in changes]
+
+    changes = elsewhere
+    answers = ctl.look_up(context, f"{ctl.counted(changes, 'alias', 'aliases')} were", ask) if changes else None
+    logins = {}
+    for change, (others, login) in zip(changes, answers or ()):
+        ctl.refuse_holders(context, change.address, others)
+        logins[str(change.username)] = login
+    for username, login in logins.items():
+        ctl.warn_of_login(username, login)
+
+
+def write(
+    context: ctl.Context,
+    staging: sqlite3.Connection,
+    version: int,
+    elsewhere: Optional[list[Change]],
+    write_others: Callable[[], object] = lambda: None,
+) -> None:
+    """Make the changes in one transaction, with others that belong to them. Raises DryRun where this is one; Refused where the database is not what was compared."""
+    database, options = context.database, context.options
+    # what does not fit the cache would be written before the commit, with all readers locked out
+    database.execute("PRAGMA cache_spill = OFF")
+    with ctl.transaction(database):
+        if data_version(database) != version:
+            raise ctl.Refused("aliases: another program has changed the database meanwhile; nothing was changed, try again")
+        if not options.dry_run or elsewhere is not None:
+            apply(database, watch(read_changes(staging), "changes made"))
+            write_others()
+        for change in elsewhere or () if not options.force else ():
+            ctl.refuse_chain(context, change.address, str(change.username))
+        if options.dry_run:
+            raise DryRun
+
+
+def tell(context: ctl.Context, staging: sqlite3.Connection, counts: dict[str, int], stored: int, skipped: int) -> None:
+    """Print what was changed, or would be; note it in syslog where it was."""
+    options = context.options
+
+    def show() -> None:
+        report(options, staging, counts, stored, skipped)
+
+    if not counts or options.dry_run:
+        show()
+        return
+    note(f"aliases: {options.verb}", read_changes(staging), options.file, counts)
+    ctl.print_done(show)
+
+
+def report(options: Any, staging: sqlite3.Connection, counts: dict[str, int], stored: int, skipped: int) -> None:
+    """Print the summary of an import or a sync, with each change if that is wanted."""
+    numbers = {word: counts.get(kind, 0) for kind, word in KINDS.items()}
+    unchanged = stored - sum(counts.values()) + counts.get("add", 0)
+    if options.json:
+        changed = bool(counts) and not options.dry_run
+        head = {"changed": changed, "dry_run": options.dry_run, "counts": {**numbers, "unchanged": unchanged, "skipped": skipped}}
+        print_as_json(head, read_changes(staging))
+        return
+    if options.verbose:
+        for change in read_changes(staging):
+            print(ctl.shown_text(describe(change)))
+    would = "would be " if options.dry_run else ""
+    parts = [f"{number} {would}{word}" for word, number in numbers.items() if number]
+    skipped_part = [f"{in_words(skipped, 'bad line', 'bad lines')} left out"] if skipped else []
+    print(f"aliases: {', '.join([*(parts or ['nothing to change']), f'{unchanged} unchanged', *skipped_part])}")
+
+
+def describe(change: Change) -> str:
+    """One change in words."""
+    if change.kind == "change":
+        state = "" if change.enabled == change.old_enabled else ", enabled" if change.enabled else ", disabled"
+        return f"change {change.address} {change.old_username} -> {change.username}{state}"
+    state = ", disabled" if change.kind == "add" and not change.enabled else ""
+    return f"{change.kind} {change.address} {change.username or change.old_username}{state}"
+
+
+def print_as_json(head: dict[str, Any], changes: Iterable[Change]) -> None:
+    """One object: the head, and "changes" with the old and the new value of each; one after the other, since they may be a million."""
+    print(json.dumps(head)[:-1] + ', "changes": [', end="")
+    separator = "\n  "
+    for address, *values in changes:
+        old, new = (
+            None if username is None else {"username": username, "enabled": enabled}
+            for username, enabled in (values[:2], values[2:])
+        )
+        print(separator + json.dumps({"alias": address, "old": old, "new": new}), end="")
+        separator = ",\n  "
+    print("]}")
+
+
+def note(event: str, changes: Iterable[Change], subject: str, counts: dict[str, int]) -> None:
+    """A line in syslog for each of the first changes, and one for all of them."""
+    for change in itertools.islice(changes, MAX_ASKED):
+        values = {"username": change.username, "before": change.old_username}
+        if change.username is not None and change.enabled != (1 if change.old_enabled is None else change.old_enabled):
+            values["enabled"] = "yes" if change.enabled else "no"
+        ctl.note_change(f"{event}: {change.kind}", change.address, **values)
+    ctl.note_change(event, subject, **{KINDS[kind]: number for kind, number in counts.items()})
+
+
+def aliases_move(context: ctl.Context) -> None:
+    """Let all aliases of a user lead to another."""
+    options, database = context.options, context.database
+    old, new = ctl.read_username(options.old_user), ctl.read_username(options.new_user)
+    select = "SELECT alias_email, username, enabled FROM aliases WHERE lower(username) = ? ORDER BY alias_email"
+
+    def find() -> list[Change]:
+        rows = database.execute(select, (old,)).fetchall()
+        return [Change(row[0], row[1], row[2], new, row[2]) for row in rows if row[1] != new]
+
+    changes = ctl.patiently(find)
+    if not changes:
+        raise ctl.Refused(f"aliases: no alias leads to {old}, aliases list shows who has any")
+    for change in changes:
+        ctl.refuse_names(context, change.address, new)
+    asked = changes if len(changes) <= MAX_ASKED else None
+    ask_about(context, asked)
+    with ctl.transaction(database):
+        if find() != changes:
+            raise ctl.Refused("aliases: another program has changed them meanwhile; nothing was changed, try again")
+        apply(database, changes)
+        for change in asked or () if not options.force else ():
+            ctl.refuse_chain(context, change.address, new)
+    note("aliases: move", changes, old, {"change": len(changes)})
+    addresses = [change.address for change in changes]
+    lead = in_words(len(changes), "alias now leads", "aliases now lead")
+    ctl.answer(context, addresses, f"aliases: {lead} to {new}: {ctl.shorten(addresses)}", username=new, before=old)
+
+
+def aliases_export(context: ctl.Context) -> None:
+    """Write all aliases to a file, or to standard output."""
+    options = context.options
+    form = find_format(options.format, options.file, options.usernames)
+    database = context.database
+    with contextlib.closing(open_staging()) as staging:
+        with reading(database):  # and not longer: who reads our output may be slow
+            staging.executemany("INSERT INTO stored VALUES (?, ?, ?)", rows_of(database, SELECT_STORED))
+        rows = watch(rows_of(staging, "SELECT * FROM stored ORDER BY rowid"), "written")
+        lines = map(form.write, rows) if form.holds_all else hold(staging, form, rows, skip=options.skip_bad)
+        lines = itertools.chain([form.head], lines)
+        if options.file == "-":
+            write_lines(lines, sys.stdout.buffer)
+            return
+        umask = os.umask(0)
+        os.umask(umask)
+        try:
+            with replacing(options.file, 0o666 & ~umask) as new, open(new, "wb") as file:
+                write_lines(lines, file)
+        except OSError as exc:
+            raise ctl.Refused(f"aliases: {options.file!r} cannot be written: {exc.strerror}; what was there stays") from exc
+
+
+def hold(staging: sqlite3.Connection, form: Format, rows: Iterable[Row], *, skip: bool) -> Iterator[str]:
+    """The lines of a format that may not hold all aliases, all of them made before the first is given.
+
+    Which it cannot hold is said; raises Refused where there are any, unless they may be left out.
+    """
+    left_out = 0
+
+    def lines() -> Iterator[tuple[str]]:
+        nonlocal left_out
+        for row in rows:
+            try:
+                yield (form.write(row),)
+            except ValueError as exc:
+                ctl.say(f"aliases: {row[0]} cannot be in this file: {exc}")
+                left_out += 1
+
+    staging.executemany("INSERT INTO lines VALUES (?)", lines())
+    if left_out and not skip:
+        raise ctl.Refused(
+            f"aliases: {left_out} cannot be in this file, nothing was written; use another --format, or leave them out with --skip-bad"
+        )
+    return (line for (line,) in rows_of(staging, "SELECT line FROM lines ORDER BY rowid"))
+
+
+def write_lines(lines: Iterator[str], file: IO[bytes]) -> None:
+    """Write the lines as UTF-8, many at a time."""
+    while batch := list(itertools.islice(lines, BATCH_ROWS)):
+        file.write("".join(batch).encode())
+    file.flush()
+
+
+# ---------------------------------------------------------------------------------------------------------------------------------
+# Backups
+# ---------------------------------------------------------------------------------------------------------------------------------
+
+BACKUP_PAGES = 5000  # copied at a time; between two of these steps others may write
+KEYS = {
+    "aliases": ("alias_email",),
+    "apps": ("app_id",),
+    "app_from": ("app_id", "from_addr"),
+}  # the tables, a parent before its child
+
+
+def tell_numbers(context: ctl.Context, database: sqlite3.Connection, text: str, **values: Any) -> None:
+    """Print what was done, and how many aliases and apps there are now."""
+    numbers = {name: int(database.execute(f"SELECT count(*) FROM {name}").fetchone()[0]) for name in ("aliases", "apps")}  # noqa: S608
+
+    def show() -> None:
+        if context.options.json:
+            ctl.print_json({**values, **numbers})
+        else:
+            aliases, apps = in_words(numbers["aliases"], "alias", "aliases"), in_words(numbers["apps"], "app", "apps")
+            print(f"{context.options.noun}: {text}: {aliases}, {apps}")
+
+    ctl.print_done(show)
+
+
+def check_whole(database: sqlite3.Connection, name: str) -> None:
+    """Raise Refused where SQLite finds the file damaged."""
+    found = [str(row[0]) for row in database.execute("PRAGMA quick_check(1)")]
+    if found != ["ok"]:
+        raise ctl.Refused(f"{name} is damaged: {found[0]}", "mailcloakctl db check says more; use another backup")
+
+
+def backup(context: ctl.Context) -> None:
+    """Copy the database to a new file."""
+    options, database = context.options, context.database
+    path = os.path.abspath(options.file)
+    if os.path.lexists(path) and not options.replace:
+        raise ctl.Refused(f"backup: {path!r} is there already, --replace replaces it")
+    if os.path.exists(path) and os.path.samefile(path, context.path):
+        raise ctl.Refused(f"backup: {path!r} is the database itself, name another file")
+    try:
+        with replacing(path, 0o600, replace=options.replace) as new, contextlib.closing(sqlite3.connect(new)) as copy:
+            database.backup(copy, pages=BACKUP_PAGES)
+            copy.execute("PRAGMA journal_mode = DELETE")  # also where the database is in WAL mode: one file has all of it
+            check_whole(copy, "backup: the copy")
+    except FileExistsError:
+        raise ctl.Refused(f"backup: {path!r} is there now, --replace replaces it") from None
+    except OSError as exc:
+        raise ctl.Refused(f"backup: {path!r} cannot be written: {exc.strerror}; what was there stays") from exc
+    tell_numbers(context, database, f"{path} written", file=path)
+
+
+def restore(context: ctl.Context) -> None:
+    """Make the database what a backup says."""
+    path = os.path.abspath(context.options.file)
+    check_backup(path)
+    target = context.path
+    if os.path.exists(target) and os.path.samefile(path, target):
+        raise ctl.Refused(f"restore: {path!r} is the database itself, name a backup")
+    try:
+        if not os.path.lexists(target):
+            restore_new(context, path)
+        elif os.stat(target).st_size == 0:  # SQLite takes it for a database without tables
+            with contextlib.closing(mailcloak.connect_database(target, ctl.INTERRUPT_SECONDS)) as database:
+                restore_into(context, database, path)
+        else:
+            restore_into(context, context.database, path)
+    except mailcloak.SQLITE_ERRORS as exc:
+        raise damaged(context, exc) from exc
+    except ctl.Refused as exc:
+        if mailcloak.sqlite_fault(exc) == "damaged":
+            raise damaged(context, exc) from exc
+        raise
+
+
+def damaged(context: ctl.Context, exc: BaseException) -> ctl.Refused:
+    """What to do where SQLite cannot write the rows into the file that is there."""
+    if mailcloak.sqlite_fault(exc) != "damaged":
+        return ctl.Refused(
+            f"restore: {mailcloak.describe_sqlite(exc)}, nothing was changed", ctl.database_remedy(exc, context.path)
+        )
+    move = f"stop mailcloak and Dovecot, move {context.path} away, run this again, and start them"
+    return ctl.Refused(f"restore: the database itself is damaged ({mailcloak.describe_sqlite(exc)}), nothing was changed", move)
+
+
+def check_backup(path: str) -> None:
+    """Raise Refused for a file that is no whole database of mailcloak, or of a newer one."""
+    try:
+        os.stat(path)
+        with contextlib.closing(open_readonly(path)) as database:
+            check_whole(database, f"restore: {path!r}")
+            version = database.execute("PRAGMA user_version").fetchone()[0]
+            tables = {row[0] for row in database.execute("SELECT name FROM sqlite_master WHERE type = 'table'")}
+    except OSError as exc:
+        raise ctl.Refused(f"restore: {path!r}: {exc.strerror}") from exc
+    except mailcloak.SQLITE_ERRORS as exc:
+        raise ctl.Refused(f"restore: {path!r} cannot be read: {mailcloak.describe_sqlite(exc)}", "use another backup") from exc
+    if version > mailcloak.SCHEMA_VERSION:
+        text = f"restore: {path!r} has schema version {version}, this mailcloak knows {mailcloak.SCHEMA_VERSION}"
+        raise ctl.Refused(text, "install the newer one first")
+    if not version or not set(KEYS) <= tables:
+        raise ctl.Refused(f"restore: {path!r} is no database of mailcloak, name a file that backup has written")
+
+
+def open_readonly(path: str) -> sqlite3.Connection:
+    """A connection that changes nothing, for a file that nobody else uses; raises sqlite3.Error."""
+    return sqlite3.connect(readonly_uri(path), uri=True, isolation_level=None)
+
+
+def readonly_uri(path: str) -> str:
+    """The name by which SQLite opens a file for reading alone."""
+    return f"file:{urllib.parse.quote(os.fsencode(path))}?mode=ro"
+
+
+def restore_new(context: ctl.Context, path: str) -> None:
+    """Make the database, which is missing: nobody sees it before all is in it."""
+    target = context.path
+    new = f"{target}.restored-{os.getpid()}"
+    status = os.stat(os.path.dirname(target))
+    as_owner = mailcloak.acting_as(status.st_uid, status.st_gid) if os.geteuid() == 0 else contextlib.nullcontext()
+    with contextlib.closing(sqlite3.connect(":memory:", uri=True, isolation_level=None)) as rows:
+        bring_rows(rows, path)  # the owner of the directory may not read the backup
+        mailcloak.create_database_file(new)
+        try:
+            with as_owner, contextlib.closing(mailcloak.connect_database(new, 0)) as database:
+                rows.backup(database)
+            os.link(new, target)
+        except FileExistsError:
+            raise ctl.Refused("restore: another program has made the database meanwhile, try again") from None
+        finally:
+            os.unlink(new)
+        ctl.note_change("restore", path)
+        tell_numbers(context, rows, f"{target} made from {path}", changed=True)
+
+
+def restore_into(context: ctl.Context, database: sqlite3.Connection, path: str) -> None:
+    """Make the rows of an open database those of the backup."""
+    database.execute("PRAGMA cache_spill = OFF")  # as in write()
+    changed = bring_rows(database, path)
+    if changed:
+        ctl.note_change("restore", path, rows=changed)
+    tell_numbers(context, database, f"{context.path} is as {path}, {changed} rows changed", changed=bool(changed))
+
+
+def bring_rows(database: sqlite3.Connection, path: str) -> int:
+    """Write the rows of the backup that differ, in one transaction; how many these were. Makes the tables where there are none."""
+    database.execute("ATTACH ? AS backup", (readonly_uri(path),))
+    with ctl.transaction(database):
+        if not database.execute("SELECT 1 FROM main.sqlite_master").fetchone():
+            for statement in mailcloak.SCHEMA.split(";\n"):
+                database.execute(statement)
+            database.execute(f"PRAGMA main.user_version = {mailcloak.SCHEMA_VERSION}")
+        changed = sum(delete_rows(database, table) for table in reversed(list(KEYS)))
+        changed += sum(copy_rows(database, table) for table in KEYS)
+    database.execute("DETACH backup")
+    return changed
+
+
+def delete_rows(database: sqlite3.Connection, table: str) -> int:
+    """Delete the rows whose key the backup does not have; how many these were."""
+    same = " AND ".join(f"theirs.{column} = ours.{column}" for column in KEYS[table])
+    delete = f"DELETE FROM main.{table} AS ours WHERE NOT EXISTS (SELECT 1 FROM backup.{table} AS theirs WHERE {same})"  # noqa: S608
+    return database.execute(delete).rowcount
+
+
+def copy_rows(database: sqlite3.Connection, table: str) -> int:
+    """Write the rows of the backup that differ; how many these were. A column that an older backup lacks is empty."""
+    columns = [row[1] for row in database.execute(f"PRAGMA main.table_info({table})")]
+    theirs = {row[1] for row in database.execute(f"PRAGMA backup.table_info({table})")}
+    values = [column if column in theirs else "NULL" for column in columns]
+    others = [column for column in columns if column not in KEYS[table]]
+    new = [f"excluded.{column}" for column in others]
+    orphans = " WHERE app_id IN (SELECT app_id FROM backup.apps)" if table == "app_from" else " WHERE 1"
+    statement = (
+        f"INSERT INTO main.{table} ({', '.join(columns)}) SELECT {', '.join(values)} FROM backup.{table}{orphans}"  # noqa: S608
+        f" ON CONFLICT ({', '.join(KEYS[table])}) DO UPDATE SET {', '.join(map(' = '.join, zip(others, new)))}"
+        f" WHERE ({', '.join(others)}) IS NOT ({', '.join(new)})"
+    )
+    return database.execute(statement).rowcount
+
+
+# ---------------------------------------------------------------------------------------------------------------------------------
+# The check
+# ---------------------------------------------------------------------------------------------------------------------------------
+
+
+class Fault(NamedTuple):
+    """What is wrong with one row, or with the file."""
+
+    table: str  # "" for the file
+    key: str
+    fault: str
+    remedy: str  # "" where the statements mend it
+    fixes: tuple[tuple[str, tuple[Any, ...]], ...] = ()  # statements with their values
+
+
+def db_check(context: ctl.Context) -> int:
+    """Print what is wrong; 0 where nothing is, or where all of it was corrected, else 1."""
+    options, database = context.options, context.database
+    database.text_factory = lambda data: data.decode("utf-8", "surrogateescape")  # what is not UTF-8 is a fault of its row
+    fixed: list[Fault] = []
+    if options.fix:
+        with ctl.transaction(database):
+            database.execute("PRAGMA defer_foreign_keys = ON")
+            while fixable := [
+                fault for fault in find_faults(context) if fault.fixes
+            ]:  # each correction makes one row right, or deletes it
+                for fault in fixable:
+                    for statement, values in fault.fixes:
+                        database.execute(statement, values)
+                fixed += fixable
+        for fault in fixed:
+            ctl.note_change("db check: fix", fault.key, table=fault.table, fault=fault.fault)
+    left = list(find_faults(context))
+    rows = [(fault, "fixed") for fault in fixed] + [(fault, fault.remedy or "db check --fix corrects it") for fault in left]
+
+    def show() -> None:
+        if rows or options.json:
+            shown = [
+                {"table": fault.table or "-", "key": fault.key, "fault": fault.fault, "remedy": remedy} for fault, remedy in rows
+            ]
+            ctl.print_list(options, shown, dict.fromkeys(("table", "key", "fault", "remedy"), str))
+        else:
+            tell_numbers(context, database, "nothing is wrong")
+
+    ctl.print_done(show)
+    return ctl.EXIT_REFUSED if left else ctl.EXIT_DONE
+
+
+def find_faults(context: ctl.Context) -> Iterator[Fault]:
+    """All that is wrong, the file first; with a file that is damaged, nothing else."""
+    database = context.database
+    restore_it = "mailcloakctl restore brings back a backup"
+    damage = [str(row[0]) for row in database.execute("PRAGMA integrity_check")]
+    if damage != ["ok"]:
+        yield from (Fault("", context.path, text, restore_it) for text in damage)
+        return
+    lacks = False
+    with contextlib.closing(sqlite3.connect(":memory:")) as model:
+        model.executescript(mailcloak.SCHEMA)
+        for table in KEYS:
+            wanted, found = ({row[1] for row in each.execute(f"PRAGMA table_info({table})")} for each in (model, database))
+            for column in sorted(wanted - found):
+                lacks = True
+                yield Fault(table, column, "this column is missing", restore_it)
+    if lacks:
+        return
+    for table, rowid, parent, _ in database.execute("PRAGMA foreign_key_check").fetchall():
+        (key,) = database.execute(f"SELECT app_id FROM {table} WHERE rowid = ?", (rowid,)).fetchone()  # noqa: S608
+        yield Fault(table, str(key), f"belongs to nothing in {parent}", "", ((f"DELETE FROM {table} WHERE rowid = ?", (rowid,)),))  # noqa: S608
+    yield from find_alias_faults(context)
+    yield from find_app_faults(database)
+    yield from find_sender_faults(database)
+
+
+def find_alias_faults(context: ctl.Context) -> Iterator[Fault]:
+    """Addresses and usernames that are not as the daemon compares them."""
+    database = context.database
+    database_rows = rows_of(database, "SELECT alias_email, username, rowid FROM aliases ORDER BY alias_email")
+    for address, username, rowid in watch(database_rows, "checked"):
+        remedy = f"delete it: sqlite3 {context.path} 'DELETE FROM aliases WHERE rowid = {rowid}'"  # noqa: S608
+        try:
+            right = ctl.read_address(address)
+        except (ctl.Refused, TypeError, AttributeError):
+            yield Fault("aliases", ctl.shown_text(address), "this is no address, so the alias counts for nobody", remedy)
+            continue
+        if right != address:
+            yield from misspelled(database, address, right)
+            continue
+        try:
+            name = ctl.read_username(username)
+            ctl.refuse_names(context, address, name)
+        except (ctl.Refused, TypeError, AttributeError) as exc:
+            yield Fault(
+                "aliases", address, str(exc).removeprefix("aliases: "), f"mailcloakctl aliases add {address} USERNAME --replace"
+            )
+            continue
+        if name != username:
+            update = "UPDATE aliases SET username = ? WHERE alias_email = ?"
+            yield Fault("aliases", address, f"the username {username!r} is stored for {name}", "", ((update, (name, address)),))
+
+
+def misspelled(database: sqlite3.Connection, address: str, right: str) -> Iterator[Fault]:
+    """The fault of an alias that is not stored in the form in which it is looked up."""
+    fault = f"is stored in a form that is never looked up: {right} is"
+    rows = [
+        database.execute("SELECT lower(username), enabled FROM aliases WHERE alias_email = ?", (each,)).fetchone()
+        for each in (address, right)
+    ]
+    delete = ("DELETE FROM aliases WHERE alias_email = ?", (address,))
+    if not rows[1]:
+        update = "UPDATE OR IGNORE aliases SET alias_email = ? WHERE alias_email = ?"
+        yield Fault("aliases", address, fault, "", ((update, (right, address)),))
+    elif tuple(rows[0]) == tuple(rows[1]):
+        yield Fault("aliases", address, f"{fault}, and is there", "", (delete,))
+    else:
+        remedy = f"choose one: mailcloakctl aliases add {right} USERNAME --replace; then db check --fix"
+        yield Fault("aliases", address, f"{fault}, and leads to {rows[1][0]} or has another state", remedy)
+
+
+def find_app_faults(database: sqlite3.Connection) -> Iterator[Fault]:
+    """Ids and owners of apps that are not as the daemon compares them."""
+    ids = {app_id for (app_id,) in database.execute("SELECT app_id FROM apps")}
+    fixes: tuple[tuple[str, tuple[Any, ...]], ...]
+    for app_id, owner in database.execute("SELECT app_id, owner FROM apps ORDER BY app_id").fetchall():
+        try:
+            right = ctl.read_app_id(app_id)
+            name = ctl.read_username(owner) if owner else owner
+        except (ctl.Refused, TypeError) as exc:
+            yield Fault("apps", ctl.shown_text(app_id), str(exc), "make it again, with mailcloakctl apps add and apps set")
+            continue
+        if right != app_id and right in ids:
+            yield Fault(
+                "apps",
+                app_id,
+                f"nobody can log in as it, since {right} is looked up",
+                f"there are two: mailcloakctl apps del {right}",
+            )
+        elif right != app_id:
+            ids.add(right)
+            apps, senders = (f"UPDATE {table} SET app_id = ? WHERE app_id = ?" for table in ("apps", "app_from"))  # noqa: S608
+            fixes = ((apps, (right, app_id)), (senders, (right, app_id)))
+            yield Fault("apps", app_id, f"nobody can log in as it, since {right} is looked up", "", fixes)
+        elif name != owner:
+            fixes = (("UPDATE apps SET owner = ? WHERE app_id = ?", (name, app_id)),)
+            yield Fault("apps", app_id, f"the owner {owner!r} is stored for {name}", "", fixes)
+
+
+def find_sender_faults(database: sqlite3.Connection) -> Iterator[Fault]:
+    """Addresses of apps that are not as the daemon compares them."""
+    for app_id, sender, rowid in database.execute(
+        "SELECT app_id, from_addr, rowid FROM app_from ORDER BY app_id, from_addr"
+    ).fetchall():
+        key = ctl.shown_text(f"{app_id} {sender}")
+        try:
+            right = ctl.read_sender(sender) if sender else sender
+        except (ctl.Refused, TypeError, AttributeError):
+            yield Fault(
+                "app_from",
+                key,
+                "this is no address, so it allows nothing",
+                "",
+                (("DELETE FROM app_from WHERE rowid = ?", (rowid,)),),
+            )
+            continue
+        if right != sender:
+            fixes = (("UPDATE OR REPLACE app_from SET from_addr = ? WHERE rowid = ?", (right, rowid)),)
+            yield Fault("app_from", key, f"is never looked up: {right} is", "", fixes)
+
+
+# ---------------------------------------------------------------------------------------------------------------------------------
+# From the Go program
+# Its database in both layouts, and its config.yaml in both forms. Its files are only read: the database as a copy, since a file in
+# WAL mode cannot be opened without writing beside it.
+# ---------------------------------------------------------------------------------------------------------------------------------
+
+GO_ALIASES = {  # the columns of its table aliases that tell the layout, and what to read
+    frozenset({"username"}): "SELECT alias_email, username, enabled = 1, rowid FROM aliases ORDER BY rowid",
+    frozenset({"target_user", "alias_domain_name"}): (
+        "SELECT alias_email, target_user, aliases.enabled = 1 AND coalesce(domains.enabled, 0) = 1, aliases.rowid FROM aliases"
+        " LEFT JOIN domains ON domain_name = alias_domain_name ORDER BY aliases.rowid"
+    ),
+}
+GO_KEYS = {  # each block that it reads, with those keys that are ours as well
+    "keycloak": ("base_url", "realm", "client_id", "client_secret"),
+    "sockets": ("policy_socket", "socketmap_socket", "socket_owner_user", "socket_owner_group", "socket_mode"),
+}
+
+
+class GoData(NamedTuple):
+    """What is in the database of the Go program, but for the aliases."""
+
+    domains: list[str]  # of ours, that are enabled
+    apps: list[tuple[str, str, int, int]]  # id, hash, enabled, created_at
+    senders: list[tuple[str, str, int]]  # id of the app, address, enabled
+
+
+def migrate_from_go(context: ctl.Context) -> None:
+    """Take over aliases and apps of the Go program, and its configuration; raises Refused, and then nothing was changed."""
+    options = context.options
+    problems = Problems(options.file, "row")
+    if bool(options.go_config) != bool(options.new_config):
+        raise ctl.Refused("migrate-from-go: --go-config names the old file and --new-config the new one, name both")
+    with contextlib.ExitStack() as stack:
+        old = stack.enter_context(copy_of_go(options.file))
+        staging = stack.enter_context(contextlib.closing(open_staging()))
+        select = find_go_layout(old, options.file)
+        staging.executemany("INSERT INTO wanted VALUES (?, ?, ?, ?)", read_go_aliases(context, old, select, problems))
+        data = read_go_data(old, problems)
+        config = convert_config(options.go_config, context.path, data.domains) if options.go_config else ""
+        problems.stop(skip=options.skip_bad)
+        database = find_database(context)
+        version = data_version(database)
+        compare(staging, database, problems, "keep")
+        for row in rows_of(staging, "SELECT rowid, address, old_username FROM changes WHERE username <> old_username"):
+            problems.report(row[0], f"{row[1]} leads to {row[2]} here already")
+        problems.stop(skip=options.skip_bad)
+        staging.execute("DELETE FROM changes WHERE old_username IS NOT NULL")
+        new = list(itertools.islice(read_changes(staging), MAX_ASKED + 1))
+        elsewhere = new if len(new) <= MAX_ASKED else None
+        ask_about(context, elsewhere)
+        before = database.total_changes
+        with contextlib.ExitStack() as undo, contextlib.suppress(DryRun):
+            if config and not options.dry_run:
+                write_new_file(options.new_config, config)
+                undo.callback(os.unlink, options.new_config)
+            write(context, staging, version, elsewhere, lambda: write_go_apps(database, data))
+            undo.pop_all()
+        tell_go(context, staging, data, is_changed=database.total_changes != before and not options.dry_run)
+
+
+@contextlib.contextmanager
+def copy_of_go(path: str) -> Iterator[sqlite3.Connection]:
+    """A connection to a copy of the database, with what its -wal has; raises Refused."""
+    with tempfile.TemporaryDirectory(prefix="mailcloak-") as directory:
+        copy = os.path.join(directory, "go.db")
+        try:
+            for suffix in ("", "-wal", "-journal"):
+                if not suffix or os.path.exists(path + suffix):
+                    shutil.copyfile(path + suffix, copy + suffix)
+            with contextlib.closing(sqlite3.connect(copy, isolation_level=None)) as database:
+                database.text_factory = lambda data: data.decode("utf-8", "surrogateescape")
+                try:
+                    check_whole(database, f"migrate-from-go: {path!r}")
+                except mailcloak.SQLITE_ERRORS as exc:
+                    raise ctl.Refused(f"migrate-from-go: {path!r} cannot be read: {mailcloak.describe_sqlite(exc)}") from exc
+                yield database
+        except OSError as exc:
+            raise ctl.Refused(f"migrate-from-go: {path!r} cannot be read: {exc.strerror}") from exc
+
+
+def find_go_layout(old: sqlite3.Connection, path: str) -> str:
+    """The statement that reads the aliases; raises Refused for a database of another program."""
+    columns = {row[1] for row in old.execute("PRAGMA table_info(aliases)")}
+    select = next((select for layout, select in GO_ALIASES.items() if layout <= columns), None)
+    if old.execute("PRAGMA user_version").fetchone()[0]:
+        raise ctl.Refused(f"migrate-from-go: {path!r} is a database of this mailcloak, mailcloakctl restore takes it")
+    if not select:
+        raise ctl.Refused(f"migrate-from-go: {path!r} is no database of the Go program")
+    return select
+
+
+def read_go_aliases(
+    context: ctl.Context, old: sqlite3.Connection, select: str, problems: Problems
+) -> Iterator[tuple[str, str, int, int]]:
+    """Its aliases, as read_aliases() gives those of a file; those of a disabled domain are disabled."""
+    for address, username, enabled, number in old.execute(select):
+        try:
+            yield (*check_names(context, str(address), str(username)), enabled, number)
+        except ctl.Refused as exc:
+            problems.report(number, str(exc).removeprefix("aliases: "))
+
+
+def read_go_data(old: sqlite3.Connection, problems: Problems) -> GoData:
+    """Its domains and apps. An address in a disabled domain comes in disabled."""
+    tables = {row[0] for row in old.execute("SELECT name FROM sqlite_master WHERE type = 'table'")}
+    states: dict[str, bool] = {}
+    if "domains" in tables:
+        rows = old.execute("SELECT domain_name, enabled = 1 FROM domains ORDER BY domain_name")
+        states = {mailcloak.domain_to_ascii(str(name)): bool(enabled) for name, enabled in rows}
+    apps, senders = [], []
+    if "apps" in tables:
+        columns = {row[1] for row in old.execute("PRAGMA table_info(apps)")}
+        created = "created_at" if "created_at" in columns else "updated_at"
+        for app_id, secret_hash, enabled, created_at, number in old.execute(
+            f"SELECT app_id, secret_hash, enabled = 1, {created}, rowid FROM apps ORDER BY app_id"  # noqa: S608
+        ):
+            try:
+                apps.append((ctl.read_app_id(str(app_id)), str(secret_hash), enabled, created_at))
+            except ctl.Refused as exc:
+                problems.report(number, f"of apps: {exc}")
+    known = {app[0] for app in apps}
+    for app_id, sender, enabled, number in old.execute(
+        "SELECT app_id, from_addr, enabled = 1, rowid FROM app_from ORDER BY rowid" if "app_from" in tables else "SELECT 1 WHERE 0"
+    ):
+        try:
+            address = ctl.read_sender(str(sender)) if sender else ""
+            if str(app_id).lower() not in known:
+                raise ctl.Refused(f"{app_id} is no app")
+            senders.append((str(app_id).lower(), address, int(enabled and states.get(address.rpartition("@")[2], True))))
+        except ctl.Refused as exc:
+            problems.report(number, f"of app_from: {exc}")
+    domains = [name for name, enabled in states.items() if enabled]
+    return GoData(domains or ([] if states else go_domains(old)), apps, senders)
+
+
+def go_domains(old: sqlite3.Connection) -> list[str]:
+    """The domains of its aliases, where it has no table of domains."""
+    found = {str(row[0]).rpartition("@")[2] for row in old.execute("SELECT alias_email FROM aliases")}
+    return sorted({mailcloak.domain_to_ascii(domain) for domain in found if domain})
+
+
+def write_go_apps(database: sqlite3.Connection, data: GoData) -> None:
+    """Store the apps with their hashes as they are; raises Refused for one that is here with another hash."""
+    for app in data.apps:
+        known = database.execute("SELECT secret_hash FROM apps WHERE app_id = ?", (app[0],)).fetchone()
+        if known and known[0] != app[1]:
+            raise ctl.Refused(f"apps: {app[0]} is here already, with another token; nothing was changed: apps del {app[0]} first")
+    database.executemany("INSERT OR IGNORE INTO apps (app_id, secret_hash, enabled, created_at) VALUES (?, ?, ?, ?)", data.apps)
+    database.executemany("INSERT OR IGNORE INTO app_from (app_id, from_addr, enabled) VALUES (?, ?, ?)", data.senders)
+
+
+def convert_config(path: str, database: str, domains: list[str]) -> str:
+    """Its config.yaml as ours; raises Refused. Keys that have no counterpart are said."""
+    import yaml
+
+    try:
+        with open(path, encoding="utf-8") as file:
+            old = yaml.safe_load(file)
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as exc:
+        reason = (exc.strerror if isinstance(exc, OSError) else "") or "it is not YAML"
+        raise ctl.Refused(f"migrate-from-go: {path!r} cannot be read: {reason}") from None
+    if not isinstance(old, dict):
+        raise ctl.Refused(f"migrate-from-go: {path!r} is no configuration of the Go program")
+    blocks = {name: block if isinstance(block, dict) else {} for name, block in old.items()}
+    idp, policy = blocks.get("idp", {}), blocks.get("policy", {})
+    if str(idp.get("provider", "keycloak")).strip().lower() != "keycloak":
+        raise ctl.Refused(f"migrate-from-go: {path!r} has idp.provider {idp['provider']}, and mailcloak asks Keycloak only")
+    keycloak = {**blocks.get("keycloak", {}), **{key: value for key, value in (idp.get("keycloak") or {}).items() if value}}
+    sockets = dict(blocks.get("sockets", {}))
+    if isinstance(sockets.get("socket_mode"), int):  # 0660 without quotes is an octal number in YAML 1.1
+        sockets["socket_mode"] = f"{sockets['socket_mode']:04o}"
+    new: dict[str, dict[str, Any]] = {
+        "keycloak": {key: keycloak[key] for key in GO_KEYS["keycloak"] if key in keycloak},
+        "policy": {"domain": policy.get("domain") or domains},
+        "sqlite": {"path": database},
+        "sockets": {key: sockets[key] for key in GO_KEYS["sockets"] if key in sockets},
+        "daemon": {"user": blocks.get("daemon", {}).get("user") or "mailcloak"},
+    }
+    ttl = keycloak.get("cache_ttl_seconds") or policy.get("cache_ttl_seconds")
+    mode = policy.get("idp_failure_mode") or policy.get("keycloak_failure_mode")
+    new["policy"].update({key: value for key, value in (("cache_ttl_seconds", ttl), ("keycloak_failure_mode", mode)) if value})
+    for block in sorted(blocks.keys() - {*new, "idp"}):
+        ctl.say(f"warning: {path}: {block} has no counterpart, and was left out")
+    return yaml.safe_dump(new, sort_keys=False, allow_unicode=True)
+
+
+def write_new_file(path: str, text: str) -> None:
+    """A file for its owner alone, which was not there before; raises Refused."""
+    try:
+        with replacing(path, 0o600, replace=False) as new, open(new, "w", encoding="utf-8") as file:
+            file.write(text)
+    except OSError as exc:
+        raise ctl.Refused(f"migrate-from-go: {path!r} cannot be written: {exc.strerror}; nothing was changed") from exc
+
+
+def tell_go(context: ctl.Context, staging: sqlite3.Connection, data: GoData, *, is_changed: bool) -> None:
+    """Print what came in, and what the configuration must say."""
+    options = context.options
+    added = int(staging.execute("SELECT count(*) FROM changes").fetchone()[0])
+    if is_changed:
+        note("migrate-from-go", read_changes(staging), options.file, {"add": added})
+
+    def show() -> None:
+        if options.json:
+            ctl.print_json(
+                {
+                    "changed": is_changed,
+                    "dry_run": options.dry_run,
+                    "aliases_added": added,
+                    "apps": len(data.apps),
+                    "domains": data.domains,
+                }
+            )
+            return
+        would = " would be" if options.dry_run else ""
+        print(
+            f"migrate-from-go: {in_words(added, 'alias', 'aliases')}{would} added, {in_words(len(data.apps), 'app', 'apps')} in it"
+        )
+        print(f"migrate-from-go: policy.domain must list: {', '.join(data.domains) or '(no domain is enabled in it)'}")
+        if options.new_config and not options.dry_run:
+            print(
+                f"migrate-from-go: {options.new_config} written; mailcloak --config {options.new_config} --check-config looks at it"
+            )
+
+    ctl.print_done(show)
