@@ -122,7 +122,7 @@ MAX_SOCKET_PATH_BYTES = 107  # unix(7): sun_path holds 108 bytes, a terminating 
 MAX_LOG_LINE_BYTES = 4096  # what is beyond is cut off
 MAX_LOG_LINES_WAITING = 4000  # to be written; beyond, lines are lost
 MAX_LOG_LINES_AT_ONCE = 200  # in one system call
-LOG_END_SECONDS = 1.0  # how long the program's end waits for the log
+LOG_END_SECONDS = 0.7  # how long the program's end waits for the log
 LISTEN_BACKLOG = 1024  # a full backlog fails Postfix's non-blocking connect at once; the kernel caps it at net.core.somaxconn
 RECEIVE_BYTES = 16 * 1024  # one recv; takes any whole request
 REQUEST_SECONDS = 10  # a request that was begun must be whole after this; between requests a client may rest for ever
@@ -162,8 +162,8 @@ MAX_ERRORS_SAID = 1000  # errors that the log has had and does not repeat
 POSTMASTER_SECONDS = 10.0  # after the start, Keycloak is asked whether each domain has a postmaster
 LOCK_SECONDS = 5.0  # at start, for the directory of a socket; another daemon holds it for a second at the most
 SHUTDOWN_LOOKUP_SECONDS = 3.0  # after SIGTERM, lookups that still wait for Keycloak are given up
-SHUTDOWN_TOTAL_SECONDS = 4.5  # then connections that are left are cut off
-SHUTDOWN_SECONDS = 4.9  # then the program ends, though last-known.db may lack what was learned last
+SHUTDOWN_TOTAL_SECONDS = 3.8  # then connections that are left are cut off
+SHUTDOWN_SECONDS = 4.2  # then the program ends, though last-known.db may lack what was learned last
 
 THREAD_STACK_BYTES = 4 * 1024 * 1024  # enough for json to reach Python's limit of recursion first, where the system has less
 
@@ -227,6 +227,10 @@ class Disappeared(MailcloakError):
 
 class DatabaseUnavailable(MailcloakError):
     """SQLite gave no usable answer."""
+
+
+class RowUnreadable(DatabaseUnavailable):
+    """There is such a row, and what it says cannot be read."""
 
 
 class StartError(MailcloakError):
@@ -369,20 +373,22 @@ def _label_to_unicode(label: str) -> str:
     return decoded if domain_to_ascii(decoded) == label else label
 
 
-def _split_domain(raw: str) -> tuple[str, str]:
+def _split_domain(raw: str, *, is_inner: bool = False) -> tuple[str, str]:
     """(local part, domain) as Postfix reads the address, both as they were written. The domain is "" when there is none.
 
-    Source: Postfix trivial-rewrite(8): source routes, resolve_dequoted_address, swap_bangpath, allow_percent_hack.
+    is_inner: an outer domain was dropped from it. Then quotes do not keep Postfix from reading user%domain and domain!user.
+    Source: Postfix trivial-rewrite(8), resolve.c: source routes, resolve_dequoted_address, swap_bangpath, allow_percent_hack.
     """
     text = raw
     while text.startswith("@") and ":" in text[:-1]:
         text = text.partition(":")[2]
-    if "@" not in text and _DOT_STRING.fullmatch(text):  # anything else Postfix puts into quotes and leaves as it is
-        if "!" in text:
-            site, _, user = text.partition("!")
-            text = f"{user}@{site}"
-        elif "%" in text:
+    needs_quotes = not _DOT_STRING.fullmatch(text)
+    if "@" not in text and (is_inner or not needs_quotes):
+        if "%" in text and (needs_quotes or "!" not in text):
             user, _, site = text.rpartition("%")
+            text = f"{user}@{site}"
+        elif "!" in text:
+            site, _, user = text.partition("!")
             text = f"{user}@{site}"
     local_part, at_sign, domain = text.rpartition("@")
     if not at_sign:
@@ -399,8 +405,8 @@ def normalise_address(raw: str) -> Address:
     return _memoised_form(raw) if len(raw) <= MAX_RECALLED_CHARS else _form(raw)
 
 
-def _form(raw: str) -> Address:
-    local_part, written = _split_domain(raw)
+def _form(raw: str, *, is_inner: bool = False) -> Address:
+    local_part, written = _split_domain(raw, is_inner=is_inner)
     domain = _without_dot(domain_to_ascii(written))
     folded = domain if written.isascii() else _without_dot(domain_to_ascii(written.casefold()))
     if NOT_CONVERTIBLE in (domain, folded):
@@ -416,16 +422,21 @@ def _without_dot(domain: str) -> str:
 
 
 def routing_steps(raw: str) -> Iterator[Address]:
-    """The address, and what Postfix would deliver to if each outer domain were one of its own hosts.
+    """The address, and what Postfix would deliver to if each outer domain were one of its own hosts; each has a domain.
 
     Postfix drops the domain of user%domain@host, domain!user@host and "user@domain"@host when the host is itself ($mydestination or
     its IP address in brackets) and reads the rest again, so such an address may lead to a domain of ours. raw is what the client
     wrote: if it were lower-cased first, some inner domains would be converted to others.
     Source: Postfix trivial-rewrite(8), resolve.c.
     """
-    while (address := normalise_address(raw)).domain:
-        yield address
-        raw = _split_domain(raw)[0]
+    address, inner = normalise_address(raw), _split_domain(raw)[0]
+    while True:
+        if address.domain:
+            yield address
+        if inner == raw:
+            return
+        raw = inner
+        address, inner = _form(raw, is_inner=True), _split_domain(raw, is_inner=True)[0]
 
 
 def _domain(value: Any) -> str:
@@ -602,7 +613,7 @@ class Owner(NamedTuple):
     username: str
     source: str  # "alias", "primary", "nobody", or why it is not known: the reason of an answer in UNKNOWN
     extension: str = ""  # what was cut off the address to find the owner, with its delimiter
-    is_certain: bool = True  # False for a primary e-mail while SQLite cannot say whether it is an alias as well
+    is_certain: bool = True  # False for a primary e-mail while SQLite cannot say whether the address is an alias as well
 
 
 class Facts(Protocol):
@@ -681,6 +692,9 @@ def decide_recipient(raw: str, policy: PolicyConfig, facts: Facts) -> Action:
     if not is_local(recipient, policy):
         return accept("recipient-not-local")
     owner = find_owner(recipient, policy, facts)
+    is_exact = owner.source == "primary" and not owner.extension
+    if is_exact and not policy.mailbox_domain and split_extension(recipient.local_part, policy.recipient_delimiter)[1]:
+        return Action(DIRECTORY_FAILED, "username-with-delimiter", logging.ERROR)
     if owner.source in ("alias", "primary"):
         return accept(owner.source)
     if owner.source == "directory-unavailable" and policy.keycloak_failure_mode != "tempfail":
@@ -695,13 +709,17 @@ def find_owner(address: Address, policy: PolicyConfig, facts: Facts) -> Owner:
     primary e-mail still counts; without Keycloak only an exact, enabled alias does, since the address might be somebody's primary
     e-mail. Raises nothing.
     """
-    if address.domain not in policy.domain or not address.is_plain:
+    if address.domain not in policy.domain:
         return Owner("", "nobody")
     database_failed = False
     for spelling, extension in address_spellings(address, policy.recipient_delimiter):
+        if not spelling.is_plain:
+            continue
         alias = None
         try:
             alias = facts.find_alias(spelling)
+        except RowUnreadable:
+            return Owner("", "database-unavailable")
         except DatabaseUnavailable:
             database_failed = True
         if alias and database_failed:  # the address itself may be an alias of somebody else
@@ -779,7 +797,7 @@ def _decide_user(sasl_username: str, sender: Address, policy: PolicyConfig, fact
     if not is_local(sender, policy):
         return accept("foreign-sender") if policy.foreign_sender == "dunno" else Action(SENDER_NOT_OWNED, "foreign-sender")
     owner = find_owner(sender, policy, facts)
-    if owner.username and owner.username == login.username:
+    if owner.username and owner.username == login.username and (owner.is_certain or not owner.extension):
         return accept("own-alias" if owner.source == "alias" else "own-primary")
     if owner.source == "directory-unavailable":
         return _fail_sender(sasl_username, sender, policy, facts)
@@ -845,10 +863,17 @@ def is_local(address: Address, policy: PolicyConfig) -> bool:
 
 def could_be_ours(address: Address, policy: PolicyConfig) -> bool:
     """Is it uncertain whether Postfix takes the domain for one of ours? Then mail is deferred, neither passed nor refused."""
-    if not address.folded_domain:
-        return address.domain == NOT_CONVERTIBLE
-    ours = (*policy.domain, policy.mailbox_domain)
-    return address.folded_domain in ours and address.domain not in ours
+    if address.domain == NOT_CONVERTIBLE:
+        return True
+    if address.domain in policy.domain or address.domain == policy.mailbox_domain:
+        return False
+    return (address.folded_domain or address.domain) in folded_domains(policy.domain, policy.mailbox_domain)
+
+
+@functools.lru_cache(maxsize=8)
+def folded_domains(domains: frozenset[str], mailbox_domain: str) -> frozenset[str]:
+    """Our domains as Postfix's lists compare them, if they are written there with their own letters: ß is ss."""
+    return frozenset(domain_to_ascii(to_unicode_domain(domain).casefold()) for domain in (*domains, mailbox_domain) if domain)
 
 
 def policy_question(request: PolicyRequest, policy: PolicyConfig) -> tuple[str, ...]:
@@ -902,7 +927,7 @@ not-local: the address is not in policy.domain, or has a form that no alias can 
     if this is one of our domains, add it to policy.domain
 no-alias: no enabled alias owns the address: its mail is delivered to the address as it stands
     mailcloakctl aliases add {address} USERNAME
-username-with-delimiter: the owner's username holds a recipient delimiter, where Dovecot would cut it: the mail waits
+username-with-delimiter: the owner's username (or e-mail, where mail goes to that) holds a recipient delimiter, where Dovecot would cut it: the mail waits
     rename the user in Keycloak and in the aliases, or drop the character from recipient_delimiter here, in Postfix and in Dovecot
 shared-primary: several users have this primary e-mail, so the right mailbox is not known: the mail waits
     in Keycloak, let only one of them keep this e-mail
@@ -1696,14 +1721,13 @@ def prepare_database(path: str, busy_seconds: float, *, create: bool = True) -> 
     try:
         if os.stat(path).st_size == 0:  # somebody has emptied it
             raise _lost_database(path, "empty")
-        with contextlib.closing(connect_database(path, busy_seconds)) as connection:
+        with _acting_as_owner_of(os.path.dirname(path)), contextlib.closing(connect_database(path, busy_seconds)) as connection:
             version = connection.execute("PRAGMA user_version").fetchone()[0]
             if version > SCHEMA_VERSION:
                 raise StartError(
                     f"sqlite.path: {path!r} has schema version {version}, this mailcloak knows {SCHEMA_VERSION}: install a newer one"
                 )
-            with _acting_as_owner_of(os.path.dirname(path)):
-                copy = _migrate(connection, path) if version < SCHEMA_VERSION else ""
+            copy = _migrate(connection, path) if version < SCHEMA_VERSION else ""
     except (*SQLITE_ERRORS, OSError) as exc:
         raise DatabaseUnavailable(f"database: {path!r}: {describe_sqlite(exc)}") from exc
     return f"migrated to schema version {SCHEMA_VERSION}, the file as it was is {copy}" if copy else ""
@@ -1954,7 +1978,7 @@ class Database:
             self._bad_rows = (*self._bad_rows[-100:], key) if is_new else self._bad_rows
         if is_new:
             log.error("%s; answers that need it are deferred until it is fixed", text)
-        raise DatabaseUnavailable(text)
+        raise RowUnreadable(text)
 
     def check(self) -> None:
         """Raise DatabaseUnavailable if a question could not be answered now."""
@@ -2730,9 +2754,13 @@ class KeycloakUsers:
         self._lock = threading.Lock()  # guards the two below
         self._given_up = False
         self._pending: dict[Question, _Lookup] = {}
-        for number in range(config.max_requests):
-            threading.Thread(target=self._work, name=f"keycloak-{number}", daemon=True).start()
-        threading.Thread(target=self._probe, name="keycloak-probe", daemon=True).start()
+        try:
+            for number in range(config.max_requests):
+                threading.Thread(target=self._work, name=f"keycloak-{number}", daemon=True).start()
+            threading.Thread(target=self._probe, name="keycloak-probe", daemon=True).start()
+        except RuntimeError:  # the system gives no more threads
+            self.close()
+            raise
 
     def find_users(self, question: Question, deadline: Deadline) -> Answer:
         """Everybody whose "email" or "username" is the value, which is normalised and not empty; disabled users too.
@@ -2886,7 +2914,7 @@ class Person(NamedTuple):
     confirmed_at: float = NEVER  # the same of the newest that found the user, and receiving mail
     doubted_seconds: float = 0.0  # how much of the grace has passed
     former: tuple[Question, ...] = ()  # names that the user had before, the newest first
-    login_by_email: bool = False  # Keycloak was asked: nobody else's username is this user's e-mail
+    unnamed_at: float = NEVER  # when Keycloak was asked last and said that nobody's username is this user's e-mail
     shares_email: bool = False  # Keycloak was asked: somebody else has the same e-mail
 
     def has(self, question: Question) -> bool:
@@ -2946,7 +2974,7 @@ def _renamed(known: Optional[Person], person: Person) -> Person:
     same = known.user[:2] == person.user[:2]
     shares_email = known.shares_email and known.user.email == person.user.email
     return person._replace(
-        former=tuple(dropped[:MAX_FORMER_NAMES]), login_by_email=known.login_by_email and same, shares_email=shares_email
+        former=tuple(dropped[:MAX_FORMER_NAMES]), unnamed_at=known.unnamed_at if same else NEVER, shares_email=shares_email
     )
 
 
@@ -3077,15 +3105,15 @@ class UserStore:
         self._make_room(len(said))
         return known, changes
 
-    def allow_login_by_email(self, user: User) -> None:
-        """Note that no other user's username is this user's e-mail, as Keycloak has just said."""
+    def allow_login_by_email(self, user: User, asked_at: float) -> None:
+        """Note that no other user's username is this user's e-mail, as Keycloak has said."""
         with self._lock:
-            self._do(functools.partial(self._allow_login_by_email, user))
+            self._do(functools.partial(self._allow_login_by_email, user, asked_at))
 
-    def _allow_login_by_email(self, user: User) -> None:
+    def _allow_login_by_email(self, user: User, asked_at: float) -> None:
         person = self._people.get(user.key)
-        if person and person.user == user and not person.login_by_email:
-            self._put(user.key, person._replace(login_by_email=True))
+        if person and person.user == user and person.unnamed_at < asked_at:
+            self._put(user.key, person._replace(unnamed_at=asked_at))
 
     def await_saved(self) -> None:
         """Until take_up() note what happens, to do it again then: the saved users come first, however late they can be read."""
@@ -3407,23 +3435,23 @@ class SavedUsers:
 
 def person_to_json(person: Person, age: float) -> str:
     """A row of the file; age: what makes seconds since 1970 of the clock's."""
-    confirmed_at = None if math.isinf(person.confirmed_at) else person.confirmed_at + age
-    return json.dumps({**person._asdict(), "asked_at": person.asked_at + age, "confirmed_at": confirmed_at})
+    times = {name: getattr(person, name) for name in ("asked_at", "confirmed_at", "unnamed_at")}
+    return json.dumps({**person._asdict(), **{name: None if time == NEVER else time + age for name, time in times.items()}})
 
 
 def person_from_json(text: str, age: float, now: float) -> Person:
     """The person of a row; raises ValueError, TypeError, KeyError or OverflowError for what makes no sense. No time is later than now."""
     row = json.loads(text)
-    user, confirmed_at = User(*row["user"]), row["confirmed_at"]
+    user = User(*row["user"])
     former = tuple((str(attribute), str(name)) for attribute, name in row["former"])
-    times = [float(row["asked_at"]) - age, NEVER if confirmed_at is None else float(confirmed_at) - age]
+    times = [NEVER if row[name] is None else float(row[name]) - age for name in ("asked_at", "confirmed_at", "unnamed_at")]
     is_sound = row["standing"] in (KNOWN, DOUBTED, GONE) and [type(each) for each in user] == [str, str, bool, bool, str, str]
     is_nameless = row["standing"] == KNOWN and not user.username
     if not is_sound or is_nameless or not all(each <= math.inf for each in times):  # NaN is not
         raise ValueError
-    asked_at, confirmed = (min(each, now) for each in times)
-    doubted_seconds, flags = float(row["doubted_seconds"]), (row["login_by_email"] is True, row["shares_email"] is True)
-    person = Person(user, row["standing"], asked_at, confirmed, doubted_seconds, former, *flags)
+    asked_at, confirmed_at, unnamed_at = (min(each, now) for each in times)
+    doubted_seconds = float(row["doubted_seconds"])
+    person = Person(user, row["standing"], asked_at, confirmed_at, doubted_seconds, former, unnamed_at, row["shares_email"] is True)
     are_names = {attribute for attribute, _ in former} <= {"username", "email"} and len({*person.names}) == len(person.names)
     if not are_names or not 0 <= doubted_seconds < math.inf:
         raise ValueError
@@ -3476,7 +3504,7 @@ def judge_login(known: Sequence[Known], confirmed_since: Optional[float]) -> Ver
         return Verdict(login, "doubted")
     if login.username:
         person = (*named, *holders)[0]
-        is_usable = person.confirmed_at >= confirmed_since and (named or person.login_by_email)
+        is_usable = person.confirmed_at >= confirmed_since and (named or person.unnamed_at >= confirmed_since)
         return Verdict(login, "there" if is_usable else "unknown")
     if not all(each.is_settled for each in known):
         return Verdict(login, "doubted")
@@ -3536,9 +3564,7 @@ class UserDirectory:
         questions = _questions_of_login(sasl_username)
         found = self._find(questions, judge_login, deadline)
         if found.value.username and found.source != "outage" and len(questions) > 1 and not found.known[0].here:
-            holder = found.known[1].here[0]
-            if not holder.login_by_email:
-                self._store.allow_login_by_email(holder.user)
+            self._store.allow_login_by_email(found.known[1].here[0].user, found.known[0].asked_at)
         return found
 
     def has_lost(self, sasl_username: str, address: str) -> bool:
@@ -3564,7 +3590,7 @@ class UserDirectory:
         names = None
         if address is not None:
             spellings = address_spellings(normalise_address(address), self._policy.recipient_delimiter)
-            names = {spelling.text for spelling, _ in spellings}
+            names = {address.lower(), *(spelling.text for spelling, _ in spellings)}
         count = self._store.forget(names, self._clock())
         if self._saved:
             self._saved.wait()
@@ -3850,7 +3876,6 @@ class Service:
         with_same_meaning = [each for each in with_same_file if each.meaning == self.meaning]
         if with_same_meaning:
             self.store, self.saved = with_same_meaning[0].store, with_same_meaning[0].saved
-            self.store.policy = config.policy
         elif self.meaning:
             self.saved = SavedUsers(saved_path, self.meaning, self.store)
         self.source: UserSource
@@ -3861,7 +3886,13 @@ class Service:
             self.source = KeycloakUsers(config.keycloak)
         else:
             self.source = StaticUsers(config.static_users or {})
-        self.directory = UserDirectory(self.source, config.policy, self.timeout_seconds, self.store, self.saved)
+        try:
+            self.directory = UserDirectory(self.source, config.policy, self.timeout_seconds, self.store, self.saved)
+        except RuntimeError:  # the system gives no more threads
+            if not with_same_source:
+                self.source.close()
+            raise
+        self.store.policy = config.policy  # not before: a reload that fails changes nothing
         self.recalled = RecalledAnswers(self.directory, MAX_RECALLED_ANSWERS)
         self._said: set[str] = set()  # errors that the log has already; each use of a set is one atomic step
 
@@ -4126,7 +4157,7 @@ class SocketmapHandler(Handler):
                 f"PERM {request.name} is for root, daemon.user and the owner of the socket", "not-permitted", logging.WARNING
             )
         if request.name == "flush":
-            address = None if request.key == "*" else normalise_address(request.key).text
+            address = None if request.key == "*" else request.key
             return Action(f"OK {json.dumps({'forgotten': service.directory.forget(address)})}", "flush")
         try:
             question = json.loads(request.key)

@@ -114,12 +114,12 @@ def test_no_grace_at_all_is_believed_at_once():
 
 
 def test_names_that_a_user_had_are_kept_and_the_login_by_email_is_not():
-    before = known(ALICE, login_by_email=True)
+    before = known(ALICE, unnamed_at=900.0)
     after = mailcloak.judge(before, RENAMED, 1010.0, 1010.0, POLICY)
     assert after.former == (USERNAME, EMAIL)
     assert after.names == (("username", "alicia"), ("email", "alicia@d1.test"), USERNAME, EMAIL)
-    assert not after.login_by_email
-    assert mailcloak.judge(before, ALICE, 1010.0, 1010.0, POLICY).login_by_email
+    assert after.unnamed_at == mailcloak.NEVER
+    assert mailcloak.judge(before, ALICE, 1010.0, 1010.0, POLICY).unnamed_at == 900.0
     for number in range(20):
         after = mailcloak.judge(after, RENAMED._replace(username=f"alicia{number}"), 1010.0, 1010.0, POLICY)
     assert after.former == tuple(("username", f"alicia{number}") for number in (18, 17, 16, 15))
@@ -272,14 +272,15 @@ def test_what_is_held_is_told_from_what_has_changed():
 def test_login_by_email_is_noted_of_the_user_as_described():
     store = store_of(10)
     learn(store, EMAIL, ALICE)
-    store.allow_login_by_email(RENAMED)
-    assert not store.look(EMAIL).people[0].login_by_email
-    store.allow_login_by_email(ALICE)
-    assert store.look(EMAIL).people[0].login_by_email
+    store.allow_login_by_email(RENAMED, 5.0)
+    assert store.look(EMAIL).people[0].unnamed_at == mailcloak.NEVER
+    for asked_at in (5.0, 4.0):
+        store.allow_login_by_email(ALICE, asked_at)
+        assert store.look(EMAIL).people[0].unnamed_at == 5.0
     learn(store, USERNAME, ALICE, at=1)
-    assert store.look(EMAIL).people[0].login_by_email
+    assert store.look(EMAIL).people[0].unnamed_at == 5.0
     learn(store, USERNAME, RENAMED, at=2)
-    assert not store.look(EMAIL).people[0].login_by_email
+    assert store.look(EMAIL).people[0].unnamed_at == mailcloak.NEVER
 
 
 # ---- bounds

@@ -405,6 +405,24 @@ def test_daemon_never_writes_to_the_database(static_daemon):
 
 
 @pytest.mark.real("root")
+@pytest.mark.parametrize("journal", ["wal", "delete"])
+def test_root_writes_nothing_into_a_database_of_its_own_to_which_the_owner_of_the_directory_leads(short_dir, journal):
+    short_dir.chmod(0o755)
+    roots, directory = short_dir / "roots.db", short_dir / "state"
+    with contextlib.closing(sqlite3.connect(roots)) as database:
+        database.execute(f"PRAGMA journal_mode = {journal}")
+        database.execute("CREATE TABLE other (x)")
+    directory.mkdir()
+    shutil.chown(directory, "nobody", "nogroup")
+    path = directory / "state.db"
+    path.symlink_to(roots)
+    with pytest.raises(mailcloak.DatabaseUnavailable, match="readonly"):
+        mailcloak.prepare_database(str(path), 2)
+    with contextlib.closing(sqlite3.connect(roots)) as database:
+        assert database.execute("SELECT name FROM sqlite_master").fetchall() == [("other",)]
+
+
+@pytest.mark.real("root")
 def test_root_gives_away_no_file_that_a_link_in_the_directory_names(short_dir, monkeypatch):
     """The directory belongs to the daemon's user, who puts a link in place of the copy that mailcloakctl makes as root."""
     short_dir.chmod(0o755)

@@ -457,6 +457,42 @@ def test_reload_of_a_bad_config_changes_nothing(static_daemon):
     assert static_daemon.ask(recipient="alice@d1.test") == "DUNNO"
 
 
+def test_reload_for_which_there_are_no_threads_changes_nothing(make_daemon, keycloak, monkeypatch):
+    """In process: how many threads there may be cannot be limited for a single one of several daemons of a user."""
+    keycloak.add_user("alice", "alice@d1.test")
+    raw = make_daemon(keycloak=keycloak.config(), policy={"domain": "d1.test"}).config
+    mailcloak.prepare_database(raw["sqlite"]["path"], 2)
+
+    def config(**changes):
+        blocks = {
+            name: mailcloak.read_block(cls, name, {**raw[name], **changes.get(name, {})}, [])
+            for name, cls in mailcloak._BLOCKS.items()
+        }
+        return mailcloak.Config(path="", static_users=None, **blocks)
+
+    service = mailcloak.Service(config())
+    threads, start, left = threading.active_count(), threading.Thread.start, [0]
+
+    def start_some(thread):
+        left[0] -= 1
+        if left[0] < 0:
+            raise RuntimeError("can't start new thread")
+        start(thread)
+
+    try:
+        monkeypatch.setattr(threading.Thread, "start", start_some)
+        for count in (0, 3, 9):  # 8 workers, the probe, the refresh
+            left[0] = count
+            with pytest.raises(RuntimeError):
+                mailcloak.Service(config(keycloak={"timeout_seconds": 3}, policy={"disappearance_grace_seconds": 0}), service)
+            assert service.store.policy.disappearance_grace_seconds == 3600
+            wait_until(lambda: threading.active_count() <= threads, what="the end of the threads that began")
+    finally:
+        monkeypatch.undo()
+        for each in (service.directory, service.source, service.saved):
+            each.close()
+
+
 def test_reload_names_what_needs_a_restart(static_daemon):
     static_daemon.config["sockets"]["policy_socket"] += "-other"
     static_daemon.reload()

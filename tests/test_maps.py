@@ -216,6 +216,16 @@ def test_flush_of_any_name_of_a_user_forgets_all_of_him(make_daemon, keycloak, n
     assert daemon.ask(recipient="bob@d1.test") == "DUNNO"
 
 
+def test_flush_forgets_a_username_with_an_international_domain(make_daemon, keycloak):
+    keycloak.add_user("zoe@b\u00fccher.test", "zoe@d1.test")
+    daemon = make_daemon(keycloak=keycloak.config()).start()
+    assert daemon.ask(recipient="zoe@d1.test") == "DUNNO"
+    assert ask(daemon, "flush zoe@b\u00fccher.test")["forgotten"] > 0
+    keycloak.users.clear()
+    keycloak.add_user("other")
+    assert daemon.ask(recipient="zoe@d1.test").startswith("550")
+
+
 def test_flush_makes_a_removed_user_count_where_the_answer_was_remembered(make_daemon, keycloak):
     keycloak.add_user("alice", "alice@d1.test")
     keycloak.add_user("bob", "bob@d1.test")

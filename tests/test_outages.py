@@ -979,7 +979,7 @@ def test_only_what_was_said_anew_of_a_user_is_waited_for(tmp_path):
 
 def saved_row(**more):
     row = {"user": list(BOB), "standing": "known", "asked_at": 1, "confirmed_at": 1, "doubted_seconds": 0, "former": []}
-    return json.dumps({**row, "login_by_email": False, "shares_email": False, **more})
+    return json.dumps({**row, "unnamed_at": None, "shares_email": False, **more})
 
 
 @pytest.mark.parametrize(
@@ -992,13 +992,13 @@ def saved_row(**more):
         "[" * 100_000,
         '{"user": ["a", "", true, false, "", ""], "standing": "known"}',
         '{"user": ["", "", true, false, "", ""], "standing": "known", "asked_at": 1, "confirmed_at": 1, "doubted_seconds": 0,'
-        ' "former": [], "login_by_email": false, "shares_email": false}',
+        ' "former": [], "unnamed_at": null, "shares_email": false}',
         '{"user": ["a", "", "yes", false, "", ""], "standing": "known", "asked_at": 1, "confirmed_at": 1, "doubted_seconds": 0,'
-        ' "former": [], "login_by_email": false, "shares_email": false}',
+        ' "former": [], "unnamed_at": null, "shares_email": false}',
         '{"user": ["a", "", true, false, "", ""], "standing": "immortal", "asked_at": 1, "confirmed_at": 1, "doubted_seconds": 0,'
-        ' "former": [], "login_by_email": false, "shares_email": false}',
+        ' "former": [], "unnamed_at": null, "shares_email": false}',
         '{"user": ["a", "", true, false, "", ""], "standing": "known", "asked_at": NaN, "confirmed_at": 1, "doubted_seconds": 0,'
-        ' "former": [], "login_by_email": false, "shares_email": false}',
+        ' "former": [], "unnamed_at": null, "shares_email": false}',
         b"\xff\xfe",
         saved_row(asked_at=10**400),
         saved_row(doubted_seconds=math.inf, standing="doubted"),

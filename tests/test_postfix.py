@@ -9,9 +9,11 @@ saving  asks mailcloak as seldom as the sample says that it may.
 import contextlib
 import json
 import os
+import random
 import re
 import shutil
 import smtplib
+import socket
 import stat
 import subprocess
 import sys
@@ -21,6 +23,8 @@ from pathlib import Path
 import pytest
 from conftest import ROOT, USERS, running, wait_until
 from real.postfix import FORGED, NO_SUCH_USER, PATH, PrivatePostfix, daemon_behind, envelope, expected, send
+
+import mailcloak
 
 pytestmark = pytest.mark.real("postfix", "root")
 
@@ -312,6 +316,85 @@ def test_address_form_as_sender_does_not_come_out_as_one_of_ours(postfix, daemon
         assert 500 <= exc.smtp_code < 600, f"neither taken nor refused: {exc}"
     else:
         assert not is_ours(postfix.envelope_sender(queue_id))
+
+
+class Resolver:
+    """Postfix's trivial-rewrite(8), asked as its other programs ask it."""
+
+    def __init__(self, path):
+        self._path = str(path)
+        self._connect()
+
+    def _connect(self):
+        self.socket = socket.socket(socket.AF_UNIX)
+        self.socket.settimeout(10)
+        self.socket.connect(self._path)
+        self.socket.recv(4096)  # the name of its protocol
+
+    def resolve(self, address):
+        """(is it in virtual_mailbox_domains?, recipient), None where it ends the connection."""
+        self.socket.sendall(b"request\0resolve\0sender\0\0address\0" + address.encode() + b"\0\0")
+        answer = b""
+        while not answer.endswith(b"\0\0"):
+            data = self.socket.recv(65536)
+            if not data:
+                self.socket.close()
+                self._connect()
+                return None
+            answer += data
+        parts = answer.split(b"\0")
+        found = dict(zip(parts[::2], parts[1::2]))
+        return bool(int(found[b"flags"]) & 1 << 10), found[b"recipient"].decode(errors="replace")  # RESOLVE_CLASS_VIRTUAL
+
+
+class NobodyThere:
+    """Facts where no address of ours has an owner."""
+
+    def find_alias(self, address):
+        return None
+
+    def find_holders(self, address):
+        return ()
+
+
+PARTS = [
+    "a",
+    "b",
+    "+",
+    " ",
+    "%",
+    "%",
+    "!",
+    "@",
+    "@",
+    "d1.test",
+    "d1.test",
+    "mx.test",
+    "[127.0.0.1]",
+    '"',
+    "\\",
+    "(",
+    ")",
+    ",",
+    ":",
+    ";",
+]
+PARTS += ["<", ">", ".", "\u00e9", "[", "]", "D1.TEST", "d1.test.", "\uff441.test", "mx.test."]
+
+
+def test_no_form_of_an_address_leads_postfix_to_a_domain_of_ours_and_mailcloak_elsewhere(postfix):
+    """Each form that Postfix delivers to one of our domains is checked: with nobody there, it is refused or deferred."""
+    policy = mailcloak.PolicyConfig(domain=frozenset(OURS), recipient_delimiter="+")
+    choices, resolver, ours = random.Random(7), Resolver(postfix.private / "rewrite"), 0
+    with contextlib.closing(resolver.socket):
+        for _ in range(20_000):
+            address = "".join(choices.choice(PARTS) for _ in range(choices.randrange(2, 7)))
+            found = resolver.resolve(address)
+            if found and found[0]:
+                ours += 1
+                action = mailcloak.decide_recipient(address, policy, NobodyThere())
+                assert action.text.startswith(("550", "451")), (address, found, action)
+    assert ours > 500
 
 
 @pytest.mark.parametrize(

@@ -181,7 +181,7 @@ class Oracle:
         self.asked: dict[tuple[str, str], float] = {}  # when each question was asked last
         self.witnesses: list[tuple[str, float]] = []  # (federation, when one of it was confirmed)
         self.versions: list[dict[str, list[Heard]]] = []  # what was heard so far, as long as a slow question lasts
-        self.unnamed: set = set()  # these are no usernames
+        self.unnamed: dict[str, float] = {}  # these are no usernames; when Keycloak was asked
         self.unread: Optional[dict[str, list[Heard]]] = None  # what is saved, while the file cannot be read
         self.was_unread = False  # the same, when the question came
         self.begun_at = 0.0
@@ -219,9 +219,11 @@ class Oracle:
                     is_kept = self.standing(key) == "there" and now.receives and (now.enabled or not before.enabled)
                     lost |= not (is_kept and now[:2] == before[:2])
         self.versions.append(dict(self.heard))
-        self.unnamed -= {name for name in names if self.asked.get(("username", name), 0.0) <= at}
+        for name in names:
+            if self.asked.get(("username", name), 0.0) <= at:
+                self.unnamed.pop(name, None)
         if question[0] == "username" and not users:
-            self.unnamed.add(question[1])
+            self.unnamed[question[1]] = max(at, self.unnamed.get(question[1], 0.0))
         return lost
 
     def _hear_later(self, key: str, before: User, user: User) -> None:
@@ -346,7 +348,7 @@ class Oracle:
         """The user whom the login proves."""
         (key, user), *more = [*self.logins(login).items()] or [("", None)]
         if user and not more and self.is_usable(key, since) and user.enabled and user.email:
-            return user if login in (user.username, *self.unnamed) else None
+            return user if login == user.username or self.unnamed.get(login, 0.0) > since else None
         return None
 
     def is_bad(self, login: str) -> bool:
@@ -1169,8 +1171,8 @@ class UserRules(RuleBasedStateMachine):
         world.verified_only = not old
         self.driver.reload()
         self.others[old] = (oracle.saved, oracle.saved, oracle.unnamed)
-        oracle.heard, oracle.saved, oracle.unnamed = self.others.pop(not old, ({}, {}, set()))
-        oracle.heard, oracle.saved, oracle.unnamed = dict(oracle.heard), dict(oracle.saved), set(oracle.unnamed)
+        oracle.heard, oracle.saved, oracle.unnamed = self.others.pop(not old, ({}, {}, {}))
+        oracle.heard, oracle.saved, oracle.unnamed = dict(oracle.heard), dict(oracle.saved), dict(oracle.unnamed)
         oracle.witnesses, oracle.asked = [], {}
         world.history = [world.history[-1]._replace(since=world.time)]
 
@@ -1211,6 +1213,6 @@ class UserModel(UserRules):
         """All that is in it is lost, and what is known in memory is written again."""
         if self.driver.damage_file():
             self.oracle.saved = {}
-            self.others = {setting: ({}, {}, set()) for setting in self.others}
+            self.others = {setting: ({}, {}, {}) for setting in self.others}
             if self.oracle.unread:
                 self.oracle.unread = {}
