@@ -1952,6 +1952,9 @@ def add_file_options(parser: argparse.ArgumentParser, verb: str) -> None:
             default="20%",
             help="stop if more of the aliases would change or go (default: 20%%)",
         )
+        parser.add_argument(
+            "--scope", metavar="DOMAIN", default="", help="only aliases in this domain; all others stay as they are"
+        )
         parser.add_argument("--force", action="store_true", help="also what aliases add would refuse without it")
         parser.add_argument("-v", "--verbose", action="store_true", help="say each change")
     if verb == "sync":

@@ -532,7 +532,9 @@ CREATE TABLE stored (address TEXT, username TEXT, enabled INTEGER);
 CREATE TABLE lines (line TEXT);
 BEGIN;
 """
-SELECT_STORED = "SELECT alias_email, username, enabled FROM aliases WHERE typeof(alias_email) = 'text' ORDER BY alias_email"
+# of one domain, or with "" of all
+STORED = "FROM aliases WHERE typeof(alias_email) = 'text' AND (:domain = '' OR substr(alias_email, instr(alias_email, '@') + 1) = :domain)"
+SELECT_STORED = f"SELECT alias_email, username, enabled {STORED} ORDER BY alias_email"
 
 
 def open_staging() -> sqlite3.Connection:
@@ -542,11 +544,11 @@ def open_staging() -> sqlite3.Connection:
     return staging
 
 
-def rows_of(database: sqlite3.Connection, select: str) -> Iterator[Any]:
+def rows_of(database: sqlite3.Connection, select: str, **values: str) -> Iterator[Any]:
     """Plain tuples, one after the other."""
     cursor = database.cursor()
     cursor.row_factory = None
-    return cursor.execute(select)
+    return cursor.execute(select, values)
 
 
 @contextlib.contextmanager
@@ -593,11 +595,13 @@ def check_names(context: ctl.Context, address: str, username: str) -> tuple[str,
 def load(staging: sqlite3.Connection, context: ctl.Context, source: Source, form: Format, problems: Problems) -> int:
     """Read the file into the table wanted; how many aliases it has. Raises Refused where it is not whole."""
     foreign: collections.Counter[str] = collections.Counter()
-    policy = context.policy
+    policy, scope = context.policy, context.options.scope
 
     def check(address: str, username: str) -> tuple[str, str]:
         address, username = check_names(context, address, username)
         domain = address.rpartition("@")[2]
+        if scope and domain != scope:
+            raise ctl.Refused(f"{address} is not in {scope}, the domain of --scope")
         if policy and domain not in policy.domain:
             foreign[domain] += 1
         return address, username
@@ -615,9 +619,9 @@ def load(staging: sqlite3.Connection, context: ctl.Context, source: Source, form
 
 
 def compare(
-    staging: sqlite3.Connection, database: sqlite3.Connection, problems: Problems, missing: str
+    staging: sqlite3.Connection, database: sqlite3.Connection, problems: Problems, missing: str, domain: str = ""
 ) -> tuple[dict[str, int], int]:
-    """Fill the table changes. How many changes there are of each kind, and how many aliases are stored."""
+    """Fill the table changes. How many changes there are of each kind, and how many aliases are stored; of one domain, unless it is ""."""
     counts: collections.Counter[str] = collections.Counter()
 
     def counted(changes: Iterator[Change]) -> Iterator[Change]:
@@ -627,8 +631,8 @@ def compare(
 
     wanted = rows_of(staging, "SELECT address, username, enabled, line FROM wanted ORDER BY address, line")
     with reading(database):
-        stored = int(database.execute("SELECT count(*) FROM aliases").fetchone()[0])
-        rows = watch(rows_of(database, SELECT_STORED), "compared", lambda: 0.0)
+        stored = int(database.execute(f"SELECT count(*) {STORED}", {"domain": domain}).fetchone()[0])
+        rows = watch(rows_of(database, SELECT_STORED, domain=domain), "compared", lambda: 0.0)
         changes = counted(plan(rows, take_once(wanted, problems.report), missing))
         staging.executemany("INSERT INTO changes VALUES (?, ?, ?, ?, ?)", changes)
     return dict(counts), stored
@@ -687,6 +691,7 @@ def aliases_sync(context: ctl.Context) -> None:
 def make_so(context: ctl.Context, missing: str) -> None:
     """Read, compare, check, write, tell. Raises Refused, OverLimit; then nothing was changed."""
     options = context.options
+    options.scope = options.scope and ctl.read_domain(options.scope)
     percent, form, source = (
         read_share(options.max_change),
         find_format(options.format, options.file, options.usernames),
@@ -698,7 +703,7 @@ def make_so(context: ctl.Context, missing: str) -> None:
         problems.stop(skip=options.skip_bad)
         database = find_database(context)
         version = data_version(database)
-        counts, stored = compare(staging, database, problems, missing)
+        counts, stored = compare(staging, database, problems, missing, options.scope)
         problems.stop(skip=options.skip_bad)
         if is_over_limit(counts, stored, wanted, percent):
             if options.dry_run:
@@ -878,7 +883,7 @@ def aliases_export(context: ctl.Context) -> None:
     database = context.database
     with contextlib.closing(open_staging()) as staging:
         with reading(database):  # and not longer: who reads our output may be slow
-            staging.executemany("INSERT INTO stored VALUES (?, ?, ?)", rows_of(database, SELECT_STORED))
+            staging.executemany("INSERT INTO stored VALUES (?, ?, ?)", rows_of(database, SELECT_STORED, domain=""))
         rows = watch(rows_of(staging, "SELECT * FROM stored ORDER BY rowid"), "written")
         lines = map(form.write, rows) if form.holds_all else hold(staging, form, rows, skip=options.skip_bad)
         lines = itertools.chain([form.head], lines)

@@ -11,7 +11,7 @@ _mailcloakctl() {
     COMPREPLY=()
     for ((index = 1; index < COMP_CWORD; index++)); do
         case ${COMP_WORDS[index]} in
-            --config | --db | --owner | --expires | --user | --method | --prometheus | --postfix-config | --dovecot-config | --format | --usernames | --max-change | --missing | --domain | --go-config | --new-config) # and its value
+            --config | --db | --owner | --expires | --user | --method | --prometheus | --postfix-config | --dovecot-config | --format | --usernames | --max-change | --missing | --domain | --scope | --go-config | --new-config) # and its value
                 [[ ${COMP_WORDS[index]} != --config && ${COMP_WORDS[index]} != --db ]] || place=("${COMP_WORDS[index]}")
                 [[ ${COMP_WORDS[index + 1]} != = ]] || ((index++)) # bash makes three words of --db=FILE
                 ((index++))
@@ -30,7 +30,7 @@ _mailcloakctl() {
         --format) words='csv jsonl virtual postfixadmin' options='' command='' ;;
         --usernames) words='local address' options='' command='' ;;
         --missing) words='delete disable keep' options='' command='' ;;
-        --owner | --user | --domain | --max-change) return ;;
+        --owner | --user | --domain | --scope | --max-change) return ;;
     esac
     case $command in
         '') [[ -n $words ]] || { words='aliases apps backup restore db migrate-from-go ask status doctor flush'; options+=' --version'; } ;;
@@ -44,7 +44,7 @@ _mailcloakctl() {
         'aliases show' | 'aliases del'* | 'aliases enable'* | 'aliases disable'*) [[ $cur == -* ]] || words=$(_mailcloakctl_names aliases) ;;
         'aliases export'* | 'aliases import'* | 'aliases sync'*)
             options+=' --format --usernames --skip-bad'
-            [[ $command == 'aliases export'* ]] || options+=' --dry-run --max-change --force --verbose'
+            [[ $command == 'aliases export'* ]] || options+=' --dry-run --max-change --scope --force --verbose'
             [[ $command != 'aliases sync'* ]] || options+=' --missing'
             [[ $cur == -* ]] || { compopt -o filenames 2>/dev/null; mapfile -t COMPREPLY < <(compgen -f -- "$cur"); return; }
             ;;

@@ -322,6 +322,23 @@ def test_alias_that_is_not_in_the_file(ctl, options, left):
     assert ctl.aliases() == [("a@d1.test", "alice", 1), *left]
 
 
+def test_jobs_with_a_scope_leave_the_aliases_of_others_alone(ctl):
+    fill(ctl, [("a@d1.test", "alice"), ("b@d1.test", "bob"), ("a@d2.test", "carol"), ("a@sub.d1.test", "dave")])
+    path = write(ctl, "b@D1.test,alice\nc@d1.test,bob\n")
+    result = ctl("aliases", "sync", path, "--scope", "D1.test", "--json")
+    assert json.loads(result.stdout)["counts"] == {
+        "added": 1, "changed": 1, "enabled": 0, "disabled": 0, "deleted": 1, "unchanged": 0, "skipped": 0
+    }  # fmt: skip
+    wanted = [("a@d2.test", "carol", 1), ("a@sub.d1.test", "dave", 1), ("b@d1.test", "alice", 1), ("c@d1.test", "bob", 1)]
+    assert ctl.aliases() == wanted
+    for verb in ("sync", "import"):
+        result = ctl("aliases", verb, write(ctl, "x@d2.test,alice\n"), "--scope", "d1.test", check=False)
+        assert (result.returncode, "line 1: x@d2.test is not in d1.test, the domain of --scope" in result.stderr) == (1, True)
+    result = ctl("aliases", "sync", path, "--scope", "no domain", check=False)
+    assert result.returncode == 1
+    assert ctl.aliases() == wanted
+
+
 def test_sync_touches_only_rows_that_differ(filled):
     with contextlib.closing(sqlite3.connect(filled.path)) as database, database:
         database.execute("UPDATE aliases SET updated_at = 1")
