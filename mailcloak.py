@@ -1175,6 +1175,8 @@ def _socket_path(value: Any) -> str:
 def _url(value: Any) -> str:
     if "@" in _text(value):
         raise ValueError("expected a URL without user and password; put the secret into keycloak.client_secret")
+    if re.search("[^/]/(realms|admin)(/|$)", value):
+        raise ValueError("expected a URL without /realms/... and /admin/..., which mailcloak adds")
     with contextlib.suppress(ValueError):  # urlsplit() quotes parts of the URL in it; .port raises it when it is not a number
         parts = urllib.parse.urlsplit(value)
         is_plain = re.fullmatch(r"[^<>\s?#]+", value) and re.fullmatch(r"[\w.:\[\]-]+", parts.netloc)
@@ -2252,8 +2254,8 @@ def _system_ca() -> Any:
     return paths.cafile or paths.capath or True
 
 
-def _describe_failure(exc: BaseException) -> str:
-    """Why an HTTP request failed, from the innermost cause; never a URL, a header or a body."""
+def _describe_failure(exc: BaseException) -> tuple[str, str]:
+    """(why an HTTP request failed, from the innermost cause; the remedy, if it is known); never a URL, a header or a body."""
     import ssl
 
     import urllib3
@@ -2267,14 +2269,15 @@ def _describe_failure(exc: BaseException) -> str:
     for each in reversed(chain):
         # urllib3 1.26 compares the name by itself, and raises a class of its own or ssl's without the message of OpenSSL
         if isinstance(each, ssl.SSLCertVerificationError) or type(each).__name__ == "CertificateError":
-            return f"certificate refused ({getattr(each, 'verify_message', 'for another name')}), check keycloak.ca_file"
+            reason = getattr(each, "verify_message", "for another name")
+            return f"certificate refused ({reason})", "name the certificate of your own CA in keycloak.ca_file, or correct base_url"
         if isinstance(each, (socket.timeout, urllib3.exceptions.TimeoutError)):
-            return "timed out"
+            return "timed out", ""
         if isinstance(each, _AnswerTooLong):
-            return each.text
+            return each.text, ""
         if isinstance(each, OSError) and each.strerror:
-            return str(each.strerror).lower()
-    return f"connection failed ({type(chain[-1]).__name__})"
+            return str(each.strerror).lower(), ""
+    return f"connection failed ({type(chain[-1]).__name__})", ""
 
 
 EMAIL_MAY_BE_TAKEN = (
@@ -2582,7 +2585,8 @@ class KeycloakApi:
             except requests.ConnectionError:  # most likely a kept connection that the server has closed
                 return self._exchange_once(session, deadline, method, url, options)
         except (urllib3.exceptions.HTTPError, http.client.HTTPException, OSError, ValueError, _AnswerTooLong) as exc:
-            raise DirectoryUnavailable(self.failure(_describe_failure(exc))) from exc
+            reason, remedy = _describe_failure(exc)
+            raise DirectoryUnavailable(self.failure(reason), remedy) from exc
 
     def _exchange_once(
         self, session: requests.Session, deadline: Deadline, method: str, url: str, options: Mapping[str, Any]

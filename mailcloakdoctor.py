@@ -282,7 +282,7 @@ def access_remedy(why: str, user: str, groups: Sequence[int], otherwise: str) ->
         return "mount its file system for writing, it is mounted read-only"
     if status.st_uid == pwd.getpwnam(user).pw_uid:
         return f"chmod u+{bit} {path}"
-    if status.st_gid in groups:
+    if status.st_gid in groups and bit != "w":  # Dovecot is in the group too, and only reads
         return f"chmod g+{bit} {path}"
     return otherwise.replace("{path}", path).replace("{bit}", bit)
 
@@ -1081,7 +1081,7 @@ def check_domains(policy: mailcloak.PolicyConfig, postfix: Postfix) -> Findings:
             text, remedy = f"{domain} is in virtual_alias_domains, where it has no mailboxes", "move it to virtual_mailbox_domains"
         elif not places:
             text = f"Postfix takes no mail for {domain}"
-            remedy = f"main.cf: add {domain} to virtual_mailbox_domains, then postfix reload"
+            remedy = f"correct policy.domain; if it is right, main.cf: add {domain} to virtual_mailbox_domains, then postfix reload"
         else:
             transport = transports.get(domain, ":")
             if transport.startswith(":"):
@@ -1202,6 +1202,7 @@ def check_dovecot(host: Installation) -> Findings:
         return
     offered = set(re.split(r"[\s,]+", mechanisms.lower())) - {""}
     yield from check_mechanisms(host, offered)
+    yield from check_passdbs(settings)
     if offered & TOKENS and host.static_users is None:
         yield from check_realm(host, settings, token_urls)
     if not queries:
@@ -1233,6 +1234,20 @@ def check_mechanisms(host: Installation, offered: set[str]) -> Findings:
     others = warning("dovecot-mechanisms", "mailcloak believes logins by these too, whatever Dovecot checks for them", remedy)
     found += about(sorted(offered - TOKENS - PASSWORDS), others)
     yield from found or [ok("dovecot-mechanisms", f"users log in with a token, apps with a password: {' '.join(sorted(offered))}")]
+
+
+def check_passdbs(settings: str) -> Findings:
+    """Does anything else than a token or an app's token let somebody log in? mailcloak takes such a login for the user of that name."""
+    found: list[Finding] = []
+    for head, passdb, _ in find_passdbs(settings):
+        driver = passdb.get("driver") or head.partition(" ")[2]
+        mechanisms = {*re.split(r"[\s,]+", passdb.get("mechanisms", passdb.get("mechanisms_filter", "")).lower())} - {""}
+        if driver not in ("oauth2", "sql") and passdb.get("deny") != "yes" and not (mechanisms and mechanisms <= TOKENS):
+            text = f"passdb {driver} lets others than apps log in by password, and mailcloak takes each for the user of that name"
+            found.append(
+                problem("dovecot-mechanisms", text, "take this passdb out of Dovecot's configuration, then doveadm reload")
+            )
+    yield from found
 
 
 def find_passdbs(settings: str) -> Iterator[tuple[str, dict[str, str], str]]:
@@ -1271,7 +1286,7 @@ def check_realm(host: Installation, settings: str, token_urls: Sequence[tuple[st
     for place, setting, url in token_urls:
         parts = urllib.parse.urlsplit(url)
         realm = re.search("/realms/([^/]+)", parts.path)
-        remedy = f"{place}: let {setting} begin with {ours}, as in {OAUTH2_SAMPLES}; then doveadm reload"
+        remedy = f"correct keycloak.realm; if it is right, {place}: let {setting} begin with {ours}, as in {OAUTH2_SAMPLES}; then doveadm reload"
         if realm and urllib.parse.unquote(realm[1]) != keycloak.realm:
             names = f"{setting} names realm {urllib.parse.unquote(realm[1])}, and the daemon asks realm {keycloak.realm}"
             text = f"{names}: who logs in may be another user than it thinks, or one that it does not know"
@@ -1464,7 +1479,7 @@ def check_keycloak(host: Installation) -> Findings:
     except mailcloak.DirectoryMisconfigured as exc:
         yield problem(check, exc.text, exc.remedy)
     except mailcloak.DirectoryUnavailable as exc:
-        remedy = "look whether Keycloak runs, and whether keycloak.base_url can be reached from this host"
+        remedy = exc.remedy or "look whether Keycloak runs, and whether keycloak.base_url can be reached from this host"
         if check == "keycloak":  # it has answered until now
             remedy = "run mailcloakctl doctor again; if it is so again, look at Keycloak's log"
         yield problem(check, exc.text, remedy)

@@ -272,6 +272,12 @@ EXACT = {
         "https://sso.example.org/?realm=mail",
         "config: keycloak.base_url: expected a URL such as https://sso.example.org, got 'https://sso.example.org/?realm=mail'",
     ),
+    "URL of a realm": (
+        "keycloak.base_url",
+        "https://sso.example.org/realms/mail",
+        "config: keycloak.base_url: expected a URL without /realms/... and /admin/..., which mailcloak adds, got "
+        "'https://sso.example.org/realms/mail'",
+    ),
     "domain with an at": (
         "policy.domain",
         "@example.org",

@@ -1602,6 +1602,22 @@ def test_mechanisms_of_dovecot_that_do_not_fit_are_a_warning(readable_site, dove
 
 
 @real_dovecot
+@pytest.mark.parametrize("limited", ["", "oauthbearer xoauth2"])
+def test_passdb_by_which_others_than_apps_log_in_by_password_is_a_problem(readable_site, dovecot_factory, tmp_path, limited):
+    """By any password of the host; one for tokens alone lets nobody in by password."""
+    is_new = installed_version() >= (2, 4)
+    users = tmp_path / "users"
+    users.write_text("bob:{PLAIN}secret\n")
+    place = f"passdb_driver = passwd-file\n  passwd_file_path = {users}" if is_new else f"driver = passwd-file\n  args = {users}"
+    mechanisms = f"  {'mechanisms_filter' if is_new else 'mechanisms'} = {limited}\n" if limited else ""
+    passdb = f"passdb{' other' if is_new else ''} {{\n  {place}\n{mechanisms}}}\n"
+    change = "auth_mechanisms = plain login oauthbearer xoauth2\n"
+    instance = dovecot_factory(readable_site.database, [(change, f"{change}{passdb}")])
+    found = named(ask_dovecot(readable_site, instance), "dovecot-mechanisms")
+    assert any("lets others than apps log in by password" in finding.text for finding in found) == (not limited), found
+
+
+@real_dovecot
 def test_dovecot_with_a_wrong_query_is_a_problem(readable_site, dovecot_factory):
     instance = dovecot_factory(readable_site.database, [("AND enabled = 1", "AND 1 = 1")])
     assert "lets disabled apps log in" in the_only(ask_dovecot(readable_site, instance), "problem", "dovecot-query").text
@@ -1676,7 +1692,7 @@ def test_tokens_of_another_realm_are_found_until_the_remedy_was_carried_out(toke
     found = the_only(ask_dovecot(token_site, instance), state, "dovecot-realm")
     assert says in found.text
     assert "not-to-be-shown" not in str(found)
-    place, setting, beginning = re.match(r"(\S+): let (\S+) begin with (\S+), as in ", found.remedy).groups()
+    place, setting, beginning = re.search(r"right, (\S+): let (\S+) begin with (\S+), as in ", found.remedy).groups()
     assert (Path(place).name, old.partition(" ")[0]) in ((path.name, setting) for path in instance.config.iterdir())
     (wrong,) = {
         found
