@@ -165,6 +165,8 @@ SHUTDOWN_LOOKUP_SECONDS = 3.0  # after SIGTERM, lookups that still wait for Keyc
 SHUTDOWN_TOTAL_SECONDS = 3.8  # then connections that are left are cut off
 SHUTDOWN_SECONDS = 4.2  # then the program ends, though last-known.db may lack what was learned last
 
+MIN_FROZEN_OBJECTS = 20_000  # that have survived a full pass of Python's collector; 100,000 users are about 200,000
+
 THREAD_STACK_BYTES = 4 * 1024 * 1024  # enough for json to reach Python's limit of recursion first, where the system has less
 
 EXIT_OK, EXIT_FAILED, EXIT_USAGE, EXIT_CONFIG = 0, 1, 64, 78  # the last two from sysexits.h
@@ -2336,6 +2338,8 @@ def read_user(record: Mapping[str, Any], config: KeycloakConfig) -> User:
     reason = attributes.get("disabledReason") if isinstance(attributes, dict) else None
     locked_out = not enabled and reason in ("permanentLockout", ["permanentLockout"]) and config.receive_when_locked_out
     user_id, federation = _field(record, "id"), _field(record, "federationLink")
+    if not federation and re.match("f:[^:]+:", user_id):  # of a user storage without import. Source: Keycloak's StorageId
+        federation = user_id.split(":")[1]
     return User(username, email, enabled, locked_out, federation, user_id)
 
 
@@ -2354,6 +2358,11 @@ def _field(record: Mapping[str, Any], name: str) -> str:
     # Keycloak takes alice@d1.test and its full-width form for two e-mails. One that our searches cannot find counts as none: normalised,
     # it would be the address of another user.
     return address if (value or "").lower() in (address, to_unicode_domain(address)) else ""
+
+
+def _mentions(text: Any, *values: str) -> bool:
+    """Has a record with this text to do with one of these values? Servers that ignore exact find parts of a text as well."""
+    return isinstance(text, str) and any(value in text.lower() for value in values)
 
 
 Answered = TypeVar("Answered")
@@ -2454,10 +2463,17 @@ class KeycloakApi:
     ) -> list[dict[str, Any]]:
         """The records of the answer that the question is about, no more of them than were asked for."""
         attribute, value = question
-        records = self.get_users(session, deadline, **query)
+        try:
+            records = self.get_users(session, deadline, **query)
+        except (
+            DirectoryMisconfigured
+        ) as exc:  # a proxy may refuse this question alone; whether all are refused, the probe finds out
+            raise DirectoryUnavailable(exc.text, exc.remedy) from None
         if len(records) > MAX_DIRECTORY_RECORDS:
             raise QuestionFailed(self.message(f"{len(records)} users for one {attribute}, more than were asked for"))
         matches = [record for record in records if _field(record, attribute) == value]  # older servers ignore exact=true
+        if not all(_mentions(record.get(attribute), value, query[attribute]) for record in records):
+            raise QuestionFailed(self.message(f"a user record without the {attribute} that was asked for"))
         if len(matches) >= MAX_DIRECTORY_MATCHES:
             raise QuestionFailed(self.message(f"{len(matches)} users for one {attribute}, there may be more"))
         if len(records) >= MAX_DIRECTORY_MATCHES and not matches:
@@ -2473,7 +2489,7 @@ class KeycloakApi:
         self._proving.get(since, deadline, lambda: self._prove(session, deadline))
 
     def _prove(self, session: requests.Session, deadline: Deadline) -> bool:
-        if not self.get_users(session, deadline, max="1"):
+        if not any(_field(record, "username") for record in self.get_users(session, deadline, max="1")):
             raise DirectoryMisconfigured(self.message("sees no users at all (query-users is not enough)"), self.role_remedy)
         for address in self._config.canary:
             try:
@@ -3260,6 +3276,7 @@ class SavedUsers:
     """
 
     SCHEMA = "CREATE TABLE IF NOT EXISTS users (meaning TEXT, user_id TEXT, person TEXT NOT NULL, PRIMARY KEY (meaning, user_id)) WITHOUT ROWID"
+    states: ClassVar[dict[str, Optional[tuple[int, ...]]]] = {}  # of each file by its path, after this process has used it
 
     def __init__(
         self, path: str, meaning: str, store: UserStore, clock: Clock = time.monotonic, wall_clock: Clock = time.time
@@ -3277,7 +3294,6 @@ class SavedUsers:
         store.on_change = self._note
         store.await_saved()
         self._taken_up = False
-        self._identity: Optional[tuple[int, int]] = None  # of the file
         self._is_whole = False  # is all of it, of this meaning, to be written?
         self._take_up()
         self._thread = threading.Thread(target=self._write, name="last-known", daemon=True)
@@ -3328,9 +3344,9 @@ class SavedUsers:
         people = []
         try:
             with contextlib.closing(self._open()) as connection:
-                self._identity = file_identity(self._path)
                 connection.text_factory = _decode
                 rows = connection.execute("SELECT person FROM users WHERE meaning = ?", (self._meaning,)).fetchall()
+            self.states[self._path] = self._look_at_file()
         except Exception as exc:
             self._note_fault(exc)
             return
@@ -3341,6 +3357,14 @@ class SavedUsers:
                 log.warning("last-known: a row that makes no sense is left alone path=%s", self._path)
         self._store.take_up(people, self._clock())
         self._taken_up = True
+
+    def _look_at_file(self) -> Optional[tuple[int, ...]]:
+        """What changes when another file is put in its place, or when somebody else writes it; None where there is none."""
+        try:
+            status = os.lstat(self._path)
+        except FileNotFoundError:
+            return None
+        return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
 
     def _open(self) -> sqlite3.Connection:
         create_database_file(self._path, 0o600)
@@ -3372,8 +3396,8 @@ class SavedUsers:
             return
         batch: dict[str, Optional[Person]] = {}
         try:
-            if file_identity(self._path) != self._identity:
-                log.warning("last-known: written again from memory, it was deleted or replaced path=%s", self._path)
+            if self._look_at_file() != self.states[self._path]:
+                log.warning("last-known: written again from memory, it was deleted, replaced or changed path=%s", self._path)
                 self._write_everybody()
             with self._turn:
                 batch, self._waiting = self._waiting, {}
@@ -3398,7 +3422,6 @@ class SavedUsers:
         saved = [(self._meaning, json.dumps(user_id), person_to_json(person, age)) for user_id, person in batch.items() if person]
         forgotten = [(self._meaning, json.dumps(user_id)) for user_id, person in batch.items() if not person]
         with contextlib.closing(self._open()) as connection:
-            self._identity = file_identity(self._path)
             # a power failure must not give back a right that was lost; times may be lost
             connection.execute(f"PRAGMA synchronous = {'FULL' if is_urgent else 'OFF'}")
             connection.execute("BEGIN IMMEDIATE")
@@ -3407,6 +3430,7 @@ class SavedUsers:
             connection.executemany("INSERT OR REPLACE INTO users VALUES (?, ?, ?)", saved)
             connection.executemany("DELETE FROM users WHERE meaning = ? AND user_id = ?", forgotten)
             connection.execute("COMMIT")
+        self.states[self._path] = self._look_at_file()
         self._is_whole = False
 
     def _note_fault(self, exc: Exception) -> None:
@@ -3424,7 +3448,7 @@ class SavedUsers:
         """Put a new file in place of it, with all that is in memory; raises OSError."""
         with contextlib.suppress(FileNotFoundError):
             os.unlink(self._path)
-        self._identity = None
+        self.states[self._path] = None
         log.warning("last-known: begun again from memory path=%s reason=%s", self._path, f'"{reason}"')
         self._write_everybody()
 
@@ -3878,6 +3902,8 @@ class Service:
         saved_path = last_known_path(config.sqlite.path)
         with_same_file = [each for each in old if each.meaning and last_known_path(each.config.sqlite.path) == saved_path]
         with_same_meaning = [each for each in with_same_file if each.meaning == self.meaning]
+        if old and old[0].meaning == self.meaning and old[0] not in with_same_meaning:
+            with_same_meaning = []  # with another sqlite.path the last one knows better than those before it
         if with_same_meaning:
             self.store, self.saved = with_same_meaning[0].store, with_same_meaning[0].saved
         elif self.meaning:
@@ -4490,9 +4516,10 @@ def freeze_survivors(phase: str, info: Mapping[str, Any]) -> None:
     """One of gc.callbacks: what has survived a full pass of Python's collector is left out of later passes.
 
     A pass over 100,000 users would stop all threads for 0.1 s and more, and find nothing. Each object still ends with its last reference;
-    only one that becomes part of a cycle later would stay, and no answer leaves cycles (tests/test_memory.py).
+    only one that becomes part of a cycle later would stay. No answer leaves cycles (tests/test_memory.py), but a failed HTTP request does:
+    those under way stay at the most once for so many new objects.
     """
-    if phase == "stop" and info["generation"] == 2:
+    if phase == "stop" and info["generation"] == 2 and len(gc.get_objects()) > MIN_FROZEN_OBJECTS:
         gc.freeze()
 
 
@@ -4762,8 +4789,10 @@ class QueuedLog(logging.Handler):
     def __init__(self, write: Callable[[Sequence[tuple[int, str]]], None]) -> None:
         super().__init__()
         self._write_lines = write
-        self._lines: queue.SimpleQueue[Union[tuple[int, str], threading.Event]] = queue.SimpleQueue()  # (level, line)
-        self._lost = 0  # no lock: it may miss one in a great many
+        # (level, line, for how many lines it stands)
+        self._lines: queue.SimpleQueue[Union[tuple[int, str, int], threading.Event]] = queue.SimpleQueue()
+        self._lost = 0  # for which there was no room; no lock: it may miss one in a great many
+        self._failed = 0  # that could not be written
         threading.Thread(target=self._write, name="log", daemon=True).start()
 
     def createLock(self) -> None:  # noqa: N802  logging's name
@@ -4782,9 +4811,12 @@ class QueuedLog(logging.Handler):
             return
         lost, self._lost = self._lost, 0
         if lost:
-            text = f"daemon: {lost} lines of the log were lost, it took no more"
-            self._lines.put((logging.WARNING, self.format(logging.LogRecord(log.name, logging.WARNING, "", 0, text, (), None))))
-        self._lines.put((record.levelno, self.format(record)))
+            self._lines.put(self._tell(lost))
+        self._lines.put((record.levelno, self.format(record), 1))
+
+    def _tell(self, lost: int) -> tuple[int, str, int]:
+        text = f"daemon: {lost} lines of the log were lost, it took no more"
+        return logging.WARNING, self.format(logging.LogRecord(log.name, logging.WARNING, "", 0, text, (), None)), lost
 
     def flush(self) -> None:
         """Wait until what waits now is written, for LOG_END_SECONDS at the most; logging does so at the program's end."""
@@ -4798,10 +4830,13 @@ class QueuedLog(logging.Handler):
             while not self._lines.empty() and len(waiting) < MAX_LOG_LINES_AT_ONCE:
                 waiting.append(self._lines.get())
             lines = [each for each in waiting if isinstance(each, tuple)]
+            if lines and self._failed:
+                lines.insert(0, self._tell(self._failed))
+                self._failed = 0
             try:
-                self._write_lines(lines)
+                self._write_lines([line[:2] for line in lines])
             except Exception:  # the disk is full, or nobody will ever read it
-                self._lost += len(lines)
+                self._failed += sum(line[2] for line in lines)
             for each in waiting:
                 if isinstance(each, threading.Event):
                     each.set()

@@ -35,6 +35,7 @@ class KeycloakStandIn:
         self.users = []
         self.profile_edit = ["admin"]  # who may edit the attribute email; None: the profile cannot be read
         self.role = "view-users"  # "view-users", "query-users" or ""
+        self.refused_word = None  # a search with it is refused, as by a proxy
         self.token_seconds = 300
         self.latency_seconds = 0.0
         self.fault = None
@@ -277,7 +278,7 @@ class _Handler(BaseHTTPRequestHandler):
         scheme, _, token = self.headers.get("Authorization", "").partition(" ")
         if scheme != "Bearer" or not keycloak.accepts(token):
             self._send(401, {"error": "HTTP 401 Unauthorized"})
-        elif not keycloak.role:
+        elif not keycloak.role or (keycloak.refused_word and keycloak.refused_word in str(query)):
             self._send(403, {"error": "HTTP 403 Forbidden"})
         elif asks_profile:
             profile = {"attributes": [{"name": "username"}, {"name": "email", "permissions": {"edit": keycloak.profile_edit}}]}

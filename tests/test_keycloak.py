@@ -468,7 +468,42 @@ def test_each_empty_answer_is_believed_after_a_proof_asked_for_after_it(keycloak
     assert asked == [("users", each) for number in range(3) for each in (f"stranger{number}@d1.test", "1")]
 
 
-def test_answer_that_shows_only_a_disabled_user_is_believed_after_the_same_proof_but_for_a_username_without_federation(keycloak, directory):
+NO_ANSWERS = {
+    "nothing in it": [{}],
+    "an error": [{"error": "unknown_error"}],
+    "somebody else": [{"id": "1", "username": "alice", "email": "alice@d1.test", "enabled": True}],
+    "without the e-mail": [{"id": "2", "username": "bob", "enabled": True}],
+}
+
+
+@pytest.mark.parametrize("what", NO_ANSWERS)
+def test_records_that_have_nothing_to_do_with_the_question_do_not_say_that_nobody_is_there(keycloak, directory, what):
+    keycloak.add_user("bob", "bob@d1.test")
+    original = keycloak.search
+    keycloak.search = lambda query: NO_ANSWERS[what] if "email" in query else original(query)
+    with pytest.raises(mailcloak.DirectoryUnavailable):
+        find(directory, "email", "bob@d1.test")
+
+
+def test_records_without_names_do_not_prove_that_keycloak_shows_users(keycloak, directory):
+    original = keycloak.search
+    keycloak.search = lambda query: [{}] if "max" in query and len(query) == 1 else original(query)
+    with pytest.raises(mailcloak.DirectoryUnavailable):
+        find(directory, "email", "stranger@d1.test")
+
+
+def test_question_that_is_refused_alone_is_no_outage(keycloak_daemon, keycloak):
+    """By a proxy that dislikes a word in it."""
+    keycloak.refused_word = "union"
+    for number in range(2):
+        assert keycloak_daemon.ask(recipient=f"union{number}@d1.test") == DEFER
+        assert keycloak_daemon.ask(recipient=f"stranger{number}@d1.test") == REJECT
+    assert "counts as away" not in keycloak_daemon.log()
+
+
+def test_answer_that_shows_only_a_disabled_user_is_believed_after_the_same_proof_but_for_a_username_without_federation(
+    keycloak, directory
+):
     keycloak.add_user("alice", "alice@d1.test")
     assert find(directory, "email", "alice@d1.test")
     keycloak.user("alice")["enabled"] = False

@@ -346,6 +346,27 @@ def test_user_disabled_in_keycloak_itself_sends_nothing_while_a_canary_is_missin
     assert daemon.ask(**asked_by_name).startswith("553")
 
 
+@pytest.mark.parametrize("lie", ["disabled", "missing"])
+def test_user_of_a_storage_that_does_not_import_is_in_the_grace_while_the_storage_lies(make_daemon, keycloak, lie):
+    """Such a user has no federationLink; the id names the storage."""
+    for name in ("bob", "carol"):
+        keycloak.add_user(name, f"{name}@d1.test", id=f"f:ldap-1:{name}")
+    keycloak.add_user("alice", "alice@d1.test")
+    daemon = make_daemon(keycloak=keycloak.config(), policy={**SHORT, "disappearance_grace_seconds": 1}).start()
+    assert daemon.ask(recipient="bob@d1.test") == "DUNNO"
+    if lie == "disabled":
+        for name in ("bob", "carol"):
+            keycloak.user(name)["enabled"] = False
+    else:
+        keycloak.users = [keycloak.user("alice")]
+    end = time.monotonic() + 3
+    while time.monotonic() < end:  # that others are confirmed says nothing of this storage
+        assert daemon.ask(recipient="alice@d1.test") == "DUNNO"
+        assert daemon.ask(recipient="bob@d1.test") in ("DUNNO", DEFER)
+        time.sleep(0.1)
+    assert daemon.ask(recipient="bob@d1.test") == DEFER
+
+
 @pytest.mark.parametrize("other", [{"emailVerified": False}, {"enabled": False}], ids=["unverified", "disabled"])
 def test_sharer_of_an_address_does_not_show_that_nobody_has_it_while_a_canary_is_missing(make_daemon, keycloak, other):
     for name in ("bob", "canary1"):

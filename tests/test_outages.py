@@ -888,7 +888,7 @@ def test_user_whose_username_was_found_to_be_anothers_before_the_file_could_be_r
         assert [person.user for person in store.look(("username", "xen")).here] == [new]
 
 
-@pytest.mark.parametrize("fault", ["deleted", "replaced"])
+@pytest.mark.parametrize("fault", ["deleted", "replaced", "copied over", "emptied"])
 def test_file_that_was_deleted_or_replaced_is_written_again_from_memory(tmp_path, caplog, fault):
     path, clock = tmp_path / "last-known.db", Clock()
     save(path, "mail", [ALICE, BOB], clock)
@@ -898,11 +898,35 @@ def test_file_that_was_deleted_or_replaced_is_written_again_from_memory(tmp_path
     clock.now += 1
     store.learn(("username", "alice"), mailcloak.Answer((ALICE._replace(enabled=False),), clock()))
     saved.wait()
-    path.unlink() if fault == "deleted" else os.replace(tmp_path / "older", path)
+    if fault == "deleted":
+        path.unlink()
+    elif fault == "replaced":
+        os.replace(tmp_path / "older", path)
+    elif fault == "copied over":  # as by cp: it stays the same file
+        path.write_bytes((tmp_path / "older").read_bytes())
+    else:
+        os.truncate(path, 0)
+    store.learn(("username", "bob"), mailcloak.Answer((BOB,), clock()))
     saved.close()
     found = load(path, "mail")
     assert (set(found), found["alice"].user.enabled) == ({"alice", "bob"}, False)
-    assert "last-known: written again from memory, it was deleted or replaced" in caplog.text
+    assert "last-known: written again from memory, it was deleted, replaced or changed" in caplog.text
+
+
+def test_user_found_disabled_stays_so_when_a_reload_goes_back_to_the_database_before(make_daemon, keycloak, short_dir):
+    daemon = make_daemon(keycloak=keycloak.config()).start()
+    keycloak.add_user("alice", "alice@d1.test")
+    assert daemon.ask(**OWN) == "DUNNO"
+    first = daemon.config["sqlite"]["path"]
+    (short_dir / "other").mkdir()
+    mailcloak.prepare_database(str(short_dir / "other" / "state.db"), 2)
+    daemon.config["sqlite"]["path"] = str(short_dir / "other" / "state.db")
+    daemon.reload()
+    keycloak.user("alice")["enabled"] = False
+    assert daemon.ask(**OWN).startswith("553")
+    daemon.config["sqlite"]["path"] = first
+    daemon.reload()
+    assert daemon.ask(**OWN).startswith("553")
 
 
 def test_what_is_learned_of_a_user_while_a_mistyped_realm_is_corrected_is_known(make_daemon, keycloak):
