@@ -1725,13 +1725,13 @@ def prepare_database(path: str, busy_seconds: float, *, create: bool = True) -> 
     try:
         if os.stat(path).st_size == 0:  # somebody has emptied it
             raise _lost_database(path, "empty")
-        with _acting_as_owner_of(os.path.dirname(path)), contextlib.closing(connect_database(path, busy_seconds)) as connection:
+        with contextlib.closing(connect_database(path, busy_seconds)) as connection:
             version = connection.execute("PRAGMA user_version").fetchone()[0]
-            if version > SCHEMA_VERSION:
-                raise StartError(
-                    f"sqlite.path: {path!r} has schema version {version}, this mailcloak knows {SCHEMA_VERSION}: install a newer one"
-                )
-            copy = _migrate(connection, path) if version < SCHEMA_VERSION else ""
+        if version > SCHEMA_VERSION:
+            raise StartError(
+                f"sqlite.path: {path!r} has schema version {version}, this mailcloak knows {SCHEMA_VERSION}: install a newer one"
+            )
+        copy = _migrate_as_owner(path, busy_seconds) if version < SCHEMA_VERSION else ""
     except (*SQLITE_ERRORS, OSError) as exc:
         raise DatabaseUnavailable(f"database: {path!r}: {describe_sqlite(exc)}") from exc
     return f"migrated to schema version {SCHEMA_VERSION}, the file as it was is {copy}" if copy else ""
@@ -1762,6 +1762,12 @@ def _create_database(path: str) -> bool:
     finally:
         os.unlink(new)
     return True
+
+
+def _migrate_as_owner(path: str, busy_seconds: float) -> str:
+    """The same by a connection of the directory's owner: root would also write a file of its own that a link leads to."""
+    with _acting_as_owner_of(os.path.dirname(path)), contextlib.closing(connect_database(path, busy_seconds)) as connection:
+        return _migrate(connection, path)
 
 
 def _migrate(connection: sqlite3.Connection, path: str) -> str:
