@@ -1775,7 +1775,7 @@ COMMANDS: dict[str, dict[str, Command]] = {  # the verb is "" where there is non
         "": Command(
             from_data("migrate_from_go"),
             "take over the data of the Go program",
-            "migrate-from-go /root/go/state.db",
+            "migrate-from-go /srv/old-mailcloak/state.db",
             ("file",),
             True,
         )

@@ -1124,7 +1124,7 @@ class Fault(NamedTuple):
     table: str  # "" for the file
     key: str
     fault: str
-    remedy: str  # "" where the statements mend it
+    remedy: str  # "" where the statements correct it
     fixes: tuple[tuple[str, tuple[Any, ...]], ...] = ()  # statements with their values
 
 

@@ -302,7 +302,7 @@ def table_text(regimes: Sequence[Regime], taken: dict[str, Taken], echoes: dict[
 bare server. The figures are medians; the share is taken within each round, from the mean of the two bare measurements around the question,
 and has the smallest and the largest in brackets. The bare server (bench/bare.py) gets policy requests beside policy, and map requests beside
 the map. Each connection has one request in flight. Policy requests have all attributes of Postfix 3.7, differ in instance and client_port,
-and check recipient and sender in one A new daemon for each regime, with {USERS} users, {aliases:,} aliases and {APPS} apps with {SENDERS} senders each. All users and
+and check recipient and sender in one. A new daemon for each regime, with {USERS} users, {aliases:,} aliases and {APPS} apps with {SENDERS} senders each. All users and
 unknown addresses are cached, for an hour. Of the aliases and the unknown addresses, {ASKED} are asked again and again; each has been asked
 before, unless the regime says otherwise. Commits are an UPDATE of an alias that nobody asks about; they go on at the same rate during the
 whole regime.

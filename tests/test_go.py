@@ -234,7 +234,7 @@ def test_steps_of_readme_lead_to_a_daemon_that_answers(short_dir, ctl):
     assert len(commands) == 3
     go, old, new = make_go(ctl, "second"), ctl.path.parent / "old.yaml", ctl.path.parent / "new.yaml"
     old.write_text(CONFIGS["idp"])
-    paths = {"/root/go/state.db": go, "/root/go/config.yaml": old, "/etc/mailcloak/config.yaml": new}
+    paths = {"/srv/old-mailcloak/state.db": go, "/srv/old-mailcloak/config.yaml": old, "/etc/mailcloak/config.yaml": new}
     for command in commands:
         words = [str(paths.get(word, word)) for word in command.split()[1:]]
         place = [] if words[0] == "--config" else ["--db", str(ctl.path)]
