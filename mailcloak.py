@@ -6,7 +6,7 @@ Postfix asks over two Unix sockets:
 
   policy      smtpd access policy delegation (SMTPD_POLICY_README). At RCPT: is there such a recipient, and may this client use this
               sender? At MAIL: the sender alone. Answers DUNNO, 550, 553 or 451.
-  socketmap   virtual_alias_maps (socketmap_table(5)), map name "alias": the mailbox that an alias leads to. The maps "stats",
+  socketmap   virtual_alias_maps (socketmap_table(5)), map name "alias": the mailboxes that an alias leads to. The maps "stats",
               "explain" and "flush" are mailcloakctl's.
 
 Read at start:  the configuration, /etc/mailcloak/config.yaml unless another is named; config.yaml.sample explains each key.
@@ -530,10 +530,12 @@ def _split_username(username: str) -> tuple[str, str]:
 
 
 class Alias(NamedTuple):
-    """A row of the table aliases."""
+    """A row of the table aliases, with its further targets."""
 
-    username: str
+    users: tuple[str, ...]  # who receive its mail and may send as it
     enabled: bool
+    external: tuple[str, ...] = ()  # addresses elsewhere, which receive its mail as well
+    receive_only: bool = False  # its users may not send as it
 
 
 class App(NamedTuple):
@@ -610,12 +612,14 @@ class Action(NamedTuple):
 
 
 class Owner(NamedTuple):
-    """Who owns an address. username is "" for nobody, and also where two users share a primary e-mail."""
+    """Who owns an address. There are no users for nobody, and also where two users share a primary e-mail."""
 
-    username: str
-    source: str  # "alias", "primary", "nobody", or why it is not known: the reason of an answer in UNKNOWN
+    users: tuple[str, ...]
+    source: str  # "alias", "primary", "nobody", "users-gone", or why it is not known: the reason of an answer in UNKNOWN
     extension: str = ""  # what was cut off the address to find the owner, with its delimiter
     is_certain: bool = True  # False for a primary e-mail while SQLite cannot say whether the address is an alias as well
+    external: tuple[str, ...] = ()  # addresses elsewhere that an alias leads to
+    receive_only: bool = False  # of an alias: its users may not send as it
 
 
 class Facts(Protocol):
@@ -629,6 +633,9 @@ class Facts(Protocol):
 
     def find_holders(self, address: Address) -> Users:
         """The users whose primary e-mail this is, disabled ones too; raises DirectoryUnavailable, Disappeared."""
+
+    def find_named(self, username: str) -> Users:
+        """The user of this name, if there is one, disabled or not; raises DirectoryUnavailable, Disappeared."""
 
     def find_login(self, sasl_username: str) -> Login:
         """Which user the login names; raises DirectoryUnavailable, Disappeared."""
@@ -675,8 +682,9 @@ def decide_policy(request: PolicyRequest, policy: PolicyConfig, facts: Facts) ->
 def decide_recipient(raw: str, policy: PolicyConfig, facts: Facts) -> Action:
     """May mail for this recipient, as the client wrote it, come in?
 
-    DUNNO for an address that has an owner and for domains that are not ours; 550 when it has none, leads over too many hosts, or is
-    itself a mailbox (policy.mailbox_domain); 451, or what policy.keycloak_failure_mode says, when that is not known.
+    DUNNO for an address that has an owner and for domains that are not ours; 550 when it has none, when all users of an alias are gone,
+    when it leads over too many hosts, or is itself a mailbox (policy.mailbox_domain); 451, or what policy.keycloak_failure_mode says,
+    when that is not known.
     """
     recipient = normalise_address(raw)
     # XXX: user%ours@elsewhere gets 550 if we have no such user, even where elsewhere is a foreign host (SECURITY.md). Knowing
@@ -693,7 +701,7 @@ def decide_recipient(raw: str, policy: PolicyConfig, facts: Facts) -> Action:
         return Action(NO_SUCH_USER, "mailbox-domain")
     if not is_local(recipient, policy):
         return accept("recipient-not-local")
-    owner = find_owner(recipient, policy, facts)
+    owner = without_leavers(find_owner(recipient, policy, facts), facts)
     is_exact = owner.source == "primary" and not owner.extension
     if is_exact and not policy.mailbox_domain and split_extension(recipient.local_part, policy.recipient_delimiter)[1]:
         return Action(DIRECTORY_FAILED, "username-with-delimiter", logging.ERROR)
@@ -701,7 +709,9 @@ def decide_recipient(raw: str, policy: PolicyConfig, facts: Facts) -> Action:
         return accept(owner.source)
     if owner.source == "directory-unavailable" and policy.keycloak_failure_mode != "tempfail":
         return Action("DUNNO", "directory-unavailable")
-    return UNKNOWN.get(owner.source) or Action(NO_SUCH_USER, "unknown-recipient")
+    return UNKNOWN.get(owner.source) or Action(
+        NO_SUCH_USER, "alias-users-gone" if owner.source == "users-gone" else "unknown-recipient"
+    )
 
 
 def find_owner(address: Address, policy: PolicyConfig, facts: Facts) -> Owner:
@@ -712,7 +722,7 @@ def find_owner(address: Address, policy: PolicyConfig, facts: Facts) -> Owner:
     e-mail. Raises nothing.
     """
     if address.domain not in policy.domain:
-        return Owner("", "nobody")
+        return Owner((), "nobody")
     database_failed = False
     for spelling, extension in address_spellings(address, policy.recipient_delimiter):
         if not spelling.is_plain:
@@ -721,24 +731,47 @@ def find_owner(address: Address, policy: PolicyConfig, facts: Facts) -> Owner:
         try:
             alias = facts.find_alias(spelling)
         except RowUnreadable:
-            return Owner("", "database-unavailable")
+            return Owner((), "database-unavailable")
         except DatabaseUnavailable:
             database_failed = True
         if alias and database_failed:  # the address itself may be an alias of somebody else
-            return Owner("", "database-unavailable")
-        if alias and alias.enabled and alias.username:
-            return Owner(alias.username, "alias", extension)
+            return Owner((), "database-unavailable")
+        if alias and alias.enabled and (alias.users or alias.external):
+            return Owner(alias.users, "alias", extension, external=alias.external, receive_only=alias.receive_only)
         try:
             holders = facts.find_holders(spelling)
         except DirectoryUnavailable:
-            return Owner("", "directory-unavailable")
+            return Owner((), "directory-unavailable")
         except Disappeared:
-            return Owner("", "in-grace")
+            return Owner((), "in-grace")
         if any(user.receives for user in holders):
-            return Owner(holders[0].username if len(holders) == 1 else "", "primary", extension, not database_failed)
+            users = tuple(user.username for user in holders) if len(holders) == 1 else ()
+            return Owner(users, "primary", extension, not database_failed)
         if alias:
-            return Owner("", "nobody")
-    return Owner("", "database-unavailable" if database_failed else "nobody")
+            return Owner((), "nobody")
+    return Owner((), "database-unavailable" if database_failed else "nobody")
+
+
+def without_leavers(owner: Owner, facts: Facts) -> Owner:
+    """The owner without users of whom Keycloak is sure that they are gone or disabled, so that the others' mail does not bounce.
+
+    Only of an alias with several targets: one with a single user counts whether the user exists or not. Where nobody is left, source is
+    "users-gone", or "in-grace" while one of them is not believed gone. Raises nothing.
+    """
+    if owner.source != "alias" or len(owner.users) + len(owner.external) < 2:
+        return owner
+    left, is_known = [], bool(owner.external)
+    for username in owner.users:
+        try:
+            if not any(user.receives for user in facts.find_named(username)):
+                continue
+            is_known = True
+        except DirectoryUnavailable:
+            is_known = True  # nobody is gone because Keycloak does not answer
+        except Disappeared:
+            pass
+        left.append(username)
+    return owner._replace(users=tuple(left)) if is_known else Owner((), "in-grace" if left else "users-gone")
 
 
 def decide_sender(request: PolicyRequest, policy: PolicyConfig, facts: Facts) -> Action:
@@ -799,7 +832,9 @@ def _decide_user(sasl_username: str, sender: Address, policy: PolicyConfig, fact
     if not is_local(sender, policy):
         return accept("foreign-sender") if policy.foreign_sender == "dunno" else Action(SENDER_NOT_OWNED, "foreign-sender")
     owner = find_owner(sender, policy, facts)
-    if owner.username and owner.username == login.username and (owner.is_certain or not owner.extension):
+    if login.username in owner.users and (owner.is_certain or not owner.extension):
+        if owner.receive_only:
+            return Action(SENDER_NOT_OWNED, "receive-only")
         return accept("own-alias" if owner.source == "alias" else "own-primary")
     if owner.source == "directory-unavailable":
         return _fail_sender(sasl_username, sender, policy, facts)
@@ -817,7 +852,7 @@ def _fail_sender(sasl_username: str, sender: Address, policy: PolicyConfig, fact
 
 
 def decide_alias(key: str, policy: PolicyConfig, facts: Facts) -> Action:
-    """The socketmap's answer for a key of the alias map: "OK mailbox", "NOTFOUND ", or "TEMP reason".
+    """The socketmap's answer for a key of the alias map: "OK mailbox", of several separated by commas, "NOTFOUND ", or "TEMP reason".
 
     "NOTFOUND " keeps its space: Postfix wants one after every status word (socketmap_table(5)).
     """
@@ -835,19 +870,24 @@ def decide_alias(key: str, policy: PolicyConfig, facts: Facts) -> Action:
         return Action("TEMP database not usable", "database-unavailable")
     if not policy.mailbox_domain and not any(alias and alias.enabled for alias in aliases):
         return not_found  # no alias can own it, so Keycloak need not be asked
-    owner = find_owner(address, policy, facts)
+    owner = without_leavers(find_owner(address, policy, facts), facts)
     if owner.source in UNKNOWN:
         return Action("TEMP lookup failed", owner.source)
+    if owner.source == "users-gone":
+        return Action("NOTFOUND ", "alias-users-gone")
     if owner.source == "nobody" or (owner.source == "primary" and not policy.mailbox_domain):
         return not_found
-    if not owner.username:
+    if not owner.users and not owner.external:
         base = address.local_part[: len(address.local_part) - len(owner.extension)]
         return Action(f"TEMP several users have {base}@{address.domain}", "shared-primary", logging.ERROR)
-    if holds_delimiter(owner.username, policy.recipient_delimiter):
-        text = f"TEMP username {escape_for_log(owner.username)} holds a recipient delimiter"
-        return Action(text, "username-with-delimiter", logging.ERROR)
-    mailbox = format_mailbox(owner.username, owner.extension, policy.mailbox_domain or address.domain)
-    return Action(f"OK {mailbox}", owner.source, logging.DEBUG)
+    uncut = next((name for name in owner.users if holds_delimiter(name, policy.recipient_delimiter)), None)
+    if uncut is not None:
+        return Action(
+            f"TEMP username {escape_for_log(uncut)} holds a recipient delimiter", "username-with-delimiter", logging.ERROR
+        )
+    domain = policy.mailbox_domain or address.domain
+    mailboxes = [format_mailbox(username, owner.extension, domain) for username in owner.users]
+    return Action(f"OK {','.join([*mailboxes, *owner.external])}", owner.source, logging.DEBUG)
 
 
 @functools.cache
@@ -908,7 +948,7 @@ def _read_reasons(table: str) -> Mapping[str, Reason]:
 REASONS = _read_reasons(
     """\
 # who owns an address: recipients and the alias map
-alias: an enabled alias owns the address: its mail is accepted and goes to the alias's user
+alias: an enabled alias owns the address: its mail is accepted and goes to the alias's users
     mailcloakctl aliases disable {alias}, or aliases add {alias} USERNAME --replace to let it lead to another user
 primary: the address is the primary e-mail of an enabled user: its mail is accepted and goes to this user
     disable the user or change the user's e-mail in Keycloak; this counts after policy.cache_ttl_seconds, or after
@@ -917,6 +957,9 @@ unknown-recipient: the address is neither an enabled alias nor the primary e-mai
     mailcloakctl aliases add {address} USERNAME, or give a user this e-mail in Keycloak; a user just made counts after
       policy.negative_cache_ttl_seconds, or after mailcloakctl flush {address}; with keycloak.require_verified_email the
       e-mail must be verified
+alias-users-gone: an enabled alias owns the address, and each of its several users is gone or disabled in Keycloak: refused
+    enable one of them in Keycloak, or mailcloakctl aliases add-user {alias} USERNAME; this counts after
+      policy.negative_cache_ttl_seconds
 mailbox-domain: the address is in policy.mailbox_domain, which only aliases and primary e-mails lead to: refused
     nothing; write to one of the user's own addresses
 too-many-routes: the address leads over too many hosts: refused
@@ -950,6 +993,8 @@ null-sender: an enabled user may use the null sender <>, for notices and vacatio
     disable the user in Keycloak
 sender-not-owned: the login is good, but the sender belongs to another user, or to several: refused
     if it is an alias: mailcloakctl aliases add {address} USERNAME --replace gives it to this user
+receive-only: the sender is an alias of the user, and its users receive its mail but may not send as it: refused
+    mailcloakctl aliases add {alias} --replace, with all its users and without --receive-only, lets them send as it
 sender-of-nobody: the login is good, but the sender is neither an enabled alias nor the primary e-mail of an enabled user: refused
     mailcloakctl aliases add {address} USERNAME lets this user send as it
 foreign-sender: a user has logged in, and the sender is not in policy.domain: policy.foreign_sender sets the answer
@@ -1584,7 +1629,7 @@ def postfix_warnings(config: Config) -> Iterator[Problem]:
 # only while the file has that version, so a commit counts from the next request on.
 # ---------------------------------------------------------------------------------------------------------------------------------
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 SCHEMA = """\
 -- The state of mailcloak: aliases and apps. Written by mailcloakctl, read by mailcloak and by Dovecot.
 -- The version of this schema is PRAGMA user_version. Addresses and names are stored in lower case, domains in A-label form.
@@ -1594,10 +1639,24 @@ CREATE TABLE IF NOT EXISTS aliases (
     alias_email TEXT PRIMARY KEY,                                  -- local-part@domain, without an extension
     username    TEXT NOT NULL,                                     -- the Keycloak user who receives and may send as it
     enabled     INTEGER NOT NULL DEFAULT 1 CHECK (enabled IN (0, 1)), -- 0: the address exists for nobody
-    updated_at  INTEGER NOT NULL DEFAULT (strftime('%s', 'now'))   -- seconds since 1970, UTC
+    updated_at  INTEGER NOT NULL DEFAULT (strftime('%s', 'now')),  -- seconds since 1970, UTC
+    source      TEXT,                                              -- the job that owns the row (aliases sync --source)
+    receive_only INTEGER NOT NULL DEFAULT 0 CHECK (receive_only IN (0, 1)), -- 1: its users may not send as it
+    external    INTEGER NOT NULL DEFAULT 0 CHECK (external IN (0, 1)) -- 1: username is an address elsewhere
 );
 -- For all aliases of one user.
 CREATE INDEX IF NOT EXISTS aliases_username ON aliases (username);
+
+-- The further targets of an alias that has several.
+CREATE TABLE IF NOT EXISTS alias_targets (
+    alias_email TEXT NOT NULL,
+    target      TEXT NOT NULL,                                     -- a username or, where external is 1, an address elsewhere
+    external    INTEGER NOT NULL DEFAULT 0 CHECK (external IN (0, 1)),
+    PRIMARY KEY (alias_email, target),
+    FOREIGN KEY (alias_email) REFERENCES aliases (alias_email) ON DELETE CASCADE -- an alias takes its targets with it
+);
+-- For all aliases of one user.
+CREATE INDEX IF NOT EXISTS alias_targets_target ON alias_targets (target);
 
 -- A login that may send but never receives: a printer, a shop, a monitoring system. Dovecot checks its password.
 CREATE TABLE IF NOT EXISTS apps (
@@ -1619,7 +1678,28 @@ CREATE TABLE IF NOT EXISTS app_from (
 );
 """
 # (table, column, type): what a file of an older version lacks. Tables that are missing come from SCHEMA.
-ADDED_COLUMNS = (("apps", "owner", "TEXT"), ("apps", "expires_at", "INTEGER"))
+ADDED_COLUMNS = (
+    ("aliases", "source", "TEXT"),
+    ("aliases", "receive_only", "INTEGER NOT NULL DEFAULT 0 CHECK (receive_only IN (0, 1))"),
+    ("aliases", "external", "INTEGER NOT NULL DEFAULT 0 CHECK (external IN (0, 1))"),
+    ("apps", "owner", "TEXT"),
+    ("apps", "expires_at", "INTEGER"),
+)
+
+
+# Of an alias, each of its targets on a line, with 0 before a username and 1 before an address elsewhere. No name holds the end of a line.
+ALIAS_TARGETS = (
+    "(aliases.external = 1) || replace(username, char(10), '?') || COALESCE((SELECT char(10) || group_concat((external = 1)"
+    " || replace(target, char(10), '?'), char(10)) FROM alias_targets WHERE alias_email = aliases.alias_email), '')"
+)
+ALIAS_COLUMNS = f"{ALIAS_TARGETS}, enabled, receive_only"  # for read_alias()
+
+
+def read_alias(targets: str, enabled: Any, receive_only: Any) -> Alias:
+    """The alias of these columns."""
+    lines = targets.lower().split("\n")
+    users, external = (tuple(sorted({line[1:] for line in lines if line[1:] and line[0] == kind})) for kind in "01")
+    return Alias(users, enabled == 1, external, receive_only == 1)
 
 
 # UnicodeDecodeError: of SQLite's message about a damaged file, which quotes its bytes.
@@ -1953,12 +2033,10 @@ class Database:
         self._bad_rows: tuple[str, ...] = ()  # rows that the log has named
 
     def find_alias(self, address: str, version: Optional[Version] = None) -> Optional[Alias]:
-        """The alias row of this exact, normalised address. version: what version() said for this question, None to ask it."""
-        statement = (
-            "SELECT alias_email IS NULL, CAST(username AS TEXT), enabled FROM (SELECT 1) LEFT JOIN aliases ON alias_email = ?"
-        )
-        is_missing, username, enabled = self._row(statement, (address,), version)
-        return None if is_missing else Alias(self._text(username, "aliases", address).lower(), enabled == 1)
+        """The alias of this exact, normalised address. version: what version() said for this question, None to ask it."""
+        statement = f"SELECT alias_email IS NULL, {ALIAS_COLUMNS} FROM (SELECT 1) LEFT JOIN aliases ON alias_email = ?"  # noqa: S608
+        is_missing, targets, *others = self._row(statement, (address,), version)
+        return None if is_missing else read_alias(self._text(targets, "aliases", address), *others)
 
     def find_app(self, app_id: str, sender: Optional[str], version: Optional[Version] = None) -> Optional[App]:
         """The app, and whether the normalised sender ("" is <>, None is never) is in its list; None if no app has that id."""
@@ -1992,7 +2070,11 @@ class Database:
 
     def check(self) -> None:
         """Raise DatabaseUnavailable if a question could not be answered now."""
-        self._ask("SELECT 1 FROM (SELECT 1) LEFT JOIN aliases LEFT JOIN apps LEFT JOIN app_from LIMIT 1", (), self.version())
+        self._ask(
+            "SELECT 1 FROM (SELECT 1) LEFT JOIN aliases LEFT JOIN alias_targets LEFT JOIN apps LEFT JOIN app_from LIMIT 1",
+            (),
+            self.version(),
+        )
 
     def works(self) -> bool:
         """Are questions answered? If the last one failed, this asks another."""
@@ -3505,7 +3587,7 @@ class Found(NamedTuple):
 
 
 def judge_holders(known: Sequence[Known], confirmed_since: Optional[float]) -> Verdict:
-    """Whose primary e-mail it is. confirmed_since: None without an outage; in one, only who was confirmed since then counts."""
+    """Whose primary e-mail, or username, it is. confirmed_since: None without an outage; in one, only who was confirmed since counts."""
     here = known[0].here
     since = NEVER if confirmed_since is None else confirmed_since
     users = tuple(person.user for person in here)
@@ -3584,6 +3666,10 @@ class UserDirectory:
     def find_holders(self, address: str, deadline: Deadline) -> Found:
         """The users whose primary e-mail this is, disabled ones too. Raises DirectoryUnavailable, Disappeared."""
         return self._find([("email", address)], judge_holders, deadline)
+
+    def find_named(self, username: str, deadline: Deadline) -> Found:
+        """The user of this name, lower-cased, if there is one, disabled or not. Raises DirectoryUnavailable, Disappeared."""
+        return self._find([("username", username)], judge_holders, deadline)
 
     def find_login(self, sasl_username: str, deadline: Deadline) -> Found:
         """The Login that sasl_username, lower-cased, names: a username or, where there is no such username, a primary e-mail.
@@ -3782,8 +3868,15 @@ class LiveFacts(Facts):
         users: Users = self._look_up("holders", address.text, lambda: directory.find_holders(address.text, self._until()))
         return users
 
+    def find_named(self, username: str) -> Users:
+        if not _may_be_name(username):
+            return ()
+        directory = self._service.directory
+        users: Users = self._look_up("user", username, lambda: directory.find_named(username, self._until()))
+        return users
+
     def find_login(self, sasl_username: str) -> Login:
-        if len(sasl_username) > MAX_ADDRESS_CHARS or not is_plain_text(sasl_username.replace(" ", "")):  # names may hold spaces
+        if not _may_be_name(sasl_username):
             return Login("", "missing")
         directory = self._service.directory
         login: Login = self._look_up("login", sasl_username, lambda: directory.find_login(sasl_username, self._until()))
@@ -3833,6 +3926,11 @@ class LiveFacts(Facts):
         if self.steps is not None:
             step = {"asked": asked, "value": value, "found": None, "source": "", "age_seconds": None, "error": "", **outcome}
             self.steps.append({**step, "found": _to_json(step["found"])})
+
+
+def _may_be_name(username: str) -> bool:
+    """Can Keycloak have a user of this name? Names may hold spaces."""
+    return len(username) <= MAX_ADDRESS_CHARS and is_plain_text(username.replace(" ", ""))
 
 
 def _to_json(found: Any) -> Any:

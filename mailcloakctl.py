@@ -75,6 +75,8 @@ LEAST_TOKEN_CHARS = 8
 
 ANSWER_SECONDS = 10.0  # the longest wait for what may hang: a socket, a command, a request to Keycloak
 MAX_ANSWER_BYTES = 16 * 1024 * 1024  # of the daemon; its statistics are about 10 kB
+MAX_TARGETS = 1000  # of an alias: virtual_alias_expansion_limit of Postfix
+MAX_TARGETS_CHARS = 90_000  # socketmap_table(5) takes an answer of 100,000; an extension may come to each mailbox
 MAX_ASKED_CHARS = 2000  # of an address to ask about; an SMTP line of Postfix holds 2048 (line_length_limit)
 SHOWN_ITEMS = 10  # of a long enumeration
 WATCH_SECONDS = 2.0  # between two looks of status --watch
@@ -596,9 +598,11 @@ def delete(context: Context) -> None:
     table, column, keys = named_rows(context)
     with transaction(context.database):
         rows = fetch_rows(context, table, column, keys)
+        found = {key: find_alias(context.database, key) for key in keys} if table == "aliases" else {}
+        targets = {key: shown_targets(alias) for key, alias in found.items() if alias}
         context.database.executemany(f"DELETE FROM {table} WHERE {column} = ?", [(key,) for key in keys])  # noqa: S608
-    for key, row in rows.items():
-        note_change(f"{table}: del", key, username=row["username"] if table == "aliases" else None)
+    for key in rows:
+        note_change(f"{table}: del", key, username=targets.get(key))
     answer(context, keys, *(f"{table}: {key} deleted" for key in keys))
 
 
@@ -607,45 +611,172 @@ def delete(context: Context) -> None:
 # ---------------------------------------------------------------------------------------------------------------------------------
 
 
+# the users of all aliases, each with the address
+ALIAS_USERS = (
+    "(SELECT alias_email, username FROM aliases WHERE external <> 1"
+    " UNION ALL SELECT alias_email, target FROM alias_targets WHERE external <> 1)"
+)
+
+
+class Stored(NamedTuple):
+    """An alias to be stored."""
+
+    address: str
+    alias: mailcloak.Alias
+    source: Optional[str] = None  # the job that owns it from now on; None keeps what is stored
+
+
+def store_aliases(database: sqlite3.Connection, aliases: Sequence[Stored]) -> None:
+    """Write aliases, in place of those with the same addresses: the first target in the table aliases, all others in alias_targets."""
+    rows, further = [], []
+    for address, alias, source in aliases:
+        first, *others = [(user, 0) for user in alias.users] + [(other, 1) for other in alias.external]
+        rows.append((address, *first, int(alias.enabled), int(alias.receive_only), source))
+        further += [(address, *other) for other in others]
+    database.executemany("DELETE FROM alias_targets WHERE alias_email = ?", [(row[0],) for row in rows])
+    database.executemany(
+        "INSERT INTO aliases (alias_email, username, external, enabled, receive_only, source) VALUES (?, ?, ?, ?, ?, ?)"
+        " ON CONFLICT (alias_email) DO UPDATE SET username = excluded.username, external = excluded.external,"
+        " enabled = excluded.enabled, receive_only = excluded.receive_only, source = COALESCE(excluded.source, source),"
+        " updated_at = excluded.updated_at",
+        rows,
+    )
+    database.executemany("INSERT INTO alias_targets (alias_email, target, external) VALUES (?, ?, ?)", further)
+
+
+def find_alias(database: sqlite3.Connection, address: str) -> Optional[mailcloak.Alias]:
+    """The alias that is stored for this address."""
+    row = database.execute(f"SELECT {mailcloak.ALIAS_COLUMNS} FROM aliases WHERE alias_email = ?", (address,)).fetchone()  # noqa: S608
+    return mailcloak.read_alias(*row) if row else None
+
+
+def shown_targets(alias: mailcloak.Alias, separator: str = ", ") -> str:
+    """What an alias leads to, in one line: its users, then addresses elsewhere, which stand in angle brackets."""
+    return separator.join([*alias.users, *(f"<{address}>" for address in alias.external)])
+
+
 def aliases_add(context: Context) -> None:
-    """Let an address lead to a user."""
-    address, username = read_address(context.options.address), read_username(context.options.username)
-    refuse_names(context, address, username)
-    check_with_keycloak(context, address, username)
-    database = context.database
-    with transaction(database):
-        row = database.execute("SELECT username, enabled FROM aliases WHERE alias_email = ?", (address,)).fetchone()
-        is_there = row and str(row["username"]).lower() == username
-        if row and not is_there and not context.options.replace:
-            raise Refused(f"aliases: {address} leads to {row['username']} already, --replace changes that")
-        if not is_there and not context.options.force:
-            refuse_chain(context, address, username)
-        app = database.execute("SELECT 1 FROM apps WHERE app_id = ?", (username,)).fetchone()
-        database.execute(
-            "INSERT INTO aliases (alias_email, username) VALUES (?, ?) ON CONFLICT (alias_email)"
-            " DO UPDATE SET username = excluded.username, updated_at = strftime('%s', 'now') WHERE lower(username) <> excluded.username",
-            (address, username),
+    """Let an address lead to a user, or to several."""
+    options = context.options
+    wanted = read_targets(context, read_address(options.address), receive_only=options.receive_only)
+
+    def decide(address: str, before: Optional[mailcloak.Alias]) -> mailcloak.Alias:
+        after = wanted._replace(enabled=before.enabled if before else True)
+        if before and before != after and not options.replace:
+            receives = ", which only receives," if before.receive_only else ""
+            raise Refused(f"aliases: {address} leads to {shown_targets(before)}{receives} already, --replace changes that")
+        return after
+
+    change_alias(context, wanted, decide)
+
+
+def aliases_add_user(context: Context) -> None:
+    """Let an alias lead to further users as well."""
+    wanted = read_targets(context, read_address(context.options.address))
+
+    def decide(address: str, before: Optional[mailcloak.Alias]) -> mailcloak.Alias:
+        if not before:
+            raise Refused(f"aliases: {address} does not exist, aliases add makes it")
+        users, external = (
+            tuple(sorted({*old, *new})) for old, new in ((before.users, wanted.users), (before.external, wanted.external))
         )
-    before = row["username"] if row else None
-    if not is_there:
-        note_change("aliases: add", address, username=username, before=before)
-    text = f"aliases: {address} {'now ' if row and not is_there else ''}leads to {username}{' already' if is_there else ''}"
-    answer(context, [] if is_there else [address], text, username=username, before=before)
-    if row and not row["enabled"]:
+        return before._replace(users=users, external=external)
+
+    change_alias(context, wanted, decide)
+
+
+def aliases_remove_user(context: Context) -> None:
+    """Let an alias with several targets no longer lead to some of them."""
+    options = context.options
+    names = {read_username(name.strip("<>")) for name in options.users}
+
+    def decide(address: str, before: Optional[mailcloak.Alias]) -> mailcloak.Alias:
+        if not before:
+            raise Refused(f"aliases: {address} does not exist, aliases list shows what does")
+        users, external = (tuple(name for name in old if name not in names) for old in (before.users, before.external))
+        if not users and not external:
+            raise Refused(f"aliases: {address} would lead to nobody, aliases del {address} deletes it")
+        return before._replace(users=users, external=external)
+
+    change_alias(context, None, decide)
+
+
+def read_targets(context: Context, address: str, *, receive_only: bool = False) -> mailcloak.Alias:
+    """The alias that the arguments describe; raises Refused for names that it cannot have.
+
+    With --external a name with @ is an address elsewhere, unless it is in one of our domains.
+    """
+    names = [name.strip("<>") for name in context.options.users]
+    own = context.policy.domain if context.policy else {address.rpartition("@")[2]}
+    is_elsewhere = {name: "@" in name and mailcloak.normalise_address(name).domain not in own for name in names}
+    external = {read_external(context, name) for name in names if is_elsewhere[name]} if context.options.external else set()
+    users = {read_username(name) for name in names if not (is_elsewhere[name] and context.options.external)}
+    for user in sorted(users):
+        refuse_names(context, address, user)
+    return mailcloak.Alias(tuple(sorted(users)), True, tuple(sorted(external)), receive_only)
+
+
+def read_external(context: Context, text: str) -> str:
+    """An address elsewhere that an alias may lead to."""
+    address = read_address(text)
+    policy, domain = context.policy, address.rpartition("@")[2]
+    if policy and domain in (*policy.domain, policy.mailbox_domain):
+        raise Refused(f"aliases: {address} is not elsewhere, but in our domain {domain}; name the user whose address it is")
+    return address
+
+
+def change_alias(
+    context: Context,
+    wanted: Optional[mailcloak.Alias],
+    decide: Callable[[str, Optional[mailcloak.Alias]], mailcloak.Alias],
+) -> None:
+    """Store what decide() makes of the alias that is there, and say so. wanted: has the users to be looked up in Keycloak."""
+    options, database, address = context.options, context.database, read_address(context.options.address)
+    if wanted and wanted.users:
+        check_with_keycloak(context, address, wanted.users)
+    with transaction(database):
+        before = find_alias(database, address)
+        after = decide(address, before)
+        refuse_number(address, after)
+        added = [user for user in after.users if not before or user not in before.users]
+        for user in added if wanted and not options.force else ():
+            refuse_chain(context, address, user)
+        apps = [user for user in added if database.execute("SELECT 1 FROM apps WHERE app_id = ?", (user,)).fetchone()]
+        if before != after:
+            store_aliases(database, [Stored(address, after)])
+    targets, old = shown_targets(after), shown_targets(before) if before else None
+    if before != after:
+        note_change(f"aliases: {options.verb}", address, username=targets, before=old)
+    now = "now leads" if before and before != after else "leads"
+    text = f"aliases: {address} {now} to {targets}{', and only receives' if after.receive_only else ''}"
+    values = {"username": targets, "before": old}
+    answer(context, [address] if before != after else [], text + (" already" if before == after else ""), **values)
+    if not after.enabled:
         say(f"aliases: {address} is disabled, aliases enable {address} makes it count")
     if context.policy and mailcloak.normalise_address(address).domain not in context.policy.domain:
         say(f"warning: {address} is not in policy.domain ({', '.join(sorted(context.policy.domain))}), so it leads nowhere")
-    if app:
-        say(f"warning: {username} is an app, and apps receive no mail; name the user who should get it")
+    for app in apps:
+        say(f"warning: {app} is an app, and apps receive no mail; name the user who should get it")
+
+
+def refuse_number(address: str, alias: mailcloak.Alias) -> None:
+    """Raise Refused for more targets than Postfix takes: it would defer the mail for ever."""
+    count = len(alias.users) + len(alias.external)
+    size = sum(len(target) + len(address) + 2 for target in (*alias.users, *alias.external))
+    if count > MAX_TARGETS or size > MAX_TARGETS_CHARS:
+        raise Refused(
+            f"aliases: {address} would lead to {count} targets ({size} characters); Postfix takes {MAX_TARGETS} at most, in"
+            f" {MAX_TARGETS_CHARS} characters: use a mailing list for so many"
+        )
 
 
 def refuse_names(context: Context, address: str, username: str) -> None:
     """Raise Refused for names that an alias cannot have, or that stand for something else than one user of ours."""
     if address.startswith("*@"):
         raise Refused(f"aliases: {address} would be a catch-all for a whole domain, which is not supported: name each address")
-    if re.search(r"[\s,;]", username):
+    if re.search(r"[\s,;<>]", username):
         raise Refused(
-            f"aliases: {username!r} holds a space, a comma or a semicolon: an alias leads to one user, named as in Keycloak"
+            f"aliases: {username!r} holds a space, a comma, a semicolon or an angle bracket; name each user by itself, as in Keycloak"
         )
     if "@" in username:
         try:
@@ -663,25 +794,21 @@ def refuse_names(context: Context, address: str, username: str) -> None:
     domain = mailcloak.normalise_address(username).domain if re.search("[@!%]", username) else ""
     if domain not in ("", *policy.domain, policy.mailbox_domain) and not context.options.force:
         raise Refused(
-            f"aliases: {username} is in {domain}, which is not in policy.domain ({', '.join(sorted(policy.domain))}): an alias leads to"
-            " a user, named as in Keycloak; if that is a username, use --force"
+            f"aliases: {username} is in {domain}, which is not in policy.domain ({', '.join(sorted(policy.domain))}): name a user"
+            " as in Keycloak; an address elsewhere needs --external, and a username with such a domain --force"
         )
 
 
-def check_with_keycloak(context: Context, address: str, username: str) -> None:
-    """Ask the daemon what Keycloak says: raise Refused if the address is another user's e-mail, warn if the user does not count."""
+def check_with_keycloak(context: Context, address: str, users: Sequence[str]) -> None:
+    """Ask the daemon what Keycloak says: raise Refused if the address is another user's e-mail, warn of users who do not count."""
 
-    def ask() -> tuple[list[str], dict[str, str]]:
-        return ask_keycloak(context, address, username)
+    def ask() -> tuple[list[str], list[dict[str, str]]]:
+        return find_others(context, address, users), [ask_login(context, user) for user in users]
 
-    others, login = look_up(context, f"{address} and {username} were", ask) or ([], None)
+    others, logins = look_up(context, f"{address} and {shorten(users)} were", ask) or ([], [])
     refuse_holders(context, address, others)
-    warn_of_login(username, login)
-
-
-def ask_keycloak(context: Context, address: str, username: str) -> tuple[list[str], dict[str, str]]:
-    """Who else has the address, and what the username is as a login; raises Refused, ConfigError where that cannot be known."""
-    return find_others(context, address, username), ask_login(context, username)
+    for user, login in zip(users, logins):
+        warn_of_login(user, login)
 
 
 def refuse_holders(context: Context, address: str, others: list[str]) -> None:
@@ -693,7 +820,7 @@ def refuse_holders(context: Context, address: str, others: list[str]) -> None:
         )
 
 
-def find_others(context: Context, address: str, username: str) -> list[str]:
+def find_others(context: Context, address: str, users: Sequence[str]) -> list[str]:
     """Who else has the address as primary e-mail, or the one without its extension; raises Refused, ConfigError.
 
     As a login as well: where an alias has the address already, the daemon looks no further for a recipient.
@@ -707,7 +834,7 @@ def find_others(context: Context, address: str, username: str) -> list[str]:
         others.update(dict.fromkeys([*(holders or ()), login["username"]]))
         if not holders and login["state"] in ("disabled", "ambiguous"):
             others["another user"] = None
-    return [other for other in others if other not in ("", username)]
+    return [other for other in others if other not in ("", *users)]
 
 
 def look_up(context: Context, what: str, ask: Callable[[], Result]) -> Optional[Result]:
@@ -768,7 +895,7 @@ def refuse_chain(context: Context, address: str, username: str) -> None:
         if spelling == mailbox:
             continue  # mail with that extension stays with its user
         for other, other_username in context.database.execute(
-            "SELECT alias_email, username FROM aliases WHERE lower(username) IN (?, ?) ORDER BY alias_email",
+            f"SELECT alias_email, username FROM {ALIAS_USERS} WHERE lower(username) IN (?, ?) ORDER BY alias_email",  # noqa: S608
             (spelling.rpartition("@")[0], spelling),
         ):
             is_its_mailbox = other not in spellings and mailbox_of(other, other_username) == spelling
@@ -781,9 +908,9 @@ def refuse_chain(context: Context, address: str, username: str) -> None:
 
 
 def aliases_that_begin_with(text: str, database: sqlite3.Connection) -> list[tuple[str, str]]:
-    """Address and username of the aliases with an address that begins so, the shortest first."""
+    """Address and a user of the aliases with an address that begins so, the shortest first."""
     return database.execute(
-        "SELECT alias_email, username FROM aliases WHERE alias_email >= ? AND alias_email < ?"
+        f"SELECT alias_email, username FROM {ALIAS_USERS} WHERE alias_email >= ? AND alias_email < ?"  # noqa: S608
         " ORDER BY length(alias_email), alias_email",
         (text, text + chr(0x10FFFF)),
     ).fetchall()
@@ -815,14 +942,18 @@ def aliases_list(context: Context) -> None:
     options = context.options
     filters = [
         ("alias_email GLOB ?", options.glob and options.glob.lower()),
-        ("lower(username) = ?", options.user and read_username(options.user)),
+        (
+            f"alias_email IN (SELECT alias_email FROM {ALIAS_USERS} WHERE lower(username) = ?)",  # noqa: S608
+            options.user and read_username(options.user),
+        ),
         ("substr(alias_email, instr(alias_email, '@') + 1) = ?", options.domain and read_domain(options.domain)),
+        ("COALESCE(source, '') = ?", options.source),
         ("enabled <> ?", 1 if options.disabled else None),
     ]
     where = " AND ".join(condition for condition, value in filters if value is not None) or "1"
-    what = "count(*)" if options.count else "alias_email, username, enabled, updated_at"
-    select = f"SELECT {what} FROM aliases WHERE {where} ORDER BY alias_email"  # noqa: S608  no text of a user
     values = [value for _, value in filters if value is not None]
+    what = "count(*)" if options.count else f"alias_email, updated_at, source, {mailcloak.ALIAS_COLUMNS}"
+    select = f"SELECT {what} FROM aliases WHERE {where} ORDER BY alias_email"  # noqa: S608  no text of a user
     rows = patiently(lambda: context.database.execute(select, values).fetchall())
     if options.count:
         print_json({"count": rows[0][0]}) if options.json else print(rows[0][0])
@@ -832,24 +963,40 @@ def aliases_list(context: Context) -> None:
         for row in rows:
             print(shown_text(row["alias_email"]))
     else:
-        columns: Columns = {"alias_email": str, "username": str, "enabled": yes_no, "updated_at": shown_time}
-        print_list(options, [dict(row) for row in rows], columns)
+        columns: Columns = {"alias_email": str, "username": str, "enabled": yes_no}
+        if any(row["source"] for row in rows):
+            columns["source"] = lambda name: name or "-"
+        print_list(options, [describe_alias(row) for row in rows], {**columns, "updated_at": shown_time})
+
+
+def describe_alias(row: Any) -> dict[str, Any]:
+    """An alias as a list shows it; row: address, time, owner, and ALIAS_COLUMNS."""
+    address, updated_at, source, *columns = row
+    alias = mailcloak.read_alias(*columns)
+    values = {"alias_email": address, "username": shown_targets(alias), "enabled": int(alias.enabled), "updated_at": updated_at}
+    return {**values, "source": source, **alias._asdict(), "enabled": int(alias.enabled)}
 
 
 def aliases_show(context: Context) -> None:
-    """Print one alias, and the mailbox that it leads to."""
+    """Print one alias, and the mailboxes that it leads to."""
     address = read_address(context.options.address)
-    row = patiently(lambda: fetch_rows(context, "aliases", "alias_email", [address]))[address]
+    select = f"SELECT alias_email, updated_at, source, {mailcloak.ALIAS_COLUMNS} FROM aliases WHERE alias_email = ?"  # noqa: S608
+    row = patiently(lambda: context.database.execute(select, (address,)).fetchone())
+    if not row:
+        raise Refused(f"aliases: {address} does not exist, aliases list shows what does")
     domain = (context.policy.mailbox_domain if context.policy else "") or address.rpartition("@")[2]
-    alias = {**dict(row), "mailbox": mailcloak.format_mailbox(str(row["username"]).lower(), "", domain)}
+    alias = describe_alias(row)
+    mailboxes = [*(mailcloak.format_mailbox(user, "", domain) for user in alias["users"]), *alias["external"]]
     if context.options.json:
-        print_json(alias)
+        print_json({**alias, "mailbox": ", ".join(mailboxes)})
         return
     for label, text in (
         ("alias", address),
         ("username", alias["username"]),
-        ("mailbox", alias["mailbox"]),
+        ("mailbox", ", ".join(mailboxes)),
         ("enabled", yes_no(alias["enabled"])),
+        ("may send", yes_no(not alias["receive_only"])),
+        ("source", alias["source"] or "-"),
         ("updated at", shown_time(alias["updated_at"])),
     ):
         print_field(label, str(text))
@@ -1008,7 +1155,7 @@ def apps_list(context: Context) -> None:
 def apps_allow(context: Context) -> None:
     """Let an app send as an address."""
     app_id, sender = read_app_id(context.options.app_id), read_sender(context.options.address)
-    others = look_up(context, f"{sender} was", lambda: find_others(context, sender, "")) if sender else None
+    others = look_up(context, f"{sender} was", lambda: find_others(context, sender, ())) if sender else None
     with transaction(context.database):
         require_app(context, app_id)
         changed = context.database.execute(
@@ -1346,7 +1493,13 @@ def show_answer(context: Context, asked: str, answer: str, leads_to: Optional[st
 
 def describe_step(step: dict[str, Any]) -> tuple[str, str, str]:
     """What was asked, what was found and where, in words."""
-    asked = {"alias": "is there an alias", "app": "is there an app", "holders": "whose e-mail is", "login": "whose login is"}
+    asked = {
+        "alias": "is there an alias",
+        "app": "is there an app",
+        "holders": "whose e-mail is",
+        "user": "is there a user",
+        "login": "whose login is",
+    }
     source, where = step["source"], SOURCES.get(step["source"], "-")
     if source in ("cache", "outage"):
         where += f", {shown_seconds(step['age_seconds'])} old"
@@ -1358,12 +1511,15 @@ def describe_step(step: dict[str, Any]) -> tuple[str, str, str]:
 
 def describe_found(kind: str, found: Any) -> str:
     """A fact in words: that of a step which asked for this kind."""
+    if kind == "user":
+        return ", ".join(map(describe_holder, found)) or "there is none"
     if kind == "holders":
         return ", ".join(map(describe_holder, found)) or "nobody's"
     if found is None:
         return "no"
     if kind == "alias":
-        return f"leads to {found['username']}{'' if found['enabled'] else ', but is disabled'}"
+        alias = mailcloak.Alias(**found)
+        return f"leads to {shown_targets(alias)}{', and only receives' if alias.receive_only else ''}{'' if alias.enabled else ', but is disabled'}"
     if kind == "app":
         may = "may use the sender" if found["may_send"] else "may not use the sender"
         return f"{found['state']}, {may}" + (f", owner {found['owner']}" if found["owner"] else "")
@@ -1709,7 +1865,13 @@ class Command(NamedTuple):
 COMMANDS: dict[str, dict[str, Command]] = {  # the verb is "" where there is none
     "aliases": {
         "add": Command(
-            aliases_add, "let an address lead to a user", "aliases add info@example.org alice", ("address", "username"), True
+            aliases_add, "let an address lead to a user", "aliases add info@example.org alice", ("address", "users"), True
+        ),
+        "add-user": Command(
+            aliases_add_user, "let an alias lead to further users", "aliases add-user info@example.org bob", ("address", "users")
+        ),
+        "remove-user": Command(
+            aliases_remove_user, "take users from an alias", "aliases remove-user info@example.org bob", ("address", "users")
         ),
         "list": Command(aliases_list, "show all aliases, or some", "aliases list *@example.org --disabled", ("[glob]",)),
         "show": Command(aliases_show, "show one alias, and where it leads", "aliases show info@example.org", ("address",)),
@@ -1796,7 +1958,7 @@ _ARGUMENT_HELP = {
     "address": "an e-mail address; for an app '<>' is the null sender",
     "addresses": "e-mail addresses; - for the lines of standard input",
     "[glob]": "only addresses like this pattern, with * and ?",
-    "username": "the Keycloak username that mail goes to",
+    "users": "Keycloak usernames; with --external also addresses elsewhere",
     "old_user": "the Keycloak username that they lead to now",
     "new_user": "the Keycloak username that they will lead to",
     "app_id": "the app's login name",
@@ -1853,18 +2015,21 @@ def add_command(parsers: Any, common: argparse.ArgumentParser, noun: str, verb: 
     for argument in command.arguments:
         name = argument.strip("[]")
         number: dict[str, Any] = {"nargs": "?", "default": None} if name != argument else {}
-        if name == "addresses":
+        if name in ("addresses", "users"):
             number = {"nargs": "+"}
-        metavar = "ADDRESS" if name == "addresses" else name.upper()
+        metavar = {"addresses": "ADDRESS", "users": "USERNAME"}.get(name, name.upper())
         parser.add_argument(name, metavar=metavar, help=_ARGUMENT_HELP[argument], **number)
     if noun == "aliases":
         add_list_options(parser, verb)
         add_file_options(parser, verb)
-    if (noun, verb) == ("aliases", "add"):
-        parser.add_argument("--replace", action="store_true", help="also when the address leads to another user now")
+    if (noun, verb) in (("aliases", "add"), ("aliases", "add-user")):
+        parser.add_argument("--external", action="store_true", help="a USERNAME may be an address elsewhere that gets its mail too")
         parser.add_argument(
             "--force", action="store_true", help="also an alias of an alias, another user's e-mail, a foreign domain"
         )
+    if (noun, verb) == ("aliases", "add"):
+        parser.add_argument("--replace", action="store_true", help="also when the address leads to others now")
+        parser.add_argument("--receive-only", action="store_true", help="its users may not send as it")
     if (noun, verb) == ("apps", "add"):
         token = parser.add_mutually_exclusive_group()
         token.add_argument(
@@ -1926,6 +2091,7 @@ def add_list_options(parser: argparse.ArgumentParser, verb: str) -> None:
         return
     parser.add_argument("--user", metavar="NAME", help="only aliases that lead to this user")
     parser.add_argument("--domain", metavar="NAME", help="only aliases in this domain")
+    parser.add_argument("--source", metavar="NAME", help="only aliases of this job; '' for those of none")
     parser.add_argument("--disabled", action="store_true", help="only disabled aliases")
     form = parser.add_mutually_exclusive_group()
     form.add_argument("--quiet", action="store_true", help="only the addresses, without a heading")
@@ -1955,6 +2121,8 @@ def add_file_options(parser: argparse.ArgumentParser, verb: str) -> None:
         parser.add_argument(
             "--scope", metavar="DOMAIN", default="", help="only aliases in this domain; all others stay as they are"
         )
+        parser.add_argument("--source", metavar="NAME", default="", help="only aliases of the job NAME, which owns what it names")
+        parser.add_argument("--external", action="store_true", help="also let aliases lead to addresses elsewhere")
         parser.add_argument("--force", action="store_true", help="also what aliases add would refuse without it")
         parser.add_argument("-v", "--verbose", action="store_true", help="say each change")
     if verb == "sync":

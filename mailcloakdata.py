@@ -3,7 +3,8 @@
 
   aliases export [FILE]    all aliases as a file, or on standard output
   aliases import FILE      adds and changes what the file says, deletes nothing
-  aliases sync FILE        makes the aliases equal to the file; what it does not name is deleted (--missing)
+  aliases sync FILE        makes the aliases equal to the file; what it does not name is deleted (--missing). With --scope or --source,
+                           only those of a domain or of a job: two jobs do not delete each other's
   aliases move OLD NEW     lets all aliases of one user lead to another
 
 A file is read to its end before anything is decided. One bad line stops the whole, unless --skip-bad; each is said with its number.
@@ -14,13 +15,14 @@ alone, as for every commit.
 A file that would remove or change more than --max-change of the aliases stops with exit code 3: it may be a broken export.
 
 Formats (--format, else by the end of the file's name):
-  csv            alias,username[,enabled], a header if you like; enabled is 1 or 0, and 1 where it is not there
-  jsonl          a line of JSON for each: {"alias": "info@example.org", "username": "alice", "enabled": true}
-  virtual        virtual(5): an address and its target; it has no disabled aliases
+  csv            alias,username[,enabled[,receive_only]], a header if you like; enabled is 1 or 0, and 1 where it is not there. Several
+                 targets are separated by semicolons; one in angle brackets is an address elsewhere: alice;bob;<jo@elsewhere.example>
+  jsonl          a line of JSON for each: {"alias": "info@example.org", "username": "alice", "enabled": true}, or with
+                 "users": ["alice", "bob"], "external": ["jo@elsewhere.example"], "receive_only": true
+  virtual        virtual(5): an address and its targets; it has no disabled aliases
   postfixadmin   CSV with address,goto,active, as PostfixAdmin exports its aliases; other columns are not read
-The last two name mailboxes, not users. With --usernames local the username is the local part, and the target must be in the alias's
-own domain; with --usernames address the whole target is the username. An alias leads to one user: a line with several targets, or
-with one that is elsewhere, is a bad line.
+The last two name mailboxes, not users. With --usernames local a target in the alias's own domain is a user, by its local part, and any
+other is an address elsewhere; with --usernames address each whole target is a username. Addresses elsewhere are taken with --external.
 
   backup FILE              a copy of the database, while others use it, checked, for its owner alone
   restore FILE             checks a backup and makes the database equal to it, in one transaction: the file itself stays the same, so
@@ -48,7 +50,7 @@ import sys
 import tempfile
 import time
 import urllib.parse
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import IO, Any, NamedTuple, Optional, TypeVar, cast
 
 import mailcloak
@@ -74,43 +76,70 @@ class Row(NamedTuple):
     """An alias as it is stored."""
 
     address: str
-    username: str
+    targets: str  # each on a line, with 0 before a username and 1 before an address elsewhere, as mailcloak.read_alias() takes them
     enabled: int  # 1 or 0
+    receive_only: int
+    source: str  # "" where no job owns it, or where that does not matter
 
 
 class Change(NamedTuple):
-    """What becomes of one alias. Both old values are None for one that is new, both new values for one that goes."""
+    """What becomes of one alias. All old values are None for one that is new, all new values for one that goes."""
 
     address: str
-    old_username: Optional[str]
+    old_targets: Optional[str]
     old_enabled: Optional[int]
-    username: Optional[str]
+    old_receive_only: Optional[int]
+    old_source: Optional[str]
+    targets: Optional[str]
     enabled: Optional[int]
+    receive_only: Optional[int]
+    source: Optional[str]
 
     @property
     def kind(self) -> str:
         """One of KINDS."""
-        if self.old_username is None:
+        if self.old_targets is None:
             return "add"
-        if self.username is None:
+        if self.targets is None:
             return "delete"
-        if self.username != self.old_username:
+        if (self.targets, self.receive_only) != (self.old_targets, self.old_receive_only):
             return "change"
+        if self.enabled == self.old_enabled:
+            return "claim"
         return "enable" if self.enabled else "disable"
 
     @property
-    def leads_elsewhere(self) -> bool:
-        """Does mail for the address go to another user than before?"""
-        return self.username is not None and self.username != self.old_username
+    def old(self) -> Optional[mailcloak.Alias]:
+        """What is stored."""
+        return None if self.old_targets is None else mailcloak.read_alias(self.old_targets, self.old_enabled, self.old_receive_only)
+
+    @property
+    def new(self) -> Optional[mailcloak.Alias]:
+        """What is to be stored."""
+        return None if self.targets is None else mailcloak.read_alias(self.targets, self.enabled, self.receive_only)
+
+    @property
+    def new_users(self) -> tuple[str, ...]:
+        """The users who get mail for the address now, and did not before."""
+        old, new = self.old, self.new
+        return tuple(user for user in new.users if not old or user not in old.users) if new else ()
 
 
-KINDS = {"add": "added", "change": "changed", "enable": "enabled", "disable": "disabled", "delete": "deleted"}
+KINDS = {
+    "add": "added",
+    "change": "changed",
+    "enable": "enabled",
+    "disable": "disabled",
+    "claim": "claimed",  # nothing but the job that owns it
+    "delete": "deleted",
+}
+NOTHING = (None,) * 4
 
 
-def plan(stored: Iterable[Row], wanted: Iterable[Row], missing: str) -> Iterator[Change]:
+def plan(stored: Iterable[Row], wanted: Iterable[Row], missing: str, source: str = "") -> Iterator[Change]:
     """The changes that make what is stored what is wanted. Both are sorted by address, and hold each address once.
 
-    missing: what becomes of an alias that is stored and not wanted: "delete", "disable" or "keep".
+    missing: what becomes of an alias of this source that is stored and not wanted: "delete", "disable" or "keep".
     """
     stored, wanted = iter(stored), iter(wanted)
     old, new = next(stored, None), next(wanted, None)
@@ -118,34 +147,36 @@ def plan(stored: Iterable[Row], wanted: Iterable[Row], missing: str) -> Iterator
         if old == new:
             old, new = next(stored, None), next(wanted, None)
         elif new is None or (old is not None and old[0] < new[0]):
-            address, username, enabled = cast(Row, old)
-            if missing == "delete":
-                yield Change(address, username, enabled, None, None)
-            elif missing == "disable" and enabled:
-                yield Change(address, username, enabled, username, 0)
+            row = cast(Row, old)
+            if missing == "delete" and row[4] == source:
+                yield Change._make((*row, *NOTHING))
+            elif missing == "disable" and row[2] and row[4] == source:
+                yield Change._make((*row, row[1], 0, *row[3:]))
             old = next(stored, None)
         elif old is None or new[0] < old[0]:
-            yield Change(new[0], None, None, new[1], new[2])
+            yield Change._make((new[0], *NOTHING, *new[1:]))
             new = next(wanted, None)
         else:
-            yield Change(old[0], old[1], old[2], new[1], new[2])
+            yield Change._make((*old, *new[1:]))
             old, new = next(stored, None), next(wanted, None)
 
 
-def take_once(rows: Iterable[tuple[str, str, int, int]], report: Callable[[int, str], None]) -> Iterator[Row]:
-    """Each address once. rows: address, username, enabled and the number of the line, sorted by address and number.
+def take_once(
+    rows: Iterable[tuple[str, str, int, int, int]], report: Callable[[int, str], None], source: str = ""
+) -> Iterator[Row]:
+    """Each address once. rows: address, targets, enabled, receive_only and the number of the line, sorted by address and number.
 
     A line that says again what an earlier one said is no fault; one that says something else is reported, and left out.
     """
-    last, last_number = Row("", "", 0), 0
-    for address, username, enabled, number in rows:
-        row = (address, username, enabled)
+    last, last_number = Row("", "", 0, 0, ""), 0
+    for address, targets, enabled, receive_only, number in rows:
+        row = (address, targets, enabled, receive_only, source)
         if address != last[0]:
             last, last_number = cast(Row, row), number
             yield last
         elif row != last:
-            leads = "leads to another user" if username != last[1] else "has another state"
-            report(number, f"{address} {leads} in line {last_number}; an alias leads to one user")
+            leads = "leads to another user" if targets != last[1] else "has another state"
+            report(number, f"{address} {leads} in line {last_number}; all targets of an alias stand in one line")
 
 
 def is_over_limit(counts: dict[str, int], stored: int, wanted: int, percent: float) -> bool:
@@ -170,38 +201,75 @@ def read_enabled(text: str) -> int:
     try:
         return ENABLED[text.lower()]
     except KeyError:
-        raise ValueError(f"it says {text!r} where 1 or 0 (enabled or not) is expected; an alias leads to one user") from None
+        expected = "1 or 0 (yes or no) is expected; several users are separated by semicolons"
+        raise ValueError(f"it says {text!r} where {expected}") from None
 
 
-def username_of(target: str, address: str, usernames: str) -> str:
-    """The username that a target of virtual(5) stands for; raises ValueError for one that is no user of ours.
+class Line(NamedTuple):
+    """An alias as a line of a file says it."""
 
-    usernames: "local" (the local part, of a target in the alias's own domain) or "address" (all of it).
+    address: str
+    users: Sequence[str]
+    external: Sequence[str] = ()  # addresses elsewhere
+    enabled: int = 1
+    receive_only: int = 0
+
+
+def join_targets(users: Iterable[str], external: Iterable[str] = ()) -> str:
+    """The targets of a Row."""
+    return "\n".join([*sorted({f"0{user}" for user in users}), *sorted({f"1{address}" for address in external})])
+
+
+def split_targets(targets: str) -> tuple[list[str], list[str]]:
+    """(users, addresses elsewhere) of a Row."""
+    lines = targets.split("\n")
+    return [line[1:] for line in lines if line[:1] == "0"], [line[1:] for line in lines if line[:1] == "1"]
+
+
+def read_names(text: str) -> tuple[list[str], list[str]]:
+    """(users, addresses elsewhere) of a field such as "alice; bob; <jo@elsewhere.example>"."""
+    names = [name.strip() for name in text.split(";")]
+    users = [name for name in names if not name.startswith("<")]
+    return users, [name.strip("<>") for name in names if name.startswith("<")]
+
+
+def read_mailboxes(text: str, address: str, usernames: str) -> tuple[list[str], list[str]]:
+    """(users, addresses elsewhere) of the targets of virtual(5), separated by commas; raises ValueError.
+
+    usernames: "local" (a user is the local part of a target in the alias's own domain) or "address" (all of it).
     """
-    target = target.strip(" \t,")
-    if re.search(r"[\s,]", target):
-        raise ValueError("it has several targets, and an alias leads to one user")
-    local_part, at_sign, domain = mailcloak.unquote_local_part(target).rpartition("@")
-    if not at_sign:
-        raise ValueError(f"its target {target!r} has no domain")
-    if usernames == "address":
-        return f"{local_part}@{domain}"
-    own = address.rpartition("@")[2]
-    if domain != own and mailcloak.domain_to_ascii(domain) != mailcloak.domain_to_ascii(own):
-        raise ValueError(f"its target {target!r} is not in the alias's own domain, and an external target is not supported")
-    return local_part
+    users, external, own = [], [], mailcloak.domain_to_ascii(address.rpartition("@")[2])
+    for target in filter(None, re.split(r"[\s,]+", text)):
+        local_part, at_sign, domain = mailcloak.unquote_local_part(target).rpartition("@")
+        if not at_sign:
+            raise ValueError(f"its target {target!r} has no domain")
+        if usernames == "address":
+            users.append(f"{local_part}@{domain}")
+        elif mailcloak.domain_to_ascii(domain) == own:
+            users.append(local_part)
+        else:
+            external.append(target)
+    if not users and not external:
+        raise ValueError("it has no target")
+    return users, external
 
 
-def target_of(row: Row, usernames: str) -> str:
-    """The mailbox of an alias as virtual(5) names it; raises ValueError where another username would be read from it."""
-    target = mailcloak.format_mailbox(row[1], "", row[0].rpartition("@")[2])
-    if ("@" in row[1]) != (usernames == "address"):
-        other = "address" if usernames == "local" else "local"
-        raise ValueError(f"its username {row[1]!r} needs --usernames {other}")
+def write_mailboxes(row: Row, usernames: str) -> str:
+    """The targets of an alias as virtual(5) names them; raises ValueError where something else would be read from them."""
+    users, external = split_targets(row[1])
+    if row[3]:
+        raise ValueError("its users may only receive, which this format cannot say")
+    for user in users:
+        if ("@" in user) != (usernames == "address"):
+            raise ValueError(f"its username {user!r} needs --usernames {'address' if usernames == 'local' else 'local'}")
+    if external and usernames == "address":
+        raise ValueError("it leads elsewhere, which needs --usernames local")
+    domain = row[0].rpartition("@")[2]
+    text = ",".join([*(mailcloak.format_mailbox(user, "", domain) for user in users), *external])
     with contextlib.suppress(ValueError):
-        if username_of(target, row[0], usernames) == row[1]:
-            return target
-    raise ValueError(f"its username {row[1]!r} cannot stand there")
+        if read_mailboxes(text, row[0], usernames) == (users, external):
+            return text
+    raise ValueError(f"its username {users[0] if users else ''!r} cannot stand there")
 
 
 class Unreadable(ctl.Refused):
@@ -217,12 +285,15 @@ class Format:
     def __init__(self, usernames: str) -> None:
         self.usernames = usernames
 
+    def prepare(self, *, receive_only: bool) -> None:
+        """To be called before anything is written: are there aliases that only receive?"""
+
     def join(self, lines: Iterable[tuple[int, str]]) -> Iterable[tuple[int, str]]:
         """The numbered lines, with each that goes on in the next one whole."""
         return lines
 
-    def read(self, line: str) -> Optional[tuple[str, str, int]]:
-        """Address, username and enabled as they are written; None where the line has no alias. Raises ValueError with the reason."""
+    def read(self, line: str) -> Optional[Line]:
+        """The alias as it is written; None where the line has none. Raises ValueError with the reason."""
         raise NotImplementedError
 
     def write(self, row: Row) -> str:
@@ -244,7 +315,7 @@ class Csv(Format):
 
     head = "alias,username,enabled\n"
     columns: tuple[dict[str, int], ...] = (  # each name that a column may have, with its place in what read() returns
-        {"alias": 0, "alias_email": 0, "address": 0, "username": 1, "enabled": 2},
+        {"alias": 0, "alias_email": 0, "address": 0, "username": 1, "enabled": 2, "receive_only": 3},
     )
     takes_other_columns = False
 
@@ -253,8 +324,13 @@ class Csv(Format):
         self._order: Optional[list[Optional[int]]] = None  # what stands in each column; None until the first line is read
         self._least = 2  # so many columns must be there
         self._writer: Any = csv.writer(cast(Any, Echo()), lineterminator="\n")
+        self._width = 3  # columns that are written
 
-    def read(self, line: str) -> Optional[tuple[str, str, int]]:
+    def prepare(self, *, receive_only: bool) -> None:
+        if receive_only and self.head.endswith(",enabled\n"):
+            self.head, self._width = self.head[:-1] + ",receive_only\n", 4
+
+    def read(self, line: str) -> Optional[Line]:
         if not line.strip():
             return None
         try:
@@ -266,12 +342,15 @@ class Csv(Format):
             if "@" not in line:
                 return None
         if not self._least <= len(fields) <= len(self._order):
-            raise ValueError(f"it has {ctl.counted(fields, 'field')}, expected {len(self._order)}; an alias leads to one user")
-        found = ["", "", "1"]
+            raise ValueError(
+                f"it has {ctl.counted(fields, 'field')}, expected {len(self._order)}; several users are separated by semicolons"
+            )
+        found = ["", "", "1", "0"]
         for place, field in zip(self._order, fields):
             if place is not None:
                 found[place] = field.strip()
-        return self._checked(found[0], found[1], read_enabled(found[2]))
+        users, external = self._read_targets(found[1], found[0])
+        return Line(found[0], users, external, read_enabled(found[2]), read_enabled(found[3]))
 
     def _read_header(self, fields: list[str]) -> list[Optional[int]]:
         if any("@" in field for field in fields):
@@ -285,11 +364,15 @@ class Csv(Format):
         self._least = len(order)
         return order
 
-    def _checked(self, address: str, username: str, enabled: int) -> tuple[str, str, int]:
-        return address, username, enabled
+    def _read_targets(self, text: str, address: str) -> tuple[list[str], list[str]]:
+        return read_names(text)
 
     def write(self, row: Row) -> str:
-        return str(self._writer.writerow(row))
+        users, external = split_targets(row[1])
+        if any(";" in name for name in users) or any(user.startswith("<") or user != user.strip() for user in users):
+            raise ValueError(f"its username {users[0]!r} cannot stand there")
+        names = ";".join([*users, *(f"<{address}>" for address in external)])
+        return str(self._writer.writerow((row[0], names, row[2], row[3])[: self._width]))
 
 
 class PostfixAdmin(Csv):
@@ -299,17 +382,17 @@ class PostfixAdmin(Csv):
     columns = ({"address": 0, "alias": 0, "goto": 1, "to": 1, "active": 2},)
     takes_other_columns = True
 
-    def _checked(self, address: str, username: str, enabled: int) -> tuple[str, str, int]:
-        return address, username_of(username, address, self.usernames), enabled
+    def _read_targets(self, text: str, address: str) -> tuple[list[str], list[str]]:
+        return read_mailboxes(text, address, self.usernames)
 
     def write(self, row: Row) -> str:
-        return str(self._writer.writerow((row[0], target_of(row, self.usernames), row[2])))
+        return str(self._writer.writerow((row[0], write_mailboxes(row, self.usernames), row[2])))
 
 
 class JsonLines(Format):
     """An object of JSON on each line."""
 
-    def read(self, line: str) -> Optional[tuple[str, str, int]]:
+    def read(self, line: str) -> Optional[Line]:
         if not line.strip():
             return None
         try:
@@ -318,18 +401,28 @@ class JsonLines(Format):
             raise ValueError("it is not JSON") from None
         if not isinstance(value, dict):
             raise ValueError("it is not an object of JSON")
-        other = value.keys() - {"alias", "username", "enabled"}
+        other = value.keys() - {"alias", "username", "users", "external", "enabled", "receive_only"}
         if other:
-            raise ValueError(f"it has {sorted(other)[0]!r}, expected alias, username and enabled")
-        address, username, enabled = value.get("alias"), value.get("username"), value.get("enabled", True)
-        if not isinstance(address, str) or not isinstance(username, str):
-            raise ValueError("alias and username must both be there, each a text; an alias leads to one user")
-        if enabled not in (0, 1):
-            raise ValueError("enabled must be true or false")
-        return address, username, int(enabled)
+            raise ValueError(f"it has {sorted(other)[0]!r}, expected alias, users, external, enabled and receive_only")
+        address: Any = value.get("alias")
+        users, external = value.get("users", []), value.get("external", [])
+        if "username" in value:
+            users = [value["username"]] if "users" not in value else None
+        if not all(isinstance(each, list) and all(isinstance(name, str) for name in each) for each in (users, external, [address])):
+            raise ValueError("alias must be a text, and there must be a username, or users and external as lists of texts")
+        enabled, receive_only = value.get("enabled", True), value.get("receive_only", False)
+        if enabled not in (0, 1) or receive_only not in (0, 1):
+            raise ValueError("enabled and receive_only must be true or false")
+        return Line(address, users, external, int(enabled), int(receive_only))
 
     def write(self, row: Row) -> str:
-        return json.dumps({"alias": row[0], "username": row[1], "enabled": bool(row[2])}) + "\n"
+        users, external = split_targets(row[1])
+        value: dict[str, Any] = {
+            "alias": row[0],
+            **({"username": users[0]} if len(users) == 1 else {"users": users} if users else {}),
+        }
+        value |= {**({"external": external} if external else {}), "enabled": bool(row[2])}
+        return json.dumps({**value, **({"receive_only": True} if row[3] else {})}) + "\n"
 
 
 class Virtual(Format):
@@ -353,19 +446,18 @@ class Virtual(Format):
         if whole:
             yield number, whole
 
-    def read(self, line: str) -> Optional[tuple[str, str, int]]:
+    def read(self, line: str) -> Optional[Line]:
         if not line.strip() or line.lstrip().startswith("#"):
             return None
         address, _, target = line.strip().replace("\t", " ").partition(" ")
-        if not target:
-            raise ValueError("it has no target")
-        return address, username_of(target, address, self.usernames), 1
+        users, external = read_mailboxes(target, address, self.usernames)
+        return Line(address, users, external)
 
     def write(self, row: Row) -> str:
         if not row[2]:
             raise ValueError("it is disabled, and this format has no disabled aliases")
-        line = f"{row[0]} {target_of(row, self.usernames)}"
-        if self.read(line) != row:
+        line = f"{row[0]} {write_mailboxes(row, self.usernames)}"
+        if self.read(line) != Line(row[0], *split_targets(row[1])):
             raise ValueError("it would be read as something else")
         return line + "\n"
 
@@ -479,18 +571,18 @@ class Problems:
 def read_aliases(
     lines: Iterable[tuple[int, str]],
     form: Format,
-    check: Callable[[str, str], tuple[str, str]],
+    check: Callable[[Line], tuple[str, str]],
     report: Callable[[int, str], None],
-) -> Iterator[tuple[str, str, int, int]]:
-    """Address, username, enabled and line of each alias. check: makes both of the form in which they are stored, or raises Refused.
+) -> Iterator[tuple[str, str, int, int, int]]:
+    """What take_once() takes of each alias. check: makes address and targets of the form in which they are stored, or raises Refused.
 
     A bad line is reported, and left out.
     """
-    for number, line in form.join(lines):
+    for number, text in form.join(lines):
         try:
-            fields = form.read(line)
-            if fields:
-                yield (*check(fields[0], fields[1]), fields[2], number)
+            line = form.read(text)
+            if line:
+                yield (*check(line), line[3], line[4], number)
         except Unreadable:
             raise
         except (ValueError, ctl.Refused) as exc:
@@ -526,15 +618,21 @@ STAGING = """
 PRAGMA journal_mode = OFF;
 PRAGMA synchronous = OFF;
 PRAGMA cache_size = -{kib};
-CREATE TABLE wanted (address TEXT, username TEXT, enabled INTEGER, line INTEGER);
-CREATE TABLE changes (address TEXT, old_username TEXT, old_enabled INTEGER, username TEXT, enabled INTEGER);
-CREATE TABLE stored (address TEXT, username TEXT, enabled INTEGER);
+CREATE TABLE wanted (address TEXT, targets TEXT, enabled INTEGER, receive_only INTEGER, line INTEGER);
+CREATE TABLE changes (address TEXT, old_targets TEXT, old_enabled INTEGER, old_receive_only INTEGER, old_source TEXT,
+    targets TEXT, enabled INTEGER, receive_only INTEGER, source TEXT);
+CREATE TABLE stored (address TEXT, targets TEXT, enabled INTEGER, receive_only INTEGER, source TEXT);
 CREATE TABLE lines (line TEXT);
 BEGIN;
 """
 # of one domain, or with "" of all
 STORED = "FROM aliases WHERE typeof(alias_email) = 'text' AND (:domain = '' OR substr(alias_email, instr(alias_email, '@') + 1) = :domain)"
-SELECT_STORED = f"SELECT alias_email, username, enabled {STORED} ORDER BY alias_email"
+# Rows; the function sorts the targets where there are several
+SELECT_STORED = (
+    f"SELECT alias_email, CASE WHEN external <> 1 AND NOT EXISTS (SELECT 1 FROM alias_targets AS t WHERE t.alias_email ="  # noqa: S608
+    f" aliases.alias_email) THEN '0' || replace(username, char(10), '?') ELSE sort_targets({mailcloak.ALIAS_TARGETS}) END, enabled,"
+    f" receive_only, CASE WHEN :source = '' THEN '' ELSE COALESCE(source, '') END {STORED} ORDER BY alias_email"
+)
 
 
 def open_staging() -> sqlite3.Connection:
@@ -549,6 +647,12 @@ def rows_of(database: sqlite3.Connection, select: str, **values: str) -> Iterato
     cursor = database.cursor()
     cursor.row_factory = None
     return cursor.execute(select, values)
+
+
+def stored_rows(database: sqlite3.Connection, domain: str = "", source: str = "") -> Iterator[Any]:
+    """A Row of each alias of the domain ("": of all), sorted by address; whose they are counts only where a source is named."""
+    database.create_function("sort_targets", 1, lambda targets: join_targets(*split_targets(targets)), deterministic=True)
+    return rows_of(database, SELECT_STORED, domain=domain, source=source)
 
 
 @contextlib.contextmanager
@@ -585,30 +689,42 @@ def data_version(database: sqlite3.Connection) -> int:
     return int(database.execute("PRAGMA data_version").fetchone()[0])
 
 
-def check_names(context: ctl.Context, address: str, username: str) -> tuple[str, str]:
-    """Both as they may be stored, by the rules of aliases add; raises Refused."""
-    address, username = ctl.read_address(address), ctl.read_username(username)
-    ctl.refuse_names(context, address, username)
-    return address, username
+def check_names(context: ctl.Context, line: Line) -> tuple[str, str]:
+    """Address and targets as they may be stored, by the rules of aliases add; raises Refused."""
+    address = ctl.read_address(line.address)
+    if len(line.users) == 1 and not line.external:  # as nearly all have it
+        username = ctl.read_username(line.users[0])
+        ctl.refuse_names(context, address, username)
+        return address, f"0{username}"
+    users = [ctl.read_username(user) for user in line.users]
+    external = [ctl.read_external(context, target) for target in line.external]
+    if not users and not external:
+        raise ctl.Refused(f"{address} has no target")
+    for user in users:
+        ctl.refuse_names(context, address, user)
+    ctl.refuse_number(address, mailcloak.Alias(tuple(users), True, tuple(external)))
+    return address, join_targets(users, external)
 
 
 def load(staging: sqlite3.Connection, context: ctl.Context, source: Source, form: Format, problems: Problems) -> int:
     """Read the file into the table wanted; how many aliases it has. Raises Refused where it is not whole."""
     foreign: collections.Counter[str] = collections.Counter()
-    policy, scope = context.policy, context.options.scope
+    policy, options = context.policy, context.options
 
-    def check(address: str, username: str) -> tuple[str, str]:
-        address, username = check_names(context, address, username)
+    def check(line: Line) -> tuple[str, str]:
+        address, targets = check_names(context, line)
         domain = address.rpartition("@")[2]
-        if scope and domain != scope:
-            raise ctl.Refused(f"{address} is not in {scope}, the domain of --scope")
+        if options.scope and domain != options.scope:
+            raise ctl.Refused(f"{address} is not in {options.scope}, the domain of --scope")
+        if line.external and not options.external:
+            raise ctl.Refused(f"its target {line.external[0]!r} is elsewhere, and is taken only with --external")
         if policy and domain not in policy.domain:
             foreign[domain] += 1
-        return address, username
+        return address, targets
 
     lines = watch(source.lines(), "lines read", source.share)
     try:
-        staging.executemany("INSERT INTO wanted VALUES (?, ?, ?, ?)", read_aliases(lines, form, check, problems.report))
+        staging.executemany("INSERT INTO wanted VALUES (?, ?, ?, ?, ?)", read_aliases(lines, form, check, problems.report))
     except Unreadable as exc:
         raise source.refuse(str(exc)) from None
     for domain, count in foreign.most_common(ctl.SHOWN_ITEMS):
@@ -619,22 +735,34 @@ def load(staging: sqlite3.Connection, context: ctl.Context, source: Source, form
 
 
 def compare(
-    staging: sqlite3.Connection, database: sqlite3.Connection, problems: Problems, missing: str, domain: str = ""
+    staging: sqlite3.Connection,
+    database: sqlite3.Connection,
+    problems: Problems,
+    missing: str,
+    *,
+    domain: str = "",
+    source: str = "",
 ) -> tuple[dict[str, int], int]:
-    """Fill the table changes. How many changes there are of each kind, and how many aliases are stored; of one domain, unless it is ""."""
+    """Fill the table changes. How many changes there are of each kind, and of how many stored aliases: those of the domain and, where a
+    source is named, that it owns or will own.
+    """
     counts: collections.Counter[str] = collections.Counter()
+    stored = 0
 
     def counted(changes: Iterator[Change]) -> Iterator[Change]:
+        nonlocal stored
         for change in changes:
             counts[change.kind] += 1
+            stored += change.old_source not in (None, source)
             yield change
 
-    wanted = rows_of(staging, "SELECT address, username, enabled, line FROM wanted ORDER BY address, line")
+    wanted = rows_of(staging, "SELECT address, targets, enabled, receive_only, line FROM wanted ORDER BY address, line")
     with reading(database):
-        stored = int(database.execute(f"SELECT count(*) {STORED}", {"domain": domain}).fetchone()[0])
-        rows = watch(rows_of(database, SELECT_STORED, domain=domain), "compared", lambda: 0.0)
-        changes = counted(plan(rows, take_once(wanted, problems.report), missing))
-        staging.executemany("INSERT INTO changes VALUES (?, ?, ?, ?, ?)", changes)
+        own = f"SELECT count(*) {STORED} AND (:source = '' OR source = :source)"
+        stored += int(database.execute(own, {"domain": domain, "source": source}).fetchone()[0])
+        rows = watch(stored_rows(database, domain, source), "compared", lambda: 0.0)
+        changes = counted(plan(rows, take_once(wanted, problems.report, source), missing, source))
+        staging.executemany("INSERT INTO changes VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)", changes)
     return dict(counts), stored
 
 
@@ -647,11 +775,14 @@ def apply(database: sqlite3.Connection, changes: Iterable[Change]) -> None:
     """Make the changes, in the transaction that is open."""
     changes = iter(changes)
     while batch := list(itertools.islice(changes, BATCH_ROWS)):
-        database.executemany("DELETE FROM aliases WHERE alias_email = ?", [(each[0],) for each in batch if each[3] is None])
-        database.executemany(
-            "INSERT INTO aliases (alias_email, username, enabled) VALUES (?, ?, ?) ON CONFLICT (alias_email) DO UPDATE"
-            " SET username = excluded.username, enabled = excluded.enabled, updated_at = excluded.updated_at",
-            [(each[0], each[3], each[4]) for each in batch if each[3] is not None],
+        database.executemany("DELETE FROM aliases WHERE alias_email = ?", [(each[0],) for each in batch if each[5] is None])
+        ctl.store_aliases(
+            database,
+            [
+                ctl.Stored(each[0], mailcloak.read_alias(each[5], each[6], each[7]), each[8] or None)
+                for each in batch
+                if each[5] is not None
+            ],
         )
 
 
@@ -703,15 +834,13 @@ def make_so(context: ctl.Context, missing: str) -> None:
         problems.stop(skip=options.skip_bad)
         database = find_database(context)
         version = data_version(database)
-        counts, stored = compare(staging, database, problems, missing, options.scope)
+        counts, stored = compare(staging, database, problems, missing, domain=options.scope, source=options.source)
         problems.stop(skip=options.skip_bad)
         if is_over_limit(counts, stored, wanted, percent):
             if options.dry_run:
                 tell(context, staging, counts, stored, problems.count)
             raise over_limit(options, counts, stored)
-        elsewhere = (
-            [change for change in read_changes(staging) if change.leads_elsewhere] if sum(counts.values()) <= MAX_ASKED else None
-        )
+        elsewhere = [change for change in read_changes(staging) if change.new_users] if sum(counts.values()) <= MAX_ASKED else None
         ask_about(context, elsewhere)
         if counts:
             with contextlib.suppress(DryRun):
@@ -745,15 +874,21 @@ def ask_about(context: ctl.Context, elsewhere: Optional[list[Change]]) -> None:
         )
         return
 
-    def ask() -> list[tuple[list[str], dict[str, str]]]:
-        return [ctl.ask_keycloak(context, change.address, str(change.username)) for change in changes]
+    def ask() -> list[tuple[list[str], list[dict[str, str]]]]:
+        return [
+            (
+                ctl.find_others(context, change.address, change.new_users),
+                [ctl.ask_login(context, user) for user in change.new_users],
+            )
+            for change in changes
+        ]
 
     changes = elsewhere
     answers = ctl.look_up(context, f"{ctl.counted(changes, 'alias', 'aliases')} were", ask) if changes else None
-    logins = {}
-    for change, (others, login) in zip(changes, answers or ()):
+    logins: dict[str, dict[str, str]] = {}
+    for change, (others, found) in zip(changes, answers or ()):
         ctl.refuse_holders(context, change.address, others)
-        logins[str(change.username)] = login
+        logins.update(zip(change.new_users, found))
     for username, login in logins.items():
         ctl.warn_of_login(username, login)
 
@@ -776,7 +911,8 @@ def write(
             apply(database, watch(read_changes(staging), "changes made"))
             write_others()
         for change in elsewhere or () if not options.force else ():
-            ctl.refuse_chain(context, change.address, str(change.username))
+            for user in change.new_users:
+                ctl.refuse_chain(context, change.address, user)
         if options.dry_run:
             raise DryRun
         prepare_commit(database)
@@ -816,23 +952,43 @@ def report(options: Any, staging: sqlite3.Connection, counts: dict[str, int], st
 
 def describe(change: Change) -> str:
     """One change in words."""
-    if change.kind == "change":
-        state = "" if change.enabled == change.old_enabled else ", enabled" if change.enabled else ", disabled"
-        return f"change {change.address} {change.old_username} -> {change.username}{state}"
-    state = ", disabled" if change.kind == "add" and not change.enabled else ""
-    return f"{change.kind} {change.address} {change.username or change.old_username}{state}"
+    before, after = change.old, change.new
+    states = (
+        []
+        if not before or not after
+        else ["enabled"]
+        if before.enabled < after.enabled
+        else ["disabled"] * (before.enabled > after.enabled)
+    )
+    states += ["disabled"] if after and not before and not after.enabled else []
+    if after and after.receive_only != (before.receive_only if before else False):
+        states.append("only receives" if after.receive_only else "may send")
+    if change.old_source is not None and change.source is not None and change.source != change.old_source:
+        states.append(f"taken from {change.old_source or 'no job'}")
+    targets = [ctl.shown_targets(each) for each in (before, after) if each]
+    shown = " -> ".join(targets if change.kind == "change" else targets[-1:])
+    return ", ".join(
+        [f"{change.kind} {change.address} {shown}", *(states if change.kind not in ("enable", "disable") else states[1:])]
+    )
 
 
 def print_as_json(head: dict[str, Any], changes: Iterable[Change]) -> None:
     """One object: the head, and "changes" with the old and the new value of each; one after the other, since they may be a million."""
     print(json.dumps(head)[:-1] + ', "changes": [', end="")
     separator = "\n  "
-    for address, *values in changes:
+    for change in changes:
         old, new = (
-            None if username is None else {"username": username, "enabled": enabled}
-            for username, enabled in (values[:2], values[2:])
+            {
+                "username": ctl.shown_targets(alias),
+                "enabled": int(alias.enabled),
+                "receive_only": alias.receive_only,
+                "source": source or None,
+            }
+            if alias
+            else None
+            for alias, source in ((change.old, change.old_source), (change.new, change.source))
         )
-        print(separator + json.dumps({"alias": address, "old": old, "new": new}), end="")
+        print(separator + json.dumps({"alias": change.address, "old": old, "new": new}), end="")
         separator = ",\n  "
     print("]}")
 
@@ -840,9 +996,14 @@ def print_as_json(head: dict[str, Any], changes: Iterable[Change]) -> None:
 def note(event: str, changes: Iterable[Change], subject: str, counts: dict[str, int]) -> None:
     """A line in syslog for each of the first changes, and one for all of them."""
     for change in itertools.islice(changes, MAX_ASKED):
-        values = {"username": change.username, "before": change.old_username}
-        if change.username is not None and change.enabled != (1 if change.old_enabled is None else change.old_enabled):
-            values["enabled"] = "yes" if change.enabled else "no"
+        before, after = change.old, change.new
+        values = {
+            "username": ctl.shown_targets(after) if after else None,
+            "before": ctl.shown_targets(before) if before else None,
+            "source": change.source or None,
+        }
+        if after and after.enabled != (before.enabled if before else True):
+            values["enabled"] = "yes" if after.enabled else "no"
         ctl.note_change(f"{event}: {change.kind}", change.address, **values)
     ctl.note_change(event, subject, **{KINDS[kind]: number for kind, number in counts.items()})
 
@@ -851,11 +1012,17 @@ def aliases_move(context: ctl.Context) -> None:
     """Let all aliases of a user lead to another."""
     options, database = context.options, context.database
     old, new = ctl.read_username(options.old_user), ctl.read_username(options.new_user)
-    select = "SELECT alias_email, username, enabled FROM aliases WHERE lower(username) = ? ORDER BY alias_email"
+    select = f"SELECT DISTINCT alias_email FROM {ctl.ALIAS_USERS} WHERE lower(username) = ? ORDER BY alias_email"  # noqa: S608
 
     def find() -> list[Change]:
-        rows = database.execute(select, (old,)).fetchall()
-        return [Change(row[0], row[1], row[2], new, row[2]) for row in rows if row[1] != new]
+        changes = []
+        for (address,) in database.execute(select, (old,)).fetchall() if old != new else ():
+            alias = cast(mailcloak.Alias, ctl.find_alias(database, address))
+            users = [new if user == old else user for user in alias.users]
+            state = (int(alias.enabled), int(alias.receive_only), "")
+            before, after = join_targets(alias.users, alias.external), join_targets(users, alias.external)
+            changes.append(Change(address, before, *state, after, *state))
+        return changes
 
     changes = ctl.patiently(find)
     if not changes:
@@ -883,9 +1050,11 @@ def aliases_export(context: ctl.Context) -> None:
     database = context.database
     with contextlib.closing(open_staging()) as staging:
         with reading(database):  # and not longer: who reads our output may be slow
-            staging.executemany("INSERT INTO stored VALUES (?, ?, ?)", rows_of(database, SELECT_STORED, domain=""))
+            staging.executemany("INSERT INTO stored VALUES (?, ?, ?, ?, ?)", stored_rows(database))
         rows = watch(rows_of(staging, "SELECT * FROM stored ORDER BY rowid"), "written")
-        lines = map(form.write, rows) if form.holds_all else hold(staging, form, rows, skip=options.skip_bad)
+        form.prepare(receive_only=bool(staging.execute("SELECT 1 FROM stored WHERE receive_only LIMIT 1").fetchone()))
+        is_odd = staging.execute("SELECT 1 FROM stored WHERE targets GLOB '*[ ;<>]*' OR targets = '0' LIMIT 1").fetchone()
+        lines = map(form.write, rows) if form.holds_all and not is_odd else hold(staging, form, rows, skip=options.skip_bad)
         lines = itertools.chain([form.head], lines)
         if options.file == "-":
             write_lines(lines, sys.stdout.buffer)
@@ -935,11 +1104,13 @@ def write_lines(lines: Iterator[str], file: IO[bytes]) -> None:
 # ---------------------------------------------------------------------------------------------------------------------------------
 
 BACKUP_PAGES = 5000  # copied at a time; between two of these steps others may write
-KEYS = {
+KEYS = {  # the tables with their keys, a parent before its child
     "aliases": ("alias_email",),
+    "alias_targets": ("alias_email", "target"),
     "apps": ("app_id",),
     "app_from": ("app_id", "from_addr"),
-}  # the tables, a parent before its child
+}
+PARENTS = {"alias_targets": "aliases", "app_from": "apps"}  # by the first column of the key
 
 
 def tell_numbers(context: ctl.Context, database: sqlite3.Connection, text: str, **values: Any) -> None:
@@ -1031,7 +1202,7 @@ def check_backup(path: str) -> None:
     if version > mailcloak.SCHEMA_VERSION:
         text = f"restore: {path!r} has schema version {version}, this mailcloak knows {mailcloak.SCHEMA_VERSION}"
         raise ctl.Refused(text, "install the newer one first")
-    if not version or not set(KEYS) <= tables:
+    if not version or not {"aliases", "apps", "app_from"} <= tables:
         raise ctl.Refused(f"restore: {path!r} is no database of mailcloak, name a file that backup has written")
 
 
@@ -1084,27 +1255,36 @@ def bring_rows(database: sqlite3.Connection, path: str) -> int:
                 database.execute(statement)
             database.execute(f"PRAGMA main.user_version = {mailcloak.SCHEMA_VERSION}")
         changed = sum(delete_rows(database, table) for table in reversed(list(KEYS)))
-        changed += sum(copy_rows(database, table) for table in KEYS)
+        changed += sum(copy_rows(database, table) for table in KEYS if has_table(database, table))
         prepare_commit(database)
     database.execute("DETACH backup")
     return changed
 
 
+def has_table(database: sqlite3.Connection, table: str) -> bool:
+    """Has the backup this table? An older one may not."""
+    return bool(database.execute("SELECT 1 FROM backup.sqlite_master WHERE name = ?", (table,)).fetchone())
+
+
 def delete_rows(database: sqlite3.Connection, table: str) -> int:
     """Delete the rows whose key the backup does not have; how many these were."""
+    if not has_table(database, table):
+        return database.execute(f"DELETE FROM main.{table}").rowcount  # noqa: S608
     same = " AND ".join(f"theirs.{column} = ours.{column}" for column in KEYS[table])
     delete = f"DELETE FROM main.{table} AS ours WHERE NOT EXISTS (SELECT 1 FROM backup.{table} AS theirs WHERE {same})"  # noqa: S608
     return database.execute(delete).rowcount
 
 
 def copy_rows(database: sqlite3.Connection, table: str) -> int:
-    """Write the rows of the backup that differ; how many these were. A column that an older backup lacks is empty."""
-    columns = [row[1] for row in database.execute(f"PRAGMA main.table_info({table})")]
+    """Write the rows of the backup that differ; how many these were. A column that an older backup lacks has its default."""
+    defaults = {row[1]: row[4] or "NULL" for row in database.execute(f"PRAGMA main.table_info({table})")}
+    columns = list(defaults)
     theirs = {row[1] for row in database.execute(f"PRAGMA backup.table_info({table})")}
-    values = [column if column in theirs else "NULL" for column in columns]
+    values = [column if column in theirs else defaults[column] for column in columns]
     others = [column for column in columns if column not in KEYS[table]]
     new = [f"excluded.{column}" for column in others]
-    orphans = " WHERE app_id IN (SELECT app_id FROM backup.apps)" if table == "app_from" else " WHERE 1"
+    key, parent = KEYS[table][0], PARENTS.get(table)
+    orphans = f" WHERE {key} IN (SELECT {key} FROM backup.{parent})" if parent else " WHERE 1"  # noqa: S608
     statement = (
         f"INSERT INTO main.{table} ({', '.join(columns)}) SELECT {', '.join(values)} FROM backup.{table}{orphans}"  # noqa: S608
         f" ON CONFLICT ({', '.join(KEYS[table])}) DO UPDATE SET {', '.join(map(' = '.join, zip(others, new)))}"
@@ -1180,7 +1360,7 @@ def find_faults(context: ctl.Context) -> Iterator[Fault]:
     if lacks:
         return
     for table, rowid, parent, _ in database.execute("PRAGMA foreign_key_check").fetchall():
-        (key,) = database.execute(f"SELECT app_id FROM {table} WHERE rowid = ?", (rowid,)).fetchone()  # noqa: S608
+        (key,) = database.execute(f"SELECT {KEYS[table][0]} FROM {table} WHERE rowid = ?", (rowid,)).fetchone()  # noqa: S608
         yield Fault(table, str(key), f"belongs to nothing in {parent}", "", ((f"DELETE FROM {table} WHERE rowid = ?", (rowid,)),))  # noqa: S608
     yield from find_alias_faults(context)
     yield from find_app_faults(database)
@@ -1188,10 +1368,9 @@ def find_faults(context: ctl.Context) -> Iterator[Fault]:
 
 
 def find_alias_faults(context: ctl.Context) -> Iterator[Fault]:
-    """Addresses and usernames that are not as the daemon compares them."""
+    """Addresses and targets that are not as the daemon compares them."""
     database = context.database
-    database_rows = rows_of(database, "SELECT alias_email, username, rowid FROM aliases ORDER BY alias_email")
-    for address, username, rowid in watch(database_rows, "checked"):
+    for address, rowid in watch(rows_of(database, "SELECT alias_email, rowid FROM aliases ORDER BY alias_email"), "checked"):
         remedy = f"delete it: sqlite3 {context.path} 'DELETE FROM aliases WHERE rowid = {rowid}'"  # noqa: S608
         try:
             right = ctl.read_address(address)
@@ -1200,36 +1379,47 @@ def find_alias_faults(context: ctl.Context) -> Iterator[Fault]:
             continue
         if right != address:
             yield from misspelled(database, address, right)
-            continue
-        try:
-            name = ctl.read_username(username)
+    targets = (
+        "SELECT 'aliases', alias_email, username, external FROM aliases"
+        " UNION ALL SELECT 'alias_targets', alias_email, target, external FROM alias_targets ORDER BY 2"
+    )
+    for table, address, target, external in rows_of(database, targets):
+        with contextlib.suppress(ctl.Refused, TypeError, AttributeError):
+            if ctl.read_address(address) == address:
+                yield from find_target_faults(context, table, address, target, external == 1)
+
+
+def find_target_faults(context: ctl.Context, table: str, address: str, target: str, external: bool) -> Iterator[Fault]:
+    """What is wrong with a target of an alias: a username or, where external, an address elsewhere."""
+    column = "username" if table == "aliases" else "target"
+    try:
+        name = ctl.read_external(context, target) if external else ctl.read_username(target)
+        if not external:
             ctl.refuse_names(context, address, name)
-        except (ctl.Refused, TypeError, AttributeError) as exc:
-            yield Fault(
-                "aliases", address, str(exc).removeprefix("aliases: "), f"mailcloakctl aliases add {address} USERNAME --replace"
-            )
-            continue
-        if name != username:
-            update = "UPDATE aliases SET username = ? WHERE alias_email = ?"
-            yield Fault("aliases", address, f"the username {username!r} is stored for {name}", "", ((update, (name, address)),))
+    except (ctl.Refused, TypeError, AttributeError) as exc:
+        fault = str(exc).removeprefix("aliases: ")
+        yield Fault(table, address, fault, f"mailcloakctl aliases add {address} USERNAME --replace")
+        return
+    if name != target:
+        update = f"UPDATE OR REPLACE {table} SET {column} = ? WHERE alias_email = ? AND {column} = ?"  # noqa: S608
+        kind = "address" if external else "username"
+        yield Fault(table, address, f"the {kind} {target!r} is stored for {name}", "", ((update, (name, address, target)),))
 
 
 def misspelled(database: sqlite3.Connection, address: str, right: str) -> Iterator[Fault]:
     """The fault of an alias that is not stored in the form in which it is looked up."""
     fault = f"is stored in a form that is never looked up: {right} is"
-    rows = [
-        database.execute("SELECT lower(username), enabled FROM aliases WHERE alias_email = ?", (each,)).fetchone()
-        for each in (address, right)
-    ]
-    delete = ("DELETE FROM aliases WHERE alias_email = ?", (address,))
-    if not rows[1]:
-        update = "UPDATE OR IGNORE aliases SET alias_email = ? WHERE alias_email = ?"
-        yield Fault("aliases", address, fault, "", ((update, (right, address)),))
-    elif tuple(rows[0]) == tuple(rows[1]):
+    this, other = (ctl.find_alias(database, each) for each in (address, right))
+    if not other:
+        updates = [f"UPDATE OR IGNORE {table} SET alias_email = ? WHERE alias_email = ?" for table in ("aliases", "alias_targets")]  # noqa: S608
+        yield Fault("aliases", address, fault, "", tuple((update, (right, address)) for update in updates))
+    elif this == other:
+        delete = ("DELETE FROM aliases WHERE alias_email = ?", (address,))
         yield Fault("aliases", address, f"{fault}, and is there", "", (delete,))
     else:
         remedy = f"choose one: mailcloakctl aliases add {right} USERNAME --replace; then db check --fix"
-        yield Fault("aliases", address, f"{fault}, and leads to {rows[1][0]} or has another state", remedy)
+        leads = f"{fault}, and leads to {ctl.shown_targets(other)} or has another state"
+        yield Fault("aliases", address, leads, remedy)
 
 
 def find_app_faults(database: sqlite3.Connection) -> Iterator[Fault]:
@@ -1319,17 +1509,20 @@ def migrate_from_go(context: ctl.Context) -> None:
         old = stack.enter_context(copy_of_go(options.file))
         staging = stack.enter_context(contextlib.closing(open_staging()))
         select = find_go_layout(old, options.file)
-        staging.executemany("INSERT INTO wanted VALUES (?, ?, ?, ?)", read_go_aliases(context, old, select, problems))
+        staging.executemany("INSERT INTO wanted VALUES (?, ?, ?, 0, ?)", read_go_aliases(context, old, select, problems))
         data = read_go_data(old, problems)
         config = convert_config(options.go_config, context.path, data.domains) if options.go_config else ""
         problems.stop(skip=options.skip_bad)
         database = find_database(context)
         version = data_version(database)
         compare(staging, database, problems, "keep")
-        for row in rows_of(staging, "SELECT rowid, address, old_username FROM changes WHERE username <> old_username"):
-            problems.report(row[0], f"{row[1]} leads to {row[2]} here already")
+        for number, change in enumerate(read_changes(staging), 1):
+            if change.kind == "change":
+                problems.report(
+                    number, f"{change.address} leads to {ctl.shown_targets(cast(mailcloak.Alias, change.old))} here already"
+                )
         problems.stop(skip=options.skip_bad)
-        staging.execute("DELETE FROM changes WHERE old_username IS NOT NULL")
+        staging.execute("DELETE FROM changes WHERE old_targets IS NOT NULL")
         new = list(itertools.islice(read_changes(staging), MAX_ASKED + 1))
         elsewhere = new if len(new) <= MAX_ASKED else None
         ask_about(context, elsewhere)
@@ -1380,7 +1573,7 @@ def read_go_aliases(
     """Its aliases, as read_aliases() gives those of a file; those of a disabled domain are disabled."""
     for address, username, enabled, number in old.execute(select):
         try:
-            yield (*check_names(context, str(address), str(username)), enabled, number)
+            yield (*check_names(context, Line(str(address), [str(username)])), enabled, number)
         except ctl.Refused as exc:
             problems.report(number, str(exc).removeprefix("aliases: "))
 

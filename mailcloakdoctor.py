@@ -436,8 +436,9 @@ def read_database(host: Installation, database: sqlite3.Connection) -> Findings:
     if version < mailcloak.SCHEMA_VERSION:
         remedy = "restart the daemon: it migrates the file, and leaves a copy of it as it was"
         yield warning("database", f"{path} has schema version {version}, older than {mailcloak.SCHEMA_VERSION}", remedy)
-    rows = database.execute("SELECT alias_email, username, enabled FROM aliases ORDER BY alias_email")
-    host.aliases = {str(address): mailcloak.Alias(str(username).lower(), enabled == 1) for address, username, enabled in rows}
+    columns = mailcloak.ALIAS_COLUMNS if version == mailcloak.SCHEMA_VERSION else "'0' || username, enabled, 0"
+    rows = database.execute(f"SELECT alias_email, {columns} FROM aliases ORDER BY alias_email")  # noqa: S608
+    host.aliases = {str(address): mailcloak.read_alias(*values) for address, *values in rows}
     database.row_factory = sqlite3.Row
     apps = [{"owner": None, "expires_at": None, **row} for row in database.execute("SELECT * FROM apps ORDER BY app_id")]
     database.row_factory = None
@@ -1562,7 +1563,7 @@ def list_users(host: Installation, reader: KeycloakReader) -> Findings:
 
 def look_up_named_users(host: Installation, reader: KeycloakReader, users: dict[str, mailcloak.User]) -> Finding:
     """Add the users that aliases and apps name to those read; from now on a holder of an e-mail is looked up as well."""
-    named = {alias.username for alias in (host.aliases or {}).values() if alias.enabled}
+    named = {user for alias in (host.aliases or {}).values() if alias.enabled for user in alias.users}
     named |= {app.owner for app in (host.apps or {}).values() if app.owner}
     missing, read_before = sorted(named - set(users)), len(users)
     for done, username in enumerate(missing[:MAX_SINGLE_LOOKUPS]):
@@ -1676,7 +1677,7 @@ def check_aliases(host: Installation) -> Findings:
     if host.aliases is None:
         yield skipped("aliases", NO_DATABASE)
         return
-    enabled = {address: alias.username for address, alias in host.aliases.items() if alias.enabled}
+    enabled = {address: alias.users for address, alias in host.aliases.items() if alias.enabled}
     found = [*check_stored_aliases(host, enabled), *check_alias_users(host, enabled)]
     yield from found
     if enabled and host.policy is None:
@@ -1689,8 +1690,8 @@ def check_aliases(host: Installation) -> Findings:
         yield ok("aliases", f"{ctl.counted(enabled, 'enabled alias', 'enabled aliases')}, each leading to a user")
 
 
-def check_stored_aliases(host: Installation, enabled: Mapping[str, str]) -> Findings:
-    """What the database shows by itself; enabled: the usernames by address."""
+def check_stored_aliases(host: Installation, enabled: Mapping[str, Sequence[str]]) -> Findings:
+    """What the database shows by itself; enabled: the users by address."""
     misspelled = [address for address in enabled if mailcloak.normalise_address(address).text != address]
     text = "these aliases are not stored in the form in which they are looked up, so they are never found"
     delete = f"sqlite3 {shlex.quote(host.database_path)} \"DELETE FROM aliases WHERE alias_email = 'ADDRESS'\""  # noqa: S608
@@ -1702,30 +1703,32 @@ def check_stored_aliases(host: Installation, enabled: Mapping[str, str]) -> Find
     remedy = "policy.domain, if the domain is ours; else mailcloakctl aliases del ADDRESS"
     yield from about(outside, warning("alias-domain", "these aliases are not in policy.domain, so they lead nowhere", remedy))
     if not host.policy.mailbox_domain:
-        mailboxes = {address: ctl.mailbox_of(address, username) for address, username in enabled.items()}
+        mailboxes = {address: [ctl.mailbox_of(address, user) for user in users] for address, users in enabled.items()}
         aliases_at: dict[str, list[str]] = defaultdict(list)  # a mailbox: what comes for it, and for it with an extension
         for address in enabled:
             for spelling in ctl.spellings_of(address, host.policy.recipient_delimiter):
                 aliases_at[spelling].append(address)
         chains = [
-            f"{address} -> {other} -> {mailboxes[other]}"
-            for address, mailbox in mailboxes.items()
+            f"{address} -> {other} -> {', '.join(mailboxes[other])}"
+            for address, users in enabled.items()
+            for user, mailbox in zip(users, mailboxes[address])
             for other in aliases_at[mailbox]
-            if mailbox not in (address, mailboxes[other])
-            and ctl.meets(address, enabled[address], other, host.policy.recipient_delimiter)
+            if mailbox != address
+            and mailboxes[other] != [mailbox]
+            and ctl.meets(address, user, other, host.policy.recipient_delimiter)
         ]
         text = "the mailbox of an alias is an alias itself, so the mail goes past its user"
         remedy = "mailcloakctl aliases add ADDRESS USERNAME --replace with the last user, or set policy.mailbox_domain"
         yield from about(chains, problem("alias-chain", text, remedy))
 
 
-def check_alias_users(host: Installation, enabled: Mapping[str, str]) -> Findings:
+def check_alias_users(host: Installation, enabled: Mapping[str, Sequence[str]]) -> Findings:
     """What Keycloak says of the users that aliases name."""
     if host.users is None:
         return
     users = host.users
-    looked_up = {address: username for address, username in enabled.items() if username not in host.users_not_looked_up}
-    known = [(f"{address} ({username})", users.get(username)) for address, username in looked_up.items()]
+    named = [(address, name) for address, names in enabled.items() for name in names if name not in host.users_not_looked_up]
+    known = [(f"{address} ({username})", users.get(username)) for address, username in named]
     missing = [alias for alias, user in known if not user]
     disabled = [alias for alias, user in known if user and not user.receives]
     text = "these aliases lead to users who {} in Keycloak, and their mail is still taken"
@@ -1737,9 +1740,9 @@ def check_alias_users(host: Installation, enabled: Mapping[str, str]) -> Finding
         if user.receives and user.email:
             holders[user.email].append(user.username)
     shadows = [
-        f"{address} (alias of {username}, e-mail of {', '.join(holders[address])})"
-        for address, username in enabled.items()
-        if address in holders and username not in holders[address]
+        f"{address} (alias of {', '.join(names)}, e-mail of {', '.join(holders[address])})"
+        for address, names in enabled.items()
+        if address in holders and not set(names) & set(holders[address])
     ]
     text = "these aliases take the mail of users who have them as their primary e-mail"
     yield from about(shadows, warning("alias-shadow", text, "mailcloakctl aliases del ADDRESS, unless this is intended"))

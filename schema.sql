@@ -6,10 +6,24 @@ CREATE TABLE IF NOT EXISTS aliases (
     alias_email TEXT PRIMARY KEY,                                  -- local-part@domain, without an extension
     username    TEXT NOT NULL,                                     -- the Keycloak user who receives and may send as it
     enabled     INTEGER NOT NULL DEFAULT 1 CHECK (enabled IN (0, 1)), -- 0: the address exists for nobody
-    updated_at  INTEGER NOT NULL DEFAULT (strftime('%s', 'now'))   -- seconds since 1970, UTC
+    updated_at  INTEGER NOT NULL DEFAULT (strftime('%s', 'now')),  -- seconds since 1970, UTC
+    source      TEXT,                                              -- the job that owns the row (aliases sync --source)
+    receive_only INTEGER NOT NULL DEFAULT 0 CHECK (receive_only IN (0, 1)), -- 1: its users may not send as it
+    external    INTEGER NOT NULL DEFAULT 0 CHECK (external IN (0, 1)) -- 1: username is an address elsewhere
 );
 -- For all aliases of one user.
 CREATE INDEX IF NOT EXISTS aliases_username ON aliases (username);
+
+-- The further targets of an alias that has several.
+CREATE TABLE IF NOT EXISTS alias_targets (
+    alias_email TEXT NOT NULL,
+    target      TEXT NOT NULL,                                     -- a username or, where external is 1, an address elsewhere
+    external    INTEGER NOT NULL DEFAULT 0 CHECK (external IN (0, 1)),
+    PRIMARY KEY (alias_email, target),
+    FOREIGN KEY (alias_email) REFERENCES aliases (alias_email) ON DELETE CASCADE -- an alias takes its targets with it
+);
+-- For all aliases of one user.
+CREATE INDEX IF NOT EXISTS alias_targets_target ON alias_targets (target);
 
 -- A login that may send but never receives: a printer, a shop, a monitoring system. Dovecot checks its password.
 CREATE TABLE IF NOT EXISTS apps (

@@ -11,7 +11,7 @@ _mailcloakctl() {
     COMPREPLY=()
     for ((index = 1; index < COMP_CWORD; index++)); do
         case ${COMP_WORDS[index]} in
-            --config | --db | --owner | --expires | --user | --method | --prometheus | --postfix-config | --dovecot-config | --format | --usernames | --max-change | --missing | --domain | --scope | --go-config | --new-config) # and its value
+            --config | --db | --owner | --expires | --user | --method | --prometheus | --postfix-config | --dovecot-config | --format | --usernames | --max-change | --missing | --domain | --scope | --source | --go-config | --new-config) # and its value
                 [[ ${COMP_WORDS[index]} != --config && ${COMP_WORDS[index]} != --db ]] || place=("${COMP_WORDS[index]}")
                 [[ ${COMP_WORDS[index + 1]} != = ]] || ((index++)) # bash makes three words of --db=FILE
                 ((index++))
@@ -30,21 +30,24 @@ _mailcloakctl() {
         --format) words='csv jsonl virtual postfixadmin' options='' command='' ;;
         --usernames) words='local address' options='' command='' ;;
         --missing) words='delete disable keep' options='' command='' ;;
-        --owner | --user | --domain | --scope | --max-change) return ;;
+        --owner | --user | --domain | --scope | --source | --max-change) return ;;
     esac
     case $command in
         '') [[ -n $words ]] || { words='aliases apps backup restore db migrate-from-go ask status doctor flush'; options+=' --version'; } ;;
-        aliases) words='add list show move del enable disable export import sync' ;;
+        aliases) words='add add-user remove-user list show move del enable disable export import sync' ;;
         apps) words='add set list allow disallow del enable disable' ;;
         db) words='check' ;;
         ask) words='recipient sender alias' ;;
-        'aliases add'*) options+=' --replace --force' ;;
+        'aliases add') options+=' --replace --receive-only' ;;&
+        'aliases add '*) options+=' --replace --receive-only' ;;&
+        'aliases add'*) options+=' --external --force' ;;&
+        'aliases add-user' | 'aliases remove-user') [[ $cur == -* ]] || words=$(_mailcloakctl_names aliases) ;;
         'aliases move'*) options+=' --force' ;;
-        'aliases list'*) options+=' --user --domain --disabled --quiet --count' ;;
+        'aliases list'*) options+=' --user --domain --source --disabled --quiet --count' ;;
         'aliases show' | 'aliases del'* | 'aliases enable'* | 'aliases disable'*) [[ $cur == -* ]] || words=$(_mailcloakctl_names aliases) ;;
         'aliases export'* | 'aliases import'* | 'aliases sync'*)
             options+=' --format --usernames --skip-bad'
-            [[ $command == 'aliases export'* ]] || options+=' --dry-run --max-change --scope --force --verbose'
+            [[ $command == 'aliases export'* ]] || options+=' --dry-run --max-change --scope --source --external --force --verbose'
             [[ $command != 'aliases sync'* ]] || options+=' --missing'
             [[ $cur == -* ]] || { compopt -o filenames 2>/dev/null; mapfile -t COMPREPLY < <(compgen -f -- "$cur"); return; }
             ;;

@@ -71,6 +71,19 @@ ALIASES = [
     ("dash-domain@d1.test", "erin@d-2.test", 1),
 ]
 
+# alias, users, addresses elsewhere, receive_only
+LISTS = [
+    ("one@d1.test", ["alice"], [], 1),
+    ("both@d1.test", ["alice", "bob"], [], 0),
+    ("leaver@d1.test", ["alice", "dora", "gone"], [], 0),
+    ("left@d1.test", ["dora", "gone"], [], 0),
+    ("mixed@d1.test", ["alice", "gone"], ["alice@elsewhere.test", "jo@elsewhere.test"], 1),
+    ("out@d1.test", [], ["frank@elsewhere.test"], 0),
+    ("all-left@d1.test", ["gone"], ["jo@elsewhere.test"], 0),
+    ("delimiter@d1.test", ["alice", "lou+2"], [], 0),
+    ("addresses@d1.test", ["bob", "erin@d1.test"], ["erin@elsewhere.test"], 0),
+]
+
 # app, enabled, senders, owner, expires_at
 PAST, FUTURE = 1_700_000_000, 4_000_000_000
 APPS = [
@@ -413,6 +426,40 @@ ROWS = [
     Row("context-recipient-at-mail", {"protocol_state": "MAIL", "sender": "alice@d1.test", "policy_context": "recipient"}, DUNNO),
     # ---- section 5, the alias map
     _map("alias", "alias info@d1.test", "OK alice@d1.test"),
+    _recipient("alias-of-several", "both@d1.test", DUNNO),
+    _recipient("alias-of-several-one-left", "leaver@d1.test", DUNNO),
+    _recipient("alias-of-several-all-left", "left@d1.test", NO_SUCH_USER),
+    _recipient("alias-of-several-all-left-tagged", "left+x@d1.test", NO_SUCH_USER),
+    _recipient("alias-of-several-all-users-left", "all-left@d1.test", DUNNO),
+    _recipient("alias-that-leads-elsewhere", "out@d1.test", DUNNO),
+    _recipient("outage-alias-of-several", "both@d1.test", DUNNO, keycloak="down"),
+    _recipient("outage-alias-of-several-all-left", "left@d1.test", DUNNO, keycloak="down"),
+    _recipient("database-broken-alias-of-several", "both@d1.test", INTERNAL, database="broken"),
+    _token("alias-of-several", "alice", "both@d1.test", DUNNO),
+    _token("alias-of-several-other", "bob", "both+x@d1.test", DUNNO),
+    _token("alias-of-several-stranger", "carol", "both@d1.test", NOT_OWNED),
+    _token("alias-of-several-who-left", "dora", "leaver@d1.test", NOT_OWNED),
+    _token("alias-that-receives-only", "alice", "mixed@d1.test", NOT_OWNED),
+    _token("alias-of-one-that-receives-only", "alice", "one@d1.test", NOT_OWNED),
+    _token("alias-that-leads-elsewhere", "frank", "out@d1.test", NOT_OWNED),
+    _token("alias-that-leads-elsewhere-by-email", "frank@elsewhere.test", "out@d1.test", NOT_OWNED),
+    _map("alias-of-several", "alias both@d1.test", "OK alice@d1.test,bob@d1.test"),
+    _map("alias-of-several-tagged", "alias both+x@d1.test", "OK alice+x@d1.test,bob+x@d1.test"),
+    _map("alias-of-several-one-left", "alias leaver@d1.test", "OK alice@d1.test"),
+    _map("alias-of-several-all-left", "alias left@d1.test", "NOTFOUND "),
+    _map("alias-of-several-and-elsewhere", "alias mixed@d1.test", "OK alice@d1.test,alice@elsewhere.test,jo@elsewhere.test"),
+    _map("alias-that-leads-elsewhere", "alias out@d1.test", "OK frank@elsewhere.test"),
+    _map("alias-that-leads-elsewhere-tagged", "alias out+x@d1.test", "OK frank@elsewhere.test"),
+    _map("alias-of-several-all-users-left", "alias all-left@d1.test", "OK jo@elsewhere.test"),
+    _map("alias-of-several-with-delimiter", "alias delimiter@d1.test", DELIMITER.format("lou+2")),
+    _map("alias-of-usernames-that-are-addresses", "alias addresses@d1.test", "OK bob@d1.test,erin@d1.test,erin@elsewhere.test"),
+    _map(
+        "alias-of-several-mailboxes",
+        "alias mixed@d1.test",
+        "OK alice@mailbox.internal,alice@elsewhere.test,jo@elsewhere.test",
+        policy=MAILBOXES,
+    ),
+    _map("outage-alias-of-several", "alias leaver@d1.test", "OK alice@d1.test,dora@d1.test,gone@d1.test", keycloak="down"),
     _map("alias-any-case", "alias INFO@D1.test", "OK alice@d1.test"),
     _map("alias-domain-is-the-aliass", "alias sales@d2.test", "OK bob@d2.test"),
     _map("alias-tagged", "alias info+a+b@d1.test", "OK alice+a+b@d1.test"),

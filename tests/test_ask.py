@@ -226,10 +226,33 @@ def test_explanation_names_steps_sources_and_what_would_have_to_change(fake, ctl
     ]
 
 
+BOB = {"users": ["bob"], "enabled": True, "external": [], "receive_only": False}
 STEPS = {
     "disabled alias": (
-        {"asked": "alias", "value": "x", "found": {"username": "bob", "enabled": False}, "source": "database"},
+        {"asked": "alias", "value": "x", "found": {**BOB, "enabled": False}, "source": "database"},
         ("is there an alias x", "leads to bob, but is disabled", "database"),
+    ),
+    "alias of several that only receives": (
+        {
+            "asked": "alias",
+            "value": "x",
+            "found": {**BOB, "users": ["al", "bob"], "external": ["jo@e.test"], "receive_only": True},
+            "source": "database",
+        },
+        ("is there an alias x", "leads to al, bob, <jo@e.test>, and only receives", "database"),
+    ),
+    "user of an alias": (
+        {
+            "asked": "user",
+            "value": "a",
+            "found": [{"username": "a", "enabled": False, "locked_out": False, "federation": ""}],
+            "source": "static",
+        },
+        ("is there a user a", "a, disabled", "static_users"),
+    ),
+    "user of an alias who is gone": (
+        {"asked": "user", "value": "a", "found": [], "source": "keycloak"},
+        ("is there a user a", "there is none", "Keycloak, just now"),
     ),
     "app": (
         {"asked": "app", "value": "p", "found": {"state": "expired", "may_send": True, "owner": "bob"}, "source": "database"},

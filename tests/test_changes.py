@@ -119,7 +119,11 @@ def test_alias_is_added_with_a_warning_while_the_daemon_does_not_run(change):
     [
         ("*@d1.test", "alice", "*@d1.test would be a catch-all for a whole domain, which is not supported: name each address"),
         ("@d1.test", "alice", "there is nothing before the @, and a catch-all for a whole domain is not supported"),
-        ("info@d1.test", "alice,bob", "'alice,bob' holds a space, a comma or a semicolon: an alias leads to one user"),
+        (
+            "info@d1.test",
+            "alice,bob",
+            "'alice,bob' holds a space, a comma, a semicolon or an angle bracket; name each user by itself",
+        ),
         ("info@d1.test", "alice bob", "'alice bob' holds a space"),
         ("info@d1.test", "a@b@d1.test", "a@b@d1.test is neither a username nor an address: it has more than one @"),
         ("info@d1.test", "al+ice", "al+ice holds a character of policy.recipient_delimiter (+)"),
@@ -302,7 +306,7 @@ def test_interrupt_shows_no_traceback_at_any_moment(change, milliseconds):
         (("aliases", "dell", "info@d1.test"), "unknown word 'dell'; did you mean 'del'?", 2),
         (
             ("aliases", "hunter2"),
-            "unknown word, expected one of add, list, show, move, del, enable, disable, export, import, sync",
+            "unknown word, expected one of add, add-user, remove-user, list, show, move, del, enable, disable, export, import, sync",
             2,
         ),
         (("doctor", "--jsn"), "unknown option --jsn; did you mean '--json'?", 3),

@@ -183,7 +183,7 @@ VERSION_1 = [
     "PRAGMA user_version = 1",
 ]
 ROWS_KEPT = {
-    "aliases": [("info@d1.test", "alice", 1, 1700000000), ("old@d1.test", "bob", 0, 1700000001)],
+    "aliases": [("info@d1.test", "alice", 1, 1700000000, None, 0, 0), ("old@d1.test", "bob", 0, 1700000001, None, 0, 0)],
     "apps": [("printer", "{X}hash", 1, 1700000002, None, None)],
     "app_from": [("printer", "", 0), ("printer", "scan@d1.test", 1)],
 }
@@ -206,7 +206,7 @@ def test_older_file_is_migrated_with_every_row_and_a_copy_beside_it(make_daemon,
     else:
         said = daemon.ctl("aliases", "list").stderr
     copy = f"{daemon.database}.version-1"
-    assert f"migrated to schema version 2, the file as it was is {copy}" in said
+    assert f"migrated to schema version {mailcloak.SCHEMA_VERSION}, the file as it was is {copy}" in said
     assert rows_of(daemon.database) == ROWS_KEPT
     after = daemon.database.stat()
     assert (after.st_mode, after.st_uid, after.st_gid, after.st_ino) == (
@@ -239,7 +239,7 @@ def test_migration_that_fails_halfway_leaves_the_file_as_it_was(tmp_path, monkey
         mailcloak.prepare_database(str(path), 5)
     assert rows_of(path) == before
     monkeypatch.undo()
-    assert mailcloak.prepare_database(str(path), 5).startswith("migrated to schema version 2")
+    assert mailcloak.prepare_database(str(path), 5).startswith(f"migrated to schema version {mailcloak.SCHEMA_VERSION}")
 
 
 def test_migration_by_two_at_once_happens_once(tmp_path):

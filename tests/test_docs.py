@@ -165,7 +165,8 @@ def test_schema_has_the_columns_that_other_programs_rely_on():
         with pytest.raises(sqlite3.IntegrityError):
             database.execute("UPDATE aliases SET enabled = 2")
     assert columns == {
-        "aliases": ["alias_email", "username", "enabled", "updated_at"],
+        "aliases": ["alias_email", "username", "enabled", "updated_at", "source", "receive_only", "external"],
+        "alias_targets": ["alias_email", "target", "external"],
         "apps": ["app_id", "secret_hash", "enabled", "created_at", "owner", "expires_at"],
         "app_from": ["app_id", "from_addr", "enabled"],
     }
@@ -202,7 +203,23 @@ OPTIONS = sorted(
 
 def test_commands_are_those_of_the_reference():
     assert [
-        *(f"aliases {verb}" for verb in ("add", "list", "show", "move", "del", "enable", "disable", "export", "import", "sync")),
+        *(
+            f"aliases {verb}"
+            for verb in (
+                "add",
+                "add-user",
+                "remove-user",
+                "list",
+                "show",
+                "move",
+                "del",
+                "enable",
+                "disable",
+                "export",
+                "import",
+                "sync",
+            )
+        ),
         *(f"apps {verb}" for verb in ("add", "set", "list", "allow", "disallow", "del", "enable", "disable")),
         *(f"ask {verb}" for verb in ("recipient", "sender", "alias")),
         "db check",

@@ -2258,6 +2258,16 @@ def test_static_users_are_checked_like_others(site):
     assert "static_users" in named(found, "keycloak")[0].text
 
 
+def test_each_user_of_an_alias_with_several_is_checked(site):
+    site.insert("aliases", alias_email="team@d1.test", username="alice")
+    for target, external in (("gone", 0), ("info", 0), ("jo@elsewhere.test", 1)):
+        site.insert("alias_targets", alias_email="team@d1.test", target=target, external=external)
+    site.insert("aliases", alias_email="info@d1.test", username="bob")
+    found = ask_all(site)
+    assert named(found, "alias-user-missing")[0].items == ("team@d1.test (gone)", "team@d1.test (info)")
+    assert named(found, "alias-chain")[0].items == ("team@d1.test -> info@d1.test -> bob@d1.test",)
+
+
 def test_many_are_shown_in_part_to_people_and_whole_to_programs(keycloak_site):
     for number in range(25):
         keycloak_site.insert("aliases", alias_email=f"a{number:02}@d1.test", username="gone")

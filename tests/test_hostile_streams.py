@@ -177,7 +177,7 @@ class World(mailcloak.Facts):
     """The daemon's users, aliases and apps as values."""
 
     def find_alias(self, address):
-        return mailcloak.Alias(ALIASES[address.text], True) if address.text in ALIASES else None
+        return mailcloak.Alias((ALIASES[address.text],), True) if address.text in ALIASES else None
 
     def find_app(self, app_id, sender):
         return mailcloak.App("enabled", sender.text in APPS[app_id]) if app_id in APPS else None
@@ -185,8 +185,11 @@ class World(mailcloak.Facts):
     def find_holders(self, address):
         return tuple(mailcloak.User(name, email, True) for name, email in USERS.items() if email == address.text)
 
+    def find_named(self, username):
+        return tuple(mailcloak.User(name, email, True) for name, email in USERS.items() if name == username)
+
     def find_login(self, sasl_username):
-        named = tuple(mailcloak.User(name, email, True) for name, email in USERS.items() if name == sasl_username)
+        named = self.find_named(sasl_username)
         address = mailcloak.normalise_address(sasl_username)
         is_email = sasl_username.isprintable() and sasl_username.startswith(f"{address.local_part}@")
         return mailcloak.resolve_login(named, self.find_holders(address) if is_email else ())

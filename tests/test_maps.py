@@ -153,7 +153,7 @@ def test_steps_name_what_was_asked_what_was_found_and_where(make_daemon, keycloa
     time.sleep(0.6)
     assert steps() == [alias, ("holders", "alice@d1.test", "outage", "")]
     (step,) = ask(daemon, "explain " + json.dumps({"alias": "info@d1.test"}))["steps"][-1:]
-    assert step["found"] == {"username": "alice", "enabled": True}
+    assert step["found"] == {"users": ["alice"], "enabled": True, "external": [], "receive_only": False}
     stranger = ask(daemon, "explain " + json.dumps({"policy": {"protocol_state": "RCPT", "recipient": "bob@d1.test"}}))
     assert "HTTP 503" in stranger["steps"][-1]["error"] or "away" in stranger["steps"][-1]["error"]
 

@@ -29,8 +29,11 @@ class PlainFacts(mailcloak.Facts):
 
     def find_alias(self, address):
         self._need_database()
+        for alias, users, external, receive_only in table.LISTS:
+            if alias == address.text:
+                return mailcloak.Alias(tuple(users), True, tuple(external), receive_only == 1)
         found = [alias for alias in table.ALIASES if alias[0] == address.text]
-        return mailcloak.Alias(found[0][1].lower(), found[0][2] == 1) if found else None
+        return mailcloak.Alias((found[0][1].lower(),), found[0][2] == 1) if found else None
 
     def find_app(self, app_id, sender):
         self._need_database()
@@ -44,6 +47,10 @@ class PlainFacts(mailcloak.Facts):
     def find_holders(self, address):
         self._need_keycloak()
         return tuple(user for user in self.users if user.email == address.text)
+
+    def find_named(self, username):
+        self._need_keycloak()
+        return tuple(user for user in self.users if user.username == username)
 
     def find_login(self, sasl_username):
         self._need_keycloak()
@@ -120,6 +127,11 @@ def test_answers_over_the_wire_are_as_the_table_says(state, rows, make_daemon, k
 def fill_database(path):
     with contextlib.closing(sqlite3.connect(path)) as database, database:
         database.executemany("INSERT INTO aliases (alias_email, username, enabled) VALUES (?, ?, ?)", table.ALIASES)
+        for alias, users, external, receive_only in table.LISTS:
+            (first, is_external), *others = [*((user, 0) for user in users), *((address, 1) for address in external)]
+            row = (alias, first, is_external, receive_only)
+            database.execute("INSERT INTO aliases (alias_email, username, external, receive_only) VALUES (?, ?, ?, ?)", row)
+            database.executemany("INSERT INTO alias_targets VALUES (?, ?, ?)", [(alias, *other) for other in others])
         for app_id, enabled, senders, owner, expires_at in table.APPS:
             row = (app_id, enabled, owner, expires_at)
             database.execute(
@@ -151,6 +163,10 @@ class CountingFacts(PlainFacts):
         self.asked.append(address.text)
         return super().find_holders(address)
 
+    def find_named(self, username):
+        self.asked.append(username)
+        return super().find_named(username)
+
     def find_login(self, sasl_username):
         self.asked.append(sasl_username)
         return super().find_login(sasl_username)
@@ -163,6 +179,9 @@ UP = table.Row("", {}, "")
     ("request_", "asked"),
     [
         pytest.param({"recipient": "info@d1.test"}, [], id="alias-needs-no-keycloak"),
+        pytest.param({"recipient": "one@d1.test"}, [], id="alias-of-one-user-needs-no-keycloak"),
+        pytest.param({"recipient": "both@d1.test"}, ["alice", "bob"], id="alias-of-several-asks-for-each"),
+        pytest.param({"recipient": "out@d1.test"}, [], id="alias-that-leads-elsewhere-needs-no-keycloak"),
         pytest.param({"recipient": "alice@d1.test"}, ["alice@d1.test"], id="primary-one-lookup"),
         pytest.param({"recipient": "alice+x@d1.test"}, ["alice+x@d1.test", "alice@d1.test"], id="tagged-two-lookups"),
         pytest.param({"recipient": "x@elsewhere.test"}, [], id="foreign-none"),

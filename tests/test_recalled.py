@@ -293,7 +293,7 @@ def test_rows_read_while_a_commit_comes_are_not_remembered_as_of_after_it(make_s
         return calls[-1]
 
     monkeypatch.setattr(service.database, "version", version)
-    usernames = [service.database.find_alias("info@d1.test").username for _ in range(3)]
+    usernames = [service.database.find_alias("info@d1.test").users[0] for _ in range(3)]
     assert usernames == ["alice", "bob", "bob"]
 
 

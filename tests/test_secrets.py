@@ -903,6 +903,7 @@ def test_doubtful_token_from_standard_input_is_not_shown(database, monkeypatch, 
 GOOD_ARGUMENTS = {
     "address": "info@d1.test",
     "addresses": "info@d1.test",
+    "users": "alice",
     "username": "alice",
     "app_id": "printer",
     "glob": "*@d1.test",
@@ -921,7 +922,7 @@ def test_usage_error_shows_no_token(capfd, tmp_path, noun, verb, token):
     arguments = [GOOD_ARGUMENTS[argument.strip("[]")] for argument in mailcloakctl.COMMANDS[noun][verb].arguments]
     good = [noun, verb, *arguments]
     adds_token = (noun, verb) == ("apps", "add")
-    takes_more = "addresses" in mailcloakctl.COMMANDS[noun][verb].arguments
+    takes_more = bool({"addresses", "users"} & set(mailcloakctl.COMMANDS[noun][verb].arguments))
     mistakes = [
         *([] if takes_more else [[*good, token, "too many"] if adds_token else [*good, token], [*good, "too many", token]]),
         [*good, f"--token={token}"],

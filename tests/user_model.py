@@ -24,6 +24,7 @@ from mailcloak import User
 USERNAMES = ("alice", "bob", "carol", "dave", "b@d1.test")  # the last is an e-mail as well
 EMAILS = ("a@d1.test", "b@d1.test", "c@d1.test", "d@d2.test", "also@d1.test", "off@d1.test")
 ALIASES = {"info@d1.test": ("alice", 1), "sales@d2.test": ("bob", 1), "also@d1.test": ("alice", 1), "off@d1.test": ("alice", 0)}
+LISTS = {"team@d1.test": ("bob", "dave")}  # aliases with several users
 APPS = {"printer": "", "scanner": "alice", "fax": "b@d1.test"}  # with their owners; each may send as APP_SENDER
 APP_SENDER = "apps@d1.test"
 TICK = 0.25  # of the model's clock, in seconds: sums of it are exact
@@ -66,6 +67,11 @@ class Question(NamedTuple):
         address = self.address.lower()
         local, _, domain = address.partition("@")
         return (address, f"{local.partition('+')[0]}@{domain}") if "+" in local else (address,)
+
+    @property
+    def members(self) -> tuple[str, ...]:
+        """The users of the alias with several that the address is."""
+        return next((LISTS[spelling] for spelling in self.spellings if spelling in LISTS), ())
 
     @property
     def user(self) -> str:
@@ -364,6 +370,8 @@ class Oracle:
         people += [key for spelling in question.spellings for key in self.people("email", spelling)]
         people += [key for spelling in question.spellings for key in self.dispossessed("email", spelling)]
         people += [key for attribute in ("username", "email") for key in self.dispossessed(attribute, question.user)]
+        for username in question.members if question.kind != "sender" else ():
+            people += [*self.people("username", username), *self.dispossessed("username", username)]
         return any(self.standing(key) == "doubted" for key in people)
 
     def dispossessed(self, attribute: str, value: str) -> list[str]:
@@ -386,9 +394,9 @@ class Oracle:
         return False
 
     def owner(self, question: Question, since: float) -> Optional[str]:
-        """Whose the address is by what was told: None, or "" where several have it."""
+        """Whose the address is by what was told: None, or "" where several have it; "*" for those of question.members."""
         for spelling in question.spellings:
-            username, is_enabled = ALIASES.get(spelling, ("", 0))
+            username, is_enabled = ALIASES.get(spelling, ("*", 1) if spelling in LISTS else ("", 0))
             if is_enabled:
                 return username
             holders = self.people("email", spelling)
@@ -403,15 +411,16 @@ class Oracle:
     def wrong(self, question: Question, text: str, *, failed: bool, began: float) -> str:
         """What is wrong with the answer. failed: Keycloak gave no answer to a question that mailcloak asked for it."""
         since = began - (self.limits.stale if failed else self.limits.ttl) - self.limits.tick
+        if question.kind != "sender" and question.members:
+            return self._wrong_of_several(question, text, failed=failed, began=began)
         if text.startswith(("451", "TEMP")):
             return self._wrong_deferral(question, failed=failed, began=began)
         if text.startswith(("5", "NOTFOUND")):
             return self._wrong_refusal(question, failed=failed, began=began)
         if question.kind == "map":
-            owner, domain = self.owner(question, since), self.mailbox_domain or question.spellings[0].partition("@")[2]
-            tag = question.address.lower().partition("@")[0].partition("+")[2]
-            mailbox = owner if owner and "@" in owner else f"{owner}{'+' if tag else ''}{tag}@{domain}"
-            return "" if owner and text == f"OK {mailbox}" else f"leads to somebody who does not own the address (owner: {owner})"
+            owner = self.owner(question, since)
+            is_right = owner and text == f"OK {self.mailbox(question, owner)}"
+            return "" if is_right else f"leads to somebody who does not own the address (owner: {owner})"
         if text != "DUNNO":
             return "no answer of mailcloak's"
         if question.kind == "recipient":
@@ -422,6 +431,42 @@ class Oracle:
             return ""
         return self._wrong_failure_mode(question) if failed else "forged: accepted, but the login does not prove this sender"
 
+    def mailbox(self, question: Question, username: str) -> str:
+        domain = self.mailbox_domain or question.spellings[0].partition("@")[2]
+        tag = question.address.lower().partition("@")[0].partition("+")[2]
+        return username if "@" in username else f"{username}{'+' if tag else ''}{tag}@{domain}"
+
+    def _wrong_of_several(self, question: Question, text: str, *, failed: bool, began: float) -> str:
+        """Mail for an alias with several users: only those are left out who may have been gone or disabled all the time."""
+        gone, since = [], began - self.limits.ttl - self.limits.tick
+        for username in question.members:
+            found = self._answers("username", username, began, is_positive=False)
+            gone += [username] if any(not any(user.receives for user in users) for users in found) else []
+        here = [
+            username
+            for username in question.members
+            if any(user.receives and self.is_usable(key, since) for key, user in self.people("username", username).items())
+        ]
+        is_unread = self.unread is not None or self.was_unread  # who was known is in doubt
+        if text.startswith(("451", "TEMP")):
+            is_sure = set(here) - set(gone) and not failed and not is_unread
+            return (
+                "deferred, though one of them was there all the time"
+                if is_sure
+                else self._wrong_deferral(question, failed=failed, began=began)
+            )
+        if text.startswith(("5", "NOTFOUND")):
+            return "" if len(gone) == len(question.members) and not failed else "refused, though not all of them were gone"
+        if text == "DUNNO" and question.kind == "recipient":
+            return "" if here or failed else "accepted, though all of them are gone"
+        doubted = [name for name in question.members if self.is_doubted(Question("sender", "", name))]
+        named = {username for username in question.members if self.mailbox(question, username) in text[3:].split(",")}
+        if not text.startswith("OK ") or len(named) != len(text.split(",")):
+            return "leads to somebody else"
+        if not failed and not is_unread and not named <= {*here, *doubted}:
+            return "leads to somebody who is gone"
+        return "" if set(question.members) - named <= set(gone) else "somebody who was there all the time gets no mail"
+
     def may_send(self, question: Question, user: Optional[User], since: float) -> bool:
         if question.login.lower() in APPS:
             return question.address == APP_SENDER and bool(user or not question.user)
@@ -429,7 +474,11 @@ class Oracle:
             return False
         if not question.address or not question.address.lower().endswith(("@d1.test", "@d2.test")):
             return not question.address or self.foreign_sender == "dunno"
-        return self.owner(question, since) == user.username
+        return self.owns(user.username, question, self.owner(question, since))
+
+    @staticmethod
+    def owns(username: str, question: Question, owner: Optional[str]) -> bool:
+        return username in question.members if owner == "*" else username == owner
 
     def _wrong_failure_mode(self, question: Question) -> str:
         since = self.world.time - self.limits.stale + self.limits.tick
@@ -486,7 +535,7 @@ class Oracle:
         is_local = address.endswith(("@d1.test", "@d2.test"))
         if "" in logins or (not is_local and address and self.foreign_sender == "reject"):
             return ""
-        if is_local and any(owner != login for owner in owners for login in logins):
+        if is_local and any(not self.owns(login, question, owner) for owner in owners for login in logins):
             return ""
         return "refused, though user and sender were good all the time"
 
@@ -563,7 +612,7 @@ class Oracle:
 
     def _owner_at(self, question: Question, moment: Moment) -> Optional[str]:
         for spelling in question.spellings:
-            username, is_enabled = ALIASES.get(spelling, ("", 0))
+            username, is_enabled = ALIASES.get(spelling, ("*", 1) if spelling in LISTS else ("", 0))
             if is_enabled:
                 return username
             holders = self.world.answer(("email", spelling), moment, self._is_spared("email", spelling))
@@ -877,7 +926,10 @@ def policy_block(oracle: Oracle) -> dict[str, Any]:
 
 def fill_database(connection: sqlite3.Connection) -> None:
     rows = [(address, username, enabled) for address, (username, enabled) in ALIASES.items()]
+    rows += [(address, members[0], 1) for address, members in LISTS.items()]
     connection.executemany("INSERT INTO aliases (alias_email, username, enabled) VALUES (?, ?, ?)", rows)
+    others = [(address, member) for address, members in LISTS.items() for member in members[1:]]
+    connection.executemany("INSERT INTO alias_targets (alias_email, target) VALUES (?, ?)", others)
     for app, owner in APPS.items():
         connection.execute("INSERT INTO apps (app_id, secret_hash, owner) VALUES (?, '', ?)", (app, owner))
         connection.execute("INSERT INTO app_from (app_id, from_addr) VALUES (?, ?)", (app, APP_SENDER))
@@ -887,7 +939,7 @@ def fill_database(connection: sqlite3.Connection) -> None:
 # ---- the rules
 
 LOGINS = (*USERNAMES, *EMAILS[:4], "A@D1.test", "Alice", *APPS, *STRANGERS)
-ADDRESSES = (*EMAILS, *ALIASES, "A@D1.Test", "a+tag@d1.test", "info+tag@d1.test", *STRANGERS[1:])
+ADDRESSES = (*EMAILS, *ALIASES, *LISTS, "team+x@d1.test", "A@D1.Test", "a+tag@d1.test", "info+tag@d1.test", *STRANGERS[1:])
 SENDERS = (*ADDRESSES, "", "someone@elsewhere.test", APP_SENDER)
 STEPS = (1.0, 5.25, 11.0, 30.0, 61.0, 100.0, 121.0, 601.0, 5000.0)
 
@@ -1130,6 +1182,33 @@ class UserRules(RuleBasedStateMachine):
                 if other in self.world.accounts:
                     self._ask(Question("recipient", self.world.accounts[other].email))
                 self._ask(Question("sender", account.email, account.username))
+
+    @rule(
+        numbers=st.permutations([1, 3]).flatmap(lambda both: st.sampled_from([both, both[:1]])),
+        how=st.sampled_from(["hides", "bars", "disabled", "deleted"]),
+        seconds=st.sampled_from([5.25, 20.0, 100.0]),
+        times=st.integers(1, 4),
+    )
+    def leave(self, numbers: list[int], how: str, seconds: float, times: int) -> None:
+        """One user of the alias with several leaves, or both do, or Keycloak says so; somebody else is confirmed."""
+        self._ask_for_several()
+        for number in numbers:
+            if how in ("hides", "bars"):
+                self._lie(how if len(numbers) == 1 else f"{how}-all", number)
+            else:
+                self._change(number, ("state", how))
+        for _ in range(times):
+            self._pass_time(seconds)
+            for number in (0, 2):
+                if number in self.world.accounts:
+                    self._ask(Question("recipient", self.world.accounts[number].email))
+            self._ask_for_several()
+
+    def _ask_for_several(self) -> None:
+        for address, members in LISTS.items():
+            questions = [Question("recipient", address), Question("map", address)]
+            for question in [*questions, *(Question("sender", address, member) for member in members)]:
+                self._ask(question)
 
     # ---- mailcloak itself
 

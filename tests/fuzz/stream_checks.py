@@ -26,7 +26,8 @@ POLICIES = (
 )
 
 POLICY_ANSWER = re.compile(rb"action=(DUNNO|(550|553|451) [45]\.\d\.\d [A-Za-z /]+)\n\n")
-SOCKETMAP_ANSWER = re.compile(r'OK alice[^\s\x00-\x1f\x7f-\x9f,:;"()<>\[\]\\@]*@(d1|d2|mailbox)\.test|NOTFOUND |TEMP [a-z ]+')
+_MAILBOX = r'(alice|bob)[^\s\x00-\x1f\x7f-\x9f,:;"()<>\[\]\\@]*@(d1|d2|mailbox)\.test'
+SOCKETMAP_ANSWER = re.compile(rf"OK {_MAILBOX}(,{_MAILBOX})*(,jo@elsewhere\.test)?|NOTFOUND |TEMP [a-z ]+")
 
 
 class Outcome(NamedTuple):
@@ -153,6 +154,9 @@ class PlainFacts(mailcloak.Facts):
     def find_holders(self, address: mailcloak.Address) -> Any:
         return _value(self._holders, address)
 
+    def find_named(self, username: str) -> Any:
+        return _value(self._holders)
+
     def find_login(self, sasl_username: str) -> Any:
         return _value(self._login)
 
@@ -174,12 +178,14 @@ def _value(value: Any, address: Optional[mailcloak.Address] = None) -> Any:
     return value
 
 
-HERS = mailcloak.Alias("alice", True)
+HERS = mailcloak.Alias(("alice",), True)
+THEIRS = mailcloak.Alias(("alice", "bob"), True, ("jo@elsewhere.test",))
 ALICE = mailcloak.Login("alice", "enabled")
 APP = mailcloak.App("enabled", True, "alice")
 WORLDS = (
     PlainFacts(HERS, None, (), ALICE),
     UntaggedFacts(HERS, APP, (), ALICE),
+    UntaggedFacts(THEIRS, None, (mailcloak.User("alice", "alice@d1.test", True),), ALICE),
     PlainFacts(None, None, (mailcloak.User("alice", "alice@d1.test", True),), ALICE),
     PlainFacts(None, None, (), mailcloak.Login("", "missing")),
     PlainFacts(None, mailcloak.DatabaseUnavailable, mailcloak.DirectoryUnavailable, mailcloak.DirectoryUnavailable),
