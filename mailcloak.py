@@ -10,8 +10,8 @@ Postfix asks over two Unix sockets:
               "explain" and "flush" are mailcloakctl's.
 
 Read at start:  the configuration, /etc/mailcloak/config.yaml unless another is named; config.yaml.sample explains each key.
-Written:        last-known.db beside the database: what Keycloak said last of each user, for a restart; the database itself only
-                to create it, or to bring an older one to this version, after a copy.
+Written:        beside the database, last-known.db: what Keycloak said last of each user, for a restart; and last-used.json: when
+                each app was last used; the database itself only to create it, or to bring an older one to this version, after a copy.
 Asked:          Keycloak, by its admin REST interface, for users: their names, primary e-mail, and whether they are enabled;
                 the database, one SQLite file that mailcloakctl edits, for aliases and for apps (logins that may only send).
 Signals:        SIGTERM and SIGINT answer what was read and end; SIGHUP reads the configuration again.
@@ -32,7 +32,8 @@ Contents:
    6 Database                              the daemon's SQL on aliases and apps
    7 Keycloak                              what a request and an answer mean
    8 Directory                             who runs the requests; what is cached and saved of users, and what still counts
-   9 Answers                               facts for a decision, recalled answers, explain, the service of one configuration
+   9 Answers                               facts for a decision, recalled answers, explain, the service of one configuration;
+                                          when an app was used
   10 Servers                               connections: read, decide, write, log
   11 Process                               sockets, privileges, signals, reload
   12 main                                  arguments, start, exit code
@@ -150,7 +151,9 @@ MAX_FORMER_NAMES = 4  # of a user who was renamed
 MAX_WITNESSES = 1000  # federations whose last confirmed user is remembered; where one is forgotten, a grace lasts longer
 MAX_NAME_CHARS = 255  # of a username or an address in an answer of Keycloak: its own limit
 
-SAVE_RETRY_SECONDS = 1.0  # before last-known.db is tried again
+SAVE_RETRY_SECONDS = 1.0  # before last-known.db or last-used.json is tried again
+USE_SECONDS = 60.0  # in which one use of an app is noted at the most
+MAX_APPS_NOTED = 10_000  # beyond, one may be noted before USE_SECONDS are over; each about 200 bytes
 DATABASE_KEPT_CONNECTIONS = 64  # beyond, a thread's connection ends with its question; each takes about 150 KiB
 DATABASE_CACHE_KIB = 400  # of pages that a connection keeps; SQLite's own limit is 2,000
 DATABASE_BUSY_SECONDS = 2.0  # how long a question waits for a writer's lock
@@ -1513,8 +1516,9 @@ def _check_between_keys(block: str, raw: Mapping[str, Any], values: dict[str, An
             yield Problem("keycloak.ca_file", f"{text}: {exc.strerror}", kind="unreadable")
     if values.get("mailbox_domain") in values.get("domain", ()):
         yield Problem("policy.mailbox_domain", f"expected a domain that is not in policy.domain, got {values['mailbox_domain']!r}")
-    if os.path.basename(values.get("path", "")) == "last-known.db":
-        yield Problem("sqlite.path", "expected another name than last-known.db, the file in which the daemon saves users")
+    for name, use in (("last-known.db", "saves users"), ("last-used.json", "notes uses of apps")):
+        if os.path.basename(values.get("path", "")) == name:
+            yield Problem("sqlite.path", f"expected another name than {name}, the file in which the daemon {use}")
     if "policy_socket" in values and values["policy_socket"] == values.get("socketmap_socket"):
         yield Problem("sockets.socketmap_socket", "expected another path than policy_socket")
 
@@ -1788,6 +1792,11 @@ def file_identity(path: str) -> Optional[tuple[int, int]]:
 def last_known_path(database_path: str) -> str:
     """Of the file that SavedUsers keeps beside the database."""
     return os.path.join(os.path.dirname(database_path), "last-known.db")
+
+
+def last_used_path(database_path: str) -> str:
+    """Of the file that AppUses keeps beside the database."""
+    return os.path.join(os.path.dirname(database_path), "last-used.json")
 
 
 def prepare_database(path: str, busy_seconds: float, *, create: bool = True) -> str:
@@ -3817,7 +3826,8 @@ class UserDirectory:
 # ---------------------------------------------------------------------------------------------------------------------------------
 # 9. Answers
 # What the handlers ask: the facts for one request, whole answers recalled, the explanation of an answer, and the service that holds
-# all that answers come from. Handler threads enter; the main thread makes the service, and a timer thread asks for postmasters.
+# all that answers come from; and what they tell: that an app was used. Handler threads enter; the main thread makes the service, a timer
+# thread asks for postmasters, and one thread writes to the disk when each app was last used.
 # ---------------------------------------------------------------------------------------------------------------------------------
 
 
@@ -4099,6 +4109,98 @@ def _explain(action: Action, facts: LiveFacts, asked: str, user: str) -> dict[st
     return {"version": __version__, "answer": action.text, "reason": action.reason, "rule": rule, "change": change, "steps": steps}
 
 
+def read_app_uses(path: str) -> dict[str, Any]:
+    """{"since": when noting began, "apps": {app_id: {"last_used": ..., "client": ...}}}; times in seconds since 1970.
+
+    Raises OSError, ValueError or RecursionError. What it says of one app may be anything.
+    """
+    with open(path, encoding="utf-8") as file:
+        known = json.load(file)
+    if not (isinstance(known, dict) and isinstance(known.get("since"), int) and isinstance(known.get("apps"), dict)):
+        raise ValueError("it is not what the daemon writes")
+    return known
+
+
+class AppUses:
+    """When and from where each app was last used, for mailcloakctl apps list: last-used.json. No answer depends on it.
+
+    One thread writes it in the background: a new file with all that was in the old one, which it replaces. A fault is a warning, what is
+    in the file stays, and what could not be written is tried again.
+    """
+
+    def __init__(self, path: str) -> None:
+        self._path = path
+        self._noted: LruMap[float] = LruMap(MAX_APPS_NOTED)  # by app, when, of time.monotonic()
+        self._lock = threading.Lock()  # guards the next
+        self._waiting: dict[str, dict[str, Any]] = {}  # to be written, by app
+        self._has_news = threading.Event()
+        self._is_closing = False
+        self._thread = threading.Thread(target=self._write, name="last-used", daemon=True)
+        self._thread.start()
+
+    def note(self, app_id: str, request: PolicyRequest, now: float) -> None:
+        """A request of the app was accepted. Mostly one look at a dict; two at the same moment may both be noted."""
+        if now < (self._noted.get(app_id) or NEVER) + USE_SECONDS:
+            return
+        client = dict(_LOGGED_ATTRIBUTE.findall(request.text)).get("client_address")
+        if not client:  # Postfix always names one, mailcloakctl ask does not
+            return
+        self._noted.put(app_id, now, is_lasting=True)
+        with self._lock:
+            self._waiting[app_id] = {"last_used": int(time.time()), "client": escape_for_log(client)}
+        self._has_news.set()
+
+    def move(self, path: str) -> None:
+        """Use this file from now on."""
+        self._path = path
+        self._has_news.set()
+
+    def close(self, seconds: float) -> None:
+        """Write what is waiting, for so many seconds at the most."""
+        self._is_closing = True
+        self._has_news.set()
+        self._thread.join(seconds)
+
+    def _write(self) -> None:
+        is_last = fails = False
+        while not is_last:
+            self._has_news.clear()  # before it is looked for
+            path, is_last = self._path, self._is_closing
+            with self._lock:
+                batch, self._waiting = self._waiting, {}
+            try:
+                self._save(path, batch)
+                if fails:
+                    log.warning("last-used: written again path=%s", path)
+                fails = False
+            except Exception as exc:
+                with self._lock:
+                    self._waiting = {**batch, **self._waiting}
+                if not fails:
+                    reason = getattr(exc, "strerror", None) or exc
+                    log.warning("last-used: cannot be used, tried again until it can path=%s reason=%s", path, f'"{reason}"')
+                fails = True
+            if not is_last:
+                self._has_news.wait(SAVE_RETRY_SECONDS if fails else None)
+
+    @staticmethod
+    def _save(path: str, uses: Mapping[str, Any]) -> None:
+        known: dict[str, Any] = {"since": int(time.time()), "apps": {}}
+        with contextlib.suppress(FileNotFoundError):
+            known = read_app_uses(path)
+            if not uses:
+                return
+        known["apps"].update(uses)
+        new = f"{path}.new"
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(new)
+        with open(new, "x", encoding="utf-8", opener=functools.partial(os.open, mode=0o600)) as file:
+            json.dump(known, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(new, path)
+
+
 # ---------------------------------------------------------------------------------------------------------------------------------
 # 10. Servers
 # One server for each socket, one thread for each connection. A handler reads, asks the sections above, writes, and logs a line for each
@@ -4245,7 +4347,10 @@ class PolicyHandler(Handler):
 
     def decide(self, request: PolicyRequest, service: Service) -> Action:
         question = policy_question(request, service.policy)
-        return self._answer_from_facts(question, lambda facts: decide_policy(request, service.policy, facts), service)
+        action = self._answer_from_facts(question, lambda facts: decide_policy(request, service.policy, facts), service)
+        if request.sasl_username and action.reason.rpartition(",")[2] == "app":
+            self.server.daemon.app_uses.note(request.sasl_username.lower(), request, self.used_at)
+        return action
 
     def describe(self, request: PolicyRequest, action: Action) -> str:
         event = {"5": "reject", "4": "defer"}.get(action.text[0], "accept")
@@ -4647,6 +4752,7 @@ class Daemon:
         self.max_connections = config.daemon.max_connections  # to each socket
         self._servers: list[Server] = []
         self._socket_files: dict[str, Optional[tuple[int, int]]] = {}  # path and identity of those that we made
+        self.app_uses: AppUses  # from run() on, since it begins a thread
         self._started, self._started_at = time.monotonic(), time.time()
         self._last_reload: Optional[dict[str, Any]] = None  # {"at": seconds since 1970, "ok": bool}
         self._retired: list[Service] = []  # that a reload replaced, at most one
@@ -4676,6 +4782,7 @@ class Daemon:
             raise
         self._warn_of_unreadable_files()
         service = Service(self._config)
+        self.app_uses = AppUses(last_used_path(self._config.sqlite.path))
         for handler in (PolicyHandler, SocketmapHandler):
             server = Server(listeners[handler.component], handler, service, self)
             self._servers.append(server)
@@ -4789,6 +4896,7 @@ class Daemon:
             log.error("daemon: reload refused, the old configuration stays in force reason=%s", f'"{exc}"')
             return False
         self._config = config
+        self.app_uses.move(last_used_path(config.sqlite.path))
         for server in self._servers:
             server.service = service
         self._retire(old_service, service)
@@ -4829,6 +4937,7 @@ class Daemon:
         for service in (self._servers[0].service, *self._retired):
             if service.saved:
                 service.saved.close(max(0.0, started + SHUTDOWN_SECONDS - time.monotonic()))
+        self.app_uses.close(max(0.0, started + SHUTDOWN_SECONDS - time.monotonic()))
         log.info("daemon: stopped")
 
     def _remove_sockets(self) -> None:

@@ -219,13 +219,19 @@ def read_app_id(text: str) -> str:
     return text.lower()
 
 
+def read_days(text: str) -> Optional[int]:
+    """How many days "90d" is; None for other text."""
+    days = re.fullmatch(r"([1-9][0-9]{0,4})d", text, re.ASCII)
+    return int(days[1]) if days else None
+
+
 def read_expiry(text: str) -> Optional[int]:
     """Seconds since 1970 from which an app no longer counts: the end of that day, or of the day in so many days; None for "never"."""
     if text == "never":
         return None
-    days = re.fullmatch(r"([1-9][0-9]{0,4})d", text, re.ASCII)
+    days = read_days(text)
     try:
-        day = datetime.date.today() + datetime.timedelta(int(days[1])) if days else datetime.date.fromisoformat(text)
+        day = datetime.date.today() + datetime.timedelta(days) if days else datetime.date.fromisoformat(text)
         midnight = datetime.datetime.combine(day + datetime.timedelta(days=1), datetime.time())
         seconds = int(midnight.timestamp())  # in the zone of this host
     except (ValueError, OverflowError):
@@ -1127,26 +1133,72 @@ def show_token(options: argparse.Namespace, app_id: str, token: str) -> None:
         raise Refused(f"the token cannot be shown: {exc.strerror}; nothing was changed, try again on a terminal") from exc
 
 
+def read_uses(context: Context) -> dict[str, Any]:
+    """What the daemon of this host has noted of the uses of apps; where that cannot be read, {}, or Refused if --unused needs it."""
+    path = mailcloak.last_used_path(context.path)
+    try:
+        return mailcloak.read_app_uses(path)
+    except (OSError, ValueError, RecursionError) as exc:
+        reason = exc.strerror if isinstance(exc, OSError) else "it is not what the daemon writes"
+        remedy = "delete it, and the daemon begins a new one"
+        if isinstance(exc, OSError):
+            remedy = f"run mailcloakctl as {owner_name(path)} or as root"
+        if isinstance(exc, FileNotFoundError):
+            remedy = "the daemon makes it when it starts"
+        if context.options.unused:
+            raise Refused(f"apps: it is not known which are unused: {path}: {reason}", remedy) from exc
+        if not isinstance(exc, FileNotFoundError):
+            say(f"warning: it is not known when apps were last used: {path}: {reason}; {remedy}")
+        return {}
+
+
+def last_use(row: Any, uses: dict[str, Any]) -> tuple[Optional[int], Optional[str]]:
+    """When and from where an app was last used; None where that is not noted, or only of another app that had its name before."""
+    use = uses.get("apps", {}).get(row["app_id"])
+    last_used, client = (use.get("last_used"), use.get("client")) if isinstance(use, dict) else (None, None)
+    if not (isinstance(last_used, int) and isinstance(client, str)):
+        return None, None
+    return (None, None) if isinstance(row["created_at"], int) and last_used < row["created_at"] else (last_used, client)
+
+
+def is_unused(row: dict[str, Any], since: int, limit: float) -> bool:
+    """Is it certain that the app was not used from limit on? Only if it was there by then, and uses were noted; since: from when on."""
+    times = (row["last_used"] or since, row["created_at"])
+    return all(isinstance(each, int) and each < limit for each in times)
+
+
 def apps_list(context: Context) -> None:
-    """Print all apps and what they may send as."""
+    """Print all apps and what they may send as, or those that are unused."""
+    unused = context.options.unused
+    days = None if unused is None else read_days(unused)
+    if unused is not None and not days:
+        raise Refused(f"{unused!r} is not a number of days such as 90d")
     selects = (
         "SELECT app_id, enabled, created_at, owner, expires_at FROM apps ORDER BY app_id",
         "SELECT app_id, from_addr FROM app_from WHERE enabled = 1 ORDER BY app_id, from_addr",
     )
     stored, senders = patiently(lambda: [context.database.execute(select).fetchall() for select in selects])
-    rows = [dict(row) for row in stored]
+    rows, uses = [dict(row) for row in stored], read_uses(context)
     allowed: dict[str, list[str]] = {row["app_id"]: [] for row in rows}
     for row in senders:
         allowed.setdefault(row["app_id"], []).append(row["from_addr"])
     for entry in rows:
         entry["from_addr"] = allowed[entry["app_id"]]
         entry["state"] = shown_state(entry)
+        entry["last_used"], entry["client"] = last_use(entry, uses)
+    if days:
+        limit, since = time.time() - days * 86400, uses["since"]
+        if since > limit:
+            say(f"warning: uses are noted since {shown_time(since)} only, apps without one are not listed yet")
+        rows = [entry for entry in rows if is_unused(entry, since, limit)]
     columns: Columns = {
         "app_id": str,
         "state": str,
         "owner": lambda owner: owner or "-",
         "expires_at": lambda expires_at: "never" if expires_at is None else shown_time(expires_at),
         "created_at": shown_time,
+        "last_used": shown_time,
+        "client": lambda client: client or "-",
         "from_addr": lambda senders: ", ".join(map(str, map(shown_sender, senders))) or "(none: may not send)",
     }
     print_list(context.options, rows, columns)
@@ -1903,7 +1955,7 @@ COMMANDS: dict[str, dict[str, Command]] = {  # the verb is "" where there is non
         "set": Command(
             apps_set, "set owner or expiry, and leave the token as it is", "apps set printer --expires 90d", ("app_id",)
         ),
-        "list": Command(apps_list, "show all apps and what they may send as", "apps list", ()),
+        "list": Command(apps_list, "show all apps and what they may send as", "apps list --unused 90d", ()),
         "allow": Command(apps_allow, "let an app send as an address", "apps allow printer scan@example.org", ("app_id", "address")),
         "disallow": Command(
             apps_disallow, "take an address from an app", "apps disallow printer scan@example.org", ("app_id", "address")
@@ -2046,6 +2098,8 @@ def add_command(parsers: Any, common: argparse.ArgumentParser, noun: str, verb: 
         parser.add_argument(
             "--expires", metavar="DATE", help="its last day, 2027-01-31, or a number of days from now, 90d; or never"
         )
+    if (noun, verb) == ("apps", "list"):
+        parser.add_argument("--unused", metavar="DAYS", help="only apps that this host's daemon has not seen used for so long, 90d")
     add_other_options(parser, noun, verb)
 
 

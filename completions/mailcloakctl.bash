@@ -11,7 +11,7 @@ _mailcloakctl() {
     COMPREPLY=()
     for ((index = 1; index < COMP_CWORD; index++)); do
         case ${COMP_WORDS[index]} in
-            --config | --db | --owner | --expires | --user | --method | --prometheus | --postfix-config | --dovecot-config | --format | --usernames | --max-change | --missing | --domain | --scope | --source | --go-config | --new-config) # and its value
+            --config | --db | --owner | --expires | --unused | --user | --method | --prometheus | --postfix-config | --dovecot-config | --format | --usernames | --max-change | --missing | --domain | --scope | --source | --go-config | --new-config) # and its value
                 [[ ${COMP_WORDS[index]} != --config && ${COMP_WORDS[index]} != --db ]] || place=("${COMP_WORDS[index]}")
                 [[ ${COMP_WORDS[index + 1]} != = ]] || ((index++)) # bash makes three words of --db=FILE
                 ((index++))
@@ -27,6 +27,7 @@ _mailcloakctl() {
         --postfix-config) compopt -o filenames 2>/dev/null; mapfile -t COMPREPLY < <(compgen -d -- "$cur"); return ;;
         --method) words='XOAUTH2 OAUTHBEARER PLAIN LOGIN' options='' command='' ;;
         --expires) words='never 30d 90d 365d' options='' command='' ;;
+        --unused) words='30d 90d 365d' options='' command='' ;;
         --format) words='csv jsonl virtual postfixadmin' options='' command='' ;;
         --usernames) words='local address' options='' command='' ;;
         --missing) words='delete disable keep' options='' command='' ;;
@@ -52,6 +53,7 @@ _mailcloakctl() {
             [[ $cur == -* ]] || { compopt -o filenames 2>/dev/null; mapfile -t COMPREPLY < <(compgen -f -- "$cur"); return; }
             ;;
         'apps add'*) options+=' --token-stdin --generate --replace --force --owner --expires' ;;
+        'apps list'*) options+=' --unused' ;;
         'apps set'*) options+=' --owner --expires' ;;&
         'apps set' | 'apps allow' | 'apps disallow' | 'apps del' | 'apps enable' | 'apps disable')
             [[ $cur == -* ]] || words=$(_mailcloakctl_names apps)

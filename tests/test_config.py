@@ -220,6 +220,11 @@ EXACT = {
         "/var/lib/mailcloak/last-known.db",
         "config: sqlite.path: expected another name than last-known.db, the file in which the daemon saves users",
     ),
+    "last-used.json": (
+        "sqlite.path",
+        "/var/lib/mailcloak/last-used.json",
+        "config: sqlite.path: expected another name than last-used.json, the file in which the daemon notes uses of apps",
+    ),
     "fraction": ("policy.cache_max_entries", 1.5, "config: policy.cache_max_entries: expected a whole number, 1 or more, got 1.5"),
     "whole number as boolean": (
         "policy.cache_max_entries",

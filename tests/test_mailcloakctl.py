@@ -684,13 +684,13 @@ def test_apps_list_shows_the_allowed_addresses_and_no_hash(filled):
     table = filled("apps", "list").stdout
     lines = [re.split(r"  +", line) for line in table.splitlines()]
     assert [line[:4] + line[5:] for line in lines] == [
-        ["APP ID", "STATE", "OWNER", "EXPIRES AT", "FROM ADDR"],
-        ["printer", "enabled", "-", "never", "fax@d1.test, scan@d1.test"],
-        ["shop", "enabled", "-", "never", "(none: may not send)"],
+        ["APP ID", "STATE", "OWNER", "EXPIRES AT", "LAST USED", "CLIENT", "FROM ADDR"],
+        ["printer", "enabled", "-", "never", "-", "-", "fax@d1.test, scan@d1.test"],
+        ["shop", "enabled", "-", "never", "-", "-", "(none: may not send)"],
     ]
     shown = filled("apps", "list", "--json").stdout
     assert [set(row) for row in json.loads(shown)] == [
-        {"app_id", "enabled", "state", "created_at", "owner", "expires_at", "from_addr"}
+        {"app_id", "enabled", "state", "created_at", "owner", "expires_at", "last_used", "client", "from_addr"}
     ] * 2
     assert [row["from_addr"] for row in json.loads(shown)] == [["fax@d1.test", "scan@d1.test"], []]
     assert "SHA256" not in table + shown

@@ -14,6 +14,7 @@ import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 
 import decision_table as table
 import pytest
@@ -84,6 +85,7 @@ def ask(service, request):
     kind = mailcloak.SocketmapHandler if isinstance(request, mailcloak.SocketmapQuery) else mailcloak.PolicyHandler
     handler = kind.__new__(kind)  # without a connection
     handler.tally, handler.used_at = mailcloak.Tally(), time.monotonic()
+    handler.server = SimpleNamespace(daemon=SimpleNamespace(app_uses=SimpleNamespace(note=lambda *use: None)))
     return handler.decide(request, service).text
 
 
