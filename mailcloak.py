@@ -1701,8 +1701,9 @@ ALIAS_COLUMNS = f"{ALIAS_TARGETS}, enabled, receive_only"  # for read_alias()
 
 def read_alias(targets: str, enabled: Any, receive_only: Any) -> Alias:
     """The alias of these columns."""
-    lines = targets.lower().split("\n")
-    users, external = (tuple(sorted({line[1:] for line in lines if line[1:] and line[0] == kind})) for kind in "01")
+    lines = sorted({line for line in targets.lower().split("\n") if line[1:]})
+    users = tuple([line[1:] for line in lines if line[0] == "0"])
+    external = tuple([line[1:] for line in lines if line[0] == "1"])
     return Alias(users, enabled == 1, external, receive_only == 1)
 
 

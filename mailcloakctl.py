@@ -635,11 +635,13 @@ class Stored(NamedTuple):
 def store_aliases(database: sqlite3.Connection, aliases: Sequence[Stored]) -> None:
     """Write aliases, in place of those with the same addresses: the first target in the table aliases, all others in alias_targets."""
     rows, further = [], []
-    for address, alias, source in aliases:
-        first, *others = [(user, 0) for user in alias.users] + [(other, 1) for other in alias.external]
-        rows.append((address, *first, int(alias.enabled), int(alias.receive_only), source))
-        further += [(address, *other) for other in others]
-    database.executemany("DELETE FROM alias_targets WHERE alias_email = ?", [(row[0],) for row in rows])
+    for address, (users, enabled, external, receive_only), source in aliases:
+        targets = [(user, 0) for user in users] + [(other, 1) for other in external]
+        rows.append((address, *targets[0], int(enabled), int(receive_only), source))
+        if len(targets) > 1:
+            further += [(address, *target) for target in targets[1:]]
+    if database.execute("SELECT 1 FROM alias_targets").fetchone():
+        database.executemany("DELETE FROM alias_targets WHERE alias_email = ?", [(row[0],) for row in rows])
     database.executemany(
         "INSERT INTO aliases (alias_email, username, external, enabled, receive_only, source) VALUES (?, ?, ?, ?, ?, ?)"
         " ON CONFLICT (alias_email) DO UPDATE SET username = excluded.username, external = excluded.external,"

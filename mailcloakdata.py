@@ -228,6 +228,8 @@ def split_targets(targets: str) -> tuple[list[str], list[str]]:
 
 def read_names(text: str) -> tuple[list[str], list[str]]:
     """(users, addresses elsewhere) of a field such as "alice; bob; <jo@elsewhere.example>"."""
+    if ";" not in text and "<" not in text:
+        return [text], []
     names = [name.strip() for name in text.split(";")]
     users = [name for name in names if not name.startswith("<")]
     return users, [name.strip("<>") for name in names if name.startswith("<")]
@@ -310,6 +312,9 @@ class Echo:
         return text
 
 
+_ODD_NAME = re.compile(r"[;<>]|^\s|\s$|^$")
+
+
 class Csv(Format):
     """Comma-separated values as Python's csv reads and writes them (RFC 4180), each alias on a line."""
 
@@ -369,9 +374,9 @@ class Csv(Format):
 
     def write(self, row: Row) -> str:
         users, external = split_targets(row[1])
-        if any(";" in name for name in users) or any(user.startswith("<") or user != user.strip() for user in users):
+        names = ";".join([*users, *[f"<{address}>" for address in external]])
+        if (external or len(users) > 1 or _ODD_NAME.search(names)) and read_names(names) != (users, external):
             raise ValueError(f"its username {users[0]!r} cannot stand there")
-        names = ";".join([*users, *(f"<{address}>" for address in external)])
         return str(self._writer.writerow((row[0], names, row[2], row[3])[: self._width]))
 
 
