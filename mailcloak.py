@@ -1701,6 +1701,8 @@ ALIAS_COLUMNS = f"{ALIAS_TARGETS}, enabled, receive_only"  # for read_alias()
 
 def read_alias(targets: str, enabled: Any, receive_only: Any) -> Alias:
     """The alias of these columns."""
+    if "\n" not in targets and targets[:1] == "0" != targets:  # one user, as nearly all have it
+        return Alias((targets[1:].lower(),), enabled == 1, (), receive_only == 1)
     lines = sorted({line for line in targets.lower().split("\n") if line[1:]})
     users = tuple([line[1:] for line in lines if line[0] == "0"])
     external = tuple([line[1:] for line in lines if line[0] == "1"])
