@@ -45,7 +45,7 @@ The checks: what each looks at, and the remedy.
 
   dovecot-mechanisms      do users log in with a token, apps with a password, and nobody otherwise? auth_mechanisms
   dovecot-realm           does Dovecot take tokens of the realm that the daemon asks? introspection_url
-  dovecot                 does Dovecot look for apps in this database? The passdb of the examples
+  dovecot                 can Dovecot read its configuration, and look for apps in this database? The files of the examples
   dovecot-query           does its query let apps in only while they are enabled, and only to send? The query of the examples
   dovecot-access          can the process that asks the database read it? extra_groups, chmod
 
@@ -1179,33 +1179,42 @@ class PasswordQuery(NamedTuple):
     percent_doubled: bool  # 2.3: %% is a percent sign, %u a variable; 2.4: only %{name} is one
 
 
-def check_dovecot(host: Installation) -> Findings:
-    """The passdb for apps: on this database, with a good query, and allowed to read."""
-    where = ("-c", host.options.dovecot_config) if host.options.dovecot_config else ()
-    try:
-        settings = run_program("doveconf", *where, "-n", "-P")[0]  # with URLs that hold a password, which are not shown
-        if not settings:
+class Dovecot:
+    """Dovecot, as doveconf shows it. Raises CommandFailed, and OSError where a file that it names cannot be read."""
+
+    def __init__(self, path: Optional[str]) -> None:
+        self._where = ("-c", path) if path else ()
+        self.settings = run_program("doveconf", *self._where, "-n", "-P")[0]  # with URLs that hold a password, which are not shown
+        if not self.settings:
             raise CommandFailed("doveconf says nothing")
-        worker, internal, groups, mechanisms = (
-            run_program("doveconf", *where, "-h", name)[0].strip()
-            for name in ("service/auth-worker/user", "default_internal_user", "service/auth-worker/extra_groups", "auth_mechanisms")
-        )
-        queries = list(find_password_queries(settings))
-        token_urls = list(find_token_urls(settings))
+        self.mechanisms = set(re.split(r"[\s,]+", self._value("auth_mechanisms").lower())) - {""}
+        internal, worker = self._value("default_internal_user"), self._value("service/auth-worker/user")
+        self.worker_user = re.sub(r"\$(SET:)?default_internal_user", internal, worker)
+        self.worker_groups = self._value("service/auth-worker/extra_groups")
+        self.queries = list(find_password_queries(self.settings))
+        self.token_urls = list(find_token_urls(self.settings))
+
+    def _value(self, name: str) -> str:
+        return run_program("doveconf", *self._where, "-h", name)[0].strip()
+
+
+def check_dovecot(host: Installation) -> Findings:
+    """Who may log in, and the passdb for apps: on this database, with a good query, and allowed to read."""
+    try:
+        dovecot = Dovecot(host.options.dovecot_config)
     except CommandFailed as exc:
-        remedy = "name Dovecot's configuration with --dovecot-config, and run doveconf -n"
-        yield skipped("dovecot", exc.text, remedy if exc.is_there else "")
+        yield from explain_doveconf(exc)
         return
     except OSError as exc:
         remedy = AS_ROOT if os.geteuid() else "correct args of the passdb"
         yield skipped("dovecot", f"{exc.filename}: {exc.strerror}", remedy)
         return
-    offered = set(re.split(r"[\s,]+", mechanisms.lower())) - {""}
+    offered, queries = dovecot.mechanisms, dovecot.queries
     yield from check_mechanisms(host, offered)
-    if queries or token_urls:  # else nobody has set it up for mailcloak yet
-        yield from check_passdbs(settings)
+    if queries or dovecot.token_urls:  # else nobody has set it up for mailcloak yet
+        yield from check_passdbs(dovecot.settings)
     if offered & TOKENS and host.static_users is None:
-        yield from check_realm(host, settings, token_urls)
+        yield from check_realm(host, dovecot.settings, dovecot.token_urls)
     if not queries:
         if host.apps:
             remedy = f"take the passdb from {SQL_SAMPLES}"
@@ -1220,8 +1229,24 @@ def check_dovecot(host: Installation) -> Findings:
             remedy = f"name {host.database_path} there, then doveadm reload"
             yield problem("dovecot", f"{found.place} reads {found.database or 'no file'}, not {host.database_path}", remedy)
         yield from check_query(found)
-    user = re.sub(r"\$(SET:)?default_internal_user", internal, worker)
-    yield from check_dovecot_access(host, host.database_path or queries[0].database, user, groups)
+    path = host.database_path or queries[0].database
+    yield from check_dovecot_access(host, path, dovecot.worker_user, dovecot.worker_groups)
+
+
+def explain_doveconf(exc: CommandFailed) -> Findings:
+    """Why doveconf says nothing of Dovecot's settings; where it refuses them, Dovecot does not start."""
+    if exc.has_refused and os.geteuid() != 0 and "Permission denied" in exc.text:
+        yield skipped("dovecot", exc.text, AS_ROOT)
+    elif exc.has_refused:
+        remedy = "fix it until doveconf -n is content, or name another file with --dovecot-config"
+        if "dovecot_config_version" in exc.text:  # what only 2.4 knows, and what it wants first
+            theirs, ours, sample = "2.3", "2.4", f"{EXAMPLES}/dovecot-2.4"
+            if "Unknown" in exc.text:
+                theirs, ours, sample = "2.4", "2.3", f"{EXAMPLES}/dovecot-2.3"
+            remedy = f"this file is for Dovecot {theirs}, and {ours} is installed: take the files of {sample}, then restart Dovecot"
+        yield problem("dovecot", f"Dovecot cannot read its configuration: {exc.text}", remedy)
+    else:
+        yield skipped("dovecot", exc.text, "name Dovecot's configuration with --dovecot-config" if exc.is_there else "")
 
 
 def check_mechanisms(host: Installation, offered: set[str]) -> Findings:

@@ -24,7 +24,7 @@ import pytest
 import yaml
 from conftest import ROOT, USERS, Terminal, as_nobody, run_ctl
 from keycloak_stand_in import CLIENT_SECRET, KeycloakStandIn
-from real.dovecot import PrivateDovecot
+from real.dovecot import PrivateDovecot, make_certificate
 from real.dovecot24 import PrivateDovecot24, installed_version
 from real.keycloak import service_client
 from real.keycloak import user as real_user
@@ -1758,12 +1758,31 @@ def test_realm_is_read_from_settings_of_dovecot_2_4_in_each_form():
 
 
 @real_dovecot
-def test_dovecot_whose_configuration_is_bad_is_skipped(site, tmp_path):
+def test_dovecot_whose_configuration_is_bad_is_a_problem(site, tmp_path):
     path = tmp_path / "dovecot.conf"
-    path.write_text("passdb {\n")
-    found = the_only(site.findings(mailcloakdoctor.check_dovecot, dovecot_config=str(path)), "skipped", "dovecot")
-    assert found.text.startswith("doveconf failed")
+    first = "dovecot_config_version = 2.4.0\ndovecot_storage_version = 2.4.0\n" if installed_version() >= (2, 4) else ""
+    path.write_text(f"{first}ssll = yes\n")
+    found = the_only(site.findings(mailcloakdoctor.check_dovecot, dovecot_config=str(path)), "problem", "dovecot")
+    assert (
+        f"Dovecot cannot read its configuration: doveconf failed: doveconf: Fatal: Error in configuration file {path}" in found.text
+    )
     assert "--dovecot-config" in found.remedy
+
+
+@real_dovecot
+def test_files_for_another_version_of_dovecot_are_a_problem_until_those_of_the_remedy_are_there(site, tmp_path):
+    other = "2.3" if installed_version() >= (2, 4) else "2.4"
+    shutil.copytree(ROOT / "examples" / f"dovecot-{other}", tmp_path, dirs_exist_ok=True)
+    options = {"dovecot_config": str(tmp_path / "dovecot.conf")}
+    found = the_only(site.findings(mailcloakdoctor.check_dovecot, **options), "problem", "dovecot")
+    assert found.remedy.startswith(f"this file is for Dovecot {other}, and ")
+    shutil.copytree(re.search(r"take the files of (\S+),", found.remedy)[1], tmp_path, dirs_exist_ok=True)
+    replace_in(tmp_path, "/etc/dovecot/", f"{tmp_path}/")
+    (tmp_path / "private").mkdir()
+    make_certificate(tmp_path / "private")
+    found = site.findings(mailcloakdoctor.check_dovecot, **options)
+    assert "Dovecot cannot read its configuration" not in str(found)
+    assert named(found, "dovecot-query")[0].state == "ok"
 
 
 # ---- Keycloak
