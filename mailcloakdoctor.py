@@ -45,7 +45,9 @@ The checks: what each looks at, and the remedy.
 
   dovecot-mechanisms      do users log in with a token, apps with a password, and nobody otherwise? auth_mechanisms
   dovecot-realm           does Dovecot take tokens of the realm that the daemon asks? introspection_url
-  dovecot                 can Dovecot read its configuration, and look for apps in this database? The files of the examples
+  dovecot-trust           does Dovecot trust Keycloak's certificate? tls_ca_cert_file, in 2.4 ssl_client_ca_file
+  dovecot-mailboxes       are the user and group there to which the mailboxes belong? useradd
+  dovecot                 can Dovecot read its configuration, and SQLite, and does it look for apps in this database? The examples
   dovecot-query           does its query let apps in only while they are enabled, and only to send? The query of the examples
   dovecot-access          can the process that asks the database read it? extra_groups, chmod
 
@@ -95,8 +97,10 @@ import shutil
 import signal
 import socket
 import sqlite3
+import ssl
 import stat
 import subprocess
+import textwrap
 import threading
 import time
 import urllib.parse
@@ -1167,6 +1171,7 @@ TOKEN_URLS = {  # that name a realm, and whether Dovecot itself asks them or com
     "issuers": False,  # a name, whatever the way to Keycloak is
     "openid_configuration_url": False,
 }
+UNREACHED = "no answer"  # also what try_as() says
 TOKENS, PASSWORDS = {"oauthbearer", "xoauth2"}, {"plain", "login", "scram-sha-256"}
 
 
@@ -1179,6 +1184,25 @@ class PasswordQuery(NamedTuple):
     percent_doubled: bool  # 2.3: %% is a percent sign, %u a variable; 2.4: only %{name} is one
 
 
+class Trust(NamedTuple):
+    """Whose certificates Dovecot takes when it asks Keycloak; with neither a file nor a folder, those that OpenSSL takes on this host."""
+
+    setting: str  # by which a file is named
+    file: str  # of CA certificates
+    folder: str
+    takes_all: str  # the setting by which it takes all certificates, if it does
+    by_root: bool  # 2.4: the process that reads the configuration reads the file as well
+
+
+class TokenUrl(NamedTuple):
+    """One address that says whose tokens are good."""
+
+    place: str
+    setting: str  # of TOKEN_URLS
+    url: str
+    trust: Trust
+
+
 class Dovecot:
     """Dovecot, as doveconf shows it. Raises CommandFailed, and OSError where a file that it names cannot be read."""
 
@@ -1188,14 +1212,25 @@ class Dovecot:
         if not self.settings:
             raise CommandFailed("doveconf says nothing")
         self.mechanisms = set(re.split(r"[\s,]+", self._value("auth_mechanisms").lower())) - {""}
-        internal, worker = self._value("default_internal_user"), self._value("service/auth-worker/user")
-        self.worker_user = re.sub(r"\$(SET:)?default_internal_user", internal, worker)
+        self.auth_user, self.worker_user = self._user_of("auth"), self._user_of("auth-worker")
         self.worker_groups = self._value("service/auth-worker/extra_groups")
         self.queries = list(find_password_queries(self.settings))
         self.token_urls = list(find_token_urls(self.settings))
 
-    def _value(self, name: str) -> str:
-        return run_program("doveconf", *self._where, "-h", name)[0].strip()
+    def _value(self, name: str, *options: str) -> str:
+        return run_program("doveconf", *self._where, *options, "-h", name)[0].strip()
+
+    def _user_of(self, service: str) -> str:
+        internal = self._value("default_internal_user")
+        return re.sub(r"\$(SET:)?default_internal_user", internal, self._value(f"service/{service}/user"))
+
+    def missing_driver(self) -> str:
+        """The file of its driver for SQLite if that is not installed, "" if Dovecot has it. Raises CommandFailed."""
+        drivers = re.findall("^SQL driver( plugin)?s:(.*)$", run_program("dovecot", "--build-options")[0], re.MULTILINE)
+        if any("sqlite" in names.split() and not is_plugin for is_plugin, names in drivers):
+            return ""
+        path = os.path.join(self._value("mail_plugin_dir", "-d"), "auth", "libdriver_sqlite.so")  # where it was built to look
+        return "" if os.path.exists(path) else path
 
 
 def check_dovecot(host: Installation) -> Findings:
@@ -1213,8 +1248,10 @@ def check_dovecot(host: Installation) -> Findings:
     yield from check_mechanisms(host, offered)
     if queries or dovecot.token_urls:  # else nobody has set it up for mailcloak yet
         yield from check_passdbs(dovecot.settings)
+        yield from check_mailboxes(dovecot.settings)
     if offered & TOKENS and host.static_users is None:
         yield from check_realm(host, dovecot.settings, dovecot.token_urls)
+        yield from check_trust(host, dovecot)
     if not queries:
         if host.apps:
             remedy = f"take the passdb from {SQL_SAMPLES}"
@@ -1224,6 +1261,7 @@ def check_dovecot(host: Installation) -> Findings:
         else:
             yield ok("dovecot", "it asks no SQLite database, and there are no apps")
         return
+    yield from check_driver(dovecot)
     for found in queries:
         if host.database_path and not same_path(found.database, host.database_path):
             remedy = f"name {host.database_path} there, then doveadm reload"
@@ -1247,6 +1285,59 @@ def explain_doveconf(exc: CommandFailed) -> Findings:
         yield problem("dovecot", f"Dovecot cannot read its configuration: {exc.text}", remedy)
     else:
         yield skipped("dovecot", exc.text, "name Dovecot's configuration with --dovecot-config" if exc.is_there else "")
+
+
+def check_driver(dovecot: Dovecot) -> Findings:
+    """Can Dovecot open a database of SQLite? In the packages of most systems the driver is one of its own."""
+    try:
+        missing = dovecot.missing_driver()
+    except CommandFailed as exc:
+        yield skipped("dovecot", f"has Dovecot its driver for SQLite? {exc}")
+        return
+    if missing:
+        text = f"Dovecot has no driver for SQLite, so its auth process does not start, and nobody can log in: there is no {missing}"
+        yield problem("dovecot", text, "install the package dovecot-sqlite (apt-get install dovecot-sqlite), then restart Dovecot")
+
+
+def check_mailboxes(settings: str) -> Findings:
+    """Are the accounts there to which Dovecot gives the mailboxes?"""
+    check = "dovecot-mailboxes"
+    named = {(kind, name) for kind, name in find_owners(settings) if "%" not in name}  # a variable is another one for each user
+    users = sorted(name for kind, name in named if kind == "uid")
+    missing = sorted(name for kind, name in named if kind == "uid" and not is_account(pwd.getpwnam, name))
+    groups = sorted(name for kind, name in named if kind == "gid" and not is_account(grp.getgrnam, name) and name not in missing)
+    for kind, names, command in (
+        ("user", missing, "useradd --system --create-home --home-dir /var/vmail --shell /usr/sbin/nologin"),  # makes the group too
+        ("group", groups, "groupadd --system"),
+    ):
+        for name in names:
+            text = f"Dovecot's settings give the mailboxes to {kind} {name}, and there is no such {kind}, so it stores no mail"
+            yield problem(check, text, f"{command} {shlex.quote(name)}, then restart Dovecot; or name another {kind}")
+    if not users:
+        yield skipped(check, "which user owns the mailboxes? Dovecot's settings name none")
+    elif not missing and not groups:
+        yield ok(check, f"the mailboxes belong to user {', '.join(users)}")
+
+
+def find_owners(settings: str) -> Iterator[tuple[str, str]]:
+    """("uid" or "gid", name or number) of each owner of mailboxes in the output of doveconf -n."""
+    top = read_settings(re.sub(r"^\s.*\n", "", settings, flags=re.MULTILINE))
+    yield from ((kind, top[f"mail_{kind}"]) for kind in ("uid", "gid") if top.get(f"mail_{kind}"))
+    for body in re.findall(r"^userdb\b[^{\n]*\{\n(.*?)^\}", settings, re.MULTILINE | re.DOTALL):
+        for name, value in read_settings(body).items():
+            kind = name.partition(":")[0]
+            if kind in ("uid", "gid"):  # 2.4
+                yield kind, value
+            elif name in ("args", "default_fields", "override_fields"):  # 2.3
+                yield from re.findall(r"(?:^|\s)([ug]id)=(\S+)", value)
+
+
+def is_account(look_up: Callable[[str], Any], name: str) -> bool:
+    """Is there an account of this name? A number needs none."""
+    try:
+        return name.isdigit() or bool(look_up(name))
+    except KeyError:
+        return False
 
 
 def check_mechanisms(host: Installation, offered: set[str]) -> Findings:
@@ -1286,16 +1377,92 @@ def find_passdbs(settings: str) -> Iterator[tuple[str, dict[str, str], str]]:
         yield head, passdb, text
 
 
-def find_token_urls(settings: str) -> Iterator[tuple[str, str, str]]:
-    """Place, setting and URL of all that says whose tokens are good: oauth2 of doveconf -n (2.4), args of a passdb (2.3). Raises OSError."""
-    texts = [("dovecot.conf", settings)]
-    texts += [(passdb["args"], text) for _, passdb, text in find_passdbs(settings) if passdb.get("driver") == "oauth2" and text]
-    for place, text in texts:
+def find_block(settings: str, head: str) -> str:
+    """What stands in the block of this head in the output of doveconf -n, itself in that form; "" if there is none."""
+    match = re.search(rf"^{head} *\{{\n(.*?)^\}}", settings, re.MULTILINE | re.DOTALL)
+    return textwrap.dedent(match[1]) if match else ""
+
+
+def find_token_urls(settings: str) -> Iterator[TokenUrl]:
+    """All that says whose tokens are good: oauth2 of doveconf -n (2.4), args of a passdb (2.3). Raises OSError."""
+    client = {}
+    for block in (settings, find_block(settings, "oauth2")):
+        client.update(read_settings(find_block(block, "ssl_client")))
+    takes_all = "ssl_client_require_valid_cert" if client.get("require_valid_cert") == "no" else ""
+    trust = Trust("ssl_client_ca_file", client.get("ca_file", ""), client.get("ca_dir", ""), takes_all, by_root=True)
+    texts = [("dovecot.conf", settings, trust)]
+    for _, passdb, text in find_passdbs(settings):
+        if passdb.get("driver") == "oauth2" and text:
+            options = read_settings(text)
+            paths = options.get("tls_ca_cert_file", ""), options.get("tls_ca_cert_dir", "")
+            takes_all = "tls_allow_invalid_cert" if options.get("tls_allow_invalid_cert") == "yes" else ""
+            trust = Trust("tls_ca_cert_file", *paths, takes_all, by_root=False)
+            texts.append((passdb["args"], text, trust))
+    for place, text, trust in texts:
         for setting, value in re.findall(rf"^[ \t]*(?:oauth2_)?({'|'.join(TOKEN_URLS)})[ \t]*=[ \t]*(.*)$", text, re.MULTILINE):
-            yield from ((place, setting, url) for url in value.split())
+            yield from (TokenUrl(place, setting, url, trust) for url in value.split())
 
 
-def check_realm(host: Installation, settings: str, token_urls: Sequence[tuple[str, str, str]]) -> Findings:
+def check_trust(host: Installation, dovecot: Dovecot) -> Findings:
+    """Does Dovecot trust Keycloak's certificate? Tried as the user that Dovecot is, with the CA certificates that it knows."""
+    check = "dovecot-trust"
+    ours = host.keycloak.ca_file if host.keycloak else ""
+    for place, setting, url, trust in dovecot.token_urls:
+        if not TOKEN_URLS[setting] or not url.lower().startswith("https:"):
+            continue
+        user, server = "root" if trust.by_root else dovecot.auth_user or "root", urllib.parse.urlsplit(url).hostname
+        if trust.takes_all:
+            text = f"Dovecot takes any certificate for that of {server}, so who answers in its place decides who may log in"
+            yield problem(check, text, f"{place}: take {trust.takes_all} out, then doveadm reload")
+            continue
+        question = f"does Dovecot trust the certificate of {server}?"
+        why, untried = try_as(user, functools.partial(try_certificate, url, trust), check, question)
+        yield from untried
+        text = f"Dovecot does not trust the certificate of {server}, so no user can log in with a token"
+        if why.startswith(UNREACHED):
+            yield skipped(check, f"{question} It gave {why}")
+        elif why.startswith("may not"):
+            groups = os.getgrouplist(user, pwd.getpwnam(user).pw_gid)
+            yield problem(check, f"{text}: user {user} {why}", access_remedy(why, user, groups, "chmod o+{bit} {path}"))
+        elif why and ours and not same_path(ours, trust.file):
+            remedy = f"{place}: {trust.setting} = {ours}, as in keycloak.ca_file; then doveadm reload"
+            yield problem(check, f"{text}: {why}", remedy)
+        elif why and not ours and trust.file:
+            remedy = f"{place}: take {trust.setting} out, to trust what this host trusts; then doveadm reload"
+            yield problem(check, f"{text}: {why}", remedy)
+        elif why:
+            remedy = f"{place}: {trust.setting} = FILE with the certificate of its CA, as in keycloak.ca_file; then doveadm reload"
+            yield problem(check, f"{text}: {why}", remedy)
+        elif not untried:
+            yield ok(check, f"Dovecot trusts the certificate of {server}")
+
+
+def try_certificate(url: str, trust: Trust) -> str:
+    """Why this process does not trust the server of an https URL; "" if it does. It begins with UNREACHED where that is not known."""
+    server = urllib.parse.urlsplit(url)
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    for path in filter(None, (trust.file, trust.folder)):
+        why = why_not(path, os.R_OK)
+        if why:
+            return why
+    try:
+        if trust.file or trust.folder:
+            context.load_verify_locations(trust.file or None, trust.folder or None)
+        else:
+            context.set_default_verify_paths()
+    except OSError:
+        return f"there is no certificate in {trust.file}"
+    try:
+        with socket.create_connection((server.hostname or "", server.port or 443), ctl.ANSWER_SECONDS) as connection:
+            context.wrap_socket(connection, server_hostname=server.hostname).close()
+    except ssl.SSLCertVerificationError as exc:
+        return exc.verify_message
+    except OSError as exc:
+        return f"{UNREACHED}: {exc.strerror or exc}"
+    return ""
+
+
+def check_realm(host: Installation, settings: str, token_urls: Sequence[TokenUrl]) -> Findings:
     """Are the users who log in those that the daemon knows? Of a URL only host and realm are shown: it may hold a secret."""
     check = "dovecot-realm"
     keycloak = host.keycloak
@@ -1309,7 +1476,7 @@ def check_realm(host: Installation, settings: str, token_urls: Sequence[tuple[st
     server = urllib.parse.urlsplit(keycloak.base_url).hostname
     ours = f"{keycloak.base_url}/realms/{urllib.parse.quote(keycloak.realm)}"
     found: list[Finding] = []
-    for place, setting, url in token_urls:
+    for place, setting, url, _ in token_urls:
         parts = urllib.parse.urlsplit(url)
         realm = re.search("/realms/([^/]+)", parts.path)
         remedy = f"correct keycloak.realm; if it is right, {place}: let {setting} begin with {ours}, as in {OAUTH2_SAMPLES}; then doveadm reload"
@@ -1320,7 +1487,7 @@ def check_realm(host: Installation, settings: str, token_urls: Sequence[tuple[st
         elif parts.hostname != server and TOKEN_URLS[setting]:
             text = f"{setting} names {parts.hostname}, and the daemon asks {server}: if they differ, so do their users"
             found.append(warning(check, text, remedy))
-    if not any("/realms/" in url for _, _, url in token_urls):
+    if not any("/realms/" in each.url for each in token_urls):
         found.append(skipped(check, "of which realm are the tokens that Dovecot takes? Its settings name none"))
     yield from found or [ok(check, f"Dovecot takes tokens of realm {keycloak.realm}")]
 

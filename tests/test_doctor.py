@@ -6,6 +6,7 @@ import argparse
 import base64
 import contextlib
 import grp
+import imaplib
 import json
 import os
 import pwd
@@ -14,18 +15,21 @@ import shlex
 import shutil
 import socket
 import sqlite3
+import ssl
 import subprocess
 import sys
 import time
 from email.utils import formatdate
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 import yaml
-from conftest import ROOT, USERS, Terminal, as_nobody, run_ctl
+from conftest import ROOT, USERS, Terminal, as_nobody, run_ctl, wait_until
+from conftest import running as running_server
 from keycloak_stand_in import CLIENT_SECRET, KeycloakStandIn
-from real.dovecot import PrivateDovecot, make_certificate
-from real.dovecot24 import PrivateDovecot24, installed_version
+from real.dovecot import MAIL_GROUP, MAIL_USER, PrivateDovecot, make_certificate
+from real.dovecot24 import PrivateDovecot24, UserinfoStandIn, installed_version
 from real.keycloak import service_client
 from real.keycloak import user as real_user
 from real.postfix import PrivatePostfix, daemon_behind
@@ -1754,7 +1758,7 @@ def test_realm_is_read_from_settings_of_dovecot_2_4_in_each_form():
         f"passdb oauth2 {{\n  oauth2 {{\n    introspection_url = {urls[0]}\n    issuers = {urls[1]}\n  }}\n}}\n",
     )
     for form in forms:
-        assert [url for _, _, url in mailcloakdoctor.find_token_urls(form)] == urls
+        assert [each.url for each in mailcloakdoctor.find_token_urls(form)] == urls
 
 
 @real_dovecot
@@ -1783,6 +1787,195 @@ def test_files_for_another_version_of_dovecot_are_a_problem_until_those_of_the_r
     found = site.findings(mailcloakdoctor.check_dovecot, **options)
     assert "Dovecot cannot read its configuration" not in str(found)
     assert named(found, "dovecot-query")[0].state == "ok"
+
+
+def on_host(site, *commands, arguments=()):
+    """What doctor says on this host after these commands, run in a name space of their own: mounts that they make end with it."""
+    site.write_config()
+    program = [sys.executable, ROOT / "mailcloakctl.py", "--config", site.config_path, "doctor", "--json", *arguments]
+    result = subprocess.run(
+        ["unshare", "--mount", "sh", "-c", "; ".join(["set -e", *commands, 'exec "$@"']), "sh", *map(str, program)],
+        check=False,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        stdin=subprocess.DEVNULL,
+    )
+    assert result.returncode in (0, 1, 2), result
+    return [mailcloakdoctor.Finding(**each) for each in json.loads(result.stdout)]
+
+
+@real_dovecot
+def test_dovecot_without_its_driver_for_sqlite_is_a_problem(readable_site, dovecot_factory):
+    instance = dovecot_factory(readable_site.database)
+    here = f"mount --bind {instance.config} /etc/dovecot"
+    folder = run_program("doveconf", "-d", "-h", "mail_plugin_dir") + "/auth"
+    (found,) = named(on_host(readable_site, here, f"mount -t tmpfs tmpfs {folder}"), "dovecot")
+    assert (found.state, found.remedy.partition(",")[0]) == (
+        "problem",
+        "install the package dovecot-sqlite (apt-get install dovecot-sqlite)",
+    )
+    assert f"there is no {folder}/libdriver_sqlite.so" in found.text
+    found = on_host(readable_site, here)
+    assert "dovecot" not in [each.check for each in found]
+    assert named(found, "dovecot-query")[0].state == "ok"
+
+
+def run_program(*command):
+    return subprocess.run(command, check=True, capture_output=True, text=True, timeout=60).stdout.strip()
+
+
+def test_dovecot_that_was_built_with_sqlite_needs_no_package(monkeypatch):
+    """As on Gentoo."""
+    monkeypatch.setattr(mailcloakdoctor, "run_program", lambda *_: ("Build options: openssl\nSQL drivers: mysql sqlite\n", ""))
+    assert mailcloakdoctor.Dovecot(None).missing_driver() == ""
+
+
+@real_dovecot
+@pytest.mark.parametrize(("kind", "account"), [("uid", MAIL_USER), ("gid", MAIL_GROUP)])
+def test_owner_of_the_mailboxes_who_does_not_exist_is_a_problem_until_the_remedy_was_carried_out(
+    readable_site, dovecot_factory, short_dir, kind, account
+):
+    instance = dovecot_factory(readable_site.database)
+    spaced = " = " if installed_version() >= (2, 4) else "="
+    replace_in(instance.config, f"{kind}{spaced}{account}", f"{kind}{spaced}vmail-x")
+    found = the_only(ask_dovecot(readable_site, instance), "problem", "dovecot-mailboxes")
+    assert f"give the mailboxes to {'user' if kind == 'uid' else 'group'} vmail-x, and there is no such" in found.text
+    command = found.remedy.partition(",")[0].replace("/var/vmail", str(short_dir / "vmail"))
+    for name in ("upper", "work"):
+        (short_dir / name).mkdir()
+    overlay = f"mount -t overlay -o lowerdir=/etc,upperdir={short_dir}/upper,workdir={short_dir}/work overlay /etc"
+    arguments = ("--dovecot-config", instance.config / "dovecot.conf")
+    assert named(on_host(readable_site, overlay, f"{command} >&2", arguments=arguments), "dovecot-mailboxes")[0].state == "ok"
+
+
+OWNERS = {
+    "2.3": ("userdb {\n  args = uid=vmail gid=500 home=/var/vmail/%u\n  driver = static\n}\n", [("uid", "vmail"), ("gid", "500")]),
+    "2.3, defaults": (
+        "userdb {\n  default_fields = gid=vmail\n  driver = sql\n}\nmail_uid = post\n",
+        [("uid", "post"), ("gid", "vmail")],
+    ),
+    "2.4": ("userdb sql {\n  query = SELECT uid = 1\n  fields {\n    uid:default = vmail\n  }\n}\n", [("uid", "vmail")]),
+}
+
+
+@pytest.mark.parametrize(("settings", "owners"), OWNERS.values(), ids=OWNERS)
+def test_owner_of_the_mailboxes_is_read_from_settings_in_each_form(settings, owners):
+    assert list(mailcloakdoctor.find_owners(settings)) == owners
+
+
+@pytest.mark.parametrize("settings", ["userdb {\n  driver = passwd\n}\n", "userdb {\n  args = uid=%u\n  driver = static\n}\n"])
+def test_owner_of_the_mailboxes_that_dovecot_does_not_name_is_not_said_to_be_there(settings):
+    (found,) = mailcloakdoctor.check_mailboxes(settings)
+    assert (found.state, found.check, found.remedy) == ("skipped", "dovecot-mailboxes", "")
+
+
+class HttpsKeycloak(NamedTuple):
+    """What Dovecot asks of Keycloak, behind https, and the certificate of its CA."""
+
+    userinfo: UserinfoStandIn
+    url: str
+    ca_file: Path
+
+
+@pytest.fixture
+def https_keycloak(short_dir):
+    certificate, key = make_certificate(short_dir)
+    userinfo = UserinfoStandIn()
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(certificate, key)
+    userinfo._server.socket = context.wrap_socket(userinfo._server.socket, server_side=True)
+    with userinfo.running():
+        yield HttpsKeycloak(userinfo, userinfo.url.replace("http:", "https:"), certificate)
+
+
+def can_log_in(instance, userinfo):
+    """With a token, at Dovecot itself."""
+    login = f"user=alice\x01auth=Bearer {userinfo.token('mail', 'alice')}\x01\x01".encode()
+    with instance.imap() as client:
+        try:
+            return client.authenticate("XOAUTH2", lambda _: login)[0] == "OK"
+        except imaplib.IMAP4.error:
+            return False
+
+
+CA_SETTING = "ssl_client_ca_file" if installed_version() >= (2, 4) else "tls_ca_cert_file"
+UNTRUSTED = {
+    "what the host trusts": ("", True),
+    "CAs of the host by name": (f"{CA_SETTING} = /etc/ssl/certs/ca-certificates.crt", True),
+    "CAs of the host, as the daemon has it": (f"{CA_SETTING} = /etc/ssl/certs/ca-certificates.crt", False),
+    "file that Dovecot may not read": (f"{CA_SETTING} = {{closed}}", True),
+}
+
+
+def reload_and_wait(instance):
+    reloads = instance.log().count("SIGHUP received")
+    instance._run("doveadm", "reload")
+    wait_until(lambda: instance.log().count("SIGHUP received") > reloads, what="reload of Dovecot")
+
+
+class CaSetting:
+    """The line of Dovecot's files that names CA certificates."""
+
+    def __init__(self, folder):
+        self.path = folder / ("dovecot.conf" if installed_version() >= (2, 4) else "dovecot-oauth2.conf.ext")
+        self.before, self.after = re.split(rf"^ *{CA_SETTING} = .*$", self.path.read_text(), flags=re.MULTILINE)
+
+    def set(self, line):
+        self.path.write_text(self.before + line + self.after)
+
+
+@real_dovecot
+@pytest.mark.parametrize(("line", "is_named"), UNTRUSTED.values(), ids=UNTRUSTED)
+def test_dovecot_that_does_not_trust_keycloak_is_a_problem_until_the_remedies_were_carried_out(
+    token_site, short_dir, https_keycloak, line, is_named
+):
+    """Each time doctor says what a login at the real Dovecot shows."""
+    closed = short_dir / "closed.pem"
+    shutil.copy(https_keycloak.ca_file, closed)
+    closed.chmod(0o600)
+    if is_named:
+        token_site.config["keycloak"]["ca_file"] = str(https_keycloak.ca_file)
+    (short_dir / "private").mkdir()
+    kind = PrivateDovecot24 if installed_version() >= (2, 4) else PrivateDovecot
+    instance = kind(short_dir / "private", f"{https_keycloak.url}/realms/mail", token_site.database)
+    setting = CaSetting(instance.config)
+    setting.set(line.format(closed=closed))
+    with running_server(instance):
+        for _ in range(3):
+            (found,) = named(ask_dovecot(token_site, instance), "dovecot-trust")
+            assert can_log_in(instance, https_keycloak.userinfo) == (found.state == "ok"), found
+            if found.state == "ok":
+                break
+            assert found.state == "problem"
+            if found.remedy.startswith("chmod"):
+                subprocess.run(shlex.split(found.remedy), check=True)
+            else:
+                place, new = re.fullmatch(r"(\S+): (.*?)(?:, (?:as in|to trust) .*|; then) doveadm reload", found.remedy).groups()
+                assert Path(place).name == setting.path.name
+                setting.set("" if new.startswith("take ") else re.sub("FILE .*", str(https_keycloak.ca_file), new))
+            reload_and_wait(instance)
+        assert found.state == "ok"
+
+
+@real_dovecot
+def test_dovecot_that_takes_any_certificate_is_a_problem(token_site, dovecot_factory):
+    instance = dovecot_factory(token_site.database)
+    replace_in(instance.config, "introspection_url = http://127.0.0.1:1/", "introspection_url = https://127.0.0.1:1/")
+    the_only_skipped(
+        ask_dovecot(token_site, instance), "dovecot-trust", "does Dovecot trust the certificate of 127.0.0.1? It gave no answer"
+    )
+    off = "ssl_client_require_valid_cert = no" if installed_version() >= (2, 4) else "tls_allow_invalid_cert = yes"
+    CaSetting(instance.config).set(off)
+    found = the_only(ask_dovecot(token_site, instance), "problem", "dovecot-trust")
+    assert f": take {off.partition(' ')[0]} out, then doveadm reload" in found.remedy
+
+
+def test_trust_of_dovecot_2_4_is_that_of_its_oauth2_before_that_of_all():
+    settings = "oauth2 {\n  introspection_url = https://a.test/realms/x\n  ssl_client {\n    ca_file = /own.pem\n  }\n}\n"
+    settings += "ssl_client {\n  ca_dir = /all\n  ca_file = /all.pem\n  require_valid_cert = no\n}\n"
+    (found,) = mailcloakdoctor.find_token_urls(settings)
+    assert found.trust[:4] == ("ssl_client_ca_file", "/own.pem", "/all", "ssl_client_require_valid_cert")
 
 
 # ---- Keycloak
