@@ -34,7 +34,7 @@ The checks: what each looks at, and the remedy.
   postfix-timeout         does Postfix wait longer for mailcloak than mailcloak for Keycloak? timeout=30s
   postfix-aliases         does cleanup ask for aliases, directly and by the right name? virtual_alias_maps
   postfix-domains         does Postfix take mail for policy.domain, and not for unchecked domains? virtual_mailbox_domains
-  postfix-delivery        does what it takes reach a mailbox? virtual_transport, or mailbox_transport
+  postfix-delivery        does what it takes reach a mailbox, and has master.cf what delivers? virtual_transport, or mailbox_transport
   postfix-recipients      does a list of its own refuse users? virtual_mailbox_maps, local_recipient_maps
   postfix-relay           does each smtpd take mail for us, and relay for nobody else? smtpd_relay_restrictions, mynetworks
   postfix-login           can users and apps log in, by Dovecot? smtpd_sasl_auth_enable, smtpd_sasl_type
@@ -590,6 +590,7 @@ CLASSES = {  # where Postfix knows a domain from, in its order; what delivers th
     "virtual_mailbox_domains": ("virtual_transport", "virtual_mailbox_maps"),
     "relay_domains": ("relay_transport", "relay_recipient_maps"),
 }
+CLIENTS = {"lmtp": "lmtp", "smtp": "smtp", "relay": "smtp"}  # of Postfix's own master.cf, with their programs
 TO_DOVECOT = "lmtp:unix:private/dovecot-lmtp"
 FROM_DOVECOT = f"start Dovecot, with this socket as in {EXAMPLES}/dovecot-2.3 or {EXAMPLES}/dovecot-2.4"
 UNTRIED = "Only Unix sockets are tried"
@@ -832,6 +833,7 @@ def check_postfix(host: Installation) -> Findings:
         yield from check_local_mail(host.policy, host.sockets, postfix)
         yield from check_alias_maps(host.sockets, postfix)
         yield from check_domains(host.policy, postfix)
+        yield from check_transports(postfix)
         yield from check_main_settings(host.policy, postfix)
 
 
@@ -1125,7 +1127,8 @@ def check_route(postfix: Postfix, name: str, transport: str, domains: str) -> Fi
         why["virtual"] = "virtual(8) delivers only to who is in virtual_mailbox_maps, which is empty"
     if command in why:
         text = f"{setting} = {transport}: mail for {domains} is lost or waits: {why[command]}"
-        yield problem("postfix-delivery", text, f"main.cf: {setting} = {TO_DOVECOT}, then postfix reload")
+        remedy = add_client(transport) if not service else ""
+        yield problem("postfix-delivery", text, remedy or f"main.cf: {setting} = {TO_DOVECOT}, then postfix reload")
     elif command == "virtual":
         yield skipped("postfix-delivery", f"has {mailboxes} a mailbox for each user? virtual(8) delivers to no other")
     elif service and (path := postfix.path_of(transport.partition(":")[2], service.chroot)):
@@ -1139,6 +1142,27 @@ def check_route(postfix: Postfix, name: str, transport: str, domains: str) -> Fi
         text = f"Postfix refuses who is not in {table} = {value}, whatever mailcloak says"
         make = problem if "passwd.byname" in value else warning
         yield make("postfix-recipients", text, f"main.cf: leave {table} empty, then postfix reload: mailcloak knows who exists")
+
+
+def add_client(transport: str) -> str:
+    """How to give master.cf a service of Postfix's own that this transport names; "" where it names another."""
+    name = transport.partition(":")[0]
+    return f"master.cf: add the line {name} unix - - n - - {CLIENTS[name]}, then postfix reload" if name in CLIENTS else ""
+
+
+def check_transports(postfix: Postfix) -> Findings:
+    """Has master.cf what takes mail to other hosts, and to the content filters, the one for mail by sendmail(1) among them?"""
+    uses = [("default_transport", postfix.value(postfix.service("trivial-rewrite"), "default_transport"))]
+    for service in postfix.services.values():
+        if service.command in ("smtpd", "pickup"):
+            uses.append((f"content_filter of {service.name}", postfix.value(service, "content_filter")))
+    missing: dict[str, list[str]] = defaultdict(list)
+    for place, transport in uses:
+        if transport and f"{transport.partition(':')[0]}/unix" not in postfix.services:
+            missing[transport.partition(":")[0]].append(place)
+    for name, places in missing.items():
+        text = f"master.cf has no service {name}, and the mail waits that {' and '.join(places)} would send there"
+        yield problem("postfix-delivery", text, add_client(name) or "add it to master.cf, or name another; then postfix reload")
 
 
 def check_main_settings(policy: mailcloak.PolicyConfig, postfix: Postfix) -> Findings:
@@ -1565,16 +1589,21 @@ def check_dovecot_access(host: Installation, path: str, user: str, groups: str) 
     if not user or user == "root":
         yield ok("dovecot-access", "Dovecot's auth-worker reads the database as root")
         return
-    group_ids = []
-    for name in re.split(r"[\s,]+", groups):
-        with contextlib.suppress(KeyError):
-            group_ids.append(grp.getgrnam(name).gr_gid)
+    names = [name for name in re.split(r"[\s,]+", groups) if name]
+    missing = [name for name in names if not is_account(grp.getgrnam, name)]
+    if missing:
+        text = (
+            f"Dovecot does not start: extra_groups of service auth-worker names {' and '.join(missing)}, and there is no such group"
+        )
+        yield problem("dovecot-access", text, f"name {host.daemon_group} there, the group of the database; then restart Dovecot")
+        return
+    group_ids = [grp.getgrnam(name).gr_gid for name in names]
     why, untried = try_as(user, lambda: why_not(path, os.R_OK), "dovecot-access", f"can Dovecot read {path}?", groups=group_ids)
     yield from untried
     if why:
         group = host.daemon_group
         remedy = f"chgrp {group} {{path}}; chmod g+{{bit}} {{path}}"
-        if group not in re.split(r"[\s,]+", groups):
+        if group not in names:
             remedy = f"service auth-worker {{ extra_groups = {group} }}, the group of the database, then doveadm reload"
         remedy = access_remedy(why, user, [*group_ids, *os.getgrouplist(user, pwd.getpwnam(user).pw_gid)], remedy)
         yield problem("dovecot-access", f"Dovecot's auth-worker runs as user {user}, who {why}", remedy)

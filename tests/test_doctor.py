@@ -1248,6 +1248,9 @@ def test_aliases_that_are_left_to_a_filter_that_is_not_there_are_a_problem(ask_p
     add_to_service(postfix, "submission", "receive_override_options=no_address_mappings")
     assert "take no_address_mappings out" in the_only(ask_postfix(), "problem", "postfix-aliases").remedy
     add_to_service(postfix, "submission", "content_filter=scan:[127.0.0.1]:10025")
+    found = the_only(ask_postfix(), "problem", "postfix-delivery")
+    assert found.remedy == "add it to master.cf, or name another; then postfix reload"
+    change_master(postfix, r"\Z", "scan unix - - n - 10 smtp\n")
     nothing(ask_postfix())
 
 
@@ -1266,6 +1269,27 @@ def test_settings_of_the_service_itself_count_where_it_delivers(ask_postfix, pos
     nothing(ask_postfix())
     change_master(postfix, "^(rewrite unix .*)", r"\1\n  -o local_transport=discard:")
     the_only(ask_postfix(), "problem", "postfix-delivery")
+
+
+@real_postfix
+@pytest.mark.parametrize(
+    ("line", "says"),
+    [
+        (
+            "lmtp unix - - n - - lmtp",
+            "virtual_transport = lmtp:unix:private/dovecot-lmtp: mail for d1.test, d2.test is lost or waits",
+        ),
+        ("smtp unix - - n - - smtp", "the mail waits that default_transport and content_filter of pickup/unix would send there"),
+    ],
+)
+def test_client_that_master_cf_does_not_have_is_a_problem_until_the_line_of_the_remedy_is_there(ask_postfix, postfix, line, says):
+    postfix.set(default_transport="smtp")
+    change_master(postfix, f"^{line[:4]} unix .*\n", "")
+    found = the_only(ask_postfix(), "problem", "postfix-delivery")
+    assert says in found.text
+    assert found.remedy == f"master.cf: add the line {line}, then postfix reload"
+    change_master(postfix, r"\Z", f"{line}\n")
+    nothing(ask_postfix())
 
 
 @real_postfix
@@ -1576,6 +1600,16 @@ def test_dovecot_that_may_not_read_the_database_is_a_problem(readable_site, dove
     readable_site.database.chmod(0o600)
     found = the_only(ask_dovecot(readable_site, instance), "problem", "dovecot-access")
     assert found.remedy == f"chmod g+r {readable_site.database}"
+
+
+@real_dovecot
+def test_group_of_dovecot_that_does_not_exist_is_a_problem(readable_site, dovecot_factory):
+    instance = dovecot_factory(readable_site.database)
+    replace_in(instance.config, "extra_groups = daemon", "extra_groups = mailcloak-x")
+    found = the_only(ask_dovecot(readable_site, instance), "problem", "dovecot-access")
+    assert found.text.startswith("Dovecot does not start: extra_groups of service auth-worker names mailcloak-x")
+    (group,) = re.findall("^name (.*) there", found.remedy)
+    assert group == "mailcloak"
 
 
 @real_dovecot
