@@ -83,7 +83,6 @@ import argparse
 import base64
 import concurrent.futures
 import contextlib
-import email.utils
 import errno
 import functools
 import grp
@@ -1632,13 +1631,6 @@ class KeycloakReader:
         self.api = mailcloak.KeycloakApi(config)
         self._session = mailcloak.new_session(config.ca_file)
         self._admin_url = f"{config.base_url}/admin/realms/{urllib.parse.quote(config.realm, safe='')}"
-        self.clock_ahead: Optional[float] = None  # of Keycloak, in seconds
-        self._session.hooks["response"].append(self._note_clock)
-
-    def _note_clock(self, response: Any, *_: Any, **__: Any) -> None:
-        with contextlib.suppress(TypeError, ValueError):
-            told = email.utils.parsedate_to_datetime(response.headers.get("Date"))
-            self.clock_ahead = told.timestamp() - time.time()
 
     def ask(self, work: Callable[..., ctl.Result], *arguments: Any, **query: str) -> ctl.Result:
         """What a method of the api returns or raises. Name resolution, which knows no deadline, is left behind in its thread."""
@@ -1685,13 +1677,13 @@ def check_keycloak(host: Installation) -> Findings:
     reader, check = KeycloakReader(host.keycloak), "keycloak-token"
     try:
         ctl.show_progress("asking Keycloak for a token ...")
-        token = reader.ask(reader.api.access_token).text
+        claims = read_claims(reader.ask(reader.api.access_token).text)
         who = f"{host.keycloak.base_url}, realm {host.keycloak.realm}, gives client {host.keycloak.client_id} a token"
         yield ok("keycloak-token", who)
-        yield from check_clock(reader)
+        yield from check_clock(claims)
         check = "keycloak-role"
         sees_users = bool(reader.ask(reader.api.get_users, max="1"))
-        yield from check_roles(reader, token_roles(token), sees_users)
+        yield from check_roles(reader, find_roles(claims), sees_users)
         if not sees_users:
             return
         check = "keycloak"
@@ -1707,13 +1699,20 @@ def check_keycloak(host: Installation) -> Findings:
         yield problem(check, exc.text, remedy)
 
 
-def token_roles(token: str) -> Optional[set[str]]:
-    """The roles in realm-management that a token of Keycloak names; None where it cannot be read. Source: RFC 7519, section 3."""
+def read_claims(token: str) -> dict[str, Any]:
+    """What a token of Keycloak says; nothing where it cannot be read. Source: RFC 7519, section 3."""
     try:
-        claims = json.loads(base64.urlsafe_b64decode(token.split(".")[1] + "==="))
+        return dict(json.loads(base64.urlsafe_b64decode(token.split(".")[1] + "===")))
+    except (ValueError, LookupError, TypeError):
+        return {}
+
+
+def find_roles(claims: Mapping[str, Any]) -> Optional[set[str]]:
+    """The roles in realm-management that a token names; None where it names none."""
+    try:
         roles = claims["resource_access"]["realm-management"]["roles"]
         return {role for role in roles if re.fullmatch(r"[a-z-]{1,60}", role)}
-    except (ValueError, LookupError, TypeError):
+    except (LookupError, TypeError):
         return None
 
 
@@ -1729,11 +1728,12 @@ def check_roles(reader: KeycloakReader, roles: Optional[set[str]], sees_users: b
         yield from about(sorted(roles - READING_ROLES), more) or [ok("keycloak-role", "the client sees users, and may do no more")]
 
 
-def check_clock(reader: KeycloakReader) -> Findings:
-    """Do Keycloak and this host agree what time it is?"""
-    ahead = reader.clock_ahead
+def check_clock(claims: Mapping[str, Any]) -> Findings:
+    """Do Keycloak and this host agree what time it is? By the time at which a token was made just now (iat in RFC 7519)."""
+    made_at = claims.get("iat")
+    ahead = made_at - time.time() if isinstance(made_at, (int, float)) else None
     if ahead is None:
-        yield skipped("keycloak-clock", "Keycloak does not say what time it is")
+        yield skipped("keycloak-clock", "is Keycloak's clock that of this host? Its token does not say when it was made")
     elif abs(ahead) > MAX_CLOCK_SECONDS:
         lead = f"{ctl.shown_seconds(abs(ahead))} {'ahead of' if ahead > 0 else 'behind'}"
         text = f"Keycloak's clock is {lead} this host's, so tokens and apps may count too long or not long enough"
