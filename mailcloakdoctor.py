@@ -1594,7 +1594,11 @@ def check_dovecot_access(host: Installation, path: str, user: str, groups: str) 
         text = (
             f"Dovecot does not start: extra_groups of service auth-worker names {' and '.join(missing)}, and there is no such group"
         )
-        yield problem("dovecot-access", text, f"name {host.daemon_group} there, the group of the database; then restart Dovecot")
+        group = host.daemon_group
+        remedy = f"name {group} there, the group of the database"
+        if group in missing:
+            remedy = f"make it, with the daemon's user, by useradd --system --user-group {shlex.quote(group)}, as the README says"
+        yield problem("dovecot-access", text, f"{remedy}; then restart Dovecot")
         return
     group_ids = [grp.getgrnam(name).gr_gid for name in names]
     why, untried = try_as(user, lambda: why_not(path, os.R_OK), "dovecot-access", f"can Dovecot read {path}?", groups=group_ids)

@@ -1601,13 +1601,15 @@ def test_dovecot_that_may_not_read_the_database_is_a_problem(readable_site, dove
 
 
 @real_dovecot
-def test_group_of_dovecot_that_does_not_exist_is_a_problem(readable_site, dovecot_factory):
+def test_group_of_dovecot_that_does_not_exist_is_a_problem(readable_site, dovecot_factory, monkeypatch):
     instance = dovecot_factory(readable_site.database)
     replace_in(instance.config, "extra_groups = daemon", "extra_groups = mailcloak-x")
     found = the_only(ask_dovecot(readable_site, instance), "problem", "dovecot-access")
     assert found.text.startswith("Dovecot does not start: extra_groups of service auth-worker names mailcloak-x")
-    (group,) = re.findall("^name (.*) there", found.remedy)
-    assert group == "mailcloak"
+    assert found.remedy.startswith("name mailcloak there, the group of the database")
+    monkeypatch.setattr(mailcloakdoctor.Installation, "daemon_group", "mailcloak-x")
+    found = the_only(ask_dovecot(readable_site, instance), "problem", "dovecot-access")
+    assert found.remedy.startswith("make it, with the daemon's user, by useradd --system --user-group mailcloak-x,")
 
 
 @real_dovecot
