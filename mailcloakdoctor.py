@@ -619,7 +619,8 @@ def run_program(name: str, *arguments: str, text: str = "", directory: str = "/"
             timeout=ctl.ANSWER_SECONDS,
             input=text,
             cwd=directory,
-            env={**os.environ, "LC_ALL": "C", "PATH": SYSTEM_PATH},
+            # with the last, doveconf does not look up the name of this host, for which it could wait until it is given up
+            env={**os.environ, "LC_ALL": "C", "PATH": SYSTEM_PATH, "DOVECOT_HOSTDOMAIN": "localhost"},
         )
     except subprocess.TimeoutExpired:
         raise CommandFailed(f"{name} gave no answer within {ctl.ANSWER_SECONDS:.0f} s") from None

@@ -1828,7 +1828,7 @@ def on_host(site, *commands, arguments=()):
     site.write_config()
     program = [sys.executable, ROOT / "mailcloakctl.py", "--config", site.config_path, "doctor", "--json", *arguments]
     result = subprocess.run(
-        ["unshare", "--mount", "sh", "-c", "; ".join(["set -e", *commands, 'exec "$@"']), "sh", *map(str, program)],
+        ["unshare", "--mount", "--uts", "sh", "-c", "; ".join(["set -e", *commands, 'exec "$@"']), "sh", *map(str, program)],
         check=False,
         capture_output=True,
         text=True,
@@ -1837,6 +1837,17 @@ def on_host(site, *commands, arguments=()):
     )
     assert result.returncode in (0, 1, 2), result
     return [mailcloakdoctor.Finding(**each) for each in json.loads(result.stdout)]
+
+
+@real_dovecot
+def test_dovecot_is_checked_on_a_host_whose_name_the_dns_does_not_answer_for(readable_site, dovecot_factory, short_dir):
+    instance = dovecot_factory(readable_site.database)
+    (short_dir / "resolv.conf").write_text("nameserver 127.53.53.53\n")
+    with contextlib.closing(socket.socket(socket.AF_INET, socket.SOCK_DGRAM)) as silent:
+        silent.bind(("127.53.53.53", 53))
+        commands = ("hostname mx.far.test", f"mount --bind {short_dir}/resolv.conf /etc/resolv.conf")
+        found = on_host(readable_site, *commands, arguments=("--dovecot-config", instance.config / "dovecot.conf"))
+    assert named(found, "dovecot-query")[0].state == "ok"
 
 
 @real_dovecot
