@@ -45,16 +45,16 @@ install uninstall:
 	@PREFIX='$(PREFIX)' SBINDIR='$(SBINDIR)' SYSCONFDIR='$(SYSCONFDIR)' UNITDIR='$(UNITDIR)' DESTDIR='$(DESTDIR)' \
 		PYTHON='$(PYTHON)' ANY_PYTHON='$(ANY_PYTHON)' INIT='$(INIT)' ./install $@
 
-# The sources are copied, so that a package can be made of a checkout that is used for other things.
+# The sources are copied, so that a package can be made of a checkout that is used for other things. Packages of before stay.
 DEB_DIR := build/deb
 deb:
 	@command -v dpkg-buildpackage dh >/dev/null || { echo 'make deb needs: apt-get install build-essential debhelper' >&2; exit 1; }
-	rm -rf '$(DEB_DIR)'
+	rm -rf '$(DEB_DIR)/mailcloak'
 	mkdir -p '$(DEB_DIR)/mailcloak'
 	cp -a *.md LICENSE *.py schema.sql config.yaml.sample install completions demo examples man openrc systemd packaging/debian \
 		'$(DEB_DIR)/mailcloak'
 	cd '$(DEB_DIR)/mailcloak' && dpkg-buildpackage --build=binary --no-sign
-	@echo 'make deb: next, as root: apt install ./$(DEB_DIR)/mailcloak_*_all.deb'
+	@echo "make deb: next, as root: apt install ./$$(ls -t '$(DEB_DIR)'/mailcloak_*_all.deb | head -n 1)"
 
 test: $(VENV)/test.stamp
 	$(VENV)/bin/python -m pytest -n $(JOBS) --dist loadgroup $(PYTEST_OPTIONS)

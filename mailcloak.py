@@ -1003,7 +1003,7 @@ sender-of-nobody: the login is good, but the sender is neither an enabled alias 
 foreign-sender: a user has logged in, and the sender is not in policy.domain: policy.foreign_sender sets the answer
     policy.foreign_sender: dunno lets users send as other domains; if this is one of our domains, add it to policy.domain
 login-missing: the login is neither a Keycloak user with an e-mail nor an app that has logged in with its password: refused
-    in Keycloak, create the user or give the user an e-mail
+    in Keycloak, create the user or give the user an e-mail; for an app: mailcloakctl apps add, and a login with its password
 login-disabled: the user is disabled or locked out in Keycloak: refused
     enable the user in Keycloak
 login-ambiguous: the login is the name of one user and the e-mail of another, or the e-mail of several: refused
@@ -4091,6 +4091,9 @@ def _can_be_alias(address: str) -> bool:
     return False
 
 
+ANOTHER_ADDRESS = "mailcloakctl aliases add ADDRESS USERNAME gives the user another address to send as; this one is somebody else's e-mail in Keycloak"
+
+
 def _explain(action: Action, facts: LiveFacts, asked: str, user: str) -> dict[str, Any]:
     """The answer as mailcloakctl prints it, with rule and change in words; two reasons where both recipient and sender were asked."""
     steps = facts.steps or []
@@ -4105,7 +4108,7 @@ def _explain(action: Action, facts: LiveFacts, asked: str, user: str) -> dict[st
     elif "aliases add" in change and aliases and not any(aliases.values()):
         change = f"mailcloakctl aliases enable {shlex.quote(deciding[0])}"
     elif "aliases add" in change and holders:
-        change = "enable the user in Keycloak" if action.reason != "sender-not-owned" else "change the user's e-mail in Keycloak"
+        change = "enable the user in Keycloak" if action.reason != "sender-not-owned" else ANOTHER_ADDRESS
     elif "aliases add" in change and not _can_be_alias(asked):
         change = "nothing: no alias or e-mail of a user can have this form"
     rule = "; ".join(reason.rule for reason in reasons)

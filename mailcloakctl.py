@@ -1440,9 +1440,17 @@ def ask_sender(context: Context) -> None:
     question = {"protocol_state": "RCPT", "policy_context": "sender", "sender": address}
     question |= {"sasl_username": user, "sasl_method": method}
     explanation = explain(context, {"policy": question})
+    if user and not options.method and is_no_app(explanation.get("steps", [])):
+        method = question["sasl_method"] = "XOAUTH2"  # the only way for a user to log in
+        explanation = explain(context, {"policy": question})
     answer = context.daemon.ask_policy(**question)
     who = f"{user}, logged in by {method}," if user else "a client who has not logged in"
     show_answer(context, f"may {who} send as <{address}>?", answer, None, describe(explanation, answer, address))
+
+
+def is_no_app(steps: Sequence[dict[str, Any]]) -> bool:
+    """Did the daemon look for an app on the way to its answer, and find none?"""
+    return any(step["asked"] == "app" and not step["found"] and not step["error"] for step in steps)
 
 
 def ask_alias(context: Context) -> None:
@@ -2121,7 +2129,9 @@ def add_other_options(parser: ArgumentParser, noun: str, verb: str) -> None:
     if (noun, verb) == ("ask", "sender"):
         parser.add_argument("--user", metavar="NAME", default="", help="who has logged in: a username, an e-mail or an app")
         parser.add_argument(
-            "--method", metavar="M", help="how: XOAUTH2 or OAUTHBEARER with a token, else PLAIN (the default) or LOGIN"
+            "--method",
+            metavar="M",
+            help="how: XOAUTH2 or OAUTHBEARER with a token (the default for a user), PLAIN or LOGIN with a password (for an app)",
         )
     if noun == "status":
         form = parser.add_mutually_exclusive_group()

@@ -34,7 +34,7 @@ The checks: what each looks at, and the remedy.
   postfix-timeout         does Postfix wait longer for mailcloak than mailcloak for Keycloak? timeout=30s
   postfix-aliases         does cleanup ask for aliases, directly and by the right name? virtual_alias_maps
   postfix-domains         does Postfix take mail for policy.domain, and not for unchecked domains? virtual_mailbox_domains
-  postfix-delivery        does what it takes reach a mailbox? virtual_transport, or mailbox_transport
+  postfix-delivery        does what it takes reach a mailbox, and has master.cf what delivers? virtual_transport, or mailbox_transport
   postfix-recipients      does a list of its own refuse users? virtual_mailbox_maps, local_recipient_maps
   postfix-relay           does each smtpd take mail for us, and relay for nobody else? smtpd_relay_restrictions, mynetworks
   postfix-login           can users and apps log in, by Dovecot? smtpd_sasl_auth_enable, smtpd_sasl_type
@@ -45,7 +45,9 @@ The checks: what each looks at, and the remedy.
 
   dovecot-mechanisms      do users log in with a token, apps with a password, and nobody otherwise? auth_mechanisms
   dovecot-realm           does Dovecot take tokens of the realm that the daemon asks? introspection_url
-  dovecot                 does Dovecot look for apps in this database? The passdb of the examples
+  dovecot-trust           does Dovecot trust Keycloak's certificate? tls_ca_cert_file, in 2.4 ssl_client_ca_file
+  dovecot-mailboxes       are the user and group there to which the mailboxes belong? useradd
+  dovecot                 can Dovecot read its configuration, and SQLite, and does it look for apps in this database? The examples
   dovecot-query           does its query let apps in only while they are enabled, and only to send? The query of the examples
   dovecot-access          can the process that asks the database read it? extra_groups, chmod
 
@@ -81,7 +83,6 @@ import argparse
 import base64
 import concurrent.futures
 import contextlib
-import email.utils
 import errno
 import functools
 import grp
@@ -95,8 +96,10 @@ import shutil
 import signal
 import socket
 import sqlite3
+import ssl
 import stat
 import subprocess
+import textwrap
 import threading
 import time
 import urllib.parse
@@ -587,6 +590,7 @@ CLASSES = {  # where Postfix knows a domain from, in its order; what delivers th
     "virtual_mailbox_domains": ("virtual_transport", "virtual_mailbox_maps"),
     "relay_domains": ("relay_transport", "relay_recipient_maps"),
 }
+CLIENTS = {"lmtp": "lmtp", "smtp": "smtp", "relay": "smtp"}  # of Postfix's own master.cf, with their programs
 TO_DOVECOT = "lmtp:unix:private/dovecot-lmtp"
 FROM_DOVECOT = f"start Dovecot, with this socket as in {EXAMPLES}/dovecot-2.3 or {EXAMPLES}/dovecot-2.4"
 UNTRIED = "Only Unix sockets are tried"
@@ -616,7 +620,8 @@ def run_program(name: str, *arguments: str, text: str = "", directory: str = "/"
             timeout=ctl.ANSWER_SECONDS,
             input=text,
             cwd=directory,
-            env={**os.environ, "LC_ALL": "C", "PATH": SYSTEM_PATH},
+            # with the last, doveconf does not look up the name of this host, for which it could wait until it is given up
+            env={**os.environ, "LC_ALL": "C", "PATH": SYSTEM_PATH, "DOVECOT_HOSTDOMAIN": "localhost"},
         )
     except subprocess.TimeoutExpired:
         raise CommandFailed(f"{name} gave no answer within {ctl.ANSWER_SECONDS:.0f} s") from None
@@ -829,6 +834,7 @@ def check_postfix(host: Installation) -> Findings:
         yield from check_local_mail(host.policy, host.sockets, postfix)
         yield from check_alias_maps(host.sockets, postfix)
         yield from check_domains(host.policy, postfix)
+        yield from check_transports(postfix)
         yield from check_main_settings(host.policy, postfix)
 
 
@@ -1122,7 +1128,8 @@ def check_route(postfix: Postfix, name: str, transport: str, domains: str) -> Fi
         why["virtual"] = "virtual(8) delivers only to who is in virtual_mailbox_maps, which is empty"
     if command in why:
         text = f"{setting} = {transport}: mail for {domains} is lost or waits: {why[command]}"
-        yield problem("postfix-delivery", text, f"main.cf: {setting} = {TO_DOVECOT}, then postfix reload")
+        remedy = add_client(transport) if not service else ""
+        yield problem("postfix-delivery", text, remedy or f"main.cf: {setting} = {TO_DOVECOT}, then postfix reload")
     elif command == "virtual":
         yield skipped("postfix-delivery", f"has {mailboxes} a mailbox for each user? virtual(8) delivers to no other")
     elif service and (path := postfix.path_of(transport.partition(":")[2], service.chroot)):
@@ -1136,6 +1143,27 @@ def check_route(postfix: Postfix, name: str, transport: str, domains: str) -> Fi
         text = f"Postfix refuses who is not in {table} = {value}, whatever mailcloak says"
         make = problem if "passwd.byname" in value else warning
         yield make("postfix-recipients", text, f"main.cf: leave {table} empty, then postfix reload: mailcloak knows who exists")
+
+
+def add_client(transport: str) -> str:
+    """How to give master.cf a service of Postfix's own that this transport names; "" where it names another."""
+    name = transport.partition(":")[0]
+    return f"master.cf: add the line {name} unix - - n - - {CLIENTS[name]}, then postfix reload" if name in CLIENTS else ""
+
+
+def check_transports(postfix: Postfix) -> Findings:
+    """Has master.cf what takes mail to other hosts, and to the content filters, the one for mail by sendmail(1) among them?"""
+    uses = [("default_transport", postfix.value(postfix.service("trivial-rewrite"), "default_transport"))]
+    for service in postfix.services.values():
+        if service.command in ("smtpd", "pickup"):
+            uses.append((f"content_filter of {service.name}", postfix.value(service, "content_filter")))
+    missing: dict[str, list[str]] = defaultdict(list)
+    for place, transport in uses:
+        if transport and f"{transport.partition(':')[0]}/unix" not in postfix.services:
+            missing[transport.partition(":")[0]].append(place)
+    for name, places in missing.items():
+        text = f"master.cf has no service {name}, and the mail waits that {' and '.join(places)} would send there"
+        yield problem("postfix-delivery", text, add_client(name) or "add it to master.cf, or name another; then postfix reload")
 
 
 def check_main_settings(policy: mailcloak.PolicyConfig, postfix: Postfix) -> Findings:
@@ -1168,6 +1196,7 @@ TOKEN_URLS = {  # that name a realm, and whether Dovecot itself asks them or com
     "issuers": False,  # a name, whatever the way to Keycloak is
     "openid_configuration_url": False,
 }
+UNREACHED = "no answer"  # also what try_as() says
 TOKENS, PASSWORDS = {"oauthbearer", "xoauth2"}, {"plain", "login", "scram-sha-256"}
 
 
@@ -1180,33 +1209,74 @@ class PasswordQuery(NamedTuple):
     percent_doubled: bool  # 2.3: %% is a percent sign, %u a variable; 2.4: only %{name} is one
 
 
-def check_dovecot(host: Installation) -> Findings:
-    """The passdb for apps: on this database, with a good query, and allowed to read."""
-    where = ("-c", host.options.dovecot_config) if host.options.dovecot_config else ()
-    try:
-        settings = run_program("doveconf", *where, "-n", "-P")[0]  # with URLs that hold a password, which are not shown
-        if not settings:
+class Trust(NamedTuple):
+    """Whose certificates Dovecot takes when it asks Keycloak; with neither a file nor a folder, those that OpenSSL takes on this host."""
+
+    setting: str  # by which a file is named
+    file: str  # of CA certificates
+    folder: str
+    takes_all: str  # the setting by which it takes all certificates, if it does
+    by_root: bool  # 2.4: the process that reads the configuration reads the file as well
+
+
+class TokenUrl(NamedTuple):
+    """One address that says whose tokens are good."""
+
+    place: str
+    setting: str  # of TOKEN_URLS
+    url: str
+    trust: Trust
+
+
+class Dovecot:
+    """Dovecot, as doveconf shows it. Raises CommandFailed, and OSError where a file that it names cannot be read."""
+
+    def __init__(self, path: Optional[str]) -> None:
+        self._where = ("-c", path) if path else ()
+        self.settings = run_program("doveconf", *self._where, "-n", "-P")[0]  # with URLs that hold a password, which are not shown
+        if not self.settings:
             raise CommandFailed("doveconf says nothing")
-        worker, internal, groups, mechanisms = (
-            run_program("doveconf", *where, "-h", name)[0].strip()
-            for name in ("service/auth-worker/user", "default_internal_user", "service/auth-worker/extra_groups", "auth_mechanisms")
-        )
-        queries = list(find_password_queries(settings))
-        token_urls = list(find_token_urls(settings))
+        self.mechanisms = set(re.split(r"[\s,]+", self._value("auth_mechanisms").lower())) - {""}
+        self.auth_user, self.worker_user = self._user_of("auth"), self._user_of("auth-worker")
+        self.worker_groups = self._value("service/auth-worker/extra_groups")
+        self.queries = list(find_password_queries(self.settings))
+        self.token_urls = list(find_token_urls(self.settings))
+
+    def _value(self, name: str, *options: str) -> str:
+        return run_program("doveconf", *self._where, *options, "-h", name)[0].strip()
+
+    def _user_of(self, service: str) -> str:
+        internal = self._value("default_internal_user")
+        return re.sub(r"\$(SET:)?default_internal_user", internal, self._value(f"service/{service}/user"))
+
+    def missing_driver(self) -> str:
+        """The file of its driver for SQLite if that is not installed, "" if Dovecot has it. Raises CommandFailed."""
+        drivers = re.findall("^SQL driver( plugin)?s:(.*)$", run_program("dovecot", "--build-options")[0], re.MULTILINE)
+        if any("sqlite" in names.split() and not is_plugin for is_plugin, names in drivers):
+            return ""
+        path = os.path.join(self._value("mail_plugin_dir", "-d"), "auth", "libdriver_sqlite.so")  # where it was built to look
+        return "" if os.path.exists(path) else path
+
+
+def check_dovecot(host: Installation) -> Findings:
+    """Who may log in, and the passdb for apps: on this database, with a good query, and allowed to read."""
+    try:
+        dovecot = Dovecot(host.options.dovecot_config)
     except CommandFailed as exc:
-        remedy = "name Dovecot's configuration with --dovecot-config, and run doveconf -n"
-        yield skipped("dovecot", exc.text, remedy if exc.is_there else "")
+        yield from explain_doveconf(exc)
         return
     except OSError as exc:
         remedy = AS_ROOT if os.geteuid() else "correct args of the passdb"
         yield skipped("dovecot", f"{exc.filename}: {exc.strerror}", remedy)
         return
-    offered = set(re.split(r"[\s,]+", mechanisms.lower())) - {""}
+    offered, queries = dovecot.mechanisms, dovecot.queries
     yield from check_mechanisms(host, offered)
-    if queries or token_urls:  # else nobody has set it up for mailcloak yet
-        yield from check_passdbs(settings)
+    if queries or dovecot.token_urls:  # else nobody has set it up for mailcloak yet
+        yield from check_passdbs(dovecot.settings)
+        yield from check_mailboxes(dovecot.settings)
     if offered & TOKENS and host.static_users is None:
-        yield from check_realm(host, settings, token_urls)
+        yield from check_realm(host, dovecot.settings, dovecot.token_urls)
+        yield from check_trust(host, dovecot)
     if not queries:
         if host.apps:
             remedy = f"take the passdb from {SQL_SAMPLES}"
@@ -1216,13 +1286,83 @@ def check_dovecot(host: Installation) -> Findings:
         else:
             yield ok("dovecot", "it asks no SQLite database, and there are no apps")
         return
+    yield from check_driver(dovecot)
     for found in queries:
         if host.database_path and not same_path(found.database, host.database_path):
             remedy = f"name {host.database_path} there, then doveadm reload"
             yield problem("dovecot", f"{found.place} reads {found.database or 'no file'}, not {host.database_path}", remedy)
         yield from check_query(found)
-    user = re.sub(r"\$(SET:)?default_internal_user", internal, worker)
-    yield from check_dovecot_access(host, host.database_path or queries[0].database, user, groups)
+    path = host.database_path or queries[0].database
+    yield from check_dovecot_access(host, path, dovecot.worker_user, dovecot.worker_groups)
+
+
+def explain_doveconf(exc: CommandFailed) -> Findings:
+    """Why doveconf says nothing of Dovecot's settings; where it refuses them, Dovecot does not start."""
+    if exc.has_refused and os.geteuid() != 0 and "Permission denied" in exc.text:
+        yield skipped("dovecot", exc.text, AS_ROOT)
+    elif exc.has_refused:
+        remedy = "fix it until doveconf -n is content, or name another file with --dovecot-config"
+        if "dovecot_config_version" in exc.text:  # what only 2.4 knows, and what it wants first
+            theirs, ours, sample = "2.3", "2.4", f"{EXAMPLES}/dovecot-2.4"
+            if "Unknown" in exc.text:
+                theirs, ours, sample = "2.4", "2.3", f"{EXAMPLES}/dovecot-2.3"
+            remedy = f"this file is for Dovecot {theirs}, and {ours} is installed: take the files of {sample}, then restart Dovecot"
+        yield problem("dovecot", f"Dovecot cannot read its configuration: {exc.text}", remedy)
+    else:
+        yield skipped("dovecot", exc.text, "name Dovecot's configuration with --dovecot-config" if exc.is_there else "")
+
+
+def check_driver(dovecot: Dovecot) -> Findings:
+    """Can Dovecot open a database of SQLite? In the packages of most systems the driver is one of its own."""
+    try:
+        missing = dovecot.missing_driver()
+    except CommandFailed as exc:
+        yield skipped("dovecot", f"has Dovecot its driver for SQLite? {exc}")
+        return
+    if missing:
+        text = f"Dovecot has no driver for SQLite, so its auth process does not start, and nobody can log in: there is no {missing}"
+        yield problem("dovecot", text, "install the package dovecot-sqlite (apt-get install dovecot-sqlite), then restart Dovecot")
+
+
+def check_mailboxes(settings: str) -> Findings:
+    """Are the accounts there to which Dovecot gives the mailboxes?"""
+    check = "dovecot-mailboxes"
+    named = {(kind, name) for kind, name in find_owners(settings) if "%" not in name}  # a variable is another one for each user
+    users = sorted(name for kind, name in named if kind == "uid")
+    missing = sorted(name for kind, name in named if kind == "uid" and not is_account(pwd.getpwnam, name))
+    groups = sorted(name for kind, name in named if kind == "gid" and not is_account(grp.getgrnam, name) and name not in missing)
+    for kind, names, command in (
+        ("user", missing, "useradd --system --create-home --home-dir /var/vmail --shell /usr/sbin/nologin"),  # makes the group too
+        ("group", groups, "groupadd --system"),
+    ):
+        for name in names:
+            text = f"Dovecot's settings give the mailboxes to {kind} {name}, and there is no such {kind}, so it stores no mail"
+            yield problem(check, text, f"{command} {shlex.quote(name)}, then restart Dovecot; or name another {kind}")
+    if not users:
+        yield skipped(check, "which user owns the mailboxes? Dovecot's settings name none")
+    elif not missing and not groups:
+        yield ok(check, f"the mailboxes belong to user {', '.join(users)}")
+
+
+def find_owners(settings: str) -> Iterator[tuple[str, str]]:
+    """("uid" or "gid", name or number) of each owner of mailboxes in the output of doveconf -n."""
+    top = read_settings(re.sub(r"^\s.*\n", "", settings, flags=re.MULTILINE))
+    yield from ((kind, top[f"mail_{kind}"]) for kind in ("uid", "gid") if top.get(f"mail_{kind}"))
+    for body in re.findall(r"^userdb\b[^{\n]*\{\n(.*?)^\}", settings, re.MULTILINE | re.DOTALL):
+        for name, value in read_settings(body).items():
+            kind = name.partition(":")[0]
+            if kind in ("uid", "gid"):  # 2.4
+                yield kind, value
+            elif name in ("args", "default_fields", "override_fields"):  # 2.3
+                yield from re.findall(r"(?:^|\s)([ug]id)=(\S+)", value)
+
+
+def is_account(look_up: Callable[[str], Any], name: str) -> bool:
+    """Is there an account of this name? A number needs none."""
+    try:
+        return name.isdigit() or bool(look_up(name))
+    except KeyError:
+        return False
 
 
 def check_mechanisms(host: Installation, offered: set[str]) -> Findings:
@@ -1262,16 +1402,92 @@ def find_passdbs(settings: str) -> Iterator[tuple[str, dict[str, str], str]]:
         yield head, passdb, text
 
 
-def find_token_urls(settings: str) -> Iterator[tuple[str, str, str]]:
-    """Place, setting and URL of all that says whose tokens are good: oauth2 of doveconf -n (2.4), args of a passdb (2.3). Raises OSError."""
-    texts = [("dovecot.conf", settings)]
-    texts += [(passdb["args"], text) for _, passdb, text in find_passdbs(settings) if passdb.get("driver") == "oauth2" and text]
-    for place, text in texts:
+def find_block(settings: str, head: str) -> str:
+    """What stands in the block of this head in the output of doveconf -n, itself in that form; "" if there is none."""
+    match = re.search(rf"^{head} *\{{\n(.*?)^\}}", settings, re.MULTILINE | re.DOTALL)
+    return textwrap.dedent(match[1]) if match else ""
+
+
+def find_token_urls(settings: str) -> Iterator[TokenUrl]:
+    """All that says whose tokens are good: oauth2 of doveconf -n (2.4), args of a passdb (2.3). Raises OSError."""
+    client = {}
+    for block in (settings, find_block(settings, "oauth2")):
+        client.update(read_settings(find_block(block, "ssl_client")))
+    takes_all = "ssl_client_require_valid_cert" if client.get("require_valid_cert") == "no" else ""
+    trust = Trust("ssl_client_ca_file", client.get("ca_file", ""), client.get("ca_dir", ""), takes_all, by_root=True)
+    texts = [("dovecot.conf", settings, trust)]
+    for _, passdb, text in find_passdbs(settings):
+        if passdb.get("driver") == "oauth2" and text:
+            options = read_settings(text)
+            paths = options.get("tls_ca_cert_file", ""), options.get("tls_ca_cert_dir", "")
+            takes_all = "tls_allow_invalid_cert" if options.get("tls_allow_invalid_cert") == "yes" else ""
+            trust = Trust("tls_ca_cert_file", *paths, takes_all, by_root=False)
+            texts.append((passdb["args"], text, trust))
+    for place, text, trust in texts:
         for setting, value in re.findall(rf"^[ \t]*(?:oauth2_)?({'|'.join(TOKEN_URLS)})[ \t]*=[ \t]*(.*)$", text, re.MULTILINE):
-            yield from ((place, setting, url) for url in value.split())
+            yield from (TokenUrl(place, setting, url, trust) for url in value.split())
 
 
-def check_realm(host: Installation, settings: str, token_urls: Sequence[tuple[str, str, str]]) -> Findings:
+def check_trust(host: Installation, dovecot: Dovecot) -> Findings:
+    """Does Dovecot trust Keycloak's certificate? Tried as the user that Dovecot is, with the CA certificates that it knows."""
+    check = "dovecot-trust"
+    ours = host.keycloak.ca_file if host.keycloak else ""
+    for place, setting, url, trust in dovecot.token_urls:
+        if not TOKEN_URLS[setting] or not url.lower().startswith("https:"):
+            continue
+        user, server = "root" if trust.by_root else dovecot.auth_user or "root", urllib.parse.urlsplit(url).hostname
+        if trust.takes_all:
+            text = f"Dovecot takes any certificate for that of {server}, so who answers in its place decides who may log in"
+            yield problem(check, text, f"{place}: take {trust.takes_all} out, then doveadm reload")
+            continue
+        question = f"does Dovecot trust the certificate of {server}?"
+        why, untried = try_as(user, functools.partial(try_certificate, url, trust), check, question)
+        yield from untried
+        text = f"Dovecot does not trust the certificate of {server}, so no user can log in with a token"
+        if why.startswith(UNREACHED):
+            yield skipped(check, f"{question} It gave {why}")
+        elif why.startswith("may not"):
+            groups = os.getgrouplist(user, pwd.getpwnam(user).pw_gid)
+            yield problem(check, f"{text}: user {user} {why}", access_remedy(why, user, groups, "chmod o+{bit} {path}"))
+        elif why and ours and not same_path(ours, trust.file):
+            remedy = f"{place}: {trust.setting} = {ours}, as in keycloak.ca_file; then doveadm reload"
+            yield problem(check, f"{text}: {why}", remedy)
+        elif why and not ours and trust.file:
+            remedy = f"{place}: take {trust.setting} out, to trust what this host trusts; then doveadm reload"
+            yield problem(check, f"{text}: {why}", remedy)
+        elif why:
+            remedy = f"{place}: {trust.setting} = FILE with the certificate of its CA, as in keycloak.ca_file; then doveadm reload"
+            yield problem(check, f"{text}: {why}", remedy)
+        elif not untried:
+            yield ok(check, f"Dovecot trusts the certificate of {server}")
+
+
+def try_certificate(url: str, trust: Trust) -> str:
+    """Why this process does not trust the server of an https URL; "" if it does. It begins with UNREACHED where that is not known."""
+    server = urllib.parse.urlsplit(url)
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    for path in filter(None, (trust.file, trust.folder)):
+        why = why_not(path, os.R_OK)
+        if why:
+            return why
+    try:
+        if trust.file or trust.folder:
+            context.load_verify_locations(trust.file or None, trust.folder or None)
+        else:
+            context.set_default_verify_paths()
+    except OSError:
+        return f"there is no certificate in {trust.file}"
+    try:
+        with socket.create_connection((server.hostname or "", server.port or 443), ctl.ANSWER_SECONDS) as connection:
+            context.wrap_socket(connection, server_hostname=server.hostname).close()
+    except ssl.SSLCertVerificationError as exc:
+        return exc.verify_message
+    except OSError as exc:
+        return f"{UNREACHED}: {exc.strerror or exc}"
+    return ""
+
+
+def check_realm(host: Installation, settings: str, token_urls: Sequence[TokenUrl]) -> Findings:
     """Are the users who log in those that the daemon knows? Of a URL only host and realm are shown: it may hold a secret."""
     check = "dovecot-realm"
     keycloak = host.keycloak
@@ -1285,7 +1501,7 @@ def check_realm(host: Installation, settings: str, token_urls: Sequence[tuple[st
     server = urllib.parse.urlsplit(keycloak.base_url).hostname
     ours = f"{keycloak.base_url}/realms/{urllib.parse.quote(keycloak.realm)}"
     found: list[Finding] = []
-    for place, setting, url in token_urls:
+    for place, setting, url, _ in token_urls:
         parts = urllib.parse.urlsplit(url)
         realm = re.search("/realms/([^/]+)", parts.path)
         remedy = f"correct keycloak.realm; if it is right, {place}: let {setting} begin with {ours}, as in {OAUTH2_SAMPLES}; then doveadm reload"
@@ -1296,7 +1512,7 @@ def check_realm(host: Installation, settings: str, token_urls: Sequence[tuple[st
         elif parts.hostname != server and TOKEN_URLS[setting]:
             text = f"{setting} names {parts.hostname}, and the daemon asks {server}: if they differ, so do their users"
             found.append(warning(check, text, remedy))
-    if not any("/realms/" in url for _, _, url in token_urls):
+    if not any("/realms/" in each.url for each in token_urls):
         found.append(skipped(check, "of which realm are the tokens that Dovecot takes? Its settings name none"))
     yield from found or [ok(check, f"Dovecot takes tokens of realm {keycloak.realm}")]
 
@@ -1374,16 +1590,25 @@ def check_dovecot_access(host: Installation, path: str, user: str, groups: str) 
     if not user or user == "root":
         yield ok("dovecot-access", "Dovecot's auth-worker reads the database as root")
         return
-    group_ids = []
-    for name in re.split(r"[\s,]+", groups):
-        with contextlib.suppress(KeyError):
-            group_ids.append(grp.getgrnam(name).gr_gid)
+    names = [name for name in re.split(r"[\s,]+", groups) if name]
+    missing = [name for name in names if not is_account(grp.getgrnam, name)]
+    if missing:
+        text = (
+            f"Dovecot does not start: extra_groups of service auth-worker names {' and '.join(missing)}, and there is no such group"
+        )
+        group = host.daemon_group
+        remedy = f"name {group} there, the group of the database"
+        if group in missing:
+            remedy = f"make it, with the daemon's user, by useradd --system --user-group {shlex.quote(group)}, as the README says"
+        yield problem("dovecot-access", text, f"{remedy}; then restart Dovecot")
+        return
+    group_ids = [grp.getgrnam(name).gr_gid for name in names]
     why, untried = try_as(user, lambda: why_not(path, os.R_OK), "dovecot-access", f"can Dovecot read {path}?", groups=group_ids)
     yield from untried
     if why:
         group = host.daemon_group
         remedy = f"chgrp {group} {{path}}; chmod g+{{bit}} {{path}}"
-        if group not in re.split(r"[\s,]+", groups):
+        if group not in names:
             remedy = f"service auth-worker {{ extra_groups = {group} }}, the group of the database, then doveadm reload"
         remedy = access_remedy(why, user, [*group_ids, *os.getgrouplist(user, pwd.getpwnam(user).pw_gid)], remedy)
         yield problem("dovecot-access", f"Dovecot's auth-worker runs as user {user}, who {why}", remedy)
@@ -1412,13 +1637,6 @@ class KeycloakReader:
         self.api = mailcloak.KeycloakApi(config)
         self._session = mailcloak.new_session(config.ca_file)
         self._admin_url = f"{config.base_url}/admin/realms/{urllib.parse.quote(config.realm, safe='')}"
-        self.clock_ahead: Optional[float] = None  # of Keycloak, in seconds
-        self._session.hooks["response"].append(self._note_clock)
-
-    def _note_clock(self, response: Any, *_: Any, **__: Any) -> None:
-        with contextlib.suppress(TypeError, ValueError):
-            told = email.utils.parsedate_to_datetime(response.headers.get("Date"))
-            self.clock_ahead = told.timestamp() - time.time()
 
     def ask(self, work: Callable[..., ctl.Result], *arguments: Any, **query: str) -> ctl.Result:
         """What a method of the api returns or raises. Name resolution, which knows no deadline, is left behind in its thread."""
@@ -1465,13 +1683,13 @@ def check_keycloak(host: Installation) -> Findings:
     reader, check = KeycloakReader(host.keycloak), "keycloak-token"
     try:
         ctl.show_progress("asking Keycloak for a token ...")
-        token = reader.ask(reader.api.access_token).text
+        claims = read_claims(reader.ask(reader.api.access_token).text)
         who = f"{host.keycloak.base_url}, realm {host.keycloak.realm}, gives client {host.keycloak.client_id} a token"
         yield ok("keycloak-token", who)
-        yield from check_clock(reader)
+        yield from check_clock(claims)
         check = "keycloak-role"
         sees_users = bool(reader.ask(reader.api.get_users, max="1"))
-        yield from check_roles(reader, token_roles(token), sees_users)
+        yield from check_roles(reader, find_roles(claims), sees_users)
         if not sees_users:
             return
         check = "keycloak"
@@ -1487,13 +1705,20 @@ def check_keycloak(host: Installation) -> Findings:
         yield problem(check, exc.text, remedy)
 
 
-def token_roles(token: str) -> Optional[set[str]]:
-    """The roles in realm-management that a token of Keycloak names; None where it cannot be read. Source: RFC 7519, section 3."""
+def read_claims(token: str) -> dict[str, Any]:
+    """What a token of Keycloak says; nothing where it cannot be read. Source: RFC 7519, section 3."""
     try:
-        claims = json.loads(base64.urlsafe_b64decode(token.split(".")[1] + "==="))
+        return dict(json.loads(base64.urlsafe_b64decode(token.split(".")[1] + "===")))
+    except (ValueError, LookupError, TypeError):
+        return {}
+
+
+def find_roles(claims: Mapping[str, Any]) -> Optional[set[str]]:
+    """The roles in realm-management that a token names; None where it names none."""
+    try:
         roles = claims["resource_access"]["realm-management"]["roles"]
         return {role for role in roles if re.fullmatch(r"[a-z-]{1,60}", role)}
-    except (ValueError, LookupError, TypeError):
+    except (LookupError, TypeError):
         return None
 
 
@@ -1509,11 +1734,12 @@ def check_roles(reader: KeycloakReader, roles: Optional[set[str]], sees_users: b
         yield from about(sorted(roles - READING_ROLES), more) or [ok("keycloak-role", "the client sees users, and may do no more")]
 
 
-def check_clock(reader: KeycloakReader) -> Findings:
-    """Do Keycloak and this host agree what time it is?"""
-    ahead = reader.clock_ahead
+def check_clock(claims: Mapping[str, Any]) -> Findings:
+    """Do Keycloak and this host agree what time it is? By the time at which a token was made just now (iat in RFC 7519)."""
+    made_at = claims.get("iat")
+    ahead = made_at - time.time() if isinstance(made_at, (int, float)) else None
     if ahead is None:
-        yield skipped("keycloak-clock", "Keycloak does not say what time it is")
+        yield skipped("keycloak-clock", "is Keycloak's clock that of this host? Its token does not say when it was made")
     elif abs(ahead) > MAX_CLOCK_SECONDS:
         lead = f"{ctl.shown_seconds(abs(ahead))} {'ahead of' if ahead > 0 else 'behind'}"
         text = f"Keycloak's clock is {lead} this host's, so tokens and apps may count too long or not long enough"

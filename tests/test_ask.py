@@ -426,8 +426,25 @@ def test_answer_and_reason_of_the_daemon(filled_daemon, arguments, answer, reaso
     assert shown["rule"] == mailcloak.REASONS[reason].rule
 
 
+@pytest.mark.parametrize(("user", "method"), [("alice", "XOAUTH2"), ("printer", "PLAIN"), ("nobody-yet", "XOAUTH2")])
+def test_login_is_by_token_where_no_method_is_named_and_there_is_no_such_app(filled_daemon, user, method):
+    shown = asked_json(filled_daemon, "sender", "scan@d1.test", "--user", user)
+    assert shown["asked"] == f"may {user}, logged in by {method}, send as <scan@d1.test>?"
+    assert any(step["asked"] == "app" for step in shown["steps"]) == (method == "PLAIN")
+
+
+def test_user_who_would_send_as_another_users_email_is_advised_an_alias_of_their_own(filled_daemon):
+    shown = asked_json(filled_daemon, "sender", "bob@d1.test", "--user", "alice")
+    command = shown["change"].partition(" gives ")[0].replace("ADDRESS", "sales@d1.test").replace("USERNAME", "alice")
+    assert command.startswith("mailcloakctl aliases add sales@d1.test")
+    filled_daemon.ctl(*command.split()[1:])
+    assert asked_json(filled_daemon, "sender", "sales@d1.test", "--user", "alice")["reason"] == "own-alias"
+    filled_daemon.ctl("aliases", "del", "sales@d1.test")
+
+
 def test_steps_of_the_daemon_say_where_each_fact_comes_from(filled_daemon):
-    shown = run_ctl("--config", filled_daemon.config_path, "ask", "sender", "carol@d2.test", "--user", "carol").stdout
+    question = ("ask", "sender", "carol@d2.test", "--user", "carol", "--method", "PLAIN")
+    shown = run_ctl("--config", filled_daemon.config_path, *question).stdout
     assert "is there an app carol" in shown
     assert re.search(r"whose login is carol +carol, enabled +Keycloak, just now", shown)
     shown = run_ctl("--config", filled_daemon.config_path, "ask", "sender", "carol@d2.test", "--user", "carol").stdout
@@ -451,19 +468,28 @@ def test_what_keycloak_said_in_an_outage_is_shown(keycloak_daemon, keycloak):
 
 
 @pytest.mark.real("root")
-def test_user_who_may_only_connect_is_told_the_answer_alone(filled_daemon):
+@pytest.mark.parametrize(
+    ("question", "answer"),
+    [
+        (("recipient", "ghost@d1.test"), NO_SUCH_USER),
+        (("sender", "ghost@d1.test", "--user", "alice"), "553 5.7.1 Sender not owned by authenticated user"),
+    ],
+    ids=["recipient", "sender"],
+)
+def test_user_who_may_only_connect_is_told_the_answer_alone(filled_daemon, question, answer):
     def ask():
         said = io.StringIO()
         with contextlib.redirect_stdout(said):
-            code = mailcloakctl.main(["--config", str(filled_daemon.config_path), "ask", "recipient", "ghost@d1.test"])
+            code = mailcloakctl.main(["--config", str(filled_daemon.config_path), "ask", *question])
         return f"{code} {said.getvalue()}"
 
     filled_daemon.config_path.chmod(0o644)
     outcome = as_nobody(ask)
     assert outcome.startswith("0 ")
-    assert NO_SUCH_USER in outcome
+    assert answer in outcome
     assert "the reason is told only to root, to the daemon's own user and to the sockets' owner" in outcome
-    assert "unknown-recipient" not in outcome
+    assert "\nreason" not in outcome
+    assert "\nrule" not in outcome
 
 
 def test_hanging_daemon_is_given_up(fake, ctl):

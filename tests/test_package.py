@@ -32,11 +32,19 @@ def run(*command, **options):
 
 @pytest.fixture(scope="module")
 def package(tmp_path_factory):
-    """The package, with its .changes beside it."""
-    folder = tmp_path_factory.mktemp("deb")
-    run("make", "--no-print-directory", "deb", f"DEB_DIR={folder}/built")
-    (file,) = (folder / "built").glob("*.deb")
+    """The package, with its .changes beside it, and one of before."""
+    built = tmp_path_factory.mktemp("deb")
+    (built / f"mailcloak_{BEFORE}_all.deb").write_text("of before")
+    os.utime(built / f"mailcloak_{BEFORE}_all.deb", (0, 0))
+    said = run("make", "--no-print-directory", "deb", f"DEB_DIR={built}")
+    file = built / f"mailcloak_{mailcloak.__version__}_all.deb"
+    assert said.endswith(f"apt install ./{file}\n")
     return file
+
+
+@pytest.mark.real("make", "deb")
+def test_package_of_before_is_still_there(package):
+    assert (package.parent / f"mailcloak_{BEFORE}_all.deb").read_text() == "of before"
 
 
 def unpack(package, folder):
@@ -165,6 +173,7 @@ def test_every_package_has_the_version_of_the_program():
     assert [path.name for path in (ROOT / "packaging/gentoo/mail-filter").rglob("*.ebuild")] == [
         f"mailcloak-{mailcloak.__version__}.ebuild"
     ]
+    assert f"/mailcloak_{mailcloak.__version__}_all.deb\n" in (ROOT / "README.md").read_text()
     assert (DEBIAN / "changelog").read_text().startswith(f"mailcloak ({mailcloak.__version__}) ")
 
 

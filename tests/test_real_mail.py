@@ -19,7 +19,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from conftest import ROOT, once_for_all, running, wait_until
-from real.dovecot import new_source
+from real.dovecot import make_certificate, new_source
 from real.keycloak import MAIL_CLIENT, PASSWORD, service_client, user
 from real.mail import (
     CACHE_SECONDS,
@@ -686,6 +686,28 @@ def test_user_whose_username_is_his_address_sends_as_it_and_as_his_aliases_alone
 
 
 # ---- Whose address is it really?
+
+
+def test_setup_reaches_a_keycloak_whose_certificate_is_of_a_ca_of_its_own_by_ca_file(real_keycloak, realm, tmp_path):
+    certificate, key = make_certificate(tmp_path)
+    bundle = tmp_path / "bundle.pem"
+    (tmp_path / "other").mkdir()
+    bundle.write_text(make_certificate(tmp_path / "other")[0].read_text() + certificate.read_text())
+    with real_keycloak.behind_https(certificate, key) as url:
+        result = real_keycloak.try_setup(REALM, "client", KEYCLOAK_URL=url)
+        assert (result.returncode, result.stdout) == (1, "")
+        assert "PKIX path building failed" in result.stderr
+        result = real_keycloak.try_setup(REALM, "client", KEYCLOAK_URL=url, CA_FILE=str(bundle))
+        assert (result.returncode, realm[1] in result.stdout) == (0, True), result
+    result = real_keycloak.try_setup(REALM, "client", CA_FILE=str(key))
+    assert (result.returncode, result.stderr.startswith(f"setup: {key} holds no certificate that keytool reads: ")) == (1, True)
+
+
+def test_setup_says_that_the_realm_does_not_exist(real_keycloak, realm):
+    result = real_keycloak.try_setup(REALM.upper(), "client")
+    assert (result.returncode, result.stdout) == (1, "")
+    says = f"setup: there is no realm '{REALM.upper()}' for admin at {real_keycloak.url}; capital letters count\n"
+    assert result.stderr.endswith(says)
 
 
 @pytest.mark.parametrize(

@@ -11,8 +11,12 @@ import fcntl
 import os
 import shutil
 import signal
+import socket
+import socketserver
+import ssl
 import subprocess
 import tempfile
+import threading
 import time
 from pathlib import Path
 from urllib.parse import quote
@@ -83,6 +87,16 @@ def service_client(client_id, secret, *roles):
     client.update({"standardFlowEnabled": False, "directAccessGrantsEnabled": False})
     account = {"username": f"service-account-{client_id}", "enabled": True, "serviceAccountClientId": client_id}
     return client, {**account, "clientRoles": {"realm-management": list(roles)} if roles else {}}
+
+
+def pump(source, sink):
+    """Bytes from one socket to the other until it ends; then both are at their end."""
+    with contextlib.suppress(OSError):
+        while data := source.recv(65536):
+            sink.sendall(data)
+    for each in (source, sink):
+        with contextlib.suppress(OSError):
+            each.shutdown(socket.SHUT_RDWR)
 
 
 class PrivateKeycloak:
@@ -176,6 +190,12 @@ class PrivateKeycloak:
 
     def setup(self, realm, step):
         """What an administrator does with examples/keycloak/setup; its output."""
+        result = self.try_setup(realm, step)
+        assert result.returncode == 0, result
+        return result.stdout
+
+    def try_setup(self, realm, step, **more):
+        """The same, which may fail, with more variables."""
         environment = {
             **os.environ,
             "KEYCLOAK_URL": self.url,
@@ -184,8 +204,38 @@ class PrivateKeycloak:
             "REALM": realm,
             "KCADM": str(self.directory / "home" / "bin" / "kcadm.sh"),
             "KC_OPTS": FAST_JVM,
+            **more,
         }
-        return run(str(SETUP), step, env=environment)
+        options = {"capture_output": True, "text": True, "check": False, "timeout": 300, "stdin": subprocess.DEVNULL}
+        return subprocess.run([str(SETUP), step], env=environment, **options)
+
+    @contextlib.contextmanager
+    def behind_https(self, certificate, key):
+        """The address of a proxy of its own that has this certificate."""
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        context.load_cert_chain(certificate, key)
+        keycloak = "127.0.0.1", self.port
+
+        class Handler(socketserver.BaseRequestHandler):
+            def handle(self):
+                with contextlib.ExitStack() as stack:
+                    stack.enter_context(contextlib.suppress(OSError))
+                    client = stack.enter_context(context.wrap_socket(self.request, server_side=True))
+                    server = stack.enter_context(socket.create_connection(keycloak))
+                    back = threading.Thread(target=pump, args=(server, client))
+                    back.start()
+                    pump(client, server)
+                    back.join()
+
+        with socketserver.ThreadingTCPServer(("127.0.0.1", 0), Handler) as server:
+            server.daemon_threads = True
+            thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02})
+            thread.start()
+            try:
+                yield f"https://127.0.0.1:{server.server_address[1]}"
+            finally:
+                server.shutdown()
+                thread.join()
 
     def create_realm(self, name, users=(), clients=(), **more):
         """A stock realm but for what is given, with a public client for mail programs."""
