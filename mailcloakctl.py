@@ -76,7 +76,7 @@ LEAST_TOKEN_CHARS = 8
 ANSWER_SECONDS = 10.0  # the longest wait for what may hang: a socket, a command, a request to Keycloak
 MAX_ANSWER_BYTES = 16 * 1024 * 1024  # of the daemon; its statistics are about 10 kB
 MAX_TARGETS = 1000  # of an alias: virtual_alias_expansion_limit of Postfix
-MAX_TARGETS_CHARS = 90_000  # socketmap_table(5) takes an answer of 100,000; an extension may come to each mailbox
+MAX_TARGETS_BYTES = 90_000  # socketmap_table(5) takes an answer of 100,000; an extension may come to each mailbox
 MAX_ASKED_CHARS = 2000  # of an address to ask about; an SMTP line of Postfix holds 2048 (line_length_limit)
 SHOWN_ITEMS = 10  # of a long enumeration
 WATCH_SECONDS = 2.0  # between two looks of status --watch
@@ -680,7 +680,8 @@ def aliases_add(context: Context) -> None:
 
 def aliases_add_user(context: Context) -> None:
     """Let an alias lead to further users as well."""
-    wanted = read_targets(context, read_address(context.options.address))
+    address = read_address(context.options.address)
+    wanted, stored = read_targets(context, address), patiently(lambda: find_alias(context.database, address))
 
     def decide(address: str, before: Optional[mailcloak.Alias]) -> mailcloak.Alias:
         if not before:
@@ -690,7 +691,7 @@ def aliases_add_user(context: Context) -> None:
         )
         return before._replace(users=users, external=external)
 
-    change_alias(context, wanted, decide)
+    change_alias(context, wanted, decide, stored.users if stored else ())
 
 
 def aliases_remove_user(context: Context) -> None:
@@ -737,15 +738,20 @@ def change_alias(
     context: Context,
     wanted: Optional[mailcloak.Alias],
     decide: Callable[[str, Optional[mailcloak.Alias]], mailcloak.Alias],
+    others: Sequence[str] = (),
 ) -> None:
-    """Store what decide() makes of the alias that is there, and say so. wanted: has the users to be looked up in Keycloak."""
-    options, database, address = context.options, context.database, read_address(context.options.address)
+    """Store what decide() makes of the alias that is there, and say so.
+
+    wanted: has the users to be looked up in Keycloak; others: whom the alias has as well.
+    """
+    options, address = context.options, read_address(context.options.address)
     if wanted and wanted.users:
-        check_with_keycloak(context, address, wanted.users)
+        check_with_keycloak(context, address, wanted.users, others)
+    database = context.database  # not opened before, since that may create it
     with transaction(database):
         before = find_alias(database, address)
         after = decide(address, before)
-        refuse_number(address, after)
+        refuse_number(context, address, after)
         added = [user for user in after.users if not before or user not in before.users]
         for user in added if wanted and not options.force else ():
             refuse_chain(context, address, user)
@@ -767,15 +773,21 @@ def change_alias(
         say(f"warning: {app} is an app, and apps receive no mail; name the user who should get it")
 
 
-def refuse_number(address: str, alias: mailcloak.Alias) -> None:
+def refuse_number(context: Context, address: str, alias: mailcloak.Alias) -> None:
     """Raise Refused for more targets than Postfix takes: it would defer the mail for ever."""
-    count = len(alias.users) + len(alias.external)
-    size = sum(len(target) + len(address) + 2 for target in (*alias.users, *alias.external))
-    if count > MAX_TARGETS or size > MAX_TARGETS_CHARS:
+    mailboxes = mailboxes_of(context, address, alias)
+    size = len(",".join(mailboxes).encode())
+    if len(mailboxes) > MAX_TARGETS or size > MAX_TARGETS_BYTES:
         raise Refused(
-            f"aliases: {address} would lead to {count} targets ({size} characters); Postfix takes {MAX_TARGETS} at most, in"
-            f" {MAX_TARGETS_CHARS} characters: use a mailing list for so many"
+            f"aliases: {address} would lead to {len(mailboxes)} targets of {size} bytes; Postfix takes {MAX_TARGETS} at most, in"
+            f" {MAX_TARGETS_BYTES} bytes: use a mailing list for so many"
         )
+
+
+def mailboxes_of(context: Context, address: str, alias: mailcloak.Alias) -> list[str]:
+    """Where the daemon leads mail for the alias, if all its users are there."""
+    domain = (context.policy.mailbox_domain if context.policy else "") or address.rpartition("@")[2]
+    return [*(mailcloak.format_mailbox(user, "", domain) for user in alias.users), *alias.external]
 
 
 def refuse_names(context: Context, address: str, username: str) -> None:
@@ -807,14 +819,17 @@ def refuse_names(context: Context, address: str, username: str) -> None:
         )
 
 
-def check_with_keycloak(context: Context, address: str, users: Sequence[str]) -> None:
-    """Ask the daemon what Keycloak says: raise Refused if the address is another user's e-mail, warn of users who do not count."""
+def check_with_keycloak(context: Context, address: str, users: Sequence[str], others: Sequence[str]) -> None:
+    """Ask the daemon what Keycloak says of new users of an alias that has others as well.
+
+    Raises Refused if the address is the e-mail of somebody else; warns of new users who do not count.
+    """
 
     def ask() -> tuple[list[str], list[dict[str, str]]]:
-        return find_others(context, address, users), [ask_login(context, user) for user in users]
+        return find_others(context, address, (*users, *others)), [ask_login(context, user) for user in users]
 
-    others, logins = look_up(context, f"{address} and {shorten(users)} were", ask) or ([], [])
-    refuse_holders(context, address, others)
+    holders, logins = look_up(context, f"{address} and {shorten(users)} were", ask) or ([], [])
+    refuse_holders(context, address, holders)
     for user, login in zip(users, logins):
         warn_of_login(user, login)
 
@@ -992,9 +1007,8 @@ def aliases_show(context: Context) -> None:
     row = patiently(lambda: context.database.execute(select, (address,)).fetchone())
     if not row:
         raise Refused(f"aliases: {address} does not exist, aliases list shows what does")
-    domain = (context.policy.mailbox_domain if context.policy else "") or address.rpartition("@")[2]
     alias = describe_alias(row)
-    mailboxes = [*(mailcloak.format_mailbox(user, "", domain) for user in alias["users"]), *alias["external"]]
+    mailboxes = mailboxes_of(context, address, mailcloak.read_alias(*row[3:]))
     if context.options.json:
         print_json({**alias, "mailbox": ", ".join(mailboxes)})
         return

@@ -707,7 +707,7 @@ def check_names(context: ctl.Context, line: Line) -> tuple[str, str]:
         raise ctl.Refused(f"{address} has no target")
     for user in users:
         ctl.refuse_names(context, address, user)
-    ctl.refuse_number(address, mailcloak.Alias(tuple(users), True, tuple(external)))
+    ctl.refuse_number(context, address, mailcloak.Alias(tuple(users), True, tuple(external)))
     return address, join_targets(users, external)
 
 
@@ -882,7 +882,7 @@ def ask_about(context: ctl.Context, elsewhere: Optional[list[Change]]) -> None:
     def ask() -> list[tuple[list[str], list[dict[str, str]]]]:
         return [
             (
-                ctl.find_others(context, change.address, change.new_users),
+                ctl.find_others(context, change.address, change.new.users if change.new else ()),
                 [ctl.ask_login(context, user) for user in change.new_users],
             )
             for change in changes

@@ -95,6 +95,22 @@ def test_deleted_alias_takes_its_targets_with_it_and_a_new_one_has_none_of_them(
     assert alias_of(ctl) == (["alice"], [], None)
 
 
+def test_user_with_the_address_as_e_mail_may_share_it(make_daemon, keycloak):
+    keycloak.add_user("alice", TEAM)
+    keycloak.add_user("bob", "bob@d1.test")
+    daemon = make_daemon(keycloak=keycloak.config()).start()
+    config = ("--config", daemon.config_path, "aliases")
+    refused = run_ctl(*config, "add", TEAM, "bob", check=False)
+    assert f"{TEAM} is the primary e-mail of alice, whose mail this alias would take" in refused.stderr
+    run_ctl(*config, "add", TEAM, "alice")
+    assert run_ctl(*config, "add-user", TEAM, "bob").stderr == f"aliases: {TEAM} now leads to alice, bob\n"
+    path = daemon.database.parent / "aliases.csv"
+    path.write_text(f"{TEAM},alice;bob;carol\n", encoding="utf-8")
+    said = run_ctl(*config, "sync", path)
+    assert (said.stdout, said.stderr) == ("aliases: 1 changed, 0 unchanged\n", "warning: carol is not a user in Keycloak\n")
+    assert daemon.ask_map(f"alias {TEAM}") == f"OK {TEAM},bob@d1.test".replace(TEAM, "alice@d1.test")
+
+
 def test_address_elsewhere_needs_external_and_is_no_user(ctl, tmp_path):
     config = tmp_path / "config.yaml"
     blocks = {"policy": {"domain": "d1.test", "mailbox_domain": "mbx.test"}, "sqlite": {"path": str(ctl.path)}}
