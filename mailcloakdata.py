@@ -958,23 +958,16 @@ def report(options: Any, staging: sqlite3.Connection, counts: dict[str, int], st
 def describe(change: Change) -> str:
     """One change in words."""
     before, after = change.old, change.new
-    states = (
-        []
-        if not before or not after
-        else ["enabled"]
-        if before.enabled < after.enabled
-        else ["disabled"] * (before.enabled > after.enabled)
-    )
-    states += ["disabled"] if after and not before and not after.enabled else []
-    if after and after.receive_only != (before.receive_only if before else False):
-        states.append("only receives" if after.receive_only else "may send")
-    if change.old_source is not None and change.source is not None and change.source != change.old_source:
-        states.append(f"taken from {change.old_source or 'no job'}")
-    targets = [ctl.shown_targets(each) for each in (before, after) if each]
+    was, words = before or mailcloak.Alias((), True), []  # a new one is enabled unless something else is said
+    if after and after.enabled != was.enabled and change.kind not in ("enable", "disable"):
+        words.append("enabled" if after.enabled else "disabled")
+    if after and after.receive_only != was.receive_only:
+        words.append("only receives" if after.receive_only else "may send")
+    if before and after and change.source != change.old_source:
+        words.append(f"taken from {change.old_source or 'no job'}")
+    targets = list(dict.fromkeys(ctl.shown_targets(alias) for alias in (before, after) if alias))
     shown = " -> ".join(targets if change.kind == "change" else targets[-1:])
-    return ", ".join(
-        [f"{change.kind} {change.address} {shown}", *(states if change.kind not in ("enable", "disable") else states[1:])]
-    )
+    return ", ".join([f"{change.kind} {change.address} {shown}", *words])
 
 
 def print_as_json(head: dict[str, Any], changes: Iterable[Change]) -> None:
