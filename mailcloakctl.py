@@ -839,7 +839,7 @@ def refuse_holders(context: Context, address: str, others: list[str]) -> None:
     if others and not context.options.force:
         raise Refused(
             f"aliases: {address} is the primary e-mail of {shorten(others)}, whose mail this alias would take;"
-            " change the user's e-mail in Keycloak first, or use --force"
+            " name that user too, and both get it, or use --force"
         )
 
 

@@ -45,7 +45,7 @@ def test_alias_that_is_another_users_email_is_refused_unless_force(change):
     assert (code, rows(change.daemon)) == (1, [])
     assert said == (
         "mailcloakctl: aliases: bob@d1.test is the primary e-mail of bob, whose mail this alias would take;"
-        " change the user's e-mail in Keycloak first, or use --force\n"
+        " name that user too, and both get it, or use --force\n"
     )
     assert change("aliases", "add", "bob@d1.test", "alice", "--force") == (0, "aliases: bob@d1.test leads to alice\n")
 
@@ -60,7 +60,7 @@ def test_alias_that_takes_another_users_mail_in_other_ways_is_refused(change, ke
     assert (code, said) == (
         1,
         f"mailcloakctl: aliases: {address} is the primary e-mail of bob, whose mail this alias would take;"
-        " change the user's e-mail in Keycloak first, or use --force\n",
+        " name that user too, and both get it, or use --force\n",
     )
     assert change("aliases", "add", address, "alice", "--replace", "--force")[0] == 0
 
