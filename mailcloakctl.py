@@ -14,6 +14,7 @@
 
   mailcloakctl backup FILE, restore FILE        copy the database, and bring it back
   mailcloakctl db check                         what is wrong in the database
+  mailcloakctl db mirror SOURCE                 make the database equal to that of another host, and stay so with --watch
 
 The database is --db, else sqlite.path of the configuration, else /var/lib/mailcloak/state.db. A change counts from the next answer
 of the daemon; nothing has to be reloaded. The daemon is asked over the two sockets that the configuration names; the configuration
@@ -23,7 +24,8 @@ Exit codes: 0 done, or already so; 1 refused, not found or not possible, and the
 stopped it. ask: 0 whatever the answer was. doctor: 0 all is well, 1 there are warnings, 2 there are problems, 3 it could not run,
 or its command line is wrong.
 
-The checks of doctor are in mailcloakdoctor.py beside this file, and explained there; what works with files is in mailcloakdata.py.
+The checks of doctor are in mailcloakdoctor.py beside this file, and explained there; what works with files is in mailcloakdata.py,
+and what keeps the databases of several mail hosts equal in mailcloakmirror.py.
 """
 
 from __future__ import annotations
@@ -40,6 +42,7 @@ import contextlib
 import datetime
 import errno
 import functools
+import importlib
 import io
 import itertools
 import json
@@ -460,11 +463,38 @@ def yes_no(value: Any) -> str:
 Result = TypeVar("Result")
 
 
+class Origin(NamedTuple):
+    """Where the rows of a database on several mail hosts come from: the row of its table origin, which mailcloakmirror.py makes."""
+
+    role: str  # "writer": changes are made here; "follower": they come from the writer
+    writer: str  # its id, random
+    host: str  # its name
+    epoch: int  # 1 for the first writer, one more for each that was promoted
+    serial: int  # rises with each change
+    published_at: int  # when the writer said that these are its rows, in seconds since 1970
+    digest: str  # of all rows
+    file: str  # where the writer publishes its rows, or where the follower has them from
+
+
+def find_origin(database: sqlite3.Connection, schema: str = "main") -> Optional[Origin]:
+    """None for a database of one host alone."""
+    if not database.execute(f"SELECT 1 FROM {schema}.sqlite_master WHERE name = 'origin'").fetchone():  # noqa: S608
+        return None
+    numbers = ("epoch", "serial", "published_at")
+    columns = [f"CAST({name} AS {'INTEGER' if name in numbers else 'TEXT'})" for name in Origin._fields]
+    row = database.execute(f"SELECT {', '.join(columns)} FROM {schema}.origin").fetchone()  # noqa: S608
+    return Origin(*row) if row else None
+
+
 @contextlib.contextmanager
-def transaction(database: sqlite3.Connection) -> Iterator[None]:
-    """All or nothing; waits for its turn where another command is writing."""
+def transaction(database: sqlite3.Connection, *, of_mirror: bool = False) -> Iterator[None]:
+    """All or nothing; waits for its turn where another command is writing. Only db mirror and db promote write to a follower's."""
     patiently(lambda: database.execute("BEGIN IMMEDIATE"))
     try:
+        origin = None if of_mirror else find_origin(database)
+        if origin and origin.role == "follower":
+            text = f"this database follows that of {origin.host}, nothing was changed"
+            raise Refused(text, "make the change there; if that host is lost, mailcloakctl db promote makes this one the writer")
         yield
         patiently(lambda: commit(database))
     except BaseException:
@@ -1682,15 +1712,15 @@ def cannot_load(file: str, exc: Exception) -> str:
     return f"{path} cannot be loaded: {exc}; install mailcloak again (make install), which puts it there"
 
 
-def from_data(name: str) -> Callable[[Context], Optional[int]]:
-    """A function of mailcloakdata.py, which is loaded when it is called."""
+def from_data(name: str, module: str = "mailcloakdata") -> Callable[[Context], Optional[int]]:
+    """A function of mailcloakdata.py or another module, which is loaded when it is called."""
 
     def run(context: Context) -> Optional[int]:
         try:
-            import mailcloakdata
+            loaded = importlib.import_module(module)
         except Exception as exc:  # also a file that was cut
-            raise Refused(cannot_load("mailcloakdata.py", exc)) from exc
-        code: Optional[int] = getattr(mailcloakdata, name)(context)
+            raise Refused(cannot_load(f"{module}.py", exc)) from exc
+        code: Optional[int] = getattr(loaded, name)(context)
         return code
 
     return run
@@ -1770,7 +1800,18 @@ COMMANDS: dict[str, dict[str, Command]] = {  # the verb is "" where there is non
     "restore": {
         "": Command(from_data("restore"), "make the database what a backup says", "restore /var/backups/state.db", ("file",), True)
     },
-    "db": {"check": Command(from_data("db_check"), "say what is wrong in the database", "db check --fix", ())},
+    "db": {
+        "check": Command(from_data("db_check"), "say what is wrong in the database", "db check --fix", ()),
+        "mirror": Command(
+            from_data("mirror", "mailcloakmirror"),
+            "make the database equal to that of another host",
+            "db mirror /var/lib/mailcloak-shared/shared.db --watch",
+            ("source",),
+        ),
+        "promote": Command(
+            from_data("promote", "mailcloakmirror"), "make this host, which follows another, the writer", "db promote", ()
+        ),
+    },
     "migrate-from-go": {
         "": Command(
             from_data("migrate_from_go"),
@@ -1803,6 +1844,7 @@ _ARGUMENT_HELP = {
     "[address]": "an e-mail address or a login; all that is cached, unless one is named",
     "file": "the file; for aliases - is standard input",
     "[file]": "the file to write, - for standard output (the default)",
+    "source": "the other database: a file on this host",
 }
 
 
@@ -1894,9 +1936,14 @@ def add_other_options(parser: ArgumentParser, noun: str, verb: str) -> None:
         parser.add_argument("--skip-bad", action="store_true", help="leave out bad rows, and say so")
         parser.add_argument("--dry-run", action="store_true", help="only say what would come in")
         parser.add_argument("--force", action="store_true", help="also what aliases add would refuse without it")
-    if noun == "db":
+    if (noun, verb) == ("db", "check"):
         parser.set_defaults(force=True)  # what is stored by --force is no fault
         parser.add_argument("--fix", action="store_true", help="correct what can be corrected without a doubt")
+    if (noun, verb) == ("db", "mirror"):
+        parser.add_argument("--watch", action="store_true", help="stay, and do it again whenever SOURCE changes")
+        way = parser.add_mutually_exclusive_group()
+        way.add_argument("--publish", action="store_true", help="on the writer: SOURCE is its database, --db what others follow")
+        way.add_argument("--adopt", action="store_true", help="also from another writer, or over rows of one's own; once")
     if (noun, verb) == ("ask", "sender"):
         parser.add_argument("--user", metavar="NAME", default="", help="who has logged in: a username, an e-mail or an app")
         parser.add_argument(
