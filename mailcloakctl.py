@@ -80,6 +80,7 @@ ANSWER_SECONDS = 10.0  # the longest wait for what may hang: a socket, a command
 MAX_ANSWER_BYTES = 16 * 1024 * 1024  # of the daemon; its statistics are about 10 kB
 MAX_ASKED_CHARS = 2000  # of an address to ask about; an SMTP line of Postfix holds 2048 (line_length_limit)
 SHOWN_ITEMS = 10  # of a long enumeration
+ROLE_SECONDS = 2.0  # how long to wait for a commit before the role of a database is read
 WATCH_SECONDS = 2.0  # between two looks of status --watch
 
 
@@ -151,6 +152,10 @@ class Context:
     def database(self) -> sqlite3.Connection:
         """The database, opened at its first use: arguments are checked before, so that a refused command does not create it."""
         return open_database(self.path, create=self._create)
+
+    def replication(self) -> Optional[dict[str, Any]]:
+        """How the database stands to those of other mail hosts, as read_replication() says. Raises ConfigError."""
+        return read_replication(self.path, self._block("replication").max_lag_seconds)
 
     @functools.cached_property
     def daemon(self) -> RunningDaemon:
@@ -484,6 +489,55 @@ def find_origin(database: sqlite3.Connection, schema: str = "main") -> Optional[
     columns = [f"CAST({name} AS {'INTEGER' if name in numbers else 'TEXT'})" for name in Origin._fields]
     row = database.execute(f"SELECT {', '.join(columns)} FROM {schema}.origin").fetchone()  # noqa: S608
     return Origin(*row) if row else None
+
+
+# What to do where what was brought or published last is too old.
+LATE_REMEDIES = {
+    "follower": "start mailcloak-follow again, which begins with an empty copy, and see that mailcloak-mirror runs; their logs say more",
+    "writer": "start mailcloak-publish again; its log says more",
+}
+
+
+def read_replication(path: str, max_lag_seconds: float) -> Optional[dict[str, Any]]:
+    """How the database stands to those of other mail hosts; None where it cannot be read.
+
+    role is "single", "writer" or "follower"; age_seconds that of what was brought or published last, None where that is not known.
+    """
+    try:
+        with contextlib.closing(mailcloak.connect_database(path, ROLE_SECONDS)) as database:
+            origin = find_origin(database)
+    except mailcloak.SQLITE_ERRORS:
+        return None
+    if origin is None:
+        return {"role": "single"}
+    last = find_published(origin) if origin.role == "writer" else origin
+    age = max(0.0, round(time.time() - last.published_at, 1)) if last else None
+    return {
+        **{name: getattr(last or origin, name) for name in ("host", "writer", "epoch", "serial")},
+        "role": origin.role,
+        "age_seconds": age,
+        "max_lag_seconds": max_lag_seconds,
+        "late": age is None or age > max_lag_seconds,
+    }
+
+
+def find_published(origin: Origin) -> Optional[Origin]:
+    """The origin in the file that the writer publishes; None where there is none of this writer."""
+    with contextlib.suppress(*mailcloak.SQLITE_ERRORS):
+        with contextlib.closing(mailcloak.connect_database(origin.file, ROLE_SECONDS)) as database:
+            published = find_origin(database)
+        if published and (published.writer, published.epoch) == (origin.writer, origin.epoch):
+            return published
+    return None
+
+
+def describe_replication(replication: dict[str, Any]) -> str:
+    """The role of this host in words, where there are several."""
+    age = replication["age_seconds"]
+    if replication["role"] == "writer":
+        when = "has published nothing yet" if age is None else f"published {shown_seconds(age)} ago"
+        return f"the writer (epoch {replication['epoch']}), {when}"
+    return f"follows {replication['host']} (epoch {replication['epoch']}, serial {replication['serial']}), as of {shown_seconds(age)} ago"
 
 
 @contextlib.contextmanager
@@ -1419,14 +1473,18 @@ def show_status(context: Context) -> None:
     elif options.watch:
         watch_status(context)
     elif options.json:
-        print_json(context.daemon.ask_json("stats", "*", lambda stats: stats))
+        replication = context.replication()
+        print_json(
+            context.daemon.ask_json("stats", "*", lambda stats: {**stats, "replication": replication} if replication else stats)
+        )
     else:
-        print("\n".join(ask_status(context.daemon, terminal_width())))
+        print("\n".join(ask_status(context, terminal_width())))
 
 
-def ask_status(daemon: RunningDaemon, width: Optional[int]) -> list[str]:
+def ask_status(context: Context, width: Optional[int]) -> list[str]:
     """The daemon's statistics as lines for people."""
-    return daemon.ask_json("stats", "*", lambda stats: format_status(stats, width, daemon.log))
+    daemon, replication = context.daemon, context.replication()
+    return daemon.ask_json("stats", "*", lambda stats: format_status(stats, width, daemon.log, replication))
 
 
 def watch_status(context: Context) -> None:
@@ -1437,7 +1495,7 @@ def watch_status(context: Context) -> None:
         while True:
             width, height = shutil.get_terminal_size()
             try:
-                lines = ask_status(context.daemon, width)
+                lines = ask_status(context, width)
             except Refused as exc:
                 lines = [paint(line, RED) for line in wrap(shown_text(exc), width)]
             lines = [time.strftime(f"%H:%M:%S, every {WATCH_SECONDS:.0f} s, Ctrl-C ends it"), "", *lines]
@@ -1448,11 +1506,11 @@ def watch_status(context: Context) -> None:
             time.sleep(WATCH_SECONDS)
 
 
-def format_status(stats: dict[str, Any], width: Optional[int], log: str) -> list[str]:
-    """Statistics as lines; log says where the daemon's log is."""
+def format_status(stats: dict[str, Any], width: Optional[int], log: str, replication: Optional[dict[str, Any]] = None) -> list[str]:
+    """Statistics as lines; log says where the daemon's log is, replication what read_replication() does."""
     head = f"mailcloak {stats['version']}, pid {stats['pid']}, up {shown_seconds(stats['uptime_seconds'])}"
     lines = [paint(shown_text(head), BOLD)]
-    for label, text, colour in status_fields(stats, log):
+    for label, text, colour in (*status_fields(stats, log), *replication_fields(replication)):
         first, *rest = hang(f"{label:<15}", text, width)
         lines += [first[:15] + paint(first[15:], colour), *rest]
     table = [["SERVICE", "ANSWER", "COUNT", "REASON"]]
@@ -1487,6 +1545,17 @@ def status_fields(stats: dict[str, Any], log: str) -> Iterator[tuple[str, str, s
         yield f"{service} time", describe_times(stats["seconds"][service]), ""
 
 
+def replication_fields(replication: Optional[dict[str, Any]]) -> Iterator[tuple[str, str, str]]:
+    """The same for what read_replication() says; nothing where there is one host alone."""
+    if replication and replication["role"] != "single":
+        late = replication["late"]
+        yield (
+            "several hosts",
+            describe_replication(replication) + (f"; {LATE_REMEDIES[replication['role']]}" if late else ""),
+            RED if late else "",
+        )
+
+
 SERVICES = ("policy", "socketmap")
 LOOKUPS = {"cache": "in the cache", "keycloak": "at Keycloak", "outage": "in the cache in an outage", "failed": "without an answer"}
 
@@ -1519,11 +1588,12 @@ def describe_times(histogram: dict[str, Any]) -> str:
 
 def write_metrics(context: Context, path: str) -> None:
     """Write the metrics, "-" is standard output. That the daemon is down is one of them: their reader sees no exit code."""
+    others = list(replication_metrics(context.replication()))
     try:
-        text = context.daemon.ask_json("stats", "*", lambda stats: format_metrics(daemon_metrics(stats)))
+        text = context.daemon.ask_json("stats", "*", lambda stats: format_metrics([*daemon_metrics(stats), *others]))
     except Refused as exc:
         say(f"mailcloakctl: {exc}")
-        text = format_metrics(is_up=isinstance(exc, OtherVersion))
+        text = format_metrics(others, is_up=isinstance(exc, OtherVersion))
     if path == "-":
         print(text, end="")
     else:
@@ -1592,6 +1662,18 @@ def daemon_metrics(stats: dict[str, Any]) -> Iterator[tuple[str, str, Any]]:
         yield "keycloak_requests_total", "Requests to Keycloak.", keycloak["requests"]
         yield "keycloak_failed_requests_total", "Requests to Keycloak that got no usable answer.", keycloak["failed"]
         yield "keycloak_request_seconds_total", "The time that requests to Keycloak took.", keycloak["seconds"]
+
+
+def replication_metrics(replication: Optional[dict[str, Any]]) -> Iterator[tuple[str, str, Any]]:
+    """What read_replication() says; nothing where there is one host alone."""
+    if replication and replication["role"] != "single":
+        info = {labels(role=replication["role"], writer=replication["writer"]): 1}
+        yield "replication_info", "The role of this host among several, and the id of the writer.", info
+        yield "replication_epoch", "Which writer it is: one more with each promotion.", replication["epoch"]
+        yield "replication_serial", "The last change of the writer that is here.", replication["serial"]
+        age = replication["age_seconds"]
+        yield "replication_age_seconds", "How old is what was brought or published last.", float("inf") if age is None else age
+        yield "replication_max_lag_seconds", "replication.max_lag_seconds.", replication["max_lag_seconds"]
 
 
 def labels(**texts: str) -> str:

@@ -26,6 +26,7 @@ BLOCKS = {
     "sqlite": mailcloak.SqliteConfig,
     "sockets": mailcloak.SocketsConfig,
     "daemon": mailcloak.DaemonConfig,
+    "replication": mailcloak.ReplicationConfig,
 }
 KEYS = [f"{name}.{field.name}" for name, block in BLOCKS.items() for field in dataclasses.fields(block)]
 SAMPLE = ROOT / "config.yaml.sample"

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import argparse
 import contextlib
+import json
 import os
 import random
 import re
@@ -16,7 +18,8 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, in_own_dev, run_ctl, wait_until
+import yaml
+from conftest import ROOT, USERS, in_own_dev, run_ctl, wait_until
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_data import run_job
@@ -24,6 +27,7 @@ from test_mailcloakctl import Ctl
 
 import mailcloak
 import mailcloakctl
+import mailcloakdoctor
 import mailcloakmirror
 from mailcloakctl import Origin
 from mailcloakmirror import why_refused
@@ -713,6 +717,94 @@ def peak_kib(*arguments):
         [sys.executable, "-c", script, *map(str, arguments)], capture_output=True, text=True, check=True, cwd=ROOT
     )
     return int(result.stderr.split()[-1])
+
+
+# ---- what status, doctor and the metrics say
+
+
+def set_age(path, seconds):
+    """Let what was published or brought last be so old."""
+    with contextlib.closing(sqlite3.connect(path)) as database, database:
+        database.execute("UPDATE origin SET published_at = ?", (int(time.time() - seconds),))
+
+
+@pytest.fixture
+def late_at_60(make_config):
+    """A configuration for a database, without a daemon."""
+
+    def make(path, **replication):
+        file = path.with_name("config.yaml")
+        file.write_text(yaml.safe_dump(make_config(sqlite={"path": str(path)}, static_users=USERS, replication=replication)))
+        file.chmod(0o600)
+        return str(file)
+
+    return make
+
+
+def doctor_says(config):
+    options = argparse.Namespace(config=config, db=None, postfix_config=None, dovecot_config=None, json=False)
+    return list(mailcloakdoctor.check_replication(mailcloakdoctor.Installation(options)))
+
+
+def test_host_alone_has_a_role_and_no_line(tmp_path, late_at_60):
+    host = Host(tmp_path / "host")
+    host("aliases", "add", "info@d1.test", "alice")
+    found = mailcloakctl.read_replication(str(host.path), 60)
+    assert found == {"role": "single"}
+    assert list(mailcloakctl.replication_fields(found)) == []
+    assert list(mailcloakctl.replication_metrics(found)) == []
+    assert doctor_says(late_at_60(host.path)) == []
+    assert mailcloakctl.read_replication(str(tmp_path / "absent.db"), 60) is None
+
+
+def test_follower_says_whom_it_follows_and_how_old_that_is(writer, follower, late_at_60):
+    config, name = late_at_60(follower.path), os.uname().nodename
+    set_age(follower.path, 20)
+    (finding,) = doctor_says(config)
+    assert finding.state == "ok"
+    assert re.fullmatch(rf"follows {name} \(epoch 1, serial \d+\), as of 2\d(\.\d)? s ago", finding.text)
+    set_age(follower.path, 70)
+    (finding,) = doctor_says(config)
+    assert (finding.check, finding.state) == ("replication", "warning")
+    assert "replication.max_lag_seconds is 60" in finding.text
+    assert finding.remedy.startswith("start mailcloak-follow again, which begins with an empty copy")
+    assert doctor_says(late_at_60(follower.path, max_lag_seconds=100))[0].state == "ok"
+    # the same in the metrics, though the daemon does not run, and for people
+    shown = run_ctl("--config", config, "status", "--prometheus", "-").stdout
+    assert "mailcloak_up 0.0" in shown
+    info = f'mailcloak_replication_info{{role="follower",writer="{follower.origin().writer}"}} 1.0'
+    assert info in shown
+    assert re.search(r"^mailcloak_replication_age_seconds 7\d\.\d$", shown, re.MULTILINE)
+    assert f"mailcloak_replication_serial {float(follower.origin().serial)!r}" in shown
+    ((label, text, colour),) = mailcloakctl.replication_fields(mailcloakctl.read_replication(str(follower.path), 60))
+    assert (label, colour) == ("several hosts", mailcloakctl.RED)
+    assert "; start mailcloak-follow again" in text
+
+
+def test_writer_says_when_it_has_published(writer, late_at_60):
+    config = late_at_60(writer.path)
+    assert re.fullmatch(r"the writer \(epoch 1\), published .* ago", doctor_says(config)[0].text)
+    set_age(writer.shared, 100)
+    (finding,) = doctor_says(config)
+    assert (finding.state, finding.remedy) == ("warning", "start mailcloak-publish again; its log says more")
+    writer.shared.unlink()
+    (finding,) = doctor_says(config)
+    assert (finding.state, "has published nothing yet" in finding.text) == ("warning", True)
+
+
+def test_status_of_a_daemon_on_a_follower(writer, make_daemon, short_dir):
+    host = Host(short_dir)
+    host("db", "mirror", writer.shared)
+    daemon = make_daemon(static_users=USERS).start()
+    shown = run_ctl("--config", daemon.config_path, "status").stdout
+    assert re.search(rf"^several hosts  follows {os.uname().nodename} \(epoch 1, serial \d+\), as of .* ago$", shown, re.MULTILINE)
+    found = json.loads(run_ctl("--config", daemon.config_path, "status", "--json").stdout)["replication"]
+    assert (found["role"], found["serial"], found["late"]) == ("follower", host.origin().serial, False)
+    assert daemon.ask_map("alias info@d1.test") == "OK alice@d1.test"
+    writer("aliases", "add", "info@d1.test", "bob", "--replace")
+    writer.publish()
+    host("db", "mirror", writer.shared)
+    assert daemon.ask_map("alias info@d1.test") == "OK bob@d1.test"
 
 
 # ---- the README
