@@ -127,7 +127,7 @@ def why_refused(ours: Optional[ctl.Origin], theirs: Optional[ctl.Origin], *, has
 
 @contextlib.contextmanager
 def open_target(path: str, *, wal: bool) -> Iterator[sqlite3.Connection]:
-    """The database that is to be made equal. One that is missing has its name when it is whole: nobody finds it without its rows."""
+    """The database that is to be made equal. One that is missing is put there when it is whole: nobody finds it without its rows."""
     if os.path.lexists(path):
         with contextlib.closing(ctl.open_database(path, create=False)) as database:
             if wal:
@@ -136,22 +136,10 @@ def open_target(path: str, *, wal: bool) -> Iterator[sqlite3.Connection]:
             database.execute("PRAGMA cache_spill = OFF")  # as in mailcloakdata.write()
             yield database
         return
-    new = f"{path}.mirrored"
-    with contextlib.suppress(FileNotFoundError):  # of one that was killed
-        os.unlink(new)
-    mailcloak.create_database_file(new)
-    try:
-        with contextlib.closing(mailcloak.connect_database(new, 0)) as database:
-            database.execute("PRAGMA journal_mode = MEMORY")
-            database.execute("PRAGMA foreign_keys = OFF")
-            database.executescript(f"{mailcloak.SCHEMA}; PRAGMA user_version = {mailcloak.SCHEMA_VERSION}")
-            yield database
-            database.execute(f"PRAGMA journal_mode = {'WAL' if wal else 'DELETE'}")
-        os.link(new, path)
-    except FileExistsError:
-        raise ctl.Refused(f"db: mirror: another program has made {path!r} meanwhile", "try again") from None
-    finally:
-        os.unlink(new)
+    with contextlib.closing(sqlite3.connect(":memory:", uri=True, isolation_level=None)) as database:
+        database.executescript(f"{mailcloak.SCHEMA}; PRAGMA user_version = {mailcloak.SCHEMA_VERSION}")
+        yield database
+        data.make_database(database, path, wal=wal)
 
 
 @contextlib.contextmanager
@@ -175,7 +163,8 @@ def attached(database: sqlite3.Connection, source: str) -> Iterator[None]:
         try:
             yield
         finally:
-            database.execute("DETACH source")  # before first: who closes last in WAL mode must be able to write
+            with contextlib.suppress(*mailcloak.SQLITE_ERRORS):  # a question that was interrupted still holds it
+                database.execute("DETACH source")  # before first: who closes last in WAL mode must be able to write
 
 
 def refused(source: str, why: str, remedy: str = "") -> ctl.Refused:
@@ -356,18 +345,26 @@ def watch(source: str, look: Callable[[bool], int], name: str, *, renew: bool) -
 
     look takes whether all rows are to be compared. renew: also look when RENEW_SECONDS are over.
     """
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    is_ended = False
+
+    def end(*_: object) -> None:
+        nonlocal is_ended
+        is_ended = True  # also where what ends then fails in another way
+        raise KeyboardInterrupt
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, end)
     mask = signal.pthread_sigmask(signal.SIG_BLOCK, ())
     reason: Optional[str] = None  # of the last refusal, "" where there was none
     seen: tuple[Any, ...] = ()
     due = 0.0
     with contextlib.suppress(KeyboardInterrupt):
-        while True:
+        while not is_ended:
             state = state_of(source)
             if state != seen or time.monotonic() >= due:
                 before, reason = reason, try_to_look(look, thorough=reason != "" or (renew and state != seen))
                 signal.pthread_sigmask(signal.SIG_SETMASK, mask)  # see mailcloakctl.commit()
-                if reason != before:
+                if reason != before and not is_ended:
                     ctl.say(f"{reason}; tried again until it can" if reason else f"db: mirror: {name} is as {source}")
                 seen = state
                 due = time.monotonic() + (RETRY_SECONDS if reason else RENEW_SECONDS if renew else float("inf"))
