@@ -128,7 +128,7 @@ def why_refused(ours: Optional[ctl.Origin], theirs: Optional[ctl.Origin], *, has
 @contextlib.contextmanager
 def open_target(path: str, *, wal: bool) -> Iterator[sqlite3.Connection]:
     """The database that is to be made equal. One that is missing is put there when it is whole: nobody finds it without its rows."""
-    if os.path.lexists(path):
+    if os.path.lexists(path) and not (os.path.isfile(path) and os.stat(path).st_size == 0):
         with contextlib.closing(ctl.open_database(path, create=False)) as database:
             if wal:
                 ctl.patiently(lambda: database.execute("PRAGMA journal_mode = WAL"))
@@ -139,7 +139,11 @@ def open_target(path: str, *, wal: bool) -> Iterator[sqlite3.Connection]:
     with contextlib.closing(sqlite3.connect(":memory:", uri=True, isolation_level=None)) as database:
         database.executescript(f"{mailcloak.SCHEMA}; PRAGMA user_version = {mailcloak.SCHEMA_VERSION}")
         yield database
-        data.make_database(database, path, wal=wal)
+        if os.path.lexists(path):  # somebody has emptied it
+            with contextlib.closing(mailcloak.connect_database(path, ctl.INTERRUPT_SECONDS)) as empty:
+                ctl.patiently(lambda: database.backup(empty))
+        else:
+            data.make_database(database, path, wal=wal)
 
 
 @contextlib.contextmanager

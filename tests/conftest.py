@@ -45,6 +45,7 @@ REAL_SERVERS = {
     "ldapsearch": ("ldapsearch", "ldap-utils"),
     "strace": ("strace", "strace"),
     "litestream": ("litestream", "none; make real-servers builds it with Go"),
+    "moto": ("moto_server", "none; make real-servers has it from PyPI"),
     "openrc": ("rc-service supervise-daemon", "openrc"),
     "systemd": ("systemd-socket-activate systemd-analyze", "systemd"),
     "mandoc": ("mandoc", "mandoc"),

@@ -197,6 +197,19 @@ def test_database_of_a_follower_that_is_lost_is_made_whole_though_a_daemon_has_r
     assert sorted(path.name for path in follower.path.parent.iterdir()) == ["last-known.db", "state.db"]
 
 
+def test_database_that_was_emptied_is_filled_again(writer, follower):
+    follower.path.write_bytes(b"")
+    assert "is empty" in follower.refuses("aliases", "list")
+    follower("db", "mirror", writer.shared)
+    assert rows_of(follower.path) == rows_of(writer.path)
+    assert follower.path.stat().st_mode & 0o777 == 0o640
+    writer.shared.write_bytes(b"")
+    writer.publish()
+    writer.publish()
+    assert rows_of(writer.shared) == rows_of(writer.path)
+    assert journal_mode(writer.shared) == "wal"
+
+
 def test_source_that_is_refused_makes_no_database(writer, tmp_path):
     host = Host(tmp_path / "new")
     writer.shared.write_bytes(writer.shared.read_bytes()[:9000])

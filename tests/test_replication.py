@@ -11,12 +11,11 @@ import sqlite3
 import statistics
 import threading
 import time
-from pathlib import Path
 
 import pytest
 from conftest import wait_until
 from real.dovecot import PrivateDovecot
-from real.litestream import FOLLOWER, WRITER, mail_hosts
+from real.litestream import FOLLOWER, S3, WRITER, mail_hosts
 
 import mailcloakctl
 
@@ -237,17 +236,37 @@ def test_host_whose_storage_is_gone_serves_on(hosts):
     """A folder that cannot be read stands for it; the writer goes on too, and what it wrote comes later."""
     writer, followers = hosts
     host = followers[2]
-    moved = f"{writer.storage}.away"
-    os.rename(writer.storage, moved)
-    Path(writer.storage).touch()
+    path = writer.storage.path
+    moved = f"{path}.away"
+    os.rename(path, moved)
+    path.touch()
     try:
         writer.ctl("aliases", "add", "later@d1.test", "alice", "--replace")
         time.sleep(2)
         assert "later@d1.test" not in {row[0] for row in host.rows()}
     finally:
-        os.unlink(writer.storage)
-        os.rename(moved, writer.storage)
+        path.unlink()
+        os.rename(moved, path)
     host.await_rows_of(writer)
+
+
+@pytest.mark.real("moto")
+def test_storage_of_s3_hangs_and_is_lost_under_the_services():
+    storage = S3()
+    with mail_hosts(1, storage) as (writer, (follower,)):
+        writer.ctl("aliases", "add", "a@d1.test", "alice")
+        follower.await_rows_of(writer)
+        storage.process.send_signal(signal.SIGSTOP)
+        writer.ctl("aliases", "add", "b@d1.test", "alice")
+        time.sleep(2)
+        assert not follower.has_rows_of(writer)
+        storage.process.send_signal(signal.SIGCONT)
+        follower.await_rows_of(writer)
+        storage.close()
+        writer.ctl("aliases", "add", "c@d1.test", "alice")
+        storage.start()  # empty
+        writer.ctl("aliases", "add", "d@d1.test", "alice")
+        follower.await_rows_of(writer, 60)
 
 
 def test_follower_is_promoted_and_the_old_writer_comes_back_as_a_follower():
@@ -263,7 +282,7 @@ def test_follower_is_promoted_and_the_old_writer_comes_back_as_a_follower():
             file.unlink()
         new.set_leader("mx2")
         new.start(*WRITER)
-        wait_until(lambda: any(Path(new.storage, "mx2").rglob("*.ltx")), seconds=30, what="the first copy in the storage")
+        new.await_copy()
         new.ctl("aliases", "add", "after@d1.test", "bob")
         third.end("follow")
         third.set_leader("mx2")

@@ -1,6 +1,6 @@
 """Mail hosts that share aliases and apps through the real Litestream, run by the commands of examples/litestream.
 
-Only paths, the storage (a folder) and the intervals differ from the examples.
+Only paths, the storage (a folder, or a stand-in for S3) and the intervals differ from the examples.
 """
 
 from __future__ import annotations
@@ -15,9 +15,11 @@ import sqlite3
 import subprocess
 import sys
 import tempfile
+import urllib.request
 from pathlib import Path
 
-from conftest import ROOT, USERS, Daemon, _find_program, config_in, run_ctl, wait_until
+from conftest import ROOT, USERS, Daemon, _find_program, config_in, run_ctl, running, wait_until
+from real.postfix import free_port
 
 EXAMPLES = ROOT / "examples" / "litestream"
 WRITER, FOLLOWER = ("publish", "replicate"), ("follow", "mirror")  # the services of each role
@@ -30,8 +32,60 @@ def command_of(service, kind="ExecStart"):
     return shlex.split(line)
 
 
+class Folder:
+    """A folder as the storage."""
+
+    def __init__(self):
+        self.environment = {}  # for Litestream
+
+    def start(self):
+        self.path = Path(tempfile.mkdtemp(prefix="mr", dir="/tmp"))
+        return self
+
+    def replaced(self, leader):
+        """What stands in litestream.yml in place of the lines of the sample."""
+        return {"s3://mail-aliases.example.org/mx1": f"file://{self.path}/{leader}", "      region: eu-central-1\n": ""}
+
+    def close(self):
+        shutil.rmtree(self.path, ignore_errors=True)
+
+
+class S3:
+    """The stand-in moto for S3, which keeps all in memory."""
+
+    def __init__(self):
+        self.environment = {"LITESTREAM_ACCESS_KEY_ID": "key", "LITESTREAM_SECRET_ACCESS_KEY": "secret"}
+        self.port, self.process = free_port(), None
+
+    def start(self):
+        """Start it, with an empty bucket."""
+        command = [_find_program("moto_server"), "-H", "127.0.0.1", "-p", str(self.port)]
+        self.process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
+        wait_until(self._make_bucket, 60, what="moto")
+        return self
+
+    def _make_bucket(self):
+        key = "AWS4-HMAC-SHA256 Credential=key/20270101/us-east-1/s3/aws4_request"
+        request = urllib.request.Request(f"{self.url}/aliases", headers={"Authorization": key}, method="PUT")
+        with contextlib.suppress(OSError), urllib.request.build_opener(urllib.request.ProxyHandler({})).open(request, timeout=10):
+            return True
+        return False
+
+    @property
+    def url(self):
+        return f"http://127.0.0.1:{self.port}"
+
+    def replaced(self, leader):
+        bucket = f"s3://aliases/{leader}\n      endpoint: {self.url}"
+        return {"s3://mail-aliases.example.org/mx1": bucket, "region: eu-central-1": "region: us-east-1"}
+
+    def close(self):
+        self.process.kill()
+        self.process.wait()
+
+
 class ReplicatedHost:
-    """One mail host in a directory of its own; storage is the folder for all, leader the name of the host that writes there."""
+    """One mail host in a directory of its own; leader is the name of the host that writes to the storage."""
 
     def __init__(self, name, storage, leader):
         self.name = name
@@ -48,10 +102,9 @@ class ReplicatedHost:
         """What litestream.yml says."""
         text = (EXAMPLES / "litestream.yml").read_text()
         replaced = {
-            "s3://mail-aliases.example.org/mx1": f"file://{self.storage}/{leader}",
+            **self.storage.replaced(leader),
             "/var/lib/mailcloak-shared": str(self.shared.parent),
             "interval: 1s": f"interval: {INTERVAL}",
-            "      region: eu-central-1\n": "",
         }
         for old, new in replaced.items():
             assert old in text, old
@@ -72,13 +125,19 @@ class ReplicatedHost:
 
     def start(self, *services):
         """Start services as their units do."""
+        environment = {name: value for name, value in os.environ.items() if name != "AWS_CA_BUNDLE"}  # Litestream ends with it
         for service in services:
             if service == "follow":
                 subprocess.run(self.words(service, "ExecStartPre"), check=True, cwd=self.shared.parent)
             with open(self.directory / f"{service}.log", "ab") as log:
                 command = self.words(service)
                 self.processes[service] = subprocess.Popen(
-                    command, stdout=log, stderr=log, stdin=subprocess.DEVNULL, cwd=self.shared.parent
+                    command,
+                    stdout=log,
+                    stderr=log,
+                    stdin=subprocess.DEVNULL,
+                    cwd=self.shared.parent,
+                    env={**environment, **self.storage.environment},
                 )
         return self
 
@@ -117,15 +176,19 @@ class ReplicatedHost:
             for table in tables
         )
 
+    def await_copy(self):
+        """Until Litestream has put the first copy of this host into the storage."""
+        wait_until(lambda: "snapshot complete" in self.log("replicate"), 30, what="the first copy in the storage")
+
     def await_rows_of(self, other, seconds=30):
         wait_until(lambda: self.has_rows_of(other), seconds, what=f"rows of {other.name} on {self.name}")
 
 
 @contextlib.contextmanager
-def mail_hosts(count):
+def mail_hosts(count, storage=None):
     """(the writer mx1, its followers mx2, mx3 ...), all equal, with their services."""
     with contextlib.ExitStack() as stack:
-        storage = stack.enter_context(tempfile.TemporaryDirectory(prefix="mr", dir="/tmp"))
+        storage = stack.enter_context(running(storage or Folder()))
         hosts = [ReplicatedHost(f"mx{number}", storage, "mx1") for number in range(1, count + 2)]
         for host in hosts:
             stack.callback(host.close)
@@ -133,7 +196,7 @@ def mail_hosts(count):
         writer.ctl("aliases", "add", "info@d1.test", "alice")
         writer.ctl("apps", "add", "printer", "a token of many signs")
         writer.start(*WRITER)
-        wait_until(lambda: any(Path(storage, "mx1").rglob("*.ltx")), what="the first copy in the storage")
+        writer.await_copy()
         for host in followers:
             host.start(*FOLLOWER)
         for host in followers:
