@@ -158,9 +158,11 @@ def attached(database: sqlite3.Connection, source: str) -> Iterator[None]:
         raise refused(source, exc.strerror or str(exc)) from exc
     except mailcloak.SQLITE_ERRORS as exc:
         raise refused(source, mailcloak.describe_sqlite(exc)) from exc
-    with contextlib.closing(first):
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(contextlib.closing(first))
         try:
-            ctl.patiently(lambda: first.execute("SELECT count(*) FROM sqlite_master").fetchall())
+            stack.enter_context(data.reading(first))  # as a writer, see there
+            first.execute("SELECT count(*) FROM sqlite_master").fetchall()
             database.execute("ATTACH ? AS source", (data.readonly_uri(source),))
         except mailcloak.SQLITE_ERRORS as exc:
             raise refused(source, mailcloak.describe_sqlite(exc)) from exc
@@ -358,16 +360,15 @@ def watch(source: str, look: Callable[[bool], int], name: str, *, renew: bool) -
 
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, end)
-    mask = signal.pthread_sigmask(signal.SIG_BLOCK, ())
     reason: Optional[str] = None  # of the last refusal, "" where there was none
     seen: tuple[Any, ...] = ()
     due = 0.0
     with contextlib.suppress(KeyboardInterrupt):
         while not is_ended:
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT, signal.SIGTERM, signal.SIGHUP})  # see mailcloakctl.commit()
             state = state_of(source)
             if state != seen or time.monotonic() >= due:
                 before, reason = reason, try_to_look(look, thorough=reason != "" or (renew and state != seen))
-                signal.pthread_sigmask(signal.SIG_SETMASK, mask)  # see mailcloakctl.commit()
                 if reason != before and not is_ended:
                     ctl.say(f"{reason}; tried again until it can" if reason else f"db: mirror: {name} is as {source}")
                 seen = state

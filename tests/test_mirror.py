@@ -20,7 +20,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from conftest import ROOT, USERS, in_own_dev, run_ctl
+from conftest import ROOT, USERS, as_nobody, in_own_dev, run_ctl
 from conftest import wait_until as wait_seconds
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -36,6 +36,13 @@ from mailcloakmirror import why_refused
 
 wait_until = functools.partial(wait_seconds, seconds=30)  # for programs that start, on a machine with other work
 TABLES = {table.name: table for table in mailcloakmirror.read_tables()}
+
+
+@pytest.fixture(autouse=True)
+def unblock_signals():
+    """mailcloakctl.commit() leaves them blocked, which processes that are started later would inherit."""
+    yield
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT, signal.SIGTERM, signal.SIGHUP})
 
 
 class Host(Ctl):
@@ -290,6 +297,60 @@ CREATE TABLE only_keys (a TEXT, b TEXT, PRIMARY KEY (a, b));
             assert database.execute("SELECT alias_email, source FROM aliases").fetchall() == [("b@d1.test", "hr")]
     finally:
         mailcloakmirror.read_tables.cache_clear()
+
+
+def test_writer_waits_for_the_end_of_a_look_before_it_begins_so_that_no_reader_waits_for_the_writer(writer, monkeypatch):
+    """At its commit it would keep new readers out, such as the daemon, until the look is over."""
+    seen = []
+
+    def check(*_):
+        with contextlib.closing(sqlite3.connect(writer.path, timeout=0, isolation_level=None)) as database:
+            with pytest.raises(sqlite3.OperationalError, match="locked"):
+                database.execute("BEGIN IMMEDIATE")
+            seen.extend(database.execute("SELECT count(*) FROM aliases").fetchall())
+
+    monkeypatch.setattr(mailcloakmirror, "check_source", check)
+    mailcloakmirror.publish(str(writer.shared), str(writer.path), thorough=True)
+    assert seen == [(2,)]
+    writer("aliases", "add", "new@d1.test", "carol")
+
+
+@pytest.mark.real("root")
+def test_source_that_this_user_may_only_read_is_brought(writer, tmp_path, short_dir):
+    shutil.copy(writer.shared, short_dir / "shared.db")
+    with contextlib.closing(sqlite3.connect(short_dir / "shared.db")) as database:
+        database.execute("PRAGMA journal_mode = DELETE")
+    (short_dir / "shared.db").chmod(0o444)
+    (short_dir / "own").mkdir()
+    (short_dir / "own").chmod(0o777)
+    own = str(short_dir / "own" / "state.db")
+    assert as_nobody(lambda: mailcloakmirror.follow(own, str(short_dir / "shared.db"), thorough=True)) == "4"
+    assert rows_of(own) == rows_of(writer.path)
+
+
+@pytest.mark.real("root")
+def test_full_disk_of_a_follower_changes_nothing_until_there_is_room(writer, short_dir):
+    disk = short_dir / "disk"
+    disk.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=400k", "none", str(disk)], check=True)
+    try:
+        host = Host(disk)
+        host("db", "mirror", writer.shared)
+        with watching(host.path, writer.shared) as mirror:
+            wait_until(mirror.said, what="start")
+            (disk / "other").write_bytes(bytes(250_000))
+            before = rows_of(host.path)
+            with contextlib.closing(sqlite3.connect(writer.path)) as database, database:
+                rows = [(f"a{number}@d1.test", "alice" * 20) for number in range(1500)]
+                database.executemany("INSERT INTO aliases (alias_email, username) VALUES (?, ?)", rows)
+            writer.publish()
+            wait_until(lambda: "database or disk is full" in mirror.said(), what="reason")
+            assert rows_of(host.path) == before
+            subprocess.run(["mount", "-o", "remount,size=4m", str(disk)], check=True)
+            wait_until(lambda: rows_of(host.path) == rows_of(writer.path), what="the rows")
+            assert mirror.said().count("\n") == 3
+    finally:
+        subprocess.run(["umount", str(disk)], check=True)
 
 
 # ---- a source that is refused
@@ -593,8 +654,6 @@ def do(event, host, other):
                         )
     except mailcloakctl.Refused:
         return False
-    finally:
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT, signal.SIGTERM, signal.SIGHUP})
     return True
 
 
