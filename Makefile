@@ -32,7 +32,7 @@ help:
 	@echo 'make model         try orders of events on the memory of users against a plain oracle, for SECONDS=60'
 	@echo 'make soak          ten minutes of mixed load with outages, commits and reloads, each answer checked'
 	@echo 'make bench         measure, compare with the run before, write bench/RESULTS.md (gcc; as root with Postfix for all of it; under fifteen minutes)'
-	@echo 'make real-servers  install the servers that the tests can use (root, apt)'
+	@echo 'make real-servers  install the servers that the tests can use (root, apt; Go for Litestream)'
 
 demo: $(VENV)/run.stamp
 	@$(VENV)/bin/python demo/demo.py
@@ -63,8 +63,8 @@ lint: $(VENV)/lint.stamp
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
-	$(VENV)/bin/vermin --target=3.9- --violations --eval-annotations --no-tips --no-parse-comments mailcloak.py mailcloakctl.py mailcloakdoctor.py mailcloakdata.py
-	for script in install openrc/mailcloak.initd tests/fuzz/run tests/real/package packaging/debian/mailcloak.p* packaging/alpine/*; do \
+	$(VENV)/bin/vermin --target=3.9- --violations --eval-annotations --no-tips --no-parse-comments mailcloak.py mailcloakctl.py mailcloakdoctor.py mailcloakdata.py mailcloakmirror.py
+	for script in install openrc/mailcloak.initd examples/litestream/*.initd tests/fuzz/run tests/real/package packaging/debian/mailcloak.p* packaging/alpine/*; do \
 		sh -n $$script || exit 1; done
 	for script in completions/*.bash tests/real/debian packaging/gentoo/*/*/*.ebuild; do bash -n $$script || exit 1; done
 

@@ -1394,8 +1394,22 @@ class DaemonConfig:
     max_connections: int = _key(_number(1, 100_000, whole=True, wanted="a whole number from 1 to 100000"), 1000)
 
 
+@dataclass(frozen=True)
+class ReplicationConfig:
+    """The block replication, for several mail hosts; mailcloakctl alone reads it."""
+
+    max_lag_seconds: float = _key(_positive_seconds, 60)
+
+
 _BLOCKS: Mapping[str, type[Any]] = MappingProxyType(
-    {"keycloak": KeycloakConfig, "policy": PolicyConfig, "sqlite": SqliteConfig, "sockets": SocketsConfig, "daemon": DaemonConfig}
+    {
+        "keycloak": KeycloakConfig,
+        "policy": PolicyConfig,
+        "sqlite": SqliteConfig,
+        "sockets": SocketsConfig,
+        "daemon": DaemonConfig,
+        "replication": ReplicationConfig,
+    }
 )
 
 
@@ -1410,6 +1424,7 @@ class Config:
     sqlite: SqliteConfig
     sockets: SocketsConfig
     daemon: DaemonConfig
+    replication: ReplicationConfig = ReplicationConfig()
     warnings: tuple[Problem, ...] = ()
 
 

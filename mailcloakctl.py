@@ -14,6 +14,7 @@
 
   mailcloakctl backup FILE, restore FILE        copy the database, and bring it back
   mailcloakctl db check                         what is wrong in the database
+  mailcloakctl db mirror SOURCE                 make the database equal to that of another host, and stay so with --watch
 
 The database is --db, else sqlite.path of the configuration, else /var/lib/mailcloak/state.db. A change counts from the next answer
 of the daemon; nothing has to be reloaded. The daemon is asked over the two sockets that the configuration names; the configuration
@@ -23,7 +24,8 @@ Exit codes: 0 done, or already so; 1 refused, not found or not possible, and the
 stopped it. ask: 0 whatever the answer was. doctor: 0 all is well, 1 there are warnings, 2 there are problems, 3 it could not run,
 or its command line is wrong.
 
-The checks of doctor are in mailcloakdoctor.py beside this file, and explained there; what works with files is in mailcloakdata.py.
+The checks of doctor are in mailcloakdoctor.py beside this file, and explained there; what works with files is in mailcloakdata.py,
+and what keeps the databases of several mail hosts equal in mailcloakmirror.py.
 """
 
 from __future__ import annotations
@@ -40,6 +42,7 @@ import contextlib
 import datetime
 import errno
 import functools
+import importlib
 import io
 import itertools
 import json
@@ -79,6 +82,7 @@ MAX_TARGETS = 1000  # of an alias: virtual_alias_expansion_limit of Postfix
 MAX_TARGETS_BYTES = 90_000  # socketmap_table(5) takes an answer of 100,000; an extension may come to each mailbox
 MAX_ASKED_CHARS = 2000  # of an address to ask about; an SMTP line of Postfix holds 2048 (line_length_limit)
 SHOWN_ITEMS = 10  # of a long enumeration
+ROLE_SECONDS = 2.0  # how long to wait for a commit before the role of a database is read
 WATCH_SECONDS = 2.0  # between two looks of status --watch
 
 
@@ -150,6 +154,10 @@ class Context:
     def database(self) -> sqlite3.Connection:
         """The database, opened at its first use: arguments are checked before, so that a refused command does not create it."""
         return open_database(self.path, create=self._create)
+
+    def replication(self) -> Optional[dict[str, Any]]:
+        """How the database stands to those of other mail hosts, as read_replication() says. Raises ConfigError."""
+        return read_replication(self.path, self._block("replication").max_lag_seconds)
 
     @functools.cached_property
     def daemon(self) -> RunningDaemon:
@@ -468,11 +476,87 @@ def yes_no(value: Any) -> str:
 Result = TypeVar("Result")
 
 
+class Origin(NamedTuple):
+    """Where the rows of a database on several mail hosts come from: the row of its table origin, which mailcloakmirror.py makes."""
+
+    role: str  # "writer": changes are made here; "follower": they come from the writer
+    writer: str  # its id, random
+    host: str  # its name
+    epoch: int  # 1 for the first writer, one more for each that was promoted
+    serial: int  # rises with each change
+    published_at: int  # when the writer said that these are its rows, in seconds since 1970
+    digest: str  # of all rows
+    file: str  # where the writer publishes its rows, or where the follower has them from
+
+
+def find_origin(database: sqlite3.Connection, schema: str = "main") -> Optional[Origin]:
+    """None for a database of one host alone."""
+    if not database.execute(f"SELECT 1 FROM {schema}.sqlite_master WHERE name = 'origin'").fetchone():  # noqa: S608
+        return None
+    numbers = ("epoch", "serial", "published_at")
+    columns = [f"CAST({name} AS {'INTEGER' if name in numbers else 'TEXT'})" for name in Origin._fields]
+    row = database.execute(f"SELECT {', '.join(columns)} FROM {schema}.origin").fetchone()  # noqa: S608
+    return Origin(*row) if row else None
+
+
+# What to do where what was brought or published last is too old.
+LATE_REMEDIES = {
+    "follower": "start mailcloak-follow again, which begins with an empty copy, and see that mailcloak-mirror runs; their logs say more",
+    "writer": "start mailcloak-publish again; its log says more",
+}
+
+
+def read_replication(path: str, max_lag_seconds: float) -> Optional[dict[str, Any]]:
+    """How the database stands to those of other mail hosts; None where it cannot be read.
+
+    role is "single", "writer" or "follower"; age_seconds that of what was brought or published last, None where that is not known.
+    """
+    try:
+        with contextlib.closing(mailcloak.connect_database(path, ROLE_SECONDS)) as database:
+            origin = find_origin(database)
+    except mailcloak.SQLITE_ERRORS:
+        return None
+    if origin is None:
+        return {"role": "single"}
+    last = find_published(origin) if origin.role == "writer" else origin
+    age = max(0.0, round(time.time() - last.published_at, 1)) if last else None
+    return {
+        **{name: getattr(last or origin, name) for name in ("host", "writer", "epoch", "serial")},
+        "role": origin.role,
+        "age_seconds": age,
+        "max_lag_seconds": max_lag_seconds,
+        "late": age is None or age > max_lag_seconds,
+    }
+
+
+def find_published(origin: Origin) -> Optional[Origin]:
+    """The origin in the file that the writer publishes; None where there is none of this writer."""
+    with contextlib.suppress(*mailcloak.SQLITE_ERRORS):
+        with contextlib.closing(mailcloak.connect_database(origin.file, ROLE_SECONDS)) as database:
+            published = find_origin(database)
+        if published and (published.writer, published.epoch) == (origin.writer, origin.epoch):
+            return published
+    return None
+
+
+def describe_replication(replication: dict[str, Any]) -> str:
+    """The role of this host in words, where there are several."""
+    age = replication["age_seconds"]
+    if replication["role"] == "writer":
+        when = "has published nothing yet" if age is None else f"published {shown_seconds(age)} ago"
+        return f"the writer (epoch {replication['epoch']}), {when}"
+    return f"follows {replication['host']} (epoch {replication['epoch']}, serial {replication['serial']}), as of {shown_seconds(age)} ago"
+
+
 @contextlib.contextmanager
-def transaction(database: sqlite3.Connection) -> Iterator[None]:
-    """All or nothing; waits for its turn where another command is writing."""
+def transaction(database: sqlite3.Connection, *, of_mirror: bool = False) -> Iterator[None]:
+    """All or nothing; waits for its turn where another command is writing. Only db mirror and db promote write to a follower's."""
     patiently(lambda: database.execute("BEGIN IMMEDIATE"))
     try:
+        origin = None if of_mirror else find_origin(database)
+        if origin and origin.role == "follower":
+            text = f"this database follows that of {origin.host}, nothing was changed"
+            raise Refused(text, "make the change there; if that host is lost, mailcloakctl db promote makes this one the writer")
         yield
         patiently(lambda: commit(database))
     except BaseException:
@@ -1621,14 +1705,18 @@ def show_status(context: Context) -> None:
     elif options.watch:
         watch_status(context)
     elif options.json:
-        print_json(context.daemon.ask_json("stats", "*", lambda stats: stats))
+        replication = context.replication()
+        print_json(
+            context.daemon.ask_json("stats", "*", lambda stats: {**stats, "replication": replication} if replication else stats)
+        )
     else:
-        print("\n".join(ask_status(context.daemon, terminal_width())))
+        print("\n".join(ask_status(context, terminal_width())))
 
 
-def ask_status(daemon: RunningDaemon, width: Optional[int]) -> list[str]:
+def ask_status(context: Context, width: Optional[int]) -> list[str]:
     """The daemon's statistics as lines for people."""
-    return daemon.ask_json("stats", "*", lambda stats: format_status(stats, width, daemon.log))
+    daemon, replication = context.daemon, context.replication()
+    return daemon.ask_json("stats", "*", lambda stats: format_status(stats, width, daemon.log, replication))
 
 
 def watch_status(context: Context) -> None:
@@ -1639,7 +1727,7 @@ def watch_status(context: Context) -> None:
         while True:
             width, height = shutil.get_terminal_size()
             try:
-                lines = ask_status(context.daemon, width)
+                lines = ask_status(context, width)
             except Refused as exc:
                 lines = [paint(line, RED) for line in wrap(shown_text(exc), width)]
             lines = [time.strftime(f"%H:%M:%S, every {WATCH_SECONDS:.0f} s, Ctrl-C ends it"), "", *lines]
@@ -1650,11 +1738,11 @@ def watch_status(context: Context) -> None:
             time.sleep(WATCH_SECONDS)
 
 
-def format_status(stats: dict[str, Any], width: Optional[int], log: str) -> list[str]:
-    """Statistics as lines; log says where the daemon's log is."""
+def format_status(stats: dict[str, Any], width: Optional[int], log: str, replication: Optional[dict[str, Any]] = None) -> list[str]:
+    """Statistics as lines; log says where the daemon's log is, replication what read_replication() does."""
     head = f"mailcloak {stats['version']}, pid {stats['pid']}, up {shown_seconds(stats['uptime_seconds'])}"
     lines = [paint(shown_text(head), BOLD)]
-    for label, text, colour in status_fields(stats, log):
+    for label, text, colour in (*status_fields(stats, log), *replication_fields(replication)):
         first, *rest = hang(f"{label:<15}", text, width)
         lines += [first[:15] + paint(first[15:], colour), *rest]
     table = [["SERVICE", "ANSWER", "COUNT", "REASON"]]
@@ -1689,6 +1777,17 @@ def status_fields(stats: dict[str, Any], log: str) -> Iterator[tuple[str, str, s
         yield f"{service} time", describe_times(stats["seconds"][service]), ""
 
 
+def replication_fields(replication: Optional[dict[str, Any]]) -> Iterator[tuple[str, str, str]]:
+    """The same for what read_replication() says; nothing where there is one host alone."""
+    if replication and replication["role"] != "single":
+        late = replication["late"]
+        yield (
+            "several hosts",
+            describe_replication(replication) + (f"; {LATE_REMEDIES[replication['role']]}" if late else ""),
+            RED if late else "",
+        )
+
+
 SERVICES = ("policy", "socketmap")
 LOOKUPS = {"cache": "in the cache", "keycloak": "at Keycloak", "outage": "in the cache in an outage", "failed": "without an answer"}
 
@@ -1721,11 +1820,12 @@ def describe_times(histogram: dict[str, Any]) -> str:
 
 def write_metrics(context: Context, path: str) -> None:
     """Write the metrics, "-" is standard output. That the daemon is down is one of them: their reader sees no exit code."""
+    others = list(replication_metrics(context.replication()))
     try:
-        text = context.daemon.ask_json("stats", "*", lambda stats: format_metrics(daemon_metrics(stats)))
+        text = context.daemon.ask_json("stats", "*", lambda stats: format_metrics([*daemon_metrics(stats), *others]))
     except Refused as exc:
         say(f"mailcloakctl: {exc}")
-        text = format_metrics(is_up=isinstance(exc, OtherVersion))
+        text = format_metrics(others, is_up=isinstance(exc, OtherVersion))
     if path == "-":
         print(text, end="")
     else:
@@ -1794,6 +1894,18 @@ def daemon_metrics(stats: dict[str, Any]) -> Iterator[tuple[str, str, Any]]:
         yield "keycloak_requests_total", "Requests to Keycloak.", keycloak["requests"]
         yield "keycloak_failed_requests_total", "Requests to Keycloak that got no usable answer.", keycloak["failed"]
         yield "keycloak_request_seconds_total", "The time that requests to Keycloak took.", keycloak["seconds"]
+
+
+def replication_metrics(replication: Optional[dict[str, Any]]) -> Iterator[tuple[str, str, Any]]:
+    """What read_replication() says; nothing where there is one host alone."""
+    if replication and replication["role"] != "single":
+        info = {labels(role=replication["role"], writer=replication["writer"]): 1}
+        yield "replication_info", "The role of this host among several, and the id of the writer.", info
+        yield "replication_epoch", "Which writer it is: one more with each promotion.", replication["epoch"]
+        yield "replication_serial", "The last change of the writer that is here.", replication["serial"]
+        age = replication["age_seconds"]
+        yield "replication_age_seconds", "How old is what was brought or published last.", float("inf") if age is None else age
+        yield "replication_max_lag_seconds", "replication.max_lag_seconds.", replication["max_lag_seconds"]
 
 
 def labels(**texts: str) -> str:
@@ -1914,15 +2026,15 @@ def cannot_load(file: str, exc: Exception) -> str:
     return f"{path} cannot be loaded: {exc}; install mailcloak again (make install), which puts it there"
 
 
-def from_data(name: str) -> Callable[[Context], Optional[int]]:
-    """A function of mailcloakdata.py, which is loaded when it is called."""
+def from_data(name: str, module: str = "mailcloakdata") -> Callable[[Context], Optional[int]]:
+    """A function of mailcloakdata.py or another module, which is loaded when it is called."""
 
     def run(context: Context) -> Optional[int]:
         try:
-            import mailcloakdata
+            loaded = importlib.import_module(module)
         except Exception as exc:  # also a file that was cut
-            raise Refused(cannot_load("mailcloakdata.py", exc)) from exc
-        code: Optional[int] = getattr(mailcloakdata, name)(context)
+            raise Refused(cannot_load(f"{module}.py", exc)) from exc
+        code: Optional[int] = getattr(loaded, name)(context)
         return code
 
     return run
@@ -2008,7 +2120,18 @@ COMMANDS: dict[str, dict[str, Command]] = {  # the verb is "" where there is non
     "restore": {
         "": Command(from_data("restore"), "make the database what a backup says", "restore /var/backups/state.db", ("file",), True)
     },
-    "db": {"check": Command(from_data("db_check"), "say what is wrong in the database", "db check --fix", ())},
+    "db": {
+        "check": Command(from_data("db_check"), "say what is wrong in the database", "db check --fix", ()),
+        "mirror": Command(
+            from_data("mirror", "mailcloakmirror"),
+            "make the database equal to that of another host",
+            "db mirror /var/lib/mailcloak-shared/shared.db --watch",
+            ("source",),
+        ),
+        "promote": Command(
+            from_data("promote", "mailcloakmirror"), "make this host, which follows another, the writer", "db promote", ()
+        ),
+    },
     "migrate-from-go": {
         "": Command(
             from_data("migrate_from_go"),
@@ -2041,6 +2164,7 @@ _ARGUMENT_HELP = {
     "[address]": "an e-mail address or a login; all that is cached, unless one is named",
     "file": "the file; for aliases - is standard input",
     "[file]": "the file to write, - for standard output (the default)",
+    "source": "the other database: a file on this host",
 }
 
 
@@ -2137,9 +2261,14 @@ def add_other_options(parser: ArgumentParser, noun: str, verb: str) -> None:
         parser.add_argument("--skip-bad", action="store_true", help="leave out bad rows, and say so")
         parser.add_argument("--dry-run", action="store_true", help="only say what would come in")
         parser.add_argument("--force", action="store_true", help="also what aliases add would refuse without it")
-    if noun == "db":
+    if (noun, verb) == ("db", "check"):
         parser.set_defaults(force=True)  # what is stored by --force is no fault
         parser.add_argument("--fix", action="store_true", help="correct what can be corrected without a doubt")
+    if (noun, verb) == ("db", "mirror"):
+        parser.add_argument("--watch", action="store_true", help="stay, and do it again whenever SOURCE changes")
+        way = parser.add_mutually_exclusive_group()
+        way.add_argument("--publish", action="store_true", help="on the writer: SOURCE is its database, --db what others follow")
+        way.add_argument("--adopt", action="store_true", help="also from another writer, or over rows of one's own; once")
     if (noun, verb) == ("ask", "sender"):
         parser.add_argument("--user", metavar="NAME", default="", help="who has logged in: a username, an e-mail or an app")
         parser.add_argument(

@@ -1215,24 +1215,29 @@ def readonly_uri(path: str) -> str:
 
 
 def restore_new(context: ctl.Context, path: str) -> None:
-    """Make the database, which is missing: nobody sees it before all is in it."""
-    target = context.path
+    """Make the database, which is missing."""
+    with contextlib.closing(sqlite3.connect(":memory:", uri=True, isolation_level=None)) as rows:
+        bring_rows(rows, path)  # the owner of the directory may not read the backup
+        make_database(rows, context.path)
+        ctl.note_change("restore", path)
+        tell_numbers(context, rows, f"{context.path} made from {path}", changed=True)
+
+
+def make_database(rows: sqlite3.Connection, target: str, *, wal: bool = False) -> None:
+    """Put a copy of the rows where no file is yet: nobody sees it before all is in it. Raises Refused where there is one now."""
     new = f"{target}.restored-{os.getpid()}"
     status = os.stat(os.path.dirname(target))
     as_owner = mailcloak.acting_as(status.st_uid, status.st_gid) if os.geteuid() == 0 else contextlib.nullcontext()
-    with contextlib.closing(sqlite3.connect(":memory:", uri=True, isolation_level=None)) as rows:
-        bring_rows(rows, path)  # the owner of the directory may not read the backup
-        mailcloak.create_database_file(new)
-        try:
-            with as_owner, contextlib.closing(mailcloak.connect_database(new, 0)) as database:
-                rows.backup(database)
-            os.link(new, target)
-        except FileExistsError:
-            raise ctl.Refused("restore: another program has made the database meanwhile, try again") from None
-        finally:
-            os.unlink(new)
-        ctl.note_change("restore", path)
-        tell_numbers(context, rows, f"{target} made from {path}", changed=True)
+    mailcloak.create_database_file(new)
+    try:
+        with as_owner, contextlib.closing(mailcloak.connect_database(new, 0)) as database:
+            rows.backup(database)
+            database.execute(f"PRAGMA journal_mode = {'WAL' if wal else 'DELETE'}")
+        os.link(new, target)
+    except FileExistsError:
+        raise ctl.Refused(f"another program has made {target!r} meanwhile, try again") from None
+    finally:
+        os.unlink(new)
 
 
 def restore_into(context: ctl.Context, database: sqlite3.Connection, path: str) -> None:

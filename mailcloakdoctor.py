@@ -19,6 +19,8 @@ The checks: what each looks at, and the remedy.
   database-access         can the daemon's user write it and its directory? chown, chmod
   database-journal        can Dovecot read it as an ordinary user: not in WAL mode? PRAGMA journal_mode = DELETE
 
+  replication             with several mail hosts: is what was brought or published last new enough? Start mailcloak-follow again
+
   daemon                  does it run, and is it of this version? Start it, restart it
   daemon-config           has it read the file that is there now? Reload it
   daemon-database         can it use the database, and is it this one? The findings about the database; reload it
@@ -181,6 +183,7 @@ class Installation:
         self.policy: Optional[mailcloak.PolicyConfig] = blocks.get("policy")
         self.sockets: Optional[mailcloak.SocketsConfig] = blocks.get("sockets")
         self.daemon: Optional[mailcloak.DaemonConfig] = blocks.get("daemon")
+        self.max_lag_seconds: float = blocks.get("replication", mailcloak.ReplicationConfig()).max_lag_seconds
         path = options.db or (blocks["sqlite"].path if "sqlite" in blocks else "")
         self.database_path = os.path.abspath(path) if path else ""  # "" where nothing that can be read names one
         self.aliases: Optional[dict[str, mailcloak.Alias]] = None  # by address
@@ -425,6 +428,19 @@ def check_database(host: Installation) -> Findings:
         yield problem("database-room", f"the disk of {path} has only {free_bytes // 1024} kB left", "make room on it")
     failure = problem("database-access", "", f"chown {host.daemon.user if host.daemon else ''}: {{path}}")
     yield from check_daemon_access(host, lambda: why_not(path, mode) or why_not(directory, mode), failure)
+
+
+def check_replication(host: Installation) -> Findings:
+    """The age of what the writer has published, or of what has come from it; nothing where there is one mail host alone."""
+    found = ctl.read_replication(host.database_path, host.max_lag_seconds) if host.database_path else None
+    if not found or found["role"] == "single":
+        return
+    text = ctl.describe_replication(found)
+    if found["late"]:
+        limit = f"replication.max_lag_seconds is {host.max_lag_seconds:g}"
+        yield warning("replication", f"{text}; {limit}", ctl.LATE_REMEDIES[found["role"]])
+    else:
+        yield ok("replication", text)
 
 
 def read_database(host: Installation, database: sqlite3.Connection) -> Findings:
@@ -2068,6 +2084,7 @@ CHECKS: tuple[Callable[[Installation], Findings], ...] = (  # a check comes afte
     check_config,
     check_config_files,
     check_database,
+    check_replication,
     check_daemon,
     check_sockets,
     check_postfix,

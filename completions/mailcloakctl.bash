@@ -37,7 +37,7 @@ _mailcloakctl() {
         '') [[ -n $words ]] || { words='aliases apps backup restore db migrate-from-go ask status doctor flush'; options+=' --version'; } ;;
         aliases) words='add add-user remove-user list show move del enable disable export import sync' ;;
         apps) words='add set list allow disallow del enable disable' ;;
-        db) words='check' ;;
+        db) words='check mirror promote' ;;
         ask) words='recipient sender alias' ;;
         'aliases add') options+=' --replace --receive-only' ;;&
         'aliases add '*) options+=' --replace --receive-only' ;;&
@@ -67,6 +67,10 @@ _mailcloakctl() {
             [[ $cur == -* ]] || { compopt -o filenames 2>/dev/null; mapfile -t COMPREPLY < <(compgen -f -- "$cur"); return; }
             ;;
         'db check'*) options+=' --fix' ;;
+        'db mirror'*)
+            options+=' --watch --publish --adopt'
+            [[ $cur == -* ]] || { compopt -o filenames 2>/dev/null; mapfile -t COMPREPLY < <(compgen -f -- "$cur"); return; }
+            ;;
         'ask sender'*) options+=' --user --method' ;;
         status*) options+=' --watch --prometheus' ;;
         doctor*) options+=' --postfix-config --dovecot-config' ;;

@@ -44,6 +44,8 @@ REAL_SERVERS = {
     "slapd": ("slapd slapadd", "slapd"),
     "ldapsearch": ("ldapsearch", "ldap-utils"),
     "strace": ("strace", "strace"),
+    "litestream": ("litestream", "none; make real-servers builds it with Go"),
+    "moto": ("moto_server", "none; make real-servers has it from PyPI"),
     "openrc": ("rc-service supervise-daemon", "openrc"),
     "systemd": ("systemd-socket-activate systemd-analyze", "systemd"),
     "mandoc": ("mandoc", "mandoc"),
@@ -76,7 +78,7 @@ def pytest_addoption(parser):
 
 
 def _find_program(name):
-    return shutil.which(name, path=os.environ.get("PATH", "") + ":/usr/sbin:/sbin")
+    return shutil.which(name, path=os.environ.get("PATH", "") + ":/usr/sbin:/sbin:/usr/local/bin")
 
 
 def _needs(item, server):

@@ -26,6 +26,7 @@ BLOCKS = {
     "sqlite": mailcloak.SqliteConfig,
     "sockets": mailcloak.SocketsConfig,
     "daemon": mailcloak.DaemonConfig,
+    "replication": mailcloak.ReplicationConfig,
 }
 KEYS = [f"{name}.{field.name}" for name, block in BLOCKS.items() for field in dataclasses.fields(block)]
 SAMPLE = ROOT / "config.yaml.sample"
@@ -181,7 +182,7 @@ def test_licence_is_mit():
         'PROVIDED "AS IS", WITHOUT WARRANTY',
     ):
         assert part in text
-    for program in ("mailcloak.py", "mailcloakctl.py", "mailcloakdata.py"):
+    for program in ("mailcloak.py", "mailcloakctl.py", "mailcloakdata.py", "mailcloakmirror.py"):
         assert "MIT licence" in "".join((ROOT / program).read_text(encoding="utf-8").splitlines()[:2])
 
 
@@ -222,7 +223,7 @@ def test_commands_are_those_of_the_reference():
         ),
         *(f"apps {verb}" for verb in ("add", "set", "list", "allow", "disallow", "del", "enable", "disable")),
         *(f"ask {verb}" for verb in ("recipient", "sender", "alias")),
-        "db check",
+        *(f"db {verb}" for verb in ("check", "mirror", "promote")),
     ] == [verb for verb in VERBS if " " in verb]
     assert {"--config", "--db", "--json", "--replace", "--force", "--token-stdin", "--generate"} <= set(OPTIONS)
 

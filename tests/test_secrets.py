@@ -910,6 +910,7 @@ GOOD_ARGUMENTS = {
     "old_user": "alice",
     "new_user": "bob",
     "file": "/absent/aliases.csv",
+    "source": "/absent/shared.db",
 }
 # Those without a verb, such as flush ADDRESS, and those that take several addresses may take the word for an address, and name it.
 COMMANDS = [(noun, verb) for noun, verbs in mailcloakctl.COMMANDS.items() for verb in verbs if verb]

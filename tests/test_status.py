@@ -394,6 +394,7 @@ def test_alerts_and_dashboard_use_names_and_labels_that_the_daemon_has(keycloak_
     keycloak_daemon.ask(recipient="alice@d1.test")
     keycloak_daemon.reload()
     keycloak.stop()
+    run_ctl("--db", keycloak_daemon.database.with_name("shared.db"), "db", "mirror", keycloak_daemon.database, "--publish")
     with contextlib.closing(sqlite3.connect(keycloak_daemon.database)) as database, database:
         database.execute("INSERT INTO aliases (alias_email, username) VALUES ('odd@d1.test', 'a+b')")  # the map answers TEMP
     keycloak_daemon.ask(recipient="bob@d1.test")
@@ -648,7 +649,8 @@ def test_status_of_the_real_daemon(keycloak_daemon):
     assert "other" not in {label for family in families.values() for sample in family.samples for label in sample.labels.values()}
     assert "mailcloak_answer_seconds" in families
     stats = json.loads(run_ctl("--config", keycloak_daemon.config_path, "status", "--json").stdout)
-    assert set(stats) == set(STATS)
+    assert set(stats) == {*STATS, "replication"}
+    assert stats["replication"] == {"role": "single"}
     assert {name: set(stats[name]) for name in ("cache", "connections", "database", "keycloak", "lookups", "seconds")} == {
         name: set(STATS[name]) for name in ("cache", "connections", "database", "keycloak", "lookups", "seconds")
     }

@@ -1,7 +1,11 @@
-"""A plugin of pytest for hosts without Java and slapd: `-p real.without_keycloak` leaves out the tests that need Keycloak or slapd."""
+"""A plugin of pytest for hosts without Java, Go and slapd: `-p real.without_keycloak` leaves out what needs Keycloak, Litestream, moto or slapd."""
 
 
 def pytest_collection_modifyitems(config, items):
-    needy = [item for item in items if any({"keycloak", "slapd"} & {*marker.args} for marker in item.iter_markers("real"))]
+    needy = [
+        item
+        for item in items
+        if any({"keycloak", "slapd", "litestream", "moto"} & {*marker.args} for marker in item.iter_markers("real"))
+    ]
     items[:] = [item for item in items if item not in needy]
     config.hook.pytest_deselected(items=needy)

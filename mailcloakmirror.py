@@ -1,0 +1,428 @@
+# mailcloakmirror: one database on several mail hosts. MIT licence, see LICENSE.
+"""Keep the databases of several mail hosts equal: what db mirror and db promote of mailcloakctl run, and no other command loads.
+
+  db mirror SOURCE                     makes the database equal to the file SOURCE; --watch stays, and does it at each change
+  db mirror STATE --db FILE --publish  on the writer: the same for FILE, with a table origin that says whose rows these are
+  db promote                           makes the writer of a host that follows another
+
+One host is the writer: mailcloakctl changes its database there. All others follow it. Litestream, or anything else that copies a
+file, brings the published file from host to host:
+
+  writer     state.db --> shared.db ~~~ Litestream ~~~> shared.db --> state.db     follower
+
+There are two files on each host since Litestream needs a file in WAL mode and writes pages behind SQLite's back, and Dovecot, which
+keeps its connection, sees neither. What is brought into state.db is an ordinary transaction, which every reader sees.
+
+SOURCE is opened again for each look: a connection that stays open does not see the pages that Litestream writes. It is checked as a
+whole before a row of it counts: SQLite's quick_check, the schema version, the origin, and the digest of all rows. The digest finds what
+SQLite cannot: a copy of which half the pages are of the next transaction, because its program was killed. Then only rows that differ are
+written, in one transaction. A refused SOURCE changes nothing.
+
+The origin (mailcloakctl.Origin) says who the writer is, its epoch and the serial of its last change. Each promotion is a new epoch. A
+writer that comes back has an older one, and is refused until somebody says --adopt.
+
+Contents: the schema, one look (bring the rows, follow, publish), staying, the verbs.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import hashlib
+import itertools
+import os
+import secrets
+import signal
+import socket
+import sqlite3
+import time
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple, Optional
+
+import mailcloak
+import mailcloakctl as ctl
+import mailcloakdata as data
+
+WATCH_SECONDS = 0.2  # between two looks at the times of SOURCE
+RETRY_SECONDS = 2.0  # before a SOURCE that was refused is looked at again, though its times are the same
+RENEW_SECONDS = 10  # how often the writer says that its rows are still the same: silence is no stall then
+BATCH_ROWS = 1000
+
+ORIGIN = """
+CREATE TABLE IF NOT EXISTS main.origin (
+    id INTEGER PRIMARY KEY CHECK (id = 1),
+    role TEXT NOT NULL, writer TEXT NOT NULL, host TEXT NOT NULL, epoch INTEGER NOT NULL, serial INTEGER NOT NULL,
+    published_at INTEGER NOT NULL, digest TEXT NOT NULL, file TEXT NOT NULL
+)"""
+
+# ---------------------------------------------------------------------------------------------------------------------------------
+# The schema
+# Tables and columns are those of mailcloak.SCHEMA, whatever else is in a file: Litestream has tables of its own in shared.db.
+# ---------------------------------------------------------------------------------------------------------------------------------
+
+
+class Table(NamedTuple):
+    """A table of the schema. A row without a key is nobody's, and is not brought."""
+
+    name: str
+    columns: list[str]
+    keys: list[str]  # the columns of its primary key
+
+
+@functools.cache
+def read_tables() -> tuple[Table, ...]:
+    """All tables of the schema."""
+    with contextlib.closing(sqlite3.connect(":memory:")) as model:
+        model.executescript(mailcloak.SCHEMA)
+        names = [row[0] for row in model.execute("SELECT name FROM sqlite_master WHERE type = 'table' ORDER BY name")]
+        infos = {name: model.execute(f"PRAGMA table_info({name})").fetchall() for name in names}
+    return tuple(Table(name, [row[1] for row in info], [row[1] for row in info if row[5]]) for name, info in infos.items())
+
+
+def has_key(table: Table) -> str:
+    """The condition that a row has a key."""
+    return " AND ".join(f"{key} IS NOT NULL" for key in table.keys)
+
+
+def digest_of(database: sqlite3.Connection, schema: str) -> str:
+    """A digest of all rows, which is the same wherever the same rows are."""
+    digest = hashlib.blake2b(digest_size=16)
+    for table in read_tables():
+        row = " || ".join(f"quote({column})" for column in table.columns)
+        select = f"SELECT CAST({row} AS BLOB) FROM {schema}.{table.name} WHERE {has_key(table)} ORDER BY {', '.join(table.keys)}"  # noqa: S608
+        rows = data.rows_of(database, select)
+        digest.update(table.name.encode())
+        while batch := list(itertools.islice(rows, BATCH_ROWS)):
+            digest.update(b"".join(row[0] for row in batch))
+    return digest.hexdigest()
+
+
+# ---------------------------------------------------------------------------------------------------------------------------------
+# One look
+# ---------------------------------------------------------------------------------------------------------------------------------
+
+
+def why_refused(ours: Optional[ctl.Origin], theirs: Optional[ctl.Origin], *, has_rows: bool) -> str:
+    """Why a database with the origin ours does not follow a SOURCE with the origin theirs, "" if it does; --adopt follows it anyway.
+
+    has_rows: does the database have any?
+    """
+    if theirs is None:
+        return "it has no origin, so no writer has published it" if ours else ""
+    if None in theirs:
+        return "its origin makes no sense"
+    if ours is None:
+        return "this database has rows of its own, which would be lost" if has_rows else ""
+    if ours.role == "writer":
+        itself = theirs.writer == ours.writer
+        return "these are rows of this host itself, which is the writer" if itself else "this host is the writer itself"
+    if theirs.epoch < ours.epoch:
+        return f"{theirs.host} is no longer the writer, {ours.host} is"
+    if theirs.epoch == ours.epoch and theirs.writer != ours.writer:
+        return f"both {theirs.host} and {ours.host} say that they are the writer"
+    if theirs.epoch == ours.epoch and theirs.serial < ours.serial:
+        return "it is older than what is here"
+    return ""
+
+
+@contextlib.contextmanager
+def open_target(path: str, *, wal: bool) -> Iterator[sqlite3.Connection]:
+    """The database that is to be made equal. One that is missing is put there when it is whole: nobody finds it without its rows."""
+    if os.path.lexists(path) and not (os.path.isfile(path) and os.stat(path).st_size == 0):
+        with contextlib.closing(ctl.open_database(path, create=False)) as database:
+            if wal:
+                ctl.patiently(lambda: database.execute("PRAGMA journal_mode = WAL"))
+            database.execute("PRAGMA foreign_keys = OFF")  # rows are brought as they are, in any order
+            database.execute("PRAGMA cache_spill = OFF")  # as in mailcloakdata.write()
+            yield database
+        return
+    with contextlib.closing(sqlite3.connect(":memory:", uri=True, isolation_level=None)) as database:
+        database.executescript(f"{mailcloak.SCHEMA}; PRAGMA user_version = {mailcloak.SCHEMA_VERSION}")
+        yield database
+        if os.path.lexists(path):  # somebody has emptied it
+            with contextlib.closing(mailcloak.connect_database(path, ctl.INTERRUPT_SECONDS)) as empty:
+                ctl.patiently(lambda: database.backup(empty))
+        else:
+            data.make_database(database, path, wal=wal)
+
+
+@contextlib.contextmanager
+def attached(database: sqlite3.Connection, source: str) -> Iterator[None]:
+    """SOURCE as the schema "source", which can only be read; raises Refused."""
+    try:
+        if os.stat(source).st_size == 0:
+            raise refused(source, "it is empty")
+        # for writing: only then can SQLite roll back the journal of a killed writer, and make the -shm file of WAL mode
+        first = mailcloak.connect_database(source, ctl.INTERRUPT_SECONDS)
+    except OSError as exc:
+        raise refused(source, exc.strerror or str(exc)) from exc
+    except mailcloak.SQLITE_ERRORS as exc:
+        raise refused(source, mailcloak.describe_sqlite(exc)) from exc
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(contextlib.closing(first))
+        try:
+            stack.enter_context(data.reading(first))  # as a writer, see there
+            first.execute("SELECT count(*) FROM sqlite_master").fetchall()
+            database.execute("ATTACH ? AS source", (data.readonly_uri(source),))
+        except mailcloak.SQLITE_ERRORS as exc:
+            raise refused(source, mailcloak.describe_sqlite(exc)) from exc
+        try:
+            yield
+        finally:
+            with contextlib.suppress(*mailcloak.SQLITE_ERRORS):  # a question that was interrupted still holds it
+                database.execute("DETACH source")  # before first: who closes last in WAL mode must be able to write
+
+
+def refused(source: str, why: str, remedy: str = "") -> ctl.Refused:
+    """SOURCE is refused, and nothing was changed."""
+    return ctl.Refused(f"db: mirror: {source!r} is refused: {why}", remedy)
+
+
+def check_source(database: sqlite3.Connection, source: str, origin: Optional[ctl.Origin]) -> None:
+    """Raise Refused unless SOURCE is whole, and of our schema. In a transaction that has begun."""
+    try:
+        damage = str(database.execute("PRAGMA source.quick_check(1)").fetchone()[0])
+        if damage != "ok":
+            raise refused(source, f"it is damaged: {damage}")
+        version = database.execute("PRAGMA source.user_version").fetchone()[0]
+        if version != mailcloak.SCHEMA_VERSION:
+            why = f"it has schema version {version}, this mailcloak has {mailcloak.SCHEMA_VERSION}"
+            raise refused(source, why, "install the same version on both hosts")
+        for name, columns, _ in read_tables():
+            found = {row[1] for row in database.execute(f"PRAGMA source.table_info({name})")}
+            if found != set(columns):
+                raise refused(source, f"its table {name} has other columns")
+        if origin and origin.digest and digest_of(database, "source") != origin.digest:
+            raise refused(source, "its rows are not those that the writer has published: it is damaged, or half of a change")
+    except mailcloak.SQLITE_ERRORS as exc:
+        raise refused(source, mailcloak.describe_sqlite(exc)) from exc
+
+
+def make_equal(database: sqlite3.Connection) -> int:
+    """Write the rows of the schema "source" that differ; how many these were. In a transaction that has begun."""
+    changed = 0
+    for table in read_tables():
+        changed += copy_rows(database, table)
+        counts = {schema: count_rows(database, schema, table) for schema in ("main", "source")}
+        if counts["main"] != counts["source"]:  # all of SOURCE are here now
+            changed += delete_rows(database, table)
+    return changed
+
+
+def count_rows(database: sqlite3.Connection, schema: str, table: Table) -> int:
+    """How many rows of the table are to be brought, or of our own are there."""
+    where = f"WHERE {has_key(table)}" if schema == "source" else ""
+    return int(database.execute(f"SELECT count(*) FROM {schema}.{table.name} {where}").fetchone()[0])  # noqa: S608
+
+
+def delete_rows(database: sqlite3.Connection, table: Table) -> int:
+    """Delete the rows that SOURCE does not have; how many these were."""
+    same = " AND ".join(f"theirs.{key} = ours.{key}" for key in table.keys)
+    theirs = f"SELECT 1 FROM source.{table.name} AS theirs WHERE {same}"  # noqa: S608
+    return database.execute(f"DELETE FROM main.{table.name} AS ours WHERE NOT EXISTS ({theirs})").rowcount  # noqa: S608
+
+
+def copy_rows(database: sqlite3.Connection, table: Table) -> int:
+    """Write the rows that are new or differ; how many these were."""
+    name, columns, keys = table
+    others = [column for column in columns if column not in keys]
+    same = " AND ".join(f"theirs.{key} = ours.{key}" for key in keys)
+    differs = " OR ".join([f"ours.{keys[0]} IS NULL", *(f"ours.{column} IS NOT theirs.{column}" for column in others)])
+    update = f"UPDATE SET {', '.join(f'{column} = excluded.{column}' for column in others)}" if others else "NOTHING"
+    return database.execute(
+        f"INSERT INTO main.{name} ({', '.join(columns)}) SELECT {', '.join(f'theirs.{column}' for column in columns)}"  # noqa: S608
+        f" FROM (SELECT * FROM source.{name} WHERE {has_key(table)}) AS theirs LEFT JOIN main.{name} AS ours ON {same} WHERE {differs}"
+        f" ON CONFLICT ({', '.join(keys)}) DO {update}"
+    ).rowcount
+
+
+def write_origin(database: sqlite3.Connection, origin: ctl.Origin) -> None:
+    """Say whose rows these are, in the transaction that has begun."""
+    database.execute(ORIGIN)
+    names = ", ".join(ctl.Origin._fields)
+    database.execute(f"REPLACE INTO main.origin (id, {names}) VALUES (1{', ?' * len(origin)})", origin)  # noqa: S608
+
+
+def follow(path: str, source: str, *, thorough: bool, adopt: bool = False) -> int:
+    """Make the database equal to SOURCE; how many rows were changed. Raises Refused.
+
+    thorough: also where the origin says that these are the rows that were brought last.
+    """
+    with open_target(path, wal=False) as database, attached(database, source), ctl.transaction(database, of_mirror=True):
+        ours = ctl.find_origin(database)
+        try:
+            theirs = ctl.find_origin(database, "source")
+        except mailcloak.SQLITE_ERRORS as exc:
+            raise refused(source, mailcloak.describe_sqlite(exc)) from exc
+        has_rows = any(database.execute(f"SELECT 1 FROM main.{table.name} LIMIT 1").fetchone() for table in read_tables())  # noqa: S608
+        why = why_refused(ours, theirs, has_rows=has_rows)
+        if why and not adopt:
+            raise refused(source, why, "if it is the right one, db mirror --adopt takes it")
+        changed = 0
+        if thorough or not is_same_state(ours, theirs):
+            check_source(database, source, theirs)
+            changed = make_equal(database)
+        if theirs is None and ours:
+            database.execute("DROP TABLE main.origin")
+        elif theirs and (now := theirs._replace(role="follower", file=source)) != ours:
+            write_origin(database, now)
+        if changed:
+            data.prepare_commit(database)
+    if changed:
+        ctl.note_change("db: mirror", source, rows=changed, host=theirs and theirs.host, serial=theirs and theirs.serial)
+    return changed
+
+
+def is_same_state(ours: Optional[ctl.Origin], theirs: Optional[ctl.Origin]) -> bool:
+    """Are these surely the same rows? Of a file that nobody has published, nobody knows."""
+
+    def state(origin: ctl.Origin) -> tuple[Any, ...]:
+        return origin.writer, origin.epoch, origin.serial, origin.digest
+
+    return ours is not None and theirs is not None and bool(theirs.digest) and state(ours) == state(theirs)
+
+
+def publish(path: str, source: str, *, thorough: bool) -> int:
+    """Make the file that others follow equal to the writer's database SOURCE; how many rows were changed. Raises Refused."""
+    own = find_own(source, path)
+    with open_target(path, wal=True) as database, attached(database, source), ctl.transaction(database, of_mirror=True):
+        last = ctl.find_origin(database)
+        is_ours = last is not None and (last.writer, last.epoch) == (own.writer, own.epoch)
+        if last and not is_ours and last.epoch >= own.epoch:
+            remedy = f"remove {path} if it is an old copy; if {last.host} is the writer now, let this host follow it"
+            raise ctl.Refused(f"db: mirror: {path!r} has rows of the writer {last.host}, nothing was changed", remedy)
+        changed = 0
+        if thorough or not is_ours:
+            check_source(database, source, None)
+            changed = make_equal(database)
+        now = int(time.time())
+        if changed or not is_ours or not last or not last.digest:
+            # the time, so that it rises also where the file was lost, and begins again
+            serial = max(own.serial + 1, last.serial + 1 if last else 0, now)
+            write_origin(database, own._replace(serial=serial, published_at=now, digest=digest_of(database, "main"), file=""))
+        elif not 0 <= now - last.published_at < RENEW_SECONDS:
+            write_origin(database, last._replace(published_at=now))
+    return changed
+
+
+def find_own(state: str, published: str) -> ctl.Origin:
+    """The origin of the writer's database, made at the first use; raises Refused where it is a follower's."""
+    with contextlib.closing(ctl.open_database(state, create=False)) as database:
+        own = ctl.patiently(lambda: ctl.find_origin(database))
+        if own and own.role != "writer":
+            remedy = "mailcloakctl db promote makes this host the writer"
+            raise ctl.Refused(f"db: mirror: {state!r} follows the database of {own.host}, nothing was published", remedy)
+        if own is None or own.file != published:
+            own = own or new_writer(epoch=1, serial=0)
+            with ctl.transaction(database, of_mirror=True):
+                write_origin(database, own := own._replace(file=published))
+        return own
+
+
+def new_writer(*, epoch: int, serial: int) -> ctl.Origin:
+    """The origin of this host as a writer that nobody knows yet."""
+    return ctl.Origin("writer", secrets.token_hex(8), socket.gethostname(), epoch, serial, int(time.time()), "", "")
+
+
+# ---------------------------------------------------------------------------------------------------------------------------------
+# Staying
+# ---------------------------------------------------------------------------------------------------------------------------------
+
+
+def state_of(source: str) -> tuple[Any, ...]:
+    """What changes when SOURCE does: times, sizes and inodes, of Litestream's note of its transaction too, and SQLite's header.
+
+    To be called while this process has no connection to SOURCE: closing a file ends the locks that the process has on it.
+    """
+    found: list[Any] = []
+    for name in (source, f"{source}-wal", f"{source}-txid"):
+        try:
+            status = os.stat(name)
+            found.append((status.st_ino, status.st_size, status.st_mtime_ns))
+        except OSError:
+            found.append(None)
+    with contextlib.suppress(OSError), open(source, "rb") as file:
+        found.append(file.read(100))  # has the change counter: two commits may have one time
+    return tuple(found)
+
+
+def watch(source: str, look: Callable[[bool], int], name: str, *, renew: bool) -> None:
+    """Look whenever SOURCE has changed, and say it when it is refused for another reason, until SIGTERM or SIGINT.
+
+    look takes whether all rows are to be compared. renew: also look when RENEW_SECONDS are over.
+    """
+    is_ended = False
+
+    def end(*_: object) -> None:
+        nonlocal is_ended
+        is_ended = True  # also where what ends then fails in another way
+        raise KeyboardInterrupt
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, end)
+    reason: Optional[str] = None  # of the last refusal, "" where there was none
+    seen: tuple[Any, ...] = ()
+    due = 0.0
+    with contextlib.suppress(KeyboardInterrupt):
+        while not is_ended:
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT, signal.SIGTERM, signal.SIGHUP})  # see mailcloakctl.commit()
+            state = state_of(source)
+            if state != seen or time.monotonic() >= due:
+                before, reason = reason, try_to_look(look, thorough=reason != "" or (renew and state != seen))
+                if reason != before and not is_ended:
+                    ctl.say(f"{reason}; tried again until it can" if reason else f"db: mirror: {name} is as {source}")
+                seen = state
+                due = time.monotonic() + (RETRY_SECONDS if reason else RENEW_SECONDS if renew else float("inf"))
+            time.sleep(WATCH_SECONDS)
+
+
+def try_to_look(look: Callable[[bool], int], *, thorough: bool) -> str:
+    """Why nothing could be brought, "" if it could."""
+    try:
+        look(thorough)
+    except (mailcloak.MailcloakError, *mailcloak.SQLITE_ERRORS, OSError) as exc:
+        return str(exc) if isinstance(exc, (mailcloak.MailcloakError, OSError)) else f"db: mirror: {mailcloak.describe_sqlite(exc)}"
+    return ""
+
+
+# ---------------------------------------------------------------------------------------------------------------------------------
+# The verbs
+# ---------------------------------------------------------------------------------------------------------------------------------
+
+
+def mirror(context: ctl.Context) -> None:
+    """Make the database equal to another; again and again with --watch."""
+    options, path, source = context.options, context.path, os.path.abspath(context.options.source)
+    if os.path.exists(path) and os.path.exists(source) and os.path.samefile(path, source):
+        raise ctl.Refused(f"db: mirror: {source!r} is the database itself, name another file")
+
+    def look(thorough: bool) -> int:
+        if options.publish:
+            return publish(path, source, thorough=thorough)
+        changed = follow(path, source, thorough=thorough, adopt=options.adopt)
+        options.adopt = False  # with --watch: this one, and no later one
+        return changed
+
+    if options.watch:
+        watch(source, look, path, renew=options.publish)
+        return
+    changed = look(True)
+    text = f"{path} is as {source}, {changed} rows changed"
+    data.tell_numbers(context, context.database, text, changed=bool(changed))
+
+
+def promote(context: ctl.Context) -> None:
+    """Make this host, which follows another, the writer; the next epoch begins."""
+    database = context.database
+    with ctl.transaction(database, of_mirror=True):
+        ours = ctl.find_origin(database)
+        if ours is None:
+            raise ctl.Refused("db: promote: this database follows none", "db mirror --publish makes this host a writer")
+        if ours.role == "follower":
+            write_origin(database, new := new_writer(epoch=ours.epoch + 1, serial=ours.serial))
+    if ours.role == "writer":
+        ctl.answer(context, [], "db: this host is the writer already")
+        return
+    ctl.note_change("db: promote", new.host, epoch=new.epoch, before=ours.host)
+    ctl.answer(context, [context.path], f"db: this host is the writer now, in place of {ours.host}")
+    ctl.say("db: next, stop what follows here, publish, and let the other hosts follow this one: README, Several mail hosts")
