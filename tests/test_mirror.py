@@ -294,7 +294,7 @@ CREATE TABLE only_keys (a TEXT, b TEXT, PRIMARY KEY (a, b));
                 ("b@d1.test", "y", 1),
                 ("nobody", "z", 1),
             ]
-            assert database.execute("SELECT alias_email, source FROM aliases").fetchall() == [("b@d1.test", "hr")]
+            assert database.execute("SELECT alias_email, team FROM aliases").fetchall() == [("b@d1.test", "hr")]
     finally:
         mailcloakmirror.read_tables.cache_clear()
 
