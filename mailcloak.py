@@ -159,6 +159,7 @@ DATABASE_CACHE_KIB = 400  # of pages that a connection keeps; SQLite's own limit
 DATABASE_BUSY_SECONDS = 2.0  # how long a question waits for a writer's lock
 MAX_REMEMBERED_ROWS = 20_000  # each about 400 bytes
 MAX_RECALLED_ANSWERS = 20_000  # each about 800 bytes
+MAX_RECALLED_FACTS = 8  # of one answer; only that of an alias with many users has more
 MAX_RECALLED_CHARS = 600  # of one question; two addresses and a login seldom have more than 200
 MAX_ATTEMPTS = 10  # to make an answer from one state of the database, while others write it; then it counts as unavailable
 MAX_ERRORS_SAID = 1000  # errors that the log has had and does not repeat
@@ -637,8 +638,8 @@ class Facts(Protocol):
     def find_holders(self, address: Address) -> Users:
         """The users whose primary e-mail this is, disabled ones too; raises DirectoryUnavailable, Disappeared."""
 
-    def find_named(self, username: str) -> Users:
-        """The user of this name, if there is one, disabled or not; raises DirectoryUnavailable, Disappeared."""
+    def has_left(self, username: str) -> bool:
+        """Is it sure that there was a user of this name who is gone or disabled now? Raises DirectoryUnavailable, Disappeared."""
 
     def find_login(self, sasl_username: str) -> Login:
         """Which user the login names; raises DirectoryUnavailable, Disappeared."""
@@ -704,7 +705,7 @@ def decide_recipient(raw: str, policy: PolicyConfig, facts: Facts) -> Action:
         return Action(NO_SUCH_USER, "mailbox-domain")
     if not is_local(recipient, policy):
         return accept("recipient-not-local")
-    owner = without_leavers(find_owner(recipient, policy, facts), facts)
+    owner = without_leavers(find_owner(recipient, policy, facts), facts, is_one_enough=True)
     is_exact = owner.source == "primary" and not owner.extension
     if is_exact and not policy.mailbox_domain and split_extension(recipient.local_part, policy.recipient_delimiter)[1]:
         return Action(DIRECTORY_FAILED, "username-with-delimiter", logging.ERROR)
@@ -755,22 +756,25 @@ def find_owner(address: Address, policy: PolicyConfig, facts: Facts) -> Owner:
     return Owner((), "database-unavailable" if database_failed else "nobody")
 
 
-def without_leavers(owner: Owner, facts: Facts) -> Owner:
-    """The owner without users of whom Keycloak is sure that they are gone or disabled, so that the others' mail does not bounce.
+def without_leavers(owner: Owner, facts: Facts, *, is_one_enough: bool = False) -> Owner:
+    """The owner without users who have surely left, so that the others' mail does not bounce; is_one_enough: if only they are left.
 
-    Only of an alias with several targets: one with a single user counts whether the user exists or not. Where nobody is left, source is
-    "users-gone", or "in-grace" while one of them is not believed gone. Raises nothing.
+    Only of an alias with several targets: one with a single user counts whether the user exists or not. A name that Keycloak never knew
+    stays too: it may be an e-mail, or of a user whose storage is down. Where nobody is left, source is "users-gone", or "in-grace"
+    while one of them is not believed gone. Raises nothing.
     """
     if owner.source != "alias" or len(owner.users) + len(owner.external) < 2:
         return owner
     left, is_known = [], bool(owner.external)
     for username in owner.users:
+        if is_known and is_one_enough:
+            return owner
         try:
-            if not any(user.receives for user in facts.find_named(username)):
+            if facts.has_left(username):
                 continue
             is_known = True
         except DirectoryUnavailable:
-            is_known = True  # nobody is gone because Keycloak does not answer
+            is_known = True  # nobody has left because Keycloak does not answer
         except Disappeared:
             pass
         left.append(username)
@@ -877,7 +881,7 @@ def decide_alias(key: str, policy: PolicyConfig, facts: Facts) -> Action:
     if owner.source in UNKNOWN:
         return Action("TEMP lookup failed", owner.source)
     if owner.source == "users-gone":
-        return Action("NOTFOUND ", "alias-users-gone")
+        return Action("TEMP all users have left", "alias-users-gone")  # "NOTFOUND " would lead it to a mailbox of the alias's name
     if owner.source == "nobody" or (owner.source == "primary" and not policy.mailbox_domain):
         return not_found
     if not owner.users and not owner.external:
@@ -952,7 +956,7 @@ REASONS = _read_reasons(
     """\
 # who owns an address: recipients and the alias map
 alias: an enabled alias owns the address: its mail is accepted and goes to the alias's users
-    mailcloakctl aliases disable {alias}, or aliases add {alias} USERNAME --replace to let it lead to another user
+    mailcloakctl aliases disable {alias}; aliases add-user and remove-user change who gets its mail
 primary: the address is the primary e-mail of an enabled user: its mail is accepted and goes to this user
     disable the user or change the user's e-mail in Keycloak; this counts after policy.cache_ttl_seconds, or after
       mailcloakctl flush {address}
@@ -960,7 +964,7 @@ unknown-recipient: the address is neither an enabled alias nor the primary e-mai
     mailcloakctl aliases add {address} USERNAME, or give a user this e-mail in Keycloak; a user just made counts after
       policy.negative_cache_ttl_seconds, or after mailcloakctl flush {address}; with keycloak.require_verified_email the
       e-mail must be verified
-alias-users-gone: an enabled alias owns the address, and each of its several users is gone or disabled in Keycloak: refused
+alias-users-gone: an enabled alias owns the address, and each of its several users has left Keycloak or is disabled there: refused
     enable one of them in Keycloak, or mailcloakctl aliases add-user {alias} USERNAME; this counts after
       policy.negative_cache_ttl_seconds
 mailbox-domain: the address is in policy.mailbox_domain, which only aliases and primary e-mails lead to: refused
@@ -995,7 +999,7 @@ own-primary: the sender is the user's own primary e-mail: allowed
 null-sender: an enabled user may use the null sender <>, for notices and vacation mail: allowed
     disable the user in Keycloak
 sender-not-owned: the login is good, but the sender belongs to another user, or to several: refused
-    if it is an alias: mailcloakctl aliases add {address} USERNAME --replace gives it to this user
+    if it is an alias: mailcloakctl aliases add-user {address} {user} lets this user send as it, and receive its mail
 receive-only: the sender is an alias of the user, and its users receive its mail but may not send as it: refused
     mailcloakctl aliases add {alias} --replace, with all its users and without --receive-only, lets them send as it
 sender-of-nobody: the login is good, but the sender is neither an enabled alias nor the primary e-mail of an enabled user: refused
@@ -1743,14 +1747,78 @@ def sqlite_fault(exc: BaseException) -> str:
     return next((fault for text, fault in texts.items() if text in describe_sqlite(exc)), "")
 
 
-def connect_database(path: str, busy_seconds: float) -> sqlite3.Connection:
+class _OwnersCursor(sqlite3.Cursor):
+    """Of an OwnersConnection."""
+
+    connection: OwnersConnection
+
+    def execute(self, *arguments: Any) -> _OwnersCursor:
+        with acting_as(*self.connection.owner):
+            super().execute(*arguments)
+        return self
+
+    def executemany(self, *arguments: Any) -> _OwnersCursor:
+        with acting_as(*self.connection.owner):
+            super().executemany(*arguments)
+        return self
+
+    def executescript(self, *arguments: Any) -> _OwnersCursor:
+        with acting_as(*self.connection.owner):
+            super().executescript(*arguments)
+        return self
+
+
+class OwnersConnection(sqlite3.Connection):
+    """One of root whose statements run as the owner of the file's directory, for a program with one thread.
+
+    That user could put a journal beside the file: SQLite rolls it back before it reads, and deletes the file that it names. Source: the
+    SQLite database file format, section 3, "super-journal".
+    """
+
+    owner = (0, 0)  # uid, gid
+
+    def cursor(self, factory: Any = None) -> Any:
+        return super().cursor(_OwnersCursor)
+
+    def execute(self, *arguments: Any) -> Any:
+        return self.cursor().execute(*arguments)
+
+    def executemany(self, *arguments: Any) -> Any:
+        return self.cursor().executemany(*arguments)
+
+    def executescript(self, *arguments: Any) -> Any:
+        return self.cursor().executescript(*arguments)
+
+    def backup(self, *arguments: Any, **options: Any) -> None:
+        with acting_as(*self.owner):
+            super().backup(*arguments, **options)
+
+    def attach(self, uri: str, name: str) -> None:
+        """ATTACH a file that only root may read."""
+        self.execute("SELECT 1 FROM main.sqlite_master").fetchall()  # so that nothing is read of the own file now
+        super().cursor().execute(f"ATTACH ? AS {name}", (uri,))
+
+    def close(self) -> None:
+        with acting_as(*self.owner):
+            super().close()
+
+
+def connect_database(path: str, busy_seconds: float, *, as_owner: bool = False) -> sqlite3.Connection:
     """A connection to an existing file, in autocommit mode; raises one of SQLITE_ERRORS, as each use of it does.
 
     Opened for writing even to read: only then can SQLite roll back the journal that a killed writer left behind. SQLite falls back
     to reading by itself where the file may not be written. The connection may be closed, though not used, by another thread.
+    as_owner: where root opens a file in a directory of another user, see OwnersConnection.
     """
     uri = f"file:{urllib.parse.quote(os.fsencode(path))}?mode=rw"
-    connection = sqlite3.connect(uri, uri=True, timeout=busy_seconds, isolation_level=None, check_same_thread=False)
+    owner = _owner_of(os.path.dirname(path)) if as_owner and os.geteuid() == 0 else (0, 0)
+    factory = OwnersConnection if owner[0] else sqlite3.Connection
+    with acting_as(*owner) if owner[0] else contextlib.nullcontext():
+        connection = sqlite3.connect(
+            uri, uri=True, timeout=busy_seconds, isolation_level=None, check_same_thread=False, factory=factory
+        )
+    if isinstance(connection, OwnersConnection):
+        connection.owner = owner
     connection.execute("PRAGMA foreign_keys = ON")
     return connection
 
@@ -1766,12 +1834,20 @@ def acting_as(uid: int, gid: int) -> Iterator[None]:
         yield
 
 
-def _acting_as_owner_of(directory: str) -> contextlib.AbstractContextManager[None]:
+def _owner_of(directory: str) -> tuple[int, int]:
+    """(uid, gid); root's where it cannot be told."""
+    try:
+        status = os.stat(directory)
+    except OSError:
+        return 0, 0
+    return status.st_uid, status.st_gid
+
+
+def acting_as_owner_of(directory: str) -> contextlib.AbstractContextManager[None]:
     """As root, create files in it as its owner, who could put a link in place of a file that root has just made."""
     if os.geteuid() != 0 or not os.path.isdir(directory):
         return contextlib.nullcontext()
-    status = os.stat(directory)
-    return acting_as(status.st_uid, status.st_gid)
+    return acting_as(*_owner_of(directory))
 
 
 def create_database_file(path: str, mode: int = 0o640) -> bool:
@@ -1826,13 +1902,13 @@ def prepare_database(path: str, busy_seconds: float, *, create: bool = True) -> 
     if create and not os.path.lexists(path):
         if os.path.exists(last_known_path(path)):
             raise _lost_database(path, "missing, though a daemon has run on it")
-        with _acting_as_owner_of(os.path.dirname(path)):
+        with acting_as_owner_of(os.path.dirname(path)):
             if _create_database(path):
                 return "created"
     try:
         if os.stat(path).st_size == 0:  # somebody has emptied it
             raise _lost_database(path, "empty")
-        with contextlib.closing(connect_database(path, busy_seconds)) as connection:
+        with contextlib.closing(connect_database(path, busy_seconds, as_owner=True)) as connection:
             version = connection.execute("PRAGMA user_version").fetchone()[0]
         if version > SCHEMA_VERSION:
             raise StartError(
@@ -1873,7 +1949,7 @@ def _create_database(path: str) -> bool:
 
 def _migrate_as_owner(path: str, busy_seconds: float) -> str:
     """The same by a connection of the directory's owner: root would also write a file of its own that a link leads to."""
-    with _acting_as_owner_of(os.path.dirname(path)), contextlib.closing(connect_database(path, busy_seconds)) as connection:
+    with acting_as_owner_of(os.path.dirname(path)), contextlib.closing(connect_database(path, busy_seconds)) as connection:
         return _migrate(connection, path)
 
 
@@ -3626,6 +3702,12 @@ def judge_holders(known: Sequence[Known], confirmed_since: Optional[float]) -> V
     return Verdict(users, "absent" if confirmed_since is None else "unknown")
 
 
+def judge_leaving(known: Sequence[Known], confirmed_since: Optional[float]) -> Verdict:
+    """Was there a user of this name who is gone or disabled now?"""
+    verdict = judge_holders(known, confirmed_since)
+    return verdict._replace(value=verdict.counts == "absent" and bool(known[0].people))
+
+
 def judge_login(known: Sequence[Known], confirmed_since: Optional[float]) -> Verdict:
     """Which user a login names; known are the username and, where the login has the form of one, the e-mail.
 
@@ -3694,9 +3776,9 @@ class UserDirectory:
         """The users whose primary e-mail this is, disabled ones too. Raises DirectoryUnavailable, Disappeared."""
         return self._find([("email", address)], judge_holders, deadline)
 
-    def find_named(self, username: str, deadline: Deadline) -> Found:
-        """The user of this name, lower-cased, if there is one, disabled or not. Raises DirectoryUnavailable, Disappeared."""
-        return self._find([("username", username)], judge_holders, deadline)
+    def has_left(self, username: str, deadline: Deadline) -> Found:
+        """Was there a user of this name, lower-cased, who is gone or disabled now? Raises DirectoryUnavailable, Disappeared."""
+        return self._find([("username", username)], judge_leaving, deadline)
 
     def find_login(self, sasl_username: str, deadline: Deadline) -> Found:
         """The Login that sasl_username, lower-cased, names: a username or, where there is no such username, a primary e-mail.
@@ -3896,12 +3978,11 @@ class LiveFacts(Facts):
         users: Users = self._look_up("holders", address.text, lambda: directory.find_holders(address.text, self._until()))
         return users
 
-    def find_named(self, username: str) -> Users:
+    def has_left(self, username: str) -> bool:
         if not _may_be_name(username):
-            return ()
+            return False
         directory = self._service.directory
-        users: Users = self._look_up("user", username, lambda: directory.find_named(username, self._until()))
-        return users
+        return bool(self._look_up("leaver", username, lambda: directory.has_left(username, self._until())))
 
     def find_login(self, sasl_username: str) -> Login:
         if not _may_be_name(sasl_username):
@@ -3962,10 +4043,10 @@ def _may_be_name(username: str) -> bool:
 
 
 def _to_json(found: Any) -> Any:
-    """A fact as JSON takes it: its fields by name, or a list of such, or None."""
+    """A fact as JSON takes it: its fields by name, or a list of such, true or false, or None."""
     if hasattr(found, "_asdict"):
         return found._asdict()
-    return None if found is None else [_to_json(each) for each in found]
+    return found if found is None or isinstance(found, bool) else [_to_json(each) for each in found]
 
 
 class Recalled(NamedTuple):
@@ -4003,6 +4084,8 @@ class RecalledAnswers:
     def keep(self, question: tuple[str, ...], action: Action, facts: LiveFacts) -> None:
         """Keep the answer that was made from these facts, if it can be compared with them later, and is not too long."""
         if not facts.has_asked or not facts.can_be_recalled or sum(map(len, question)) > MAX_RECALLED_CHARS:
+            return
+        if len(facts.found) > MAX_RECALLED_FACTS:
             return
         if all(found.good_until > -math.inf for found in facts.found):
             recalled = Recalled(action, facts.version, tuple(facts.found), facts.expires_at)

@@ -512,7 +512,7 @@ def read_replication(path: str, max_lag_seconds: float) -> Optional[dict[str, An
     role is "single", "writer" or "follower"; age_seconds that of what was brought or published last, None where that is not known.
     """
     try:
-        with contextlib.closing(mailcloak.connect_database(path, ROLE_SECONDS)) as database:
+        with contextlib.closing(mailcloak.connect_database(path, ROLE_SECONDS, as_owner=True)) as database:
             origin = find_origin(database)
     except mailcloak.SQLITE_ERRORS:
         return None
@@ -532,7 +532,7 @@ def read_replication(path: str, max_lag_seconds: float) -> Optional[dict[str, An
 def find_published(origin: Origin) -> Optional[Origin]:
     """The origin in the file that the writer publishes; None where there is none of this writer."""
     with contextlib.suppress(*mailcloak.SQLITE_ERRORS):
-        with contextlib.closing(mailcloak.connect_database(origin.file, ROLE_SECONDS)) as database:
+        with contextlib.closing(mailcloak.connect_database(origin.file, ROLE_SECONDS, as_owner=True)) as database:
             published = find_origin(database)
         if published and (published.writer, published.epoch) == (origin.writer, origin.epoch):
             return published
@@ -599,7 +599,7 @@ def open_database(path: str, *, create: bool) -> sqlite3.Connection:
         done = patiently(lambda: mailcloak.prepare_database(path, INTERRUPT_SECONDS, create=create))
         if done:
             say(f"database {path} {done}")
-        database = mailcloak.connect_database(path, INTERRUPT_SECONDS)
+        database = mailcloak.connect_database(path, INTERRUPT_SECONDS, as_owner=True)
     except mailcloak.StartError as exc:
         raise Refused(str(exc), database_remedy(exc, path) if mailcloak.sqlite_fault(exc) else "") from exc
     except mailcloak.DatabaseUnavailable as exc:
@@ -701,11 +701,12 @@ def delete(context: Context) -> None:
 # ---------------------------------------------------------------------------------------------------------------------------------
 
 
-# the users of all aliases, each with the address
-ALIAS_USERS = (
-    "(SELECT alias_email, username FROM aliases WHERE external <> 1"
-    " UNION ALL SELECT alias_email, target FROM alias_targets WHERE external <> 1)"
+# the targets of all aliases, each with the address
+ALL_TARGETS = (
+    "(SELECT alias_email, username, external FROM aliases UNION ALL SELECT alias_email, target, external FROM alias_targets"
+    " WHERE alias_email IN (SELECT alias_email FROM aliases))"
 )
+ALIAS_USERS = f"(SELECT alias_email, username FROM {ALL_TARGETS} WHERE external <> 1)"  # noqa: S608
 
 
 class Stored(NamedTuple):
@@ -759,13 +760,12 @@ def aliases_add(context: Context) -> None:
             raise Refused(f"aliases: {address} leads to {shown_targets(before)}{receives} already, --replace changes that")
         return after
 
-    change_alias(context, wanted, decide)
+    change_alias(context, decide, lambda: wanted)
 
 
 def aliases_add_user(context: Context) -> None:
     """Let an alias lead to further users as well."""
-    address = read_address(context.options.address)
-    wanted, stored = read_targets(context, address), patiently(lambda: find_alias(context.database, address))
+    wanted = read_targets(context, read_address(context.options.address))
 
     def decide(address: str, before: Optional[mailcloak.Alias]) -> mailcloak.Alias:
         if not before:
@@ -775,7 +775,7 @@ def aliases_add_user(context: Context) -> None:
         )
         return before._replace(users=users, external=external)
 
-    change_alias(context, wanted, decide, stored.users if stored else ())
+    change_alias(context, decide)
 
 
 def aliases_remove_user(context: Context) -> None:
@@ -791,7 +791,7 @@ def aliases_remove_user(context: Context) -> None:
             raise Refused(f"aliases: {address} would lead to nobody, aliases del {address} deletes it")
         return before._replace(users=users, external=external)
 
-    change_alias(context, None, decide)
+    change_alias(context, decide)
 
 
 def read_targets(context: Context, address: str, *, receive_only: bool = False) -> mailcloak.Alias:
@@ -804,8 +804,9 @@ def read_targets(context: Context, address: str, *, receive_only: bool = False) 
     is_elsewhere = {name: "@" in name and mailcloak.normalise_address(name).domain not in own for name in names}
     external = {read_external(context, name) for name in names if is_elsewhere[name]} if context.options.external else set()
     users = {read_username(name) for name in names if not (is_elsewhere[name] and context.options.external)}
+    refuse_catch_all(address)
     for user in sorted(users):
-        refuse_names(context, address, user)
+        refuse_names(context, user)
     return mailcloak.Alias(tuple(sorted(users)), True, tuple(sorted(external)), receive_only)
 
 
@@ -820,25 +821,24 @@ def read_external(context: Context, text: str) -> str:
 
 def change_alias(
     context: Context,
-    wanted: Optional[mailcloak.Alias],
     decide: Callable[[str, Optional[mailcloak.Alias]], mailcloak.Alias],
-    others: Sequence[str] = (),
+    preview: Optional[Callable[[], mailcloak.Alias]] = None,
 ) -> None:
     """Store what decide() makes of the alias that is there, and say so.
 
-    wanted: has the users to be looked up in Keycloak; others: whom the alias has as well.
+    preview: gives the alias for a first look, where that needs no database, which may have to be made.
     """
     options, address = context.options, read_address(context.options.address)
-    if wanted and wanted.users:
-        check_with_keycloak(context, address, wanted.users, others)
-    database = context.database  # not opened before, since that may create it
+    stored = None if preview else patiently(lambda: find_alias(context.database, address))
+    check_with_keycloak(context, address, stored, preview() if preview else decide(address, stored))
+    database = context.database
     with transaction(database):
         before = find_alias(database, address)
         after = decide(address, before)
         refuse_number(context, address, after)
-        added = [user for user in after.users if not before or user not in before.users]
-        for user in added if wanted and not options.force else ():
-            refuse_chain(context, address, user)
+        added = new_targets(before, after)
+        for target in added if not getattr(options, "force", False) else ():
+            refuse_chain(context, address, target)
         apps = [user for user in added if database.execute("SELECT 1 FROM apps WHERE app_id = ?", (user,)).fetchone()]
         if before != after:
             store_aliases(database, [Stored(address, after)])
@@ -857,8 +857,17 @@ def change_alias(
         say(f"warning: {app} is an app, and apps receive no mail; name the user who should get it")
 
 
+def new_targets(before: Optional[mailcloak.Alias], after: mailcloak.Alias) -> list[str]:
+    """Who gets mail for the alias now, and did not before."""
+    old = {*before.users, *before.external} if before else set()
+    return [target for target in (*after.users, *after.external) if target not in old]
+
+
 def refuse_number(context: Context, address: str, alias: mailcloak.Alias) -> None:
-    """Raise Refused for more targets than Postfix takes: it would defer the mail for ever."""
+    """Raise Refused for more targets than Postfix takes: it would defer the mail for ever. Or for one that is there twice."""
+    twice = set(alias.users) & set(alias.external)
+    if twice:
+        raise Refused(f"aliases: {address}: {min(twice)} cannot be both a user and an address elsewhere")
     mailboxes = mailboxes_of(context, address, alias)
     size = len(",".join(mailboxes).encode())
     if len(mailboxes) > MAX_TARGETS or size > MAX_TARGETS_BYTES:
@@ -874,10 +883,14 @@ def mailboxes_of(context: Context, address: str, alias: mailcloak.Alias) -> list
     return [*(mailcloak.format_mailbox(user, "", domain) for user in alias.users), *alias.external]
 
 
-def refuse_names(context: Context, address: str, username: str) -> None:
-    """Raise Refused for names that an alias cannot have, or that stand for something else than one user of ours."""
+def refuse_catch_all(address: str) -> None:
+    """Raise Refused for an address that is no single one."""
     if address.startswith("*@"):
         raise Refused(f"aliases: {address} would be a catch-all for a whole domain, which is not supported: name each address")
+
+
+def refuse_names(context: Context, username: str) -> None:
+    """Raise Refused for a name that stands for something else than one user of ours."""
     if re.search(r"[\s,;<>]", username):
         raise Refused(
             f"aliases: {username!r} holds a space, a comma, a semicolon or an angle bracket; name each user by itself, as in Keycloak"
@@ -903,16 +916,19 @@ def refuse_names(context: Context, address: str, username: str) -> None:
         )
 
 
-def check_with_keycloak(context: Context, address: str, users: Sequence[str], others: Sequence[str]) -> None:
-    """Ask the daemon what Keycloak says of new users of an alias that has others as well.
+def check_with_keycloak(context: Context, address: str, before: Optional[mailcloak.Alias], after: mailcloak.Alias) -> None:
+    """Ask the daemon what Keycloak says, before an alias is changed; of who gets its mail already, nothing is asked.
 
     Raises Refused if the address is the e-mail of somebody else; warns of new users who do not count.
     """
+    if before and (before.users, before.external) == (after.users, after.external):
+        return
+    users = [user for user in after.users if not before or user not in before.users]
 
     def ask() -> tuple[list[str], list[dict[str, str]]]:
-        return find_others(context, address, (*users, *others)), [ask_login(context, user) for user in users]
+        return find_others(context, address, after.users), [ask_login(context, user) for user in users]
 
-    holders, logins = look_up(context, f"{address} and {shorten(users)} were", ask) or ([], [])
+    holders, logins = look_up(context, f"{address} and its users were", ask) or ([], [])
     refuse_holders(context, address, holders)
     for user, login in zip(users, logins):
         warn_of_login(user, login)
@@ -1002,7 +1018,7 @@ def refuse_chain(context: Context, address: str, username: str) -> None:
         if spelling == mailbox:
             continue  # mail with that extension stays with its user
         for other, other_username in context.database.execute(
-            f"SELECT alias_email, username FROM {ALIAS_USERS} WHERE lower(username) IN (?, ?) ORDER BY alias_email",  # noqa: S608
+            f"SELECT alias_email, username FROM {ALL_TARGETS} WHERE lower(username) IN (?, ?) ORDER BY alias_email",  # noqa: S608
             (spelling.rpartition("@")[0], spelling),
         ):
             is_its_mailbox = other not in spellings and mailbox_of(other, other_username) == spelling
@@ -1017,7 +1033,7 @@ def refuse_chain(context: Context, address: str, username: str) -> None:
 def aliases_that_begin_with(text: str, database: sqlite3.Connection) -> list[tuple[str, str]]:
     """Address and a user of the aliases with an address that begins so, the shortest first."""
     return database.execute(
-        f"SELECT alias_email, username FROM {ALIAS_USERS} WHERE alias_email >= ? AND alias_email < ?"  # noqa: S608
+        f"SELECT alias_email, username FROM {ALL_TARGETS} WHERE alias_email >= ? AND alias_email < ?"  # noqa: S608
         " ORDER BY length(alias_email), alias_email",
         (text, text + chr(0x10FFFF)),
     ).fetchall()
@@ -1657,7 +1673,7 @@ def describe_step(step: dict[str, Any]) -> tuple[str, str, str]:
         "alias": "is there an alias",
         "app": "is there an app",
         "holders": "whose e-mail is",
-        "user": "is there a user",
+        "leaver": "has the user left:",
         "login": "whose login is",
     }
     source, where = step["source"], SOURCES.get(step["source"], "-")
@@ -1671,8 +1687,8 @@ def describe_step(step: dict[str, Any]) -> tuple[str, str, str]:
 
 def describe_found(kind: str, found: Any) -> str:
     """A fact in words: that of a step which asked for this kind."""
-    if kind == "user":
-        return ", ".join(map(describe_holder, found)) or "there is none"
+    if kind == "leaver":
+        return "yes, gone or disabled" if found else "no"
     if kind == "holders":
         return ", ".join(map(describe_holder, found)) or "nobody's"
     if found is None:
@@ -2222,6 +2238,8 @@ def add_command(parsers: Any, common: argparse.ArgumentParser, noun: str, verb: 
     if noun == "aliases":
         add_list_options(parser, verb)
         add_file_options(parser, verb)
+    if (noun, verb) == ("aliases", "remove-user"):
+        parser.add_argument("--force", action="store_true", help="also a user who has the address as e-mail")
     if (noun, verb) in (("aliases", "add"), ("aliases", "add-user")):
         parser.add_argument("--external", action="store_true", help="a USERNAME may be an address elsewhere that gets its mail too")
         parser.add_argument(
@@ -2327,10 +2345,8 @@ def add_file_options(parser: argparse.ArgumentParser, verb: str) -> None:
             default="20%",
             help="stop if more of the aliases would change or go (default: 20%%)",
         )
-        parser.add_argument(
-            "--scope", metavar="DOMAIN", default="", help="only aliases in this domain; all others stay as they are"
-        )
-        parser.add_argument("--source", metavar="NAME", default="", help="only aliases of the job NAME, which owns what it names")
+        parser.add_argument("--scope", metavar="DOMAIN", help="only aliases in this domain; all others stay as they are")
+        parser.add_argument("--source", metavar="NAME", help="only aliases of the job NAME, which owns what it names")
         parser.add_argument("--external", action="store_true", help="also let aliases lead to addresses elsewhere")
         parser.add_argument("--force", action="store_true", help="also what aliases add would refuse without it")
         parser.add_argument("-v", "--verbose", action="store_true", help="say each change")
@@ -2426,6 +2442,11 @@ def run(argv: Optional[Sequence[str]], options: argparse.Namespace) -> int:
         parser.error("--config and --db both name the database, give one of them")
     if "" in (options.config, options.db):
         parser.error("--config or --db is empty, it must name a file")
+    if options.noun == "aliases" and options.verb in ("import", "sync") and "" in (options.scope, options.source):
+        parser.error("--scope or --source is empty, it must name a domain or a job")
+    texts = [getattr(options, name, None) or "" for name in ("source", "glob")]
+    if not all(text.isprintable() for text in texts):
+        parser.error("an argument holds control characters, or is not UTF-8")
     if options.noun == "status" and options.json and (options.watch or options.prometheus):
         parser.error("--json, --watch and --prometheus exclude each other")
     if (options.noun, options.verb) == ("ask", "sender") and options.method and not options.user:

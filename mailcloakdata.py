@@ -40,6 +40,7 @@ from __future__ import annotations
 import collections
 import contextlib
 import csv
+import errno
 import itertools
 import json
 import os
@@ -56,7 +57,7 @@ from typing import IO, Any, NamedTuple, Optional, TypeVar, cast
 import mailcloak
 import mailcloakctl as ctl
 
-MAX_LINE_BYTES = 65536  # of a line of a file; an alias with all its fields takes less than 1,000
+MAX_LINE_BYTES = 262_144  # of a line of a file; an alias with 1,000 targets takes less than half of it
 MAX_ASKED = 100  # changed aliases that are looked up in Keycloak one by one, and that get a line of their own in syslog
 FEW_ALIASES = 20  # so many are not worth a limit on changes
 BATCH_ROWS = 1000
@@ -78,7 +79,7 @@ class Row(NamedTuple):
     address: str
     targets: str  # each on a line, with 0 before a username and 1 before an address elsewhere, as mailcloak.read_alias() takes them
     enabled: int  # 1 or 0
-    receive_only: int
+    receive_only: Optional[int]  # 1 or 0; None in a file that does not say it
     source: str  # "" where no job owns it, or where that does not matter
 
 
@@ -119,10 +120,14 @@ class Change(NamedTuple):
         return None if self.targets is None else mailcloak.read_alias(self.targets, self.enabled, self.receive_only)
 
     @property
-    def new_users(self) -> tuple[str, ...]:
-        """The users who get mail for the address now, and did not before."""
-        old, new = self.old, self.new
-        return tuple(user for user in new.users if not old or user not in old.users) if new else ()
+    def leads_elsewhere(self) -> bool:
+        """Does mail for the address go to others than before?"""
+        return self.targets is not None and self.targets != self.old_targets
+
+    @property
+    def new_targets(self) -> list[str]:
+        """Who gets mail for the address now, and did not before."""
+        return ctl.new_targets(self.old, self.new) if self.new else []
 
 
 KINDS = {
@@ -154,15 +159,18 @@ def plan(stored: Iterable[Row], wanted: Iterable[Row], missing: str, source: str
                 yield Change._make((*row, row[1], 0, *row[3:]))
             old = next(stored, None)
         elif old is None or new[0] < old[0]:
-            yield Change._make((new[0], *NOTHING, *new[1:]))
+            yield Change._make((*new[:1], *NOTHING, *new[1:3], new[3] or 0, new[4]))
             new = next(wanted, None)
         else:
-            yield Change._make((*old, *new[1:]))
+            receive_only = old[3] if new[3] is None else new[3]
+            change = Change._make((*old, *new[1:3], receive_only, new[4]))
+            if change[1:5] != change[5:]:
+                yield change
             old, new = next(stored, None), next(wanted, None)
 
 
 def take_once(
-    rows: Iterable[tuple[str, str, int, int, int]], report: Callable[[int, str], None], source: str = ""
+    rows: Iterable[tuple[str, str, int, Optional[int], int]], report: Callable[[int, str], None], source: str = ""
 ) -> Iterator[Row]:
     """Each address once. rows: address, targets, enabled, receive_only and the number of the line, sorted by address and number.
 
@@ -212,7 +220,7 @@ class Line(NamedTuple):
     users: Sequence[str]
     external: Sequence[str] = ()  # addresses elsewhere
     enabled: int = 1
-    receive_only: int = 0
+    receive_only: Optional[int] = None  # the file does not say it: what is stored stays
 
 
 def join_targets(users: Iterable[str], external: Iterable[str] = ()) -> str:
@@ -350,12 +358,12 @@ class Csv(Format):
             raise ValueError(
                 f"it has {ctl.counted(fields, 'field')}, expected {len(self._order)}; several users are separated by semicolons"
             )
-        found = ["", "", "1", "0"]
+        found = ["", "", "1", ""]
         for place, field in zip(self._order, fields):
             if place is not None:
                 found[place] = field.strip()
         users, external = self._read_targets(found[1], found[0])
-        return Line(found[0], users, external, read_enabled(found[2]), read_enabled(found[3]))
+        return Line(found[0], users, external, read_enabled(found[2]), read_enabled(found[3]) if found[3] else None)
 
     def _read_header(self, fields: list[str]) -> list[Optional[int]]:
         if any("@" in field for field in fields):
@@ -376,7 +384,7 @@ class Csv(Format):
         users, external = split_targets(row[1])
         names = ";".join([*users, *[f"<{address}>" for address in external]])
         if (external or len(users) > 1 or _ODD_NAME.search(names)) and read_names(names) != (users, external):
-            raise ValueError(f"its username {users[0]!r} cannot stand there")
+            raise ValueError(f"its targets {names!r} cannot stand there")
         return str(self._writer.writerow((row[0], names, row[2], row[3])[: self._width]))
 
 
@@ -415,10 +423,10 @@ class JsonLines(Format):
             users = [value["username"]] if "users" not in value else None
         if not all(isinstance(each, list) and all(isinstance(name, str) for name in each) for each in (users, external, [address])):
             raise ValueError("alias must be a text, and there must be a username, or users and external as lists of texts")
-        enabled, receive_only = value.get("enabled", True), value.get("receive_only", False)
-        if enabled not in (0, 1) or receive_only not in (0, 1):
+        enabled, receive_only = value.get("enabled", True), value.get("receive_only")
+        if enabled not in (0, 1) or receive_only not in (0, 1, None):
             raise ValueError("enabled and receive_only must be true or false")
-        return Line(address, users, external, int(enabled), int(receive_only))
+        return Line(address, users, external, int(enabled), receive_only if receive_only is None else int(receive_only))
 
     def write(self, row: Row) -> str:
         users, external = split_targets(row[1])
@@ -578,7 +586,7 @@ def read_aliases(
     form: Format,
     check: Callable[[Line], tuple[str, str]],
     report: Callable[[int, str], None],
-) -> Iterator[tuple[str, str, int, int, int]]:
+) -> Iterator[tuple[str, str, int, Optional[int], int]]:
     """What take_once() takes of each alias. check: makes address and targets of the form in which they are stored, or raises Refused.
 
     A bad line is reported, and left out.
@@ -595,15 +603,18 @@ def read_aliases(
 
 
 @contextlib.contextmanager
-def replacing(path: str, mode: int, *, replace: bool = True) -> Iterator[str]:
-    """The path of a new file beside path, that takes its place at the end: a reader sees all of the old or all of the new.
+def replacing(path: str, mode: int, *, replace: bool = True) -> Iterator[tuple[str, IO[bytes]]]:
+    """A new file beside path, by its path and open, that takes its place at the end: a reader sees all of the old or all of the new.
 
     Raises OSError; FileExistsError where there is a file already and it may not be replaced.
     """
+    if os.path.exists(path) and not os.path.isfile(path):
+        raise OSError(errno.EINVAL, "it is not a regular file")
     descriptor, new = tempfile.mkstemp(dir=os.path.dirname(os.path.abspath(path)), prefix=".mailcloak-")
     try:
         os.fchmod(descriptor, mode)
-        yield new
+        with open(descriptor, "wb", closefd=False) as file:  # not by its name, which might lead elsewhere by now
+            yield new, file
         os.fsync(descriptor)
         (os.rename if replace else os.link)(new, path)
     finally:
@@ -697,16 +708,17 @@ def data_version(database: sqlite3.Connection) -> int:
 def check_names(context: ctl.Context, line: Line) -> tuple[str, str]:
     """Address and targets as they may be stored, by the rules of aliases add; raises Refused."""
     address = ctl.read_address(line.address)
+    ctl.refuse_catch_all(address)
     if len(line.users) == 1 and not line.external:  # as nearly all have it
         username = ctl.read_username(line.users[0])
-        ctl.refuse_names(context, address, username)
+        ctl.refuse_names(context, username)
         return address, f"0{username}"
     users = [ctl.read_username(user) for user in line.users]
     external = [ctl.read_external(context, target) for target in line.external]
     if not users and not external:
         raise ctl.Refused(f"{address} has no target")
     for user in users:
-        ctl.refuse_names(context, address, user)
+        ctl.refuse_names(context, user)
     ctl.refuse_number(context, address, mailcloak.Alias(tuple(users), True, tuple(external)))
     return address, join_targets(users, external)
 
@@ -827,7 +839,8 @@ def aliases_sync(context: ctl.Context) -> None:
 def make_so(context: ctl.Context, missing: str) -> None:
     """Read, compare, check, write, tell. Raises Refused, OverLimit; then nothing was changed."""
     options = context.options
-    options.scope = options.scope and ctl.read_domain(options.scope)
+    options.scope = ctl.read_domain(options.scope) if options.scope else ""
+    options.source = options.source or ""
     percent, form, source = (
         read_share(options.max_change),
         find_format(options.format, options.file, options.usernames),
@@ -845,7 +858,9 @@ def make_so(context: ctl.Context, missing: str) -> None:
             if options.dry_run:
                 tell(context, staging, counts, stored, problems.count)
             raise over_limit(options, counts, stored)
-        elsewhere = [change for change in read_changes(staging) if change.new_users] if sum(counts.values()) <= MAX_ASKED else None
+        elsewhere = (
+            [change for change in read_changes(staging) if change.leads_elsewhere] if sum(counts.values()) <= MAX_ASKED else None
+        )
         ask_about(context, elsewhere)
         if counts:
             with contextlib.suppress(DryRun):
@@ -863,7 +878,7 @@ def read_share(text: str) -> float:
 
 def over_limit(options: Any, counts: dict[str, int], stored: int) -> ctl.OverLimit:
     """What the limit stopped, and how to let it pass."""
-    touched = ", ".join(f"{counts[kind]} {KINDS[kind]}" for kind in KINDS if counts.get(kind) and kind != "add")
+    touched = ", ".join(f"{counts[kind]} would be {KINDS[kind]}" for kind in KINDS if counts.get(kind) and kind != "add")
     return ctl.OverLimit(
         f"aliases: {options.verb}: of {stored} aliases {touched}: more than --max-change {options.max_change}, nothing was changed;"
         " look with --dry-run -v, and if this is right, allow it with --max-change 100%"
@@ -879,21 +894,23 @@ def ask_about(context: ctl.Context, elsewhere: Optional[list[Change]]) -> None:
         )
         return
 
+    found: list[tuple[str, Sequence[str], list[str]]] = []  # address, all its users, the new ones
+    for change in elsewhere:
+        new = cast(mailcloak.Alias, change.new)
+        users = [user for user in new.users if user in change.new_targets]
+        found.append((change.address, new.users, users))
+
     def ask() -> list[tuple[list[str], list[dict[str, str]]]]:
         return [
-            (
-                ctl.find_others(context, change.address, change.new.users if change.new else ()),
-                [ctl.ask_login(context, user) for user in change.new_users],
-            )
-            for change in changes
+            (ctl.find_others(context, address, all_users), [ctl.ask_login(context, user) for user in users])
+            for address, all_users, users in found
         ]
 
-    changes = elsewhere
-    answers = ctl.look_up(context, f"{ctl.counted(changes, 'alias', 'aliases')} were", ask) if changes else None
+    answers = ctl.look_up(context, f"{ctl.counted(found, 'alias', 'aliases')} were", ask) if found else None
     logins: dict[str, dict[str, str]] = {}
-    for change, (others, found) in zip(changes, answers or ()):
-        ctl.refuse_holders(context, change.address, others)
-        logins.update(zip(change.new_users, found))
+    for (address, _, users), (others, states) in zip(found, answers or ()):
+        ctl.refuse_holders(context, address, others)
+        logins.update(zip(users, states))
     for username, login in logins.items():
         ctl.warn_of_login(username, login)
 
@@ -916,8 +933,8 @@ def write(
             apply(database, watch(read_changes(staging), "changes made"))
             write_others()
         for change in elsewhere or () if not options.force else ():
-            for user in change.new_users:
-                ctl.refuse_chain(context, change.address, user)
+            for target in change.new_targets:
+                ctl.refuse_chain(context, change.address, target)
         if options.dry_run:
             raise DryRun
         prepare_commit(database)
@@ -1025,8 +1042,7 @@ def aliases_move(context: ctl.Context) -> None:
     changes = ctl.patiently(find)
     if not changes:
         raise ctl.Refused(f"aliases: no alias leads to {old}, aliases list shows who has any")
-    for change in changes:
-        ctl.refuse_names(context, change.address, new)
+    ctl.refuse_names(context, new)
     asked = changes if len(changes) <= MAX_ASKED else None
     ask_about(context, asked)
     with ctl.transaction(database):
@@ -1060,7 +1076,7 @@ def aliases_export(context: ctl.Context) -> None:
         umask = os.umask(0)
         os.umask(umask)
         try:
-            with replacing(options.file, 0o666 & ~umask) as new, open(new, "wb") as file:
+            with replacing(options.file, 0o666 & ~umask) as (_, file):
                 write_lines(lines, file)
         except OSError as exc:
             raise ctl.Refused(f"aliases: {options.file!r} cannot be written: {exc.strerror}; what was there stays") from exc
@@ -1141,7 +1157,8 @@ def backup(context: ctl.Context) -> None:
     if os.path.exists(path) and os.path.samefile(path, context.path):
         raise ctl.Refused(f"backup: {path!r} is the database itself, name another file")
     try:
-        with replacing(path, 0o600, replace=options.replace) as new, contextlib.closing(sqlite3.connect(new)) as copy:
+        with replacing(path, 0o600, replace=options.replace) as (new, _), contextlib.closing(sqlite3.connect(new)) as copy:
+            copy.execute("PRAGMA journal_mode = OFF")  # nobody else sees it yet
             database.backup(copy, pages=BACKUP_PAGES)
             copy.execute("PRAGMA journal_mode = DELETE")  # also where the database is in WAL mode: one file has all of it
             check_whole(copy, "backup: the copy")
@@ -1163,7 +1180,7 @@ def restore(context: ctl.Context) -> None:
         if not os.path.lexists(target):
             restore_new(context, path)
         elif os.stat(target).st_size == 0:  # SQLite takes it for a database without tables
-            with contextlib.closing(mailcloak.connect_database(target, ctl.INTERRUPT_SECONDS)) as database:
+            with contextlib.closing(mailcloak.connect_database(target, ctl.INTERRUPT_SECONDS, as_owner=True)) as database:
                 restore_into(context, database, path)
         else:
             restore_into(context, context.database, path)
@@ -1251,7 +1268,10 @@ def restore_into(context: ctl.Context, database: sqlite3.Connection, path: str) 
 
 def bring_rows(database: sqlite3.Connection, path: str) -> int:
     """Write the rows of the backup that differ, in one transaction; how many these were. Makes the tables where there are none."""
-    database.execute("ATTACH ? AS backup", (readonly_uri(path),))
+    if isinstance(database, mailcloak.OwnersConnection):
+        database.attach(readonly_uri(path), "backup")
+    else:
+        database.execute("ATTACH ? AS backup", (readonly_uri(path),))
     with ctl.transaction(database):
         if not database.execute("SELECT 1 FROM main.sqlite_master").fetchone():
             for statement in mailcloak.SCHEMA.split(";\n"):
@@ -1398,7 +1418,7 @@ def find_target_faults(context: ctl.Context, table: str, address: str, target: s
     try:
         name = ctl.read_external(context, target) if external else ctl.read_username(target)
         if not external:
-            ctl.refuse_names(context, address, name)
+            ctl.refuse_names(context, name)
     except (ctl.Refused, TypeError, AttributeError) as exc:
         fault = str(exc).removeprefix("aliases: ")
         yield Fault(table, address, fault, f"mailcloakctl aliases add {address} USERNAME --replace")
@@ -1414,8 +1434,11 @@ def misspelled(database: sqlite3.Connection, address: str, right: str) -> Iterat
     fault = f"is stored in a form that is never looked up: {right} is"
     this, other = (ctl.find_alias(database, each) for each in (address, right))
     if not other:
-        updates = [f"UPDATE OR IGNORE {table} SET alias_email = ? WHERE alias_email = ?" for table in ("aliases", "alias_targets")]  # noqa: S608
-        yield Fault("aliases", address, fault, "", tuple((update, (right, address)) for update in updates))
+        update = ("UPDATE OR IGNORE aliases SET alias_email = ? WHERE alias_email = ?", (right, address))
+        # not those of another one with the same right form, which was corrected before
+        gone = "NOT EXISTS (SELECT 1 FROM aliases WHERE aliases.alias_email = alias_targets.alias_email)"
+        targets = (f"UPDATE alias_targets SET alias_email = ? WHERE alias_email = ? AND {gone}", (right, address))  # noqa: S608
+        yield Fault("aliases", address, fault, "", (update, targets))
     elif this == other:
         delete = ("DELETE FROM aliases WHERE alias_email = ?", (address,))
         yield Fault("aliases", address, f"{fault}, and is there", "", (delete,))
@@ -1542,21 +1565,23 @@ def migrate_from_go(context: ctl.Context) -> None:
 @contextlib.contextmanager
 def copy_of_go(path: str) -> Iterator[sqlite3.Connection]:
     """A connection to a copy of the database, with what its -wal has; raises Refused."""
-    with tempfile.TemporaryDirectory(prefix="mailcloak-") as directory:
-        copy = os.path.join(directory, "go.db")
+    with contextlib.ExitStack() as stack:
         try:
-            for suffix in ("", "-wal", "-journal"):
-                if not suffix or os.path.exists(path + suffix):
-                    shutil.copyfile(path + suffix, copy + suffix)
-            with contextlib.closing(sqlite3.connect(copy, isolation_level=None)) as database:
-                database.text_factory = lambda data: data.decode("utf-8", "surrogateescape")
-                try:
-                    check_whole(database, f"migrate-from-go: {path!r}")
-                except mailcloak.SQLITE_ERRORS as exc:
-                    raise ctl.Refused(f"migrate-from-go: {path!r} cannot be read: {mailcloak.describe_sqlite(exc)}") from exc
-                yield database
+            with mailcloak.acting_as_owner_of(os.path.dirname(os.path.abspath(path))):
+                # as the owner, who could lead to a file of root's otherwise
+                copy = os.path.join(stack.enter_context(tempfile.TemporaryDirectory(prefix="mailcloak-")), "go.db")
+                for suffix in ("", "-wal", "-journal"):
+                    if not suffix or os.path.exists(path + suffix):
+                        shutil.copyfile(path + suffix, copy + suffix)
         except OSError as exc:
             raise ctl.Refused(f"migrate-from-go: {path!r} cannot be read: {exc.strerror}") from exc
+        database = stack.enter_context(contextlib.closing(mailcloak.connect_database(copy, 0, as_owner=True)))
+        database.text_factory = lambda data: data.decode("utf-8", "surrogateescape")
+        try:
+            check_whole(database, f"migrate-from-go: {path!r}")
+        except mailcloak.SQLITE_ERRORS as exc:
+            raise ctl.Refused(f"migrate-from-go: {path!r} cannot be read: {mailcloak.describe_sqlite(exc)}") from exc
+        yield database
 
 
 def find_go_layout(old: sqlite3.Connection, path: str) -> str:
@@ -1668,8 +1693,8 @@ def convert_config(path: str, database: str, domains: list[str]) -> str:
 def write_new_file(path: str, text: str) -> None:
     """A file for its owner alone, which was not there before; raises Refused."""
     try:
-        with replacing(path, 0o600, replace=False) as new, open(new, "w", encoding="utf-8") as file:
-            file.write(text)
+        with replacing(path, 0o600, replace=False) as (_, file):
+            file.write(text.encode())
     except OSError as exc:
         raise ctl.Refused(f"migrate-from-go: {path!r} cannot be written: {exc.strerror}; nothing was changed") from exc
 

@@ -406,7 +406,7 @@ def check_database(host: Installation) -> Findings:
         yield make("database", f"{path}: {exc.strerror}", remedy)
         return
     try:
-        with contextlib.closing(mailcloak.connect_database(path, ctl.ANSWER_SECONDS)) as database:
+        with contextlib.closing(mailcloak.connect_database(path, ctl.ANSWER_SECONDS, as_owner=True)) as database:
             yield from read_database(host, database)
     except mailcloak.SQLITE_ERRORS as exc:
         if os.geteuid() != 0 and not os.access(path, os.R_OK | os.W_OK):
@@ -1974,7 +1974,9 @@ def check_alias_users(host: Installation, enabled: Mapping[str, Sequence[str]]) 
     missing = [alias for alias, user in known if not user]
     disabled = [alias for alias, user in known if user and not user.receives]
     text = "these aliases lead to users who {} in Keycloak, and their mail is still taken"
-    remedy = "mailcloakctl aliases add ADDRESS USERNAME --replace, or aliases disable ADDRESS"
+    remedy = (
+        "mailcloakctl aliases add ADDRESS USERNAME --replace, aliases remove-user where it has others, or aliases disable ADDRESS"
+    )
     yield from about(missing, warning("alias-user-missing", text.format("do not exist"), remedy))
     yield from about(disabled, warning("alias-user-disabled", text.format("are disabled"), remedy))
     holders: dict[str, list[str]] = defaultdict(list)

@@ -140,7 +140,7 @@ def open_target(path: str, *, wal: bool) -> Iterator[sqlite3.Connection]:
         database.executescript(f"{mailcloak.SCHEMA}; PRAGMA user_version = {mailcloak.SCHEMA_VERSION}")
         yield database
         if os.path.lexists(path):  # somebody has emptied it
-            with contextlib.closing(mailcloak.connect_database(path, ctl.INTERRUPT_SECONDS)) as empty:
+            with contextlib.closing(mailcloak.connect_database(path, ctl.INTERRUPT_SECONDS, as_owner=True)) as empty:
                 ctl.patiently(lambda: database.backup(empty))
         else:
             data.make_database(database, path, wal=wal)
@@ -153,7 +153,7 @@ def attached(database: sqlite3.Connection, source: str) -> Iterator[None]:
         if os.stat(source).st_size == 0:
             raise refused(source, "it is empty")
         # for writing: only then can SQLite roll back the journal of a killed writer, and make the -shm file of WAL mode
-        first = mailcloak.connect_database(source, ctl.INTERRUPT_SECONDS)
+        first = mailcloak.connect_database(source, ctl.INTERRUPT_SECONDS, as_owner=True)
     except OSError as exc:
         raise refused(source, exc.strerror or str(exc)) from exc
     except mailcloak.SQLITE_ERRORS as exc:

@@ -42,6 +42,7 @@ _mailcloakctl() {
         'aliases add') options+=' --replace --receive-only' ;;&
         'aliases add '*) options+=' --replace --receive-only' ;;&
         'aliases add'*) options+=' --external --force' ;;&
+        'aliases remove-user'*) options+=' --force' ;;&
         'aliases add-user' | 'aliases remove-user') [[ $cur == -* ]] || words=$(_mailcloakctl_names aliases) ;;
         'aliases move'*) options+=' --force' ;;
         'aliases list'*) options+=' --user --domain --source --disabled --quiet --count' ;;

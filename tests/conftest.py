@@ -36,6 +36,7 @@ os.environ.pop("PYTHONDONTWRITEBYTECODE", None)  # with it each run of mailcloak
 from ctl_server import CtlServer  # noqa: E402
 from keycloak_stand_in import KeycloakStandIn  # noqa: E402
 
+MAY_LACK = {"litestream", "moto"}  # also with CI set: not every machine reaches the Go module proxy
 # What a test marked real(NAME) needs: the programs, and the packages that bring them.
 REAL_SERVERS = {
     "postfix": ("postfix", "postfix"),
@@ -173,11 +174,12 @@ def _leave_out(config, items):
         missing = [name for name in EVERY_PYTHON if not (ROOT / "tests" / f"test_{name}.py").exists()]
         if missing:
             raise pytest.UsageError(f"EVERY_PYTHON in conftest.py names modules that are not there: {missing}")
-    if os.environ.get("CI"):
-        return
     kept, deselected = [], []
     for item in items:
         lacks = _lacks(item)
+        if os.environ.get("CI") and not (lacks and lacks[0] in MAY_LACK):
+            kept.append(item)
+            continue
         if not lacks and item.get_closest_marker("long") and not config.getoption("--long"):
             lacks = "long", "takes minutes: pytest --long, or set CI"
         if lacks:

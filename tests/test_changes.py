@@ -102,7 +102,9 @@ def test_alias_is_added_with_a_warning_while_keycloak_gives_no_answer(change, ke
     keycloak.fault = "status-500"
     code, said = change("aliases", "add", "info@d1.test", "alice")
     assert code == 0
-    assert re.match(r"warning: info@d1\.test and alice were not looked up in Keycloak: directory: realm 'mail': .*HTTP 500", said)
+    assert re.match(
+        r"warning: info@d1\.test and its users were not looked up in Keycloak: directory: realm 'mail': .*HTTP 500", said
+    )
     assert rows(change.daemon) == [("info@d1.test", "alice")]
 
 
@@ -110,7 +112,7 @@ def test_alias_is_added_with_a_warning_while_the_daemon_does_not_run(change):
     change.daemon.stop()
     code, said = change("aliases", "add", "info@d1.test", "alice")
     assert code == 0
-    assert said.startswith("warning: info@d1.test and alice were not looked up in Keycloak: there is no socket at ")
+    assert said.startswith("warning: info@d1.test and its users were not looked up in Keycloak: there is no socket at ")
     assert said.endswith("aliases: info@d1.test leads to alice\n")
 
 

@@ -1196,7 +1196,7 @@ def test_config_names_the_database(ctl, config):
     path = config("policy: {domain: d1.test}\nsqlite: {path: DB}\n")
     result = run_ctl("--config", path, "aliases", "add", "info@d1.test", "alice")
     assert result.stderr == (
-        "warning: info@d1.test and alice were not looked up in Keycloak: no configuration names the daemon's sockets\n"
+        "warning: info@d1.test and its users were not looked up in Keycloak: no configuration names the daemon's sockets\n"
         "aliases: info@d1.test leads to alice\n"
     )
     assert run_ctl("aliases", "list", "--config", path).stdout.splitlines()[1].startswith("info@d1.test")

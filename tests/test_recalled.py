@@ -171,6 +171,19 @@ def test_commit_counts_from_the_next_request(make_service):
     assert ask(service, alias("info@d1.test")) == "NOTFOUND "
 
 
+def test_answer_made_from_many_facts_is_not_recalled(make_service):
+    """Each would keep what was found of every user: of 1,000 users half a megabyte."""
+    service = make_service(static_users=USERS)
+    write(service, "INSERT INTO aliases (alias_email, username) VALUES ('all@d1.test', 'alice'), ('two@d1.test', 'alice')")
+    write(service, "INSERT INTO alias_targets VALUES ('two@d1.test', 'bob', 0)")
+    for number in range(mailcloak.MAX_RECALLED_FACTS):
+        write(service, "INSERT INTO alias_targets VALUES ('all@d1.test', ?, 0)", f"user{number}")
+    assert ask(service, alias("two@d1.test")) == "OK alice@d1.test,bob@d1.test"
+    assert ask(service, alias("all@d1.test")).startswith("OK alice@d1.test,user0@d1.test,")
+    assert is_recalled(service, alias("two@d1.test"))
+    assert not is_recalled(service, alias("all@d1.test"))
+
+
 def test_commits_that_bear_the_same_time_are_all_seen(make_service, monkeypatch):
     """On a file system whose times are a second apart."""
     service = make_service(static_users=USERS)

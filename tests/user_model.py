@@ -439,15 +439,21 @@ class Oracle:
     def _wrong_of_several(self, question: Question, text: str, *, failed: bool, began: float) -> str:
         """Mail for an alias with several users: only those are left out who may have been gone or disabled all the time."""
         gone, since = [], began - self.limits.ttl - self.limits.tick
+        entries = [each for several in self.heard.values() for each in several]
+        heard = {each.record.username for each in entries if each.record}
+        unheard = set(question.members) - heard  # nobody knows that they are users
         for username in question.members:
             found = self._answers("username", username, began, is_positive=False)
-            gone += [username] if any(not any(user.receives for user in users) for users in found) else []
+            may_be_gone = any(not any(user.receives for user in users) for users in found)
+            gone += [username] if may_be_gone and username not in unheard else []
         here = [
             username
             for username in question.members
             if any(user.receives and self.is_usable(key, since) for key, user in self.people("username", username).items())
         ]
         is_unread = self.unread is not None or self.was_unread  # who was known is in doubt
+        if text == "TEMP all users have left":
+            text = "NOTFOUND "
         if text.startswith(("451", "TEMP")):
             is_sure = set(here) - set(gone) and not failed and not is_unread
             return (
@@ -458,12 +464,12 @@ class Oracle:
         if text.startswith(("5", "NOTFOUND")):
             return "" if len(gone) == len(question.members) and not failed else "refused, though not all of them were gone"
         if text == "DUNNO" and question.kind == "recipient":
-            return "" if here or failed else "accepted, though all of them are gone"
+            return "" if here or unheard or failed else "accepted, though all of them are gone"
         doubted = [name for name in question.members if self.is_doubted(Question("sender", "", name))]
         named = {username for username in question.members if self.mailbox(question, username) in text[3:].split(",")}
         if not text.startswith("OK ") or len(named) != len(text.split(",")):
             return "leads to somebody else"
-        if not failed and not is_unread and not named <= {*here, *doubted}:
+        if not failed and not is_unread and not named <= {*here, *doubted, *unheard}:
             return "leads to somebody who is gone"
         return "" if set(question.members) - named <= set(gone) else "somebody who was there all the time gets no mail"
 

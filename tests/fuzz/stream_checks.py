@@ -154,8 +154,8 @@ class PlainFacts(mailcloak.Facts):
     def find_holders(self, address: mailcloak.Address) -> Any:
         return _value(self._holders, address)
 
-    def find_named(self, username: str) -> Any:
-        return _value(self._holders)
+    def has_left(self, username: str) -> Any:
+        return not _value(self._holders)
 
     def find_login(self, sasl_username: str) -> Any:
         return _value(self._login)
