@@ -45,8 +45,8 @@ REAL_SERVERS = {
     "slapd": ("slapd slapadd", "slapd"),
     "ldapsearch": ("ldapsearch", "ldap-utils"),
     "strace": ("strace", "strace"),
-    "litestream": ("litestream", "none; make real-servers builds it with Go"),
-    "moto": ("moto_server", "none; make real-servers has it from PyPI"),
+    "litestream": ("litestream", ""),
+    "moto": ("moto_server", ""),
     "openrc": ("rc-service supervise-daemon", "openrc"),
     "systemd": ("systemd-socket-activate systemd-analyze", "systemd"),
     "mandoc": ("mandoc", "mandoc"),
@@ -94,7 +94,7 @@ def _lacks(item):
             if name == "root" and os.geteuid() != 0:
                 return name, "run the tests as root"
             if not all(map(_find_program, programs.split())):
-                return name, f"make real-servers, or: apt-get install {package}"
+                return name, "make real-servers" + (f", or: apt-get install {package}" if package else "")
     return None
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import random
+import re
 import shutil
 import signal
 import sqlite3
@@ -15,7 +16,8 @@ import time
 import pytest
 from conftest import wait_until
 from real.dovecot import PrivateDovecot
-from real.litestream import FOLLOWER, S3, WRITER, mail_hosts
+from real.litestream import EXAMPLES, FOLLOWER, S3, WRITER, mail_hosts
+from test_systemd import allowed_system_calls, setting
 
 import mailcloakctl
 
@@ -267,6 +269,23 @@ def test_storage_of_s3_hangs_and_is_lost_under_the_services():
         storage.start()  # empty
         writer.ctl("aliases", "add", "d@d1.test", "alice")
         follower.await_rows_of(writer, 60)
+
+
+@pytest.mark.real("root", "systemd", "strace", "moto")
+def test_services_use_no_system_call_and_no_socket_that_their_units_forbid(short_dir):
+    wrapper = ["strace", "-D", "-f", "-q", "-o", f"{short_dir}/SERVICE", "--"]
+    with mail_hosts(1, S3(), wrapper) as (writer, (follower,)):
+        writer.ctl("aliases", "add", "a@d1.test", "alice")
+        follower.await_rows_of(writer, 60)
+        assert {code for host in (writer, follower) for code in host.end(*host.processes)} == {0}
+    for service in (*WRITER, *FOLLOWER):
+        unit, text = EXAMPLES / f"mailcloak-{service}.service", (short_dir / service).read_text(errors="replace")
+        used = set(re.findall(r"^\d+ +(\w+)\(", text, re.MULTILINE))
+        assert len(used) > 30
+        as_root = {"setresuid", "setresgid", "fchown"}  # to make files as the owner of the directory
+        assert used - as_root <= allowed_system_calls(unit), service
+        families = set(re.findall(r"\bsocket\((AF_\w+)", text)) - {"AF_NETLINK"}
+        assert families <= set(setting(unit, "RestrictAddressFamilies").split()), service
 
 
 def test_follower_is_promoted_and_the_old_writer_comes_back_as_a_follower():

@@ -97,6 +97,7 @@ class ReplicatedHost:
         self.set_leader(leader)
         self.daemon = Daemon(self.directory, config_in(self.directory, static_users=USERS))
         self.processes = {}
+        self.wrapper = []  # before each command
 
     def set_leader(self, leader):
         """What litestream.yml says."""
@@ -130,7 +131,7 @@ class ReplicatedHost:
             if service == "follow":
                 subprocess.run(self.words(service, "ExecStartPre"), check=True, cwd=self.shared.parent)
             with open(self.directory / f"{service}.log", "ab") as log:
-                command = self.words(service)
+                command = [each.replace("SERVICE", service) for each in self.wrapper] + self.words(service)
                 self.processes[service] = subprocess.Popen(
                     command,
                     stdout=log,
@@ -185,13 +186,14 @@ class ReplicatedHost:
 
 
 @contextlib.contextmanager
-def mail_hosts(count, storage=None):
-    """(the writer mx1, its followers mx2, mx3 ...), all equal, with their services."""
+def mail_hosts(count, storage=None, wrapper=()):
+    """(the writer mx1, its followers mx2, mx3 ...), all equal, with their services. wrapper stands before each command of them."""
     with contextlib.ExitStack() as stack:
         storage = stack.enter_context(running(storage or Folder()))
         hosts = [ReplicatedHost(f"mx{number}", storage, "mx1") for number in range(1, count + 2)]
         for host in hosts:
             stack.callback(host.close)
+            host.wrapper = list(wrapper)
         writer, *followers = hosts
         writer.ctl("aliases", "add", "info@d1.test", "alice")
         writer.ctl("apps", "add", "printer", "a token of many signs")
