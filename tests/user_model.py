@@ -388,7 +388,7 @@ class Oracle:
     def has_lost(self, question: Question) -> bool:
         """Was the user of the login found without this sender, or without what it is an extension of, which they had before?"""
         for key in self.logins(question.user) if question.user else ():
-            now, had = self.now(key), {each.record.email for each in self.heard[key] if each.record}
+            now, had = self.now(key), {each.record.email for each in self.heard[key] if each.record and each.record.email}
             if now and any(spelling in had and spelling != now.email for spelling in question.spellings):
                 return True
         return False
