@@ -4218,7 +4218,7 @@ def read_app_uses(path: str) -> dict[str, Any]:
 
     Raises OSError, ValueError or RecursionError. What it says of one app may be anything.
     """
-    with open(path, encoding="utf-8") as file:
+    with open(path, encoding="utf-8", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK)) as file:  # it may be a FIFO
         known = json.load(file)
     if not (isinstance(known, dict) and isinstance(known.get("since"), int) and isinstance(known.get("apps"), dict)):
         raise ValueError("it is not what the daemon writes")

@@ -207,6 +207,8 @@ def read_domain(text: str) -> str:
 
 def read_sender(text: str) -> str:
     """An address that an app may send from; '<>' is the null sender, stored as the empty string."""
+    if text.startswith("*@"):
+        raise Refused(f"apps: {text} would stand for a whole domain, which is not supported: name each address")
     return "" if text == "<>" else read_address(text)
 
 
@@ -991,16 +993,15 @@ def warn_of_login(username: str, login: Optional[dict[str, str]]) -> None:
 def refuse_chain(context: Context, address: str, username: str) -> None:
     """Postfix looks the answer of an alias up again, so an alias that leads to another alias would carry mail past its user.
 
-    With policy.mailbox_domain set an answer is never an alias, and nothing needs to be refused.
+    With policy.mailbox_domain set that goes only for a username that is an address: no other answer is ever an alias.
     """
-    if context.policy and context.policy.mailbox_domain:
-        return
+    only_addresses = bool(context.policy and context.policy.mailbox_domain)
     delimiters = context.policy.recipient_delimiter if context.policy else ""
     mailbox, spellings = mailbox_of(address, username), spellings_of(address, delimiters)
     if mailbox == address:
         return  # Postfix stops at an answer that is the question
     for other, other_username in aliases_that_begin_with(mailbox.rpartition("@")[0], context.database):
-        if not meets(address, username, other, delimiters):
+        if (only_addresses and "@" not in username) or not meets(address, username, other, delimiters):
             continue
         leads_to = mailbox_of(other, other_username)
         if leads_to == address:
@@ -1021,6 +1022,8 @@ def refuse_chain(context: Context, address: str, username: str) -> None:
             f"SELECT alias_email, username FROM {ALL_TARGETS} WHERE lower(username) IN (?, ?) ORDER BY alias_email",  # noqa: S608
             (spelling.rpartition("@")[0], spelling),
         ):
+            if only_addresses and "@" not in other_username:
+                continue
             is_its_mailbox = other not in spellings and mailbox_of(other, other_username) == spelling
             if is_its_mailbox and meets(other, other_username, address, delimiters):
                 raise Refused(

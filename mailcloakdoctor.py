@@ -43,7 +43,7 @@ The checks: what each looks at, and the remedy.
   postfix-sendmail        is mail by sendmail(1), which meets no smtpd, checked as well? pickup in share/doc/mailcloak/examples/postfix/master.cf
   postfix-delimiter       is recipient_delimiter the same in Postfix and mailcloak? policy.recipient_delimiter
   postfix-rewriting       does Postfix rewrite addresses after mailcloak was asked? Its defaults in main.cf
-  postfix-settings        does main.cf set what Postfix does not know? Look for typing errors
+  postfix-settings        does main.cf set what Postfix does not know, or one thing twice? Typing errors, one line of each
 
   dovecot-mechanisms      do users log in with a token, apps with a password, and nobody otherwise? auth_mechanisms
   dovecot-realm           does Dovecot take tokens of the realm that the daemon asks? introspection_url
@@ -622,7 +622,7 @@ class CommandFailed(mailcloak.MailcloakError):
 
 
 def run_program(name: str, *arguments: str, text: str = "", directory: str = "/", may_fail: bool = False) -> tuple[str, str]:
-    """Standard output and standard error of a command; the text is its input. It may fail without a word, or must not fail."""
+    """Standard output and standard error of a command; the text is its input. It may fail without a word but warnings, or must not fail."""
     program = shutil.which(name, path=SYSTEM_PATH)
     if not program:
         raise CommandFailed(f"there is no {name} in the PATH", is_there=False)
@@ -643,8 +643,9 @@ def run_program(name: str, *arguments: str, text: str = "", directory: str = "/"
         raise CommandFailed(f"{name} gave no answer within {ctl.ANSWER_SECONDS:.0f} s") from None
     except OSError as exc:
         raise CommandFailed(f"{name}: {exc.strerror}") from exc
-    if result.returncode != 0 and not (may_fail and not result.stderr):
-        said = (result.stderr.strip().splitlines() or ["without a word"])[0]
+    said_lines = [line for line in result.stderr.strip().splitlines() if not (may_fail and ": warning: " in line)]
+    if result.returncode != 0 and (said_lines or not may_fail):
+        said = (said_lines or ["without a word"])[0]
         raise CommandFailed(f"{name} failed: {said}", has_refused=True)
     return result.stdout, result.stderr
 
@@ -691,7 +692,9 @@ class Postfix:
             for name, chroot, command in ((f"{words[0]}/{words[1]}", words[4], words[7]) for words in lines if len(words) >= 8)
         }
         self.smtpds = [service for service in self.services.values() if service.command == "smtpd"]
-        self.unused = re.findall(r"unused parameter: (\w+)=", run_program("postconf", *self._where, "-n")[1])
+        complaints = run_program("postconf", *self._where, "-n")[1]
+        self.unused = re.findall(r"unused parameter: (\w+)=", complaints)
+        self.doubled = list(dict.fromkeys(re.findall(r"overriding earlier entry: (\w+)=", complaints)))
 
     def _postconf(self, *arguments: str) -> str:
         return run_program("postconf", *self._where, *arguments)[0]
@@ -1197,6 +1200,8 @@ def check_main_settings(policy: mailcloak.PolicyConfig, postfix: Postfix) -> Fin
             yield warning("postfix-rewriting", text, f"main.cf: {name} = {wanted}, then postfix reload")
     odd = warning("postfix-settings", "main.cf sets what Postfix does not know", "look for typing errors in these names")
     yield from about(postfix.unused, odd)
+    twice = warning("postfix-settings", "main.cf sets these twice, and the last line counts", "main.cf: keep one line of each")
+    yield from about(postfix.doubled, twice)
 
 
 # ---------------------------------------------------------------------------------------------------------------------------------

@@ -1060,6 +1060,20 @@ MAIN_MISTAKES = {
 }  # fmt: skip
 
 
+@real_postfix
+def test_setting_that_stands_twice_is_found_and_hides_nothing_else(ask_postfix, postfix):
+    main = postfix.config / "main.cf"
+    before = main.read_text()
+    try:
+        main.write_text(f"{before}\nrecipient_delimiter = -\nrecipient_delimiter = +\n")
+        found = [finding for finding in ask_postfix() if finding.state != "ok"]
+        assert [(finding.state, finding.check, finding.items) for finding in found] == [
+            ("warning", "postfix-settings", ("recipient_delimiter",))
+        ]
+    finally:
+        main.write_text(before)
+
+
 def different(findings):
     """(state, check) and remedies of what is not ok, each once: there are three smtpd."""
     wrong = [finding for finding in findings if finding.state != "ok"]

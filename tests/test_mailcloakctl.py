@@ -1280,3 +1280,22 @@ def test_way_out_of_an_error_fits_the_disk(tmp_path, monkeypatch, disk, way_out)
     monkeypatch.setattr(os, "statvfs", statvfs)
     (tmp_path / "state.db").touch()
     assert way_out in mailcloakctl.database_remedy(sqlite3.OperationalError("disk I/O error"), str(tmp_path / "state.db"))
+
+
+def test_app_is_allowed_no_whole_domain(filled):
+    assert "would stand for a whole domain" in filled.refuses("apps", "allow", "printer", "*@d1.test")
+
+
+def test_alias_of_an_alias_by_its_address_is_refused_with_a_mailbox_domain_too(ctl, tmp_path):
+    config = tmp_path / "config.yaml"
+    policy = {"domain": "d1.test", "mailbox_domain": "mbx.test"}
+    config.write_text(yaml.safe_dump({"policy": policy, "sqlite": {"path": str(ctl.path)}}), encoding="utf-8")
+
+    def add(*words):
+        return run_ctl("--config", config, "aliases", "add", *words, check=False)
+
+    assert add("info@d1.test", "bob").returncode == 0
+    assert "which is itself an alias and leads to bob" in add("x@d1.test", "info@d1.test").stderr
+    assert add("y@d1.test", "carol@d1.test").returncode == 0
+    assert "this alias would carry that mail on to dora" in add("carol@d1.test", "dora").stderr
+    assert add("bob@d1.test", "dora").returncode == 0  # bob's mailbox is in mbx.test
