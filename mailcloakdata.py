@@ -1614,6 +1614,7 @@ def read_go_data(old: sqlite3.Connection, problems: Problems) -> GoData:
         rows = old.execute("SELECT domain_name, enabled = 1 FROM domains ORDER BY domain_name")
         states = {mailcloak.domain_to_ascii(str(name)): bool(enabled) for name, enabled in rows}
     apps, senders = [], []
+    known: set[str] = set()
     if "apps" in tables:
         columns = {row[1] for row in old.execute("PRAGMA table_info(apps)")}
         created = "created_at" if "created_at" in columns else "updated_at"
@@ -1621,10 +1622,15 @@ def read_go_data(old: sqlite3.Connection, problems: Problems) -> GoData:
             f"SELECT app_id, secret_hash, enabled = 1, {created}, rowid FROM apps ORDER BY app_id"  # noqa: S608
         ):
             try:
-                apps.append((ctl.read_app_id(str(app_id)), str(secret_hash), enabled, created_at))
+                right = ctl.read_app_id(str(app_id))
+                if not isinstance(secret_hash, str) or not secret_hash.isprintable():
+                    raise ctl.Refused(f"{right} has no hash that could be taken over")
+                if right in known:
+                    raise ctl.Refused(f"{right} is there twice, in small letters and in capitals")
+                known.add(right)
+                apps.append((right, secret_hash, enabled, created_at))
             except ctl.Refused as exc:
                 problems.report(number, f"of apps: {exc}")
-    known = {app[0] for app in apps}
     for app_id, sender, enabled, number in old.execute(
         "SELECT app_id, from_addr, enabled = 1, rowid FROM app_from ORDER BY rowid" if "app_from" in tables else "SELECT 1 WHERE 0"
     ):

@@ -13,6 +13,7 @@ from measure import ROOT, machine, say, verdict
 from plot import draw
 
 SECTIONS = ("table", "lock", "growth", "postfix", "cold")
+KEPT = ("data",)  # written by hand, of bench/data.py
 WORSE = 0.15  # a ratio that got worse by more than this is named
 
 
@@ -115,7 +116,7 @@ def write_text(path: Path, stored: dict[str, Any], name: str, text: str) -> None
     preamble = f"{took['date']}, `{took['command']}`, {took['seconds']:.0f} s, load average {took['load_average']:.1f} before."
     sections[name] = f"{title}\n\n{preamble} {took['machine']}.\n{rest}"
     parts = [first_screen(stored)]
-    parts += [f"<!-- begin {each} -->\n{sections[each]}<!-- end {each} -->\n" for each in SECTIONS if each in sections]
+    parts += [f"<!-- begin {each} -->\n{sections[each]}<!-- end {each} -->\n" for each in (*SECTIONS, *KEPT) if each in sections]
     path.write_text("\n".join(parts), encoding="utf-8")
 
 

@@ -133,6 +133,9 @@ def test_dry_run_makes_nothing(ctl):
 REFUSED = {
     "bad alias": ("INSERT INTO aliases (alias_email, username) VALUES ('@d1.test', 'x')", "row 3: '@d1.test' is not an address"),
     "bad user": ("INSERT INTO aliases (alias_email, username) VALUES ('x@d1.test', 'x y')", "row 3: 'x y' holds a space"),
+    "app twice": ("INSERT INTO apps VALUES ('printer', 'x', 1, 1)", "of apps: printer is there twice"),
+    "hash that is no text": ("INSERT INTO apps VALUES ('none', x'00', 1, 1)", "of apps: none has no hash that could be taken over"),
+    "hash that is not UTF-8": ("INSERT INTO apps VALUES ('odd', CAST(x'ff' AS TEXT), 1, 1)", "of apps: odd has no hash"),
     "bad app": ("INSERT INTO apps VALUES ('my printer', 'x', 1, 1)", "row 3: of apps: APP_ID is not an app id"),
     "bad sender": ("INSERT INTO app_from VALUES ('printer', 'scan', 1)", "row 4: of app_from: 'scan' is not an address"),
     "sender of no app": ("INSERT INTO app_from VALUES ('gone', 'x@d1.test', 1)", "row 4: of app_from: gone is no app"),
