@@ -1231,6 +1231,14 @@ def readonly_uri(path: str) -> str:
     return f"file:{urllib.parse.quote(os.fsencode(path))}?mode=ro"
 
 
+def attach(database: sqlite3.Connection, path: str, name: str) -> None:
+    """Have the file as a schema of this name, for reading alone, though perhaps only root may read it."""
+    if isinstance(database, mailcloak.OwnersConnection):
+        database.attach(readonly_uri(path), name)
+    else:
+        database.execute(f"ATTACH ? AS {name}", (readonly_uri(path),))
+
+
 def restore_new(context: ctl.Context, path: str) -> None:
     """Make the database, which is missing."""
     with contextlib.closing(sqlite3.connect(":memory:", uri=True, isolation_level=None)) as rows:
@@ -1268,10 +1276,7 @@ def restore_into(context: ctl.Context, database: sqlite3.Connection, path: str) 
 
 def bring_rows(database: sqlite3.Connection, path: str) -> int:
     """Write the rows of the backup that differ, in one transaction; how many these were. Makes the tables where there are none."""
-    if isinstance(database, mailcloak.OwnersConnection):
-        database.attach(readonly_uri(path), "backup")
-    else:
-        database.execute("ATTACH ? AS backup", (readonly_uri(path),))
+    attach(database, path, "backup")
     with ctl.transaction(database):
         if not database.execute("SELECT 1 FROM main.sqlite_master").fetchone():
             for statement in mailcloak.SCHEMA.split(";\n"):

@@ -163,7 +163,7 @@ def attached(database: sqlite3.Connection, source: str) -> Iterator[None]:
         try:
             stack.enter_context(data.reading(first))  # as a writer, see there
             first.execute("SELECT count(*) FROM sqlite_master").fetchall()
-            database.execute("ATTACH ? AS source", (data.readonly_uri(source),))
+            data.attach(database, source, "source")
         except mailcloak.SQLITE_ERRORS as exc:
             raise refused(source, mailcloak.describe_sqlite(exc)) from exc
         try:

@@ -86,5 +86,7 @@ def test_commands_of_root_work_on_a_database_of_another_user(theirs, tmp_path):
     run_ctl("--db", theirs, "aliases", "del", "info@d1.test")
     assert "1 rows changed: 1 alias" in run_ctl("--db", theirs, "restore", copy).stdout
     assert run_ctl("--db", theirs, "aliases", "export").stdout.endswith("info@d1.test,alice,1\n")
+    run_ctl("--db", theirs, "aliases", "del", "info@d1.test")
+    assert "1 rows changed: 1 alias" in run_ctl("--db", theirs, "db", "mirror", copy, "--adopt").stdout
     assert {name.name: name.stat().st_uid for name in theirs.parent.iterdir()} == {"state.db": NOBODY.pw_uid}
     assert os.geteuid() == 0
