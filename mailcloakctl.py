@@ -623,6 +623,9 @@ def database_remedy(exc: BaseException, path: str) -> str:
             return "its file system is mounted read-only, mount it for writing"
         if fault == "full" or not disk.f_favail or not disk.f_bavail:
             return "make room on its disk and try again"
+    user, file_user = (owner_name(place) if os.path.exists(place) else "" for place in (os.path.dirname(path), path))
+    if os.geteuid() == 0 and file_user not in (user, ""):  # root acts as the first
+        return f"chown the file to {user}, who owns its directory and has to read it"
     readable = os.access(path, os.R_OK | os.W_OK) and os.access(os.path.dirname(path), os.W_OK | os.X_OK)
     if not readable:
         return f"run mailcloakctl as {owner_name(path)}, who owns this database, or as root"

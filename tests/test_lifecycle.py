@@ -465,7 +465,7 @@ def test_reload_for_which_there_are_no_threads_changes_nothing(make_daemon, keyc
 
     def config(**changes):
         blocks = {
-            name: mailcloak.read_block(cls, name, {**raw[name], **changes.get(name, {})}, [])
+            name: mailcloak.read_block(cls, name, {**raw.get(name, {}), **changes.get(name, {})}, [])
             for name, cls in mailcloak._BLOCKS.items()
         }
         return mailcloak.Config(path="", static_users=None, **blocks)

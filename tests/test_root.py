@@ -90,3 +90,10 @@ def test_commands_of_root_work_on_a_database_of_another_user(theirs, tmp_path):
     assert "1 rows changed: 1 alias" in run_ctl("--db", theirs, "db", "mirror", copy, "--adopt").stdout
     assert {name.name: name.stat().st_uid for name in theirs.parent.iterdir()} == {"state.db": NOBODY.pw_uid}
     assert os.geteuid() == 0
+
+
+def test_file_that_roots_copy_has_made_is_to_be_given_to_its_user(theirs, tmp_path):
+    os.chown(theirs, 0, 0)
+    os.chmod(theirs, 0o640)
+    result = run_ctl("--db", theirs, "aliases", "list", check=False)
+    assert "chown the file to user nobody, who owns its directory and has to read it" in result.stderr
