@@ -255,6 +255,16 @@ def test_slow_answer_does_not_bring_back_a_user_whose_address_was_found_free_sin
         state.ask(Question("sender", "", "alice"))
 
 
+def test_slow_answer_that_was_asked_for_before_a_flush_does_not_count_when_the_saved_users_are_read_later():
+    """A mistake of the oracle, which counted it then."""
+    with model(with_ids=False) as state:
+        state.hold_file()
+        state.kill(offset=0.0, seconds=1.0)
+        state.overtake(by_email=False, change=("state", "disabled"), flushed=True, number=1, seconds=1.0)
+        state.release_file()
+        state.leave(how="hides", numbers=[1, 3], seconds=5.25, times=1)
+
+
 def test_email_that_a_slow_answer_shows_with_two_users_is_nobodys_in_an_outage():
     with model() as state:
         state.change(3, ("email", "b@d1.test"))

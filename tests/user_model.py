@@ -191,7 +191,9 @@ class Oracle:
         self.unread: Optional[dict[str, list[Heard]]] = None  # what is saved, while the file cannot be read
         self.was_unread = False  # the same, when the question came
         self.begun_at = 0.0
-        self.answers: list[tuple[tuple[str, str], float, tuple[User, ...]]] = []  # that were heard meanwhile
+        self.answers: list[
+            tuple[tuple[str, str], float, tuple[User, ...], float]
+        ] = []  # that were heard meanwhile; the last: forgotten_at
 
     # ---- what was told
 
@@ -199,7 +201,7 @@ class Oracle:
         """Keycloak's answer arrives; True if somebody lost a right by it."""
         names, said, lost = {user.username for user in users}, {user.key: user for user in users}, False
         if self.unread is not None:
-            self.answers.append((question, at, users))
+            self.answers.append((question, at, users, self.forgotten_at))
         sharers = [user.key for user in users if user.receives and ("email", user.email) == question]
         is_late = self.asked.get(question, 0.0) > at or at < self.forgotten_at
         self.asked[question] = max(at, self.asked.get(question, 0.0))
@@ -275,8 +277,8 @@ class Oracle:
         """What was saved is known now, and what was heard meanwhile came after it."""
         answers, forgotten_at, known = self.answers, self.forgotten_at, self.heard
         self.heard, self.unread, self.witnesses, self.asked, self.forgotten_at = dict(self.unread or {}), None, [], {}, 0.0
-        for answer in answers:
-            self.hear(answer[0], answer[1], answer[2])
+        for question, at, users, self.forgotten_at in answers:
+            self.hear(question, at, users)
         self.answers, self.forgotten_at = [], forgotten_at
         self.versions.append(known)
 
@@ -287,8 +289,8 @@ class Oracle:
         if self.unread is not None:
             self.unread = {key: each for key, each in self.unread.items() if names is not None and not names & names_of(each)}
             self.answers = [
-                (question, at, tuple(user for user in users if not names & {*user[:2]}))
-                for question, at, users in self.answers
+                (question, at, tuple(user for user in users if not names & {*user[:2]}), forgotten_at)
+                for question, at, users, forgotten_at in self.answers
                 if names is not None and question[1] not in names
             ]
         self.asked.clear()
