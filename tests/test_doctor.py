@@ -1395,7 +1395,8 @@ def test_socket_outside_the_queue_directory_is_a_problem_for_a_chroot_alone(site
 def test_each_instance_that_is_named_is_checked(ask_postfix, postfix, tmp_path):
     other = tmp_path / "other"
     shutil.copytree(postfix.config, other)
-    (other / "main.cf").write_text((other / "main.cf").read_text() + "recipient_delimiter = -\n")
+    settings = re.sub("(?m)^recipient_delimiter .*\n", "", (other / "main.cf").read_text())
+    (other / "main.cf").write_text(settings + "recipient_delimiter = -\n")
     found = ask_postfix(postfix_config=[str(postfix.config), str(other)])
     assert len(named(found, "postfix")) == 2
     assert the_only(found, "problem", "postfix-delimiter")
