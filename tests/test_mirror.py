@@ -942,10 +942,10 @@ def test_three_lines_of_readme_bring_the_rows_of_another_host(writer, tmp_path):
     for name, script in tools.items():
         (tmp_path / name).write_text(f"#!/bin/sh\n{script}\n")
         (tmp_path / name).chmod(0o755)
-    lines = lines.replace("mx1.example.org:/root/state.copy", f"mx1.example.org:{tmp_path}/there").replace(
-        "--replace /root/state.copy", f"--replace {tmp_path}/there"
+    lines = lines.replace("mx1.example.org:/var/backups/state.copy", f"mx1.example.org:{tmp_path}/there").replace(
+        "--replace /var/backups/state.copy", f"--replace {tmp_path}/there"
     )
-    result = run_job(lines, own, tmp_path, [("/root/state.copy", tmp_path / "here")])
+    result = run_job(lines, own, tmp_path, [("/var/backups/state.copy", tmp_path / "here")])
     assert (result.returncode, result.stdout, result.stderr) == (0, "", "")
     assert rows_of(own.path) == rows_of(writer.path)
 
