@@ -2271,7 +2271,9 @@ def add_command(parsers: Any, common: argparse.ArgumentParser, noun: str, verb: 
             "--expires", metavar="DATE", help="its last day, 2027-01-31, or a number of days from now, 90d; or never"
         )
     if (noun, verb) == ("apps", "list"):
-        parser.add_argument("--unused", metavar="DAYS", help="only apps that this host's daemon has not seen used in so many days, 90d")
+        parser.add_argument(
+            "--unused", metavar="DAYS", help="only apps that this host's daemon has not seen used in so many days, 90d"
+        )
     add_other_options(parser, noun, verb)
 
 
