@@ -77,6 +77,9 @@ postlog unix-dgram n - n - 1 postlogd
 """
 
 
+GIVEN_PORTS: set[int] = set()  # two services of one Postfix on one port would be one
+
+
 def free_port():
     """A port that nobody listens on.
 
@@ -86,6 +89,9 @@ def free_port():
     worker = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0")[2:]) % 20
     while True:
         port = 12_000 + 1_000 * worker + secrets.randbelow(1_000)
+        if port in GIVEN_PORTS:
+            continue
+        GIVEN_PORTS.add(port)
         with contextlib.closing(socket.socket()) as probe, contextlib.suppress(OSError):
             probe.bind(("127.0.0.1", port))
             return port
