@@ -270,6 +270,18 @@ def test_slow_answer_that_was_asked_for_before_a_flush_does_not_count_when_the_s
         state.leave(how="hides", numbers=[1, 3], seconds=5.25, times=1)
 
 
+def test_address_that_keycloak_showed_given_up_counts_so_also_where_it_called_the_user_disabled_by_mistake():
+    """A mistake of the oracle, which saw what was said last of a user who was there."""
+    with model(with_ids=False) as state:
+        state.watch(number=2, question=Question("recipient", "a@d1.test"), seconds=5.25, times=2)
+        state.ask_slow_keycloak(
+            meanwhile=[("take_address", 2, 3), ("lie", "bars", 2)], question=Question("sender", "a@d1.test", "d@d2.test")
+        )
+        state.make(number=2)
+        state.lie(lie="hides-all", number=0)
+        state.watch(number=0, question=Question("recipient", "c@d1.test"), seconds=5.25, times=2)
+
+
 def test_email_that_a_slow_answer_shows_with_two_users_is_nobodys_in_an_outage():
     with model() as state:
         state.change(3, ("email", "b@d1.test"))

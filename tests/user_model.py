@@ -585,8 +585,12 @@ class Oracle:
             if self.unread is not None and key not in self.heard and self.world.time < self.begun_at + self.limits.grace:
                 entries = self.unread.get(key, [])
                 return bool(entries) and entries[-1].is_good and getattr(entries[-1].record, attribute) == value
-            good = [each.record for each in self.heard.get(key, ()) if each.is_good]
-            return bool(good) and getattr(good[-1], attribute) == value and self.standing(key) in ("there", "doubted")
+            entries = self.heard.get(key, [])
+            is_known = any(each.is_good for each in entries) and self.standing(key) in ("there", "doubted")
+            shown = [
+                each.record for each in entries if each.record
+            ]  # the last may be a lie but for the names: what it lacks is given up
+            return is_known and getattr(shown[-1], attribute) == value
 
         return is_spared
 
