@@ -748,9 +748,9 @@ def find_alias(database: sqlite3.Connection, address: str) -> Optional[mailcloak
     return mailcloak.read_alias(*row) if row else None
 
 
-def shown_targets(alias: mailcloak.Alias, separator: str = ", ") -> str:
+def shown_targets(alias: mailcloak.Alias) -> str:
     """What an alias leads to, in one line: its users, then addresses elsewhere, which stand in angle brackets."""
-    return separator.join([*alias.users, *(f"<{address}>" for address in alias.external)])
+    return ", ".join([*alias.users, *(f"<{address}>" for address in alias.external)])
 
 
 def aliases_add(context: Context) -> None:
