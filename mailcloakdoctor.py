@@ -27,6 +27,15 @@ The checks: what each looks at, and the remedy.
   daemon-keycloak         does Keycloak answer the daemon? The findings about Keycloak
   socket-policy, socket-aliases   does the socket answer, with the owner and mode of the configuration? Restart the daemon
 
+  keycloak                all of the following, where they are skipped or fail as a whole
+  keycloak-token          does Keycloak give the client a token? URL, realm, client and secret of the configuration
+  keycloak-clock          is Keycloak's clock that of this host? Set the clock
+  keycloak-role           may the client see users, and do nothing more? Roles of its service account
+  keycloak-email          may users change their own e-mail, and so take an address? share/doc/mailcloak/examples/keycloak/setup
+  keycloak-users          can all users be read, and can the daemon use them? Correct the user in Keycloak
+  keycloak-canary         is there a canary for each user federation, and is it there? keycloak.canary
+  keycloak-cache-policy   is it noticed when a canary is gone: cache policy NO_CACHE? Keycloak, User federation
+
   postfix                 can postconf read main.cf? Name its folder with --postfix-config
   postfix-access          can Postfix connect to mailcloak and Dovecot, from its chroot? socket_owner_user; start Dovecot
   postfix-smtpd           does each smtpd ask about each recipient and each sender? check_policy_service
@@ -40,6 +49,7 @@ The checks: what each looks at, and the remedy.
   postfix-recipients      does a list of its own refuse users? virtual_mailbox_maps, local_recipient_maps
   postfix-relay           does each smtpd take mail for us, and relay for nobody else? smtpd_relay_restrictions, mynetworks
   postfix-login           can users and apps log in, by Dovecot? smtpd_sasl_auth_enable, smtpd_sasl_type
+  postfix-certificate     have its smtpds a certificate with its key, that has not ended? smtpd_tls_cert_file
   postfix-sendmail        is mail by sendmail(1), which meets no smtpd, checked as well? pickup in share/doc/mailcloak/examples/postfix/master.cf
   postfix-delimiter       is recipient_delimiter the same in Postfix and mailcloak? policy.recipient_delimiter
   postfix-rewriting       does Postfix rewrite addresses after mailcloak was asked? Its defaults in main.cf
@@ -48,19 +58,12 @@ The checks: what each looks at, and the remedy.
   dovecot-mechanisms      do users log in with a token, apps with a password, and nobody otherwise? auth_mechanisms
   dovecot-realm           does Dovecot take tokens of the realm that the daemon asks? introspection_url
   dovecot-trust           does Dovecot trust Keycloak's certificate? tls_ca_cert_file, in 2.4 ssl_client_ca_file
+  dovecot-certificate     has Dovecot a certificate with its key, that has not ended? ssl_cert, in 2.4 ssl_server_cert_file
   dovecot-mailboxes       are the user and group there to which the mailboxes belong? useradd
+  dovecot-names           is the mailbox to which a user's mail is delivered the one that the user reads? auth_username_format
   dovecot                 can Dovecot read its configuration, and SQLite, and does it look for apps in this database? The examples
   dovecot-query           does its query let apps in only while they are enabled, and only to send? The query of the examples
   dovecot-access          can the process that asks the database read it? extra_groups, chmod
-
-  keycloak                all of the following, where they are skipped or fail as a whole
-  keycloak-token          does Keycloak give the client a token? URL, realm, client and secret of the configuration
-  keycloak-clock          is Keycloak's clock that of this host? Set the clock
-  keycloak-role           may the client see users, and do nothing more? Roles of its service account
-  keycloak-email          may users change their own e-mail, and so take an address? share/doc/mailcloak/examples/keycloak/setup
-  keycloak-users          can all users be read, and can the daemon use them? Correct the user in Keycloak
-  keycloak-canary         is there a canary for each user federation, and is it there? keycloak.canary
-  keycloak-cache-policy   is it noticed when a canary is gone: cache policy NO_CACHE? Keycloak, User federation
 
   postmaster, abuse       does a user receive mail for them, in each domain (RFC 5321, RFC 2142)? aliases add
   aliases, users, apps    is anything wrong with one of them? Else they are ok, or skipped:
@@ -610,6 +613,7 @@ CLIENTS = {"lmtp": "lmtp", "smtp": "smtp", "relay": "smtp"}  # of Postfix's own 
 TO_DOVECOT = "lmtp:unix:private/dovecot-lmtp"
 FROM_DOVECOT = f"start Dovecot, with this socket as in {EXAMPLES}/dovecot-2.3 or {EXAMPLES}/dovecot-2.4"
 UNTRIED = "Only Unix sockets are tried"
+LAST_DAYS = 7  # of a certificate: what renews it (certbot, from 30 days before its end on) has failed for weeks by then
 REWRITING = {"append_dot_mydomain": "no", "allow_percent_hack": "yes", "swap_bangpath": "yes", "allow_untrusted_routing": "no"}
 
 
@@ -648,6 +652,44 @@ def run_program(name: str, *arguments: str, text: str = "", directory: str = "/"
         said = (said_lines or ["without a word"])[0]
         raise CommandFailed(f"{name} failed: {said}", has_refused=True)
     return result.stdout, result.stderr
+
+
+class Certificate(NamedTuple):
+    """What a server shows to its clients: PEM files."""
+
+    path: str
+    key: str  # "" where it is not said which of several files holds what
+
+
+def check_certificate(check: str, server: str, certificate: Certificate, remedy: str) -> Findings:
+    """Is it there, with its key, and has it not ended? Postfix and Dovecot read both as root."""
+    path, key = certificate
+    for why in filter(None, (why_not(path, os.R_OK), key and why_not(key, os.R_OK))):
+        if os.geteuid() and not why.startswith("finds no"):
+            yield skipped(check, f"{server}: has it a certificate? This user {why}", AS_ROOT)
+        else:
+            yield problem(check, f"{server} {why}, so no client can begin TLS", remedy)
+        return
+    if not key:
+        yield ok(check, f"{server} can read {path}")
+        return
+    try:
+        ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(path, key, password=lambda: "")
+        printed = run_program("openssl", "x509", "-noout", "-enddate", "-in", path)[0]
+        end = ssl.cert_time_to_seconds(printed.strip().partition("=")[2])
+    except (OSError, ValueError):
+        yield problem(check, f"{server}: {path} and {key} are not a certificate and its key", remedy)
+        return
+    except CommandFailed as exc:
+        yield skipped(check, f"{server}: until when is the certificate in {path} good? {exc}")
+        return
+    day, days = time.strftime("%Y-%m-%d", time.gmtime(end)), (end - time.time()) / 86400
+    if days < 0:
+        yield problem(check, f"{server}: the certificate in {path} ended on {day}, and clients refuse it", "renew it")
+    elif days < LAST_DAYS:
+        yield warning(check, f"{server}: the certificate in {path} ends on {day}", "renew it; does the job still run that does so?")
+    else:
+        yield ok(check, f"{server}: the certificate in {path} is good until {day}")
 
 
 class PostfixService(NamedTuple):
@@ -850,6 +892,7 @@ def check_postfix(host: Installation) -> Findings:
             yield from check_smtpd(host, host.sockets, postfix, smtpd)
         yield from check_clients(postfix)
         yield from check_logins(postfix)
+        yield from check_smtpd_certificates(postfix)
         yield from check_local_mail(host.policy, host.sockets, postfix)
         yield from check_alias_maps(host.sockets, postfix)
         yield from check_domains(host.policy, postfix)
@@ -1019,6 +1062,27 @@ def check_logins(postfix: Postfix) -> Findings:
                 sockets[postfix.path_of(f"unix:{path.replace('unix:', '', 1)}", smtpd.chroot)].append(smtpd)
     for path, services in sockets.items():
         yield from check_connection(postfix, services, path, f"{FROM_DOVECOT}; smtpd_sasl_path = private/auth")
+
+
+def check_smtpd_certificates(postfix: Postfix) -> Findings:
+    """Can each smtpd that offers TLS begin it? One that cannot says so in its log alone, and no login without TLS is allowed."""
+    check = "postfix-certificate"
+    remedy = "main.cf: smtpd_tls_cert_file and smtpd_tls_key_file, then postfix reload"
+    shown: dict[Certificate, str] = {}
+    for smtpd in postfix.smtpds:
+        is_forced = postfix.value(smtpd, "smtpd_tls_wrappermode") == "yes"
+        is_forced = is_forced or postfix.value(smtpd, "smtpd_tls_security_level") in ("encrypt", "dane", "dane-only")
+        chain = split_list(postfix.value(smtpd, "smtpd_tls_chain_files"))  # which takes the place of the others
+        found = [Certificate(path, path if len(chain) == 1 else "") for path in chain]
+        for names in () if chain else (("cert", "key"), ("eccert", "eckey"), ("dcert", "dkey")):
+            path, key = (postfix.value(smtpd, f"smtpd_tls_{name}_file") for name in names)
+            found += [Certificate(path, key)] if path not in ("", "none") else []
+        if is_forced and not found:
+            yield problem(check, f"{smtpd.name} demands TLS and has no certificate, so nobody can use it", remedy)
+        elif is_forced or postfix.value(smtpd, "smtpd_tls_security_level") == "may":
+            shown.update((certificate, smtpd.name) for certificate in found if certificate not in shown)
+    for certificate, name in shown.items():
+        yield from check_certificate(check, name, certificate, remedy)
 
 
 def offers(mechanism_filter: Sequence[str], name: str) -> bool:
@@ -1260,6 +1324,7 @@ class Dovecot:
         self.mechanisms = set(re.split(r"[\s,]+", self._value("auth_mechanisms").lower())) - {""}
         self.auth_user, self.worker_user = self._user_of("auth"), self._user_of("auth-worker")
         self.worker_groups = self._value("service/auth-worker/extra_groups")
+        self.delivery_format = self._value("auth_username_format", "-f", "protocol=lmtp")
         self.queries = list(find_password_queries(self.settings))
         self.token_urls = list(find_token_urls(self.settings))
 
@@ -1295,6 +1360,8 @@ def check_dovecot(host: Installation) -> Findings:
     if queries or dovecot.token_urls:  # else nobody has set it up for mailcloak yet
         yield from check_passdbs(dovecot.settings)
         yield from check_mailboxes(dovecot.settings)
+        yield from check_names(host, dovecot)
+        yield from check_dovecot_certificate(dovecot.settings)
     if offered & TOKENS and host.static_users is None:
         yield from check_realm(host, dovecot.settings, dovecot.token_urls)
         yield from check_trust(host, dovecot)
@@ -1365,9 +1432,59 @@ def check_mailboxes(settings: str) -> Findings:
         yield ok(check, f"the mailboxes belong to user {', '.join(users)}")
 
 
+def check_names(host: Installation, dovecot: Dovecot) -> Findings:
+    """Does mail arrive in the mailbox that its user reads? The user logs in by a claim of the token, mail comes for USERNAME@DOMAIN."""
+    check = "dovecot-names"
+    found: list[Finding] = []
+    for place, claim in find_login_names(dovecot.settings):
+        if claim != "preferred_username":
+            text = (
+                f"users read the mailbox that is named by their {claim}, and mail goes to the one that is named by their username"
+            )
+            remedy = f"{place}: username_attribute = preferred_username, then doveadm reload"
+            found.append(warning(check, text, remedy))
+    words = [word.strip() for word in re.sub(r"^%L?\{?|\}$", "", dovecot.delivery_format).split("|")]
+    cuts = words[0] in ("n", "username") or "username" in words[1:]
+    if not cuts and (words[0] not in ("u", "user") or set(words[1:]) - {"lower"}):
+        found.append(skipped(check, f"to which mailboxes does mail go with auth_username_format = {dovecot.delivery_format}?"))
+    elif host.users is None:
+        found.append(skipped(check, f"is the domain part of a mailbox's name? {NO_USERS}"))
+    else:
+        lost = [user.username for user in host.users.values() if user.receives and ("@" in user.username) == cuts]
+        text = "these users do not read the mailbox to which Dovecot delivers their mail, which is named without the domain"
+        other = '%{user | lower}" in 2.4, "%Lu" in 2.3'
+        if not cuts:
+            text = "these users do not read the mailbox to which Dovecot delivers their mail, which is named with the domain"
+            other = '%{user | username | lower}" in 2.4, "%Ln" in 2.3'
+        found += about(lost, problem(check, text, f'protocol lmtp {{ auth_username_format = "{other} }}, then doveadm reload'))
+    yield from found or [ok(check, "mail is delivered to the mailbox that its user reads")]
+
+
+def find_login_names(settings: str) -> Iterator[tuple[str, str]]:
+    """Where it is said which claim of a token is the name of its user, and the claim. Raises OSError."""
+    places = [("dovecot.conf", find_block(settings, "oauth2"))]
+    places += [(passdb["args"], text) for _, passdb, text in find_passdbs(settings) if passdb.get("driver") == "oauth2" and text]
+    for place, text in places:
+        if text:
+            options = read_settings(text)
+            yield place, options.get("username_attribute") or options.get("oauth2_username_attribute") or "email"  # its default
+
+
+def check_dovecot_certificate(settings: str) -> Findings:
+    """Can mail programs begin TLS?"""
+    check = "dovecot-certificate"
+    top = read_top(settings)
+    old, new = ("ssl_cert", "ssl_key"), ("ssl_server_cert_file", "ssl_server_key_file")
+    for names in (old, new):
+        path, key = (top.get(name, "").lstrip("<") for name in names)
+        if path.startswith("/") and top.get("ssl") != "no" and not any("key_password" in name for name in top):
+            remedy = f"dovecot.conf: {' and '.join(names)}, then doveadm reload"
+            yield from check_certificate(check, "Dovecot", Certificate(path, key), remedy)
+
+
 def find_owners(settings: str) -> Iterator[tuple[str, str]]:
     """("uid" or "gid", name or number) of each owner of mailboxes in the output of doveconf -n."""
-    top = read_settings(re.sub(r"^\s.*\n", "", settings, flags=re.MULTILINE))
+    top = read_top(settings)
     yield from ((kind, top[f"mail_{kind}"]) for kind in ("uid", "gid") if top.get(f"mail_{kind}"))
     for body in re.findall(r"^userdb\b[^{\n]*\{\n(.*?)^\}", settings, re.MULTILINE | re.DOTALL):
         for name, value in read_settings(body).items():
@@ -1427,6 +1544,11 @@ def find_block(settings: str, head: str) -> str:
     """What stands in the block of this head in the output of doveconf -n, itself in that form; "" if there is none."""
     match = re.search(rf"^{head} *\{{\n(.*?)^\}}", settings, re.MULTILINE | re.DOTALL)
     return textwrap.dedent(match[1]) if match else ""
+
+
+def read_top(settings: str) -> dict[str, str]:
+    """The settings of the output of doveconf -n that stand in no block."""
+    return read_settings(re.sub(r"^\s.*\n", "", settings, flags=re.MULTILINE))
 
 
 def find_token_urls(settings: str) -> Iterator[TokenUrl]:
@@ -1540,7 +1662,7 @@ def check_realm(host: Installation, settings: str, token_urls: Sequence[TokenUrl
 
 def find_password_queries(settings: str) -> Iterator[PasswordQuery]:
     """The queries of all SQLite passdbs in the output of doveconf -n. Raises OSError where a file that it names cannot be read."""
-    top = read_settings(re.sub(r"^\s.*\n", "", settings, flags=re.MULTILINE))
+    top = read_top(settings)
     for head, passdb, text in find_passdbs(settings):
         if passdb.get("driver") == "sql" and "args" in passdb:  # 2.3
             options = read_settings(text)
@@ -2094,9 +2216,9 @@ CHECKS: tuple[Callable[[Installation], Findings], ...] = (  # a check comes afte
     check_replication,
     check_daemon,
     check_sockets,
+    check_keycloak,
     check_postfix,
     check_dovecot,
-    check_keycloak,
     check_role_addresses,
     check_aliases,
     check_users,

@@ -805,15 +805,22 @@ def listening(path):
 def instance():
     """Postfix on the sample settings, not started, and somebody who listens where Dovecot does."""
     postfix = PrivatePostfix(ports=["submission", "submissions"])
+    postfix.certificate, postfix.key = make_certificate(postfix.config)
     with listening(postfix.private / "auth"), listening(postfix.private / "dovecot-lmtp"):
         yield postfix
     postfix.close()
 
 
+def configure(instance):
+    """The sample settings, and the certificate that is in a host's main.cf already."""
+    instance.configure()
+    instance.set(smtpd_tls_cert_file=instance.certificate, smtpd_tls_key_file=instance.key)
+
+
 @pytest.fixture
 def postfix(instance):
     """The instance, on the sample settings again."""
-    instance.configure()
+    configure(instance)
     return instance
 
 
@@ -1416,9 +1423,10 @@ def test_who_is_not_root_is_told_what_was_not_checked(mail_site, postfix):
 
     def run():
         found = run_checks(mail_site.config_path, mailcloakdoctor.check_postfix, postfix_config=[str(postfix.config)])
-        return [(finding.state, finding.check, finding.remedy) for finding in found if finding.state != "ok"]
+        return sorted((finding.state, finding.check, finding.remedy) for finding in found if finding.state != "ok")
 
-    assert as_nobody(run) == str([("skipped", "postfix-access", mailcloakdoctor.AS_ROOT)] * 4)
+    names = ["postfix-access"] * 4 + ["postfix-certificate"]
+    assert as_nobody(run) == str([("skipped", name, mailcloakdoctor.AS_ROOT) for name in names])
 
 
 @pytest.mark.real("postfix")
@@ -1571,10 +1579,15 @@ def dovecot_factory():
 real_dovecot = pytest.mark.real("dovecot", "root")
 
 
-def ask_dovecot(site, instance):
-    return site.findings(
-        mailcloakdoctor.check_database, mailcloakdoctor.check_dovecot, dovecot_config=str(instance.config / "dovecot.conf")
-    )
+def ask_dovecot(site, instance, *usernames):
+    """What is found where Keycloak has these users."""
+
+    def know_users(host):
+        host.users = {name: mailcloak.User(name, "", True) for name in usernames or USERS}
+        return iter(())
+
+    checks = (mailcloakdoctor.check_database, know_users, mailcloakdoctor.check_dovecot)
+    return site.findings(*checks, dovecot_config=str(instance.config / "dovecot.conf"))
 
 
 @pytest.fixture
@@ -1685,6 +1698,128 @@ def test_dovecot_without_the_database_matters_only_where_there_are_apps(site, tm
     nothing(site.findings(*ask, dovecot_config=str(path)))
     site.insert("apps", app_id="printer", secret_hash="x")
     assert "1 app cannot log in" in the_only(site.findings(*ask, dovecot_config=str(path)), "warning", "dovecot").text
+
+
+def change_settings(instance, name, line):
+    """Put a line for that of this setting, in all of Dovecot's files; "" takes it out."""
+    for path in instance.config.glob("*.conf*"):
+        path.write_text(re.sub(rf"^(\s*){name} = .*$", rf"\1{line}", path.read_text(), flags=re.MULTILINE))
+
+
+def words_of(remedy, name):
+    """NAME = VALUE of this version in a remedy that has the values of both."""
+    values = {version: value for value, version in re.findall(r'"([^"]*)" in (2\.[34])', remedy)}
+    return f"{name} = {values['2.4' if installed_version() >= (2, 4) else '2.3']}"
+
+
+@real_dovecot
+@pytest.mark.parametrize(
+    ("first", "users", "way"), [("", ["alice"], "with"), ("", ["erin@d1.test"], ""), ("x", ["erin@d1.test"], "without")]
+)
+def test_mailbox_of_another_name_than_its_user_is_a_problem_until_the_remedy_was_carried_out(
+    readable_site, dovecot_factory, first, users, way
+):
+    """Dovecot's default keeps the domain; the sample cuts it."""
+    instance = dovecot_factory(readable_site.database)
+    if not first:
+        change_settings(instance, "auth_username_format", "")
+    if not way:
+        nothing(ask_dovecot(readable_site, instance, *users))
+        return
+    found = the_only(ask_dovecot(readable_site, instance, *users), "problem", "dovecot-names")
+    assert found.text.endswith(f"named {way} the domain: {users[0]}")
+    if not first:
+        change_settings(instance, "recipient_delimiter", "recipient_delimiter = +\nprotocol lmtp {\n  auth_username_format = x\n}")
+    change_settings(instance, "auth_username_format", words_of(found.remedy, "auth_username_format"))
+    nothing(ask_dovecot(readable_site, instance, *users))
+
+
+@real_dovecot
+def test_format_of_names_that_is_not_known_is_not_said_to_be_right(readable_site, dovecot_factory):
+    instance = dovecot_factory(readable_site.database)
+    change_settings(instance, "auth_username_format", "auth_username_format = x-%{user}")
+    the_only_skipped(ask_dovecot(readable_site, instance), "dovecot-names", "auth_username_format = x-%{user}")
+
+
+@real_dovecot
+@pytest.mark.parametrize("line", ["username_attribute = email", ""])
+def test_login_by_another_claim_than_the_username_is_a_warning_until_the_remedy_was_carried_out(
+    readable_site, dovecot_factory, line
+):
+    """The default of Dovecot is email."""
+    instance = dovecot_factory(readable_site.database)
+    change_settings(instance, "username_attribute", line)
+    found = the_only(ask_dovecot(readable_site, instance), "warning", "dovecot-names")
+    assert found.text.startswith("users read the mailbox that is named by their email, ")
+    setting = re.search(r": (.*), then", found.remedy)[1]
+    change_settings(instance, "introspection_mode", f"introspection_mode = auth\n{setting}")
+    change_settings(instance, "username_attribute", setting)
+    nothing(ask_dovecot(readable_site, instance))
+
+
+def damage_certificate(path, key, how):
+    """Make a certificate no good; the days of a new one, or what doctor says of it."""
+    if how == "gone":
+        path.unlink()
+        return f"finds no {path}, so no client can begin TLS"
+    if how == "no certificate":
+        path.write_text("x")
+    else:
+        make_certificate(path.parent)
+        other = path.parent / "other"
+        other.mkdir(exist_ok=True)
+        shutil.copy(make_certificate(other)[1], key)
+    return f"{path} and {key} are not a certificate and its key"
+
+
+BAD_CERTIFICATES = ["gone", "no certificate", "key of another"]
+
+
+@real_dovecot
+@pytest.mark.parametrize("how", BAD_CERTIFICATES)
+def test_certificate_of_dovecot_that_is_no_good_is_a_problem(readable_site, dovecot_factory, how):
+    instance = dovecot_factory(readable_site.database)
+    says = damage_certificate(instance.certificate, instance.certificate.with_suffix(".key"), how)
+    found = the_only(ask_dovecot(readable_site, instance), "problem", "dovecot-certificate")
+    assert says in found.text
+    make_certificate(instance.config)
+    nothing(ask_dovecot(readable_site, instance))
+
+
+@real_postfix
+@pytest.mark.parametrize("how", BAD_CERTIFICATES)
+def test_certificate_of_postfix_that_is_no_good_is_a_problem(ask_postfix, postfix, how):
+    says = damage_certificate(postfix.certificate, postfix.key, how)
+    found = the_only(ask_postfix(), "problem", "postfix-certificate")
+    assert says in found.text
+    make_certificate(postfix.config)
+    nothing(ask_postfix())
+
+
+@real_postfix
+@pytest.mark.parametrize("days", [3, -1])
+def test_certificate_that_ends_soon_is_a_warning_and_one_that_has_ended_a_problem(ask_postfix, postfix, monkeypatch, days):
+    make_certificate(postfix.config, days=5)
+    now = time.time() + (5 - days) * 86400
+    monkeypatch.setattr(mailcloakdoctor.time, "time", lambda: now)
+    found = the_only(ask_postfix(), "warning" if days > 0 else "problem", "postfix-certificate")
+    assert re.search(r"the certificate in \S+ end(s|ed) on 20\d\d-\d\d-\d\d", found.text)
+    monkeypatch.undo()
+    make_certificate(postfix.config)
+
+
+@real_postfix
+def test_tls_that_is_demanded_without_a_certificate_is_a_problem_and_a_chain_file_is_one(ask_postfix, postfix):
+    postfix.set(smtpd_tls_cert_file="", smtpd_tls_key_file="")
+    wrong = {finding.text for finding in ask_postfix() if finding.state != "ok"}
+    assert len(wrong) == 2
+    assert all("demands TLS and has no certificate, so nobody can use it" in text for text in wrong)
+    chain = postfix.config / "chain.pem"
+    chain.write_text(postfix.key.read_text() + postfix.certificate.read_text())
+    postfix.set(smtpd_tls_chain_files=chain)
+    nothing(ask_postfix())
+    postfix.set(smtpd_tls_chain_files=f"{postfix.key}, {postfix.certificate}")
+    nothing(ask_postfix())
 
 
 @pytest.fixture
@@ -2556,7 +2691,7 @@ def test_many_are_shown_in_part_to_people_and_whole_to_programs(keycloak_site):
 @pytest.fixture(scope="module")
 def whole(instance, dovecot_factory):
     """A sound installation: a daemon that was started as root and became nobody, Postfix, Dovecot and a realm: what doctor is called with."""
-    instance.configure()
+    configure(instance)
     with Realm() as realm:
         for username, email in USERS.items():
             realm.add_user(username, email)

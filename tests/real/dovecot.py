@@ -58,10 +58,10 @@ class _ImapClient(imaplib.IMAP4_SSL):
         return self.ssl_context.wrap_socket(plain, server_hostname=self.host)
 
 
-def make_certificate(directory):
+def make_certificate(directory, days=30):
     """A certificate of its own for 127.0.0.1, and its key: two files."""
     certificate, key = Path(directory) / "server.pem", Path(directory) / "server.key"
-    command = ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2", "-subj", "/CN=mail.test"]
+    command = ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", str(days), "-subj", "/CN=mail.test"]
     command += ["-addext", "subjectAltName=IP:127.0.0.1", "-out", certificate, "-keyout", key]
     subprocess.run(command, check=True, capture_output=True, timeout=60, stdin=subprocess.DEVNULL)
     return certificate, key
