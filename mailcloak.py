@@ -1769,7 +1769,7 @@ class _OwnersCursor(sqlite3.Cursor):
 
 
 class OwnersConnection(sqlite3.Connection):
-    """One of root whose statements run as the owner of the file's directory, for a program with one thread.
+    """One of root whose statements run as the user who owns the way to the file, for a program with one thread.
 
     That user could put a journal beside the file: SQLite rolls it back before it reads, and deletes the file that it names. Source: the
     SQLite database file format, section 3, "super-journal".
@@ -1808,10 +1808,13 @@ def connect_database(path: str, busy_seconds: float, *, as_owner: bool = False) 
 
     Opened for writing even to read: only then can SQLite roll back the journal that a killed writer left behind. SQLite falls back
     to reading by itself where the file may not be written. The connection may be closed, though not used, by another thread.
-    as_owner: where root opens a file in a directory of another user, see OwnersConnection.
+    as_owner: where root opens a file of another user, see OwnersConnection and owner_on_the_way().
     """
     uri = f"file:{urllib.parse.quote(os.fsencode(path))}?mode=rw"
-    owner = _owner_of(os.path.dirname(path)) if as_owner and os.geteuid() == 0 else (0, 0)
+    try:
+        owner = owner_on_the_way(path) if as_owner and os.geteuid() == 0 else (0, 0)
+    except OSError as exc:
+        raise sqlite3.OperationalError(exc.strerror) from exc
     factory = OwnersConnection if owner[0] else sqlite3.Connection
     with acting_as(*owner) if owner[0] else contextlib.nullcontext():
         connection = sqlite3.connect(
@@ -1825,8 +1828,11 @@ def connect_database(path: str, busy_seconds: float, *, as_owner: bool = False) 
 
 @contextlib.contextmanager
 def acting_as(uid: int, gid: int) -> Iterator[None]:
-    """For a moment, create files as another user; only root can."""
+    """For a moment, create files as another user, in no further groups; only root can."""
     with contextlib.ExitStack() as stack:
+        if uid and os.geteuid() == 0:
+            stack.callback(os.setgroups, os.getgroups())
+            os.setgroups([gid])
         stack.callback(os.setegid, os.getegid())
         os.setegid(gid)
         stack.callback(os.seteuid, os.geteuid())
@@ -1834,20 +1840,43 @@ def acting_as(uid: int, gid: int) -> Iterator[None]:
         yield
 
 
-def _owner_of(directory: str) -> tuple[int, int]:
-    """(uid, gid); root's where it cannot be told."""
-    try:
-        status = os.stat(directory)
-    except OSError:
-        return 0, 0
-    return status.st_uid, status.st_gid
+MAX_LINKS = 40  # as the kernel follows; source: path_resolution(7)
 
 
-def acting_as_owner_of(directory: str) -> contextlib.AbstractContextManager[None]:
-    """As root, create files in it as its owner, who could put a link in place of a file that root has just made."""
-    if os.geteuid() != 0 or not os.path.isdir(directory):
+def owner_on_the_way(path: str) -> tuple[int, int]:
+    """(uid, gid) of the user who decides what root finds by this path: of the first directory or link on the way that is not root's.
+
+    Root's own where nobody else could put another file there, or a journal beside it. Raises PermissionError where several users could.
+    """
+    place, names, links = "/", os.path.abspath(path).split("/"), 0
+    while names and os.path.isdir(place):
+        name = names.pop(0)
+        if name in ("", "."):
+            continue
+        status, found = os.stat(place), os.path.join(place, name)
+        if status.st_uid:
+            return status.st_uid, status.st_gid
+        if status.st_mode & stat.S_IWOTH or (status.st_mode & stat.S_IWGRP and status.st_gid):
+            if not names or not status.st_mode & stat.S_ISVTX:  # in a sticky one nobody replaces what is another's
+                raise PermissionError(errno.EPERM, f"root uses no database below {place}, which others may write: move it")
+            with contextlib.suppress(FileNotFoundError):
+                there = os.lstat(found)
+                if there.st_uid:
+                    return there.st_uid, there.st_gid
+        if os.path.islink(found):
+            place, names, links = "/", os.path.join(place, os.readlink(found)).split("/") + names, links + 1
+            if links > MAX_LINKS:
+                raise OSError(errno.ELOOP, os.strerror(errno.ELOOP))
+        else:
+            place = os.path.dirname(place) if name == ".." else found
+    return 0, 0
+
+
+def acting_as_owner_of(path: str) -> contextlib.AbstractContextManager[None]:
+    """As root, use a file as the user who could put another one in its place; raises OSError."""
+    if os.geteuid() != 0:
         return contextlib.nullcontext()
-    return acting_as(*_owner_of(directory))
+    return acting_as(*owner_on_the_way(path))
 
 
 def create_database_file(path: str, mode: int = 0o640) -> bool:
@@ -1902,7 +1931,11 @@ def prepare_database(path: str, busy_seconds: float, *, create: bool = True) -> 
     if create and not os.path.lexists(path):
         if os.path.exists(last_known_path(path)):
             raise _lost_database(path, "missing, though a daemon has run on it")
-        with acting_as_owner_of(os.path.dirname(path)):
+        try:
+            as_owner = acting_as_owner_of(path)
+        except OSError as exc:
+            raise StartError(f"sqlite.path: {path!r} cannot be created: {exc.strerror}") from exc
+        with as_owner:
             if _create_database(path):
                 return "created"
     try:
@@ -1949,7 +1982,7 @@ def _create_database(path: str) -> bool:
 
 def _migrate_as_owner(path: str, busy_seconds: float) -> str:
     """The same by a connection of the directory's owner: root would also write a file of its own that a link leads to."""
-    with acting_as_owner_of(os.path.dirname(path)), contextlib.closing(connect_database(path, busy_seconds)) as connection:
+    with acting_as_owner_of(path), contextlib.closing(connect_database(path, busy_seconds)) as connection:
         return _migrate(connection, path)
 
 

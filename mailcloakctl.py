@@ -520,7 +520,7 @@ def read_replication(path: str, max_lag_seconds: float) -> Optional[dict[str, An
         return None
     if origin is None:
         return {"role": "single"}
-    last = find_published(origin) if origin.role == "writer" else origin
+    last = find_published(origin, path) if origin.role == "writer" else origin
     age = max(0.0, round(time.time() - last.published_at, 1)) if last else None
     return {
         **{name: getattr(last or origin, name) for name in ("host", "writer", "epoch", "serial")},
@@ -531,10 +531,13 @@ def read_replication(path: str, max_lag_seconds: float) -> Optional[dict[str, An
     }
 
 
-def find_published(origin: Origin) -> Optional[Origin]:
-    """The origin in the file that the writer publishes; None where there is none of this writer."""
-    with contextlib.suppress(*mailcloak.SQLITE_ERRORS):
-        with contextlib.closing(mailcloak.connect_database(origin.file, ROLE_SECONDS, as_owner=True)) as database:
+def find_published(origin: Origin, path: str) -> Optional[Origin]:
+    """The origin in the file that the writer publishes; None where there is none of this writer. path: of the database that names it."""
+    with contextlib.suppress(*mailcloak.SQLITE_ERRORS, OSError):
+        with (
+            mailcloak.acting_as_owner_of(path),
+            contextlib.closing(mailcloak.connect_database(origin.file, ROLE_SECONDS, as_owner=True)) as database,
+        ):
             published = find_origin(database)
         if published and (published.writer, published.epoch) == (origin.writer, origin.epoch):
             return published

@@ -603,8 +603,8 @@ def read_aliases(
 
 
 @contextlib.contextmanager
-def replacing(path: str, mode: int, *, replace: bool = True) -> Iterator[tuple[str, IO[bytes]]]:
-    """A new file beside path, by its path and open, that takes its place at the end: a reader sees all of the old or all of the new.
+def replacing(path: str, mode: int, *, replace: bool = True) -> Iterator[IO[bytes]]:
+    """A new file beside path, open, that takes its place at the end: a reader sees all of the old or all of the new.
 
     Raises OSError; FileExistsError where there is a file already and it may not be replaced.
     """
@@ -614,14 +614,13 @@ def replacing(path: str, mode: int, *, replace: bool = True) -> Iterator[tuple[s
     try:
         os.fchmod(descriptor, mode)
         with open(descriptor, "wb", closefd=False) as file:  # not by its name, which might lead elsewhere by now
-            yield new, file
+            yield file
         os.fsync(descriptor)
         (os.rename if replace else os.link)(new, path)
     finally:
         os.close(descriptor)
-        for left in (new, f"{new}-journal"):
-            with contextlib.suppress(FileNotFoundError):  # it has been renamed
-                os.unlink(left)
+        with contextlib.suppress(FileNotFoundError):  # it has been renamed
+            os.unlink(new)
 
 
 # ---------------------------------------------------------------------------------------------------------------------------------
@@ -1076,7 +1075,7 @@ def aliases_export(context: ctl.Context) -> None:
         umask = os.umask(0)
         os.umask(umask)
         try:
-            with replacing(options.file, 0o666 & ~umask) as (_, file):
+            with replacing(options.file, 0o666 & ~umask) as file:
                 write_lines(lines, file)
         except OSError as exc:
             raise ctl.Refused(f"aliases: {options.file!r} cannot be written: {exc.strerror}; what was there stays") from exc
@@ -1157,11 +1156,15 @@ def backup(context: ctl.Context) -> None:
     if os.path.exists(path) and os.path.samefile(path, context.path):
         raise ctl.Refused(f"backup: {path!r} is the database itself, name another file")
     try:
-        with replacing(path, 0o600, replace=options.replace) as (new, _), contextlib.closing(sqlite3.connect(new)) as copy:
-            copy.execute("PRAGMA journal_mode = OFF")  # nobody else sees it yet
-            database.backup(copy, pages=BACKUP_PAGES)
-            copy.execute("PRAGMA journal_mode = DELETE")  # also where the database is in WAL mode: one file has all of it
-            check_whole(copy, "backup: the copy")
+        with replacing(path, 0o600, replace=options.replace) as file, tempfile.TemporaryDirectory(prefix="mailcloak-") as private:
+            new = os.path.join(private, "copy.db")  # SQLite opens nothing where others could put a journal beside it
+            with contextlib.closing(sqlite3.connect(new)) as copy:
+                copy.execute("PRAGMA journal_mode = OFF")  # nobody else sees it yet
+                database.backup(copy, pages=BACKUP_PAGES)
+                copy.execute("PRAGMA journal_mode = DELETE")  # also where the database is in WAL mode: one file has all of it
+                check_whole(copy, "backup: the copy")
+            with open(new, "rb") as whole:
+                shutil.copyfileobj(whole, file)
     except FileExistsError:
         raise ctl.Refused(f"backup: {path!r} is there now, --replace replaces it") from None
     except OSError as exc:
@@ -1251,8 +1254,7 @@ def restore_new(context: ctl.Context, path: str) -> None:
 def make_database(rows: sqlite3.Connection, target: str, *, wal: bool = False) -> None:
     """Put a copy of the rows where no file is yet: nobody sees it before all is in it. Raises Refused where there is one now."""
     new = f"{target}.restored-{os.getpid()}"
-    status = os.stat(os.path.dirname(target))
-    as_owner = mailcloak.acting_as(status.st_uid, status.st_gid) if os.geteuid() == 0 else contextlib.nullcontext()
+    as_owner = mailcloak.acting_as_owner_of(new)
     mailcloak.create_database_file(new)
     try:
         with as_owner, contextlib.closing(mailcloak.connect_database(new, 0)) as database:
@@ -1572,7 +1574,7 @@ def copy_of_go(path: str) -> Iterator[sqlite3.Connection]:
     """A connection to a copy of the database, with what its -wal has; raises Refused."""
     with contextlib.ExitStack() as stack:
         try:
-            with mailcloak.acting_as_owner_of(os.path.dirname(os.path.abspath(path))):
+            with mailcloak.acting_as_owner_of(path):
                 # as the owner, who could lead to a file of root's otherwise
                 copy = os.path.join(stack.enter_context(tempfile.TemporaryDirectory(prefix="mailcloak-")), "go.db")
                 for suffix in ("", "-wal", "-journal"):
@@ -1704,7 +1706,7 @@ def convert_config(path: str, database: str, domains: list[str]) -> str:
 def write_new_file(path: str, text: str) -> None:
     """A file for its owner alone, which was not there before; raises Refused."""
     try:
-        with replacing(path, 0o600, replace=False) as (_, file):
+        with replacing(path, 0o600, replace=False) as file:
             file.write(text.encode())
     except OSError as exc:
         raise ctl.Refused(f"migrate-from-go: {path!r} cannot be written: {exc.strerror}; nothing was changed") from exc

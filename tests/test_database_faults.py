@@ -939,7 +939,7 @@ def small_disk(short_dir):
     """A file system of 512 KiB and 16 files of its own; filled and cleared with fill_disk."""
     path = short_dir / "disk"
     path.mkdir()
-    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=512k,nr_inodes=16", "none", str(path)], check=True)
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=512k,nr_inodes=16,mode=755", "none", str(path)], check=True)
     yield path
     subprocess.run(["umount", "-l", str(path)], check=True)
 

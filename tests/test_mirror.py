@@ -332,7 +332,7 @@ def test_source_that_this_user_may_only_read_is_brought(writer, tmp_path, short_
 def test_full_disk_of_a_follower_changes_nothing_until_there_is_room(writer, short_dir):
     disk = short_dir / "disk"
     disk.mkdir()
-    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=400k", "none", str(disk)], check=True)
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=400k,mode=755", "none", str(disk)], check=True)
     try:
         host = Host(disk)
         host("db", "mirror", writer.shared)
