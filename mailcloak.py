@@ -288,7 +288,7 @@ _SEND_FLAGS = socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL
 # One form for an address from whichever side it comes: the form that Postfix acts on. Pure: any thread enters.
 # ---------------------------------------------------------------------------------------------------------------------------------
 
-_ATOM = r"[^.\s\x00-\x1f\x7f\"(),:;<>@\[\\\]]+"  # RFC 5322 atext with the letters of RFC 6531
+_ATOM = r"[^.\x00-\x20\x7f\"(),:;<>@\[\\\]]+"  # RFC 5322 atext with all of RFC 6531, as Postfix's quote_822_local.c
 _DOT_STRING = re.compile(rf"{_ATOM}(\.{_ATOM})*")  # what needs no quotes in an address
 _DOMAIN = re.compile(r"[a-z0-9_]([a-z0-9_-]*[a-z0-9_])?(\.[a-z0-9_]([a-z0-9_-]*[a-z0-9_])?)*")  # as Postfix's valid_hostname
 _NOBODYS = re.compile(r"[\s\x00-\x1f\x7f-\x9f\ud800-\udfff]")  # spaces, controls, and bytes that are not UTF-8
@@ -504,7 +504,7 @@ def quote_local_part(local_part: str) -> str:
     """The local part as it must stand in an address of a lookup table's answer (RFC 5322, section 3.2.4)."""
     if _DOT_STRING.fullmatch(local_part):
         return local_part
-    return '"' + re.sub(r'(["\\])', r"\\\1", local_part) + '"'
+    return '"' + re.sub(r'(["\\\r])', r"\\\1", local_part) + '"'
 
 
 def unquote_local_part(address: str) -> str:
@@ -861,18 +861,20 @@ def _fail_sender(sasl_username: str, sender: Address, policy: PolicyConfig, fact
 def decide_alias(key: str, policy: PolicyConfig, facts: Facts) -> Action:
     """The socketmap's answer for a key of the alias map: "OK mailbox", of several separated by commas, "NOTFOUND ", or "TEMP reason".
 
-    "NOTFOUND " keeps its space: Postfix wants one after every status word (socketmap_table(5)).
+    "NOTFOUND " keeps its space: Postfix wants one after every status word (socketmap_table(5)). An extension that makes the address too
+    long, or has a space or a control character, is left out: Dovecot refuses such names.
     """
     unquoted = unquote_local_part(key)
     address = normalise_address(unquoted)
     is_odd = "@" not in key or (unquoted == key and not _DOT_STRING.fullmatch(address.local_part))
     if not is_odd and could_be_ours(address, policy):
         return Action("TEMP domain not convertible", "domain-not-convertible")
-    if is_odd or not address.is_plain or address.domain not in policy.domain:
+    if is_odd or address.domain not in policy.domain:
         return Action("NOTFOUND ", "not-local", logging.DEBUG)
     not_found = Action("NOTFOUND ", "no-alias", logging.DEBUG)
     try:
-        aliases = [facts.find_alias(spelling) for spelling, _ in address_spellings(address, policy.recipient_delimiter)]
+        spellings = address_spellings(address, policy.recipient_delimiter)
+        aliases = [facts.find_alias(spelling) for spelling, _ in spellings if spelling.is_plain]
     except DatabaseUnavailable:
         return Action("TEMP database not usable", "database-unavailable")
     if not policy.mailbox_domain and not any(alias and alias.enabled for alias in aliases):
@@ -893,7 +895,8 @@ def decide_alias(key: str, policy: PolicyConfig, facts: Facts) -> Action:
             f"TEMP username {escape_for_log(uncut)} holds a recipient delimiter", "username-with-delimiter", logging.ERROR
         )
     domain = policy.mailbox_domain or address.domain
-    mailboxes = [format_mailbox(username, owner.extension, domain) for username in owner.users]
+    extension = owner.extension if address.is_plain else ""
+    mailboxes = [format_mailbox(username, extension, domain) for username in owner.users]
     return Action(f"OK {','.join([*mailboxes, *owner.external])}", owner.source, logging.DEBUG)
 
 

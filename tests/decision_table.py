@@ -489,6 +489,14 @@ ROWS = [
     _map("domain-not-convertible-quoted", 'alias "in fo"@\u1e9e.test', "TEMP domain not convertible"),
     _map("quoted-extension", 'alias "info+x."@d1.test', 'OK "alice+x."@d1.test'),
     _map("quoted-extension-with-quotes", 'alias "info+a\\"b"@d1.test', 'OK "alice+a\\"b"@d1.test'),
+    _map("extension-with-space", 'alias "info+ x"@d1.test', "OK alice@d1.test"),
+    _map("extension-with-tab", 'alias "info+\tx"@d1.test', "OK alice@d1.test"),
+    _map("extension-with-space-of-unicode", "alias info+\u00a0x@d1.test", "OK alice@d1.test"),
+    _map("extension-too-long", f"alias info+{'y' * 300}@d1.test", "OK alice@d1.test"),
+    _map(
+        "extension-with-space-of-primary", 'alias "carol+ x"@d2.test', "OK carol@mbx.test", policy=_with(mailbox_domain="mbx.test")
+    ),
+    _map("extension-with-space-of-stranger", 'alias "stranger+ x"@d1.test', "NOTFOUND "),
     _map("quoted-stranger", 'alias "stranger+x."@d1.test', "NOTFOUND "),
     _map("quoted-without-need", 'alias "info+x"@d1.test', "NOTFOUND "),
     _map("domain-not-convertible-alone", "alias @\u1e9e.test", "NOTFOUND "),

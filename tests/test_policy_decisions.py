@@ -9,6 +9,8 @@ from collections import defaultdict
 
 import decision_table as table
 import pytest
+from hypothesis import example, given
+from hypothesis import strategies as st
 
 import mailcloak
 
@@ -90,6 +92,27 @@ def test_decision_is_as_the_table_says(row):
     else:
         request = mailcloak.PolicyRequest(**{"protocol_state": "RCPT", **row.ask})
         assert mailcloak.decide_policy(request, policy, facts).text == row.answer
+
+
+@given(
+    st.sampled_from(["info", "alice", "bob", "both", "spaced", "stranger", "old", "erin"]), st.text(max_size=8), st.integers(0, 1)
+)
+@example("info", "+ x", 0).via("a space is no reason to leave the alias out")
+@example("info", "+" + "y" * 300, 1)
+@example("carol", "+\u00a0", 1)
+def test_what_the_policy_accepts_for_its_owner_the_map_leads_to_that_owner(base, rest, has_mailbox_domain):
+    """Else Postfix would take the mail and deliver it to the mailbox of the address itself, which may be another user's."""
+    local_part = base + rest
+    policy = make_policy({"mailbox_domain": "mbx.test"}.items() if has_mailbox_domain else ())
+    facts = PlainFacts(table.Row("", {}, ""))
+    if set(local_part) & set("@%!"):  # leads to another address
+        return
+    accepted = mailcloak.decide_recipient(f"{local_part}@d1.test", policy, facts)
+    said = mailcloak.decide_alias(f"{mailcloak.quote_local_part(local_part)}@d1.test", policy, facts)
+    if accepted.reason == "alias" or (accepted.reason == "primary" and has_mailbox_domain):
+        assert said.text.startswith("OK ")
+    elif accepted.text == mailcloak.NO_SUCH_USER or accepted.reason == "primary":
+        assert said.text == "NOTFOUND "
 
 
 def _groups():
