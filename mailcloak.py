@@ -118,6 +118,7 @@ MAX_POLICY_REQUEST_BYTES = 16 * 1024  # a full request of Postfix 3.7 is about 7
 MAX_SOCKETMAP_QUERY_BYTES = 10_000  # Postfix itself never sends a key longer than an SMTP line
 MAX_ADDRESS_CHARS = 254  # RFC 5321, section 4.5.3.1.3: a path of 256 octets with its angle brackets
 MAX_LABEL_CHARS = 63  # RFC 1035, section 2.3.4: of a domain, in A-label form
+MAX_SOCKETMAP_REPLY_BYTES = 100_000  # Postfix takes no longer answer. Source: socketmap_table(5)
 MAX_ROUTES = 20  # hosts in one address, such as c!b!user@a
 MAX_SOCKET_PATH_BYTES = 107  # unix(7): sun_path holds 108 bytes, a terminating NUL included
 MAX_LOG_LINE_BYTES = 4096  # what is beyond is cut off
@@ -148,6 +149,7 @@ MAX_REFRESHES_WAITING = 1000  # beyond, an answer is not refreshed ahead but ask
 LEAST_LOOK_SECONDS = 2.0  # the limit for what one look can add to the grace is never below this
 MAX_STEPS = 20_000  # noted while last-known.db cannot be read, each about 500 bytes
 MAX_FORMER_NAMES = 4  # of a user who was renamed
+MAX_FORMER_HOLDERS = 50  # of a name
 MAX_WITNESSES = 1000  # federations whose last confirmed user is remembered; where one is forgotten, a grace lasts longer
 MAX_NAME_CHARS = 255  # of a username or an address in an answer of Keycloak: its own limit
 
@@ -644,6 +646,9 @@ class Facts(Protocol):
     def find_login(self, sasl_username: str) -> Login:
         """Which user the login names; raises DirectoryUnavailable, Disappeared."""
 
+    def find_user(self, username: str) -> Login:
+        """The same for a username alone, lower-cased, which is nobody's e-mail here."""
+
     def has_lost(self, sasl_username: str, address: Address) -> bool:
         """Did a user that this login may name have this e-mail before, and not now? Asks nobody."""
 
@@ -687,10 +692,11 @@ def decide_recipient(raw: str, policy: PolicyConfig, facts: Facts) -> Action:
     """May mail for this recipient, as the client wrote it, come in?
 
     DUNNO for an address that has an owner and for domains that are not ours; 550 when it has none, when all users of an alias are gone,
-    when it leads over too many hosts, or is itself a mailbox (policy.mailbox_domain); 451, or what policy.keycloak_failure_mode says,
+    when it leads over too many hosts, or over another one to what only the alias map knows, or is itself a mailbox
+    (policy.mailbox_domain); 451, or what policy.keycloak_failure_mode says,
     when that is not known.
     """
-    recipient = normalise_address(raw)
+    recipient, is_routed = normalise_address(raw), False
     # XXX: user%ours@elsewhere gets 550 if we have no such user, even where elsewhere is a foreign host (SECURITY.md). Knowing
     # $mydestination would end that.
     for number, step in enumerate(routing_steps(raw)):
@@ -699,15 +705,19 @@ def decide_recipient(raw: str, policy: PolicyConfig, facts: Facts) -> Action:
         if could_be_ours(step, policy):
             return Action(INTERNAL_ERROR, "domain-not-convertible")
         if is_local(step, policy):
-            recipient = step
+            recipient, is_routed = step, number > 0
             break
+    if is_routed and policy.mailbox_domain:  # Postfix asks the alias map for the whole, and would deliver to the address itself
+        return Action(NO_SUCH_USER, "routed-address")
     if policy.mailbox_domain and recipient.domain == policy.mailbox_domain:
         return Action(NO_SUCH_USER, "mailbox-domain")
     if not is_local(recipient, policy):
         return accept("recipient-not-local")
     owner = without_leavers(find_owner(recipient, policy, facts), facts, is_one_enough=True)
+    if is_routed and owner.source == "alias":
+        return Action(NO_SUCH_USER, "routed-address")
     is_exact = owner.source == "primary" and not owner.extension
-    if is_exact and not policy.mailbox_domain and split_extension(recipient.local_part, policy.recipient_delimiter)[1]:
+    if is_exact and not policy.mailbox_domain and holds_delimiter(recipient.text, policy.recipient_delimiter):
         return Action(DIRECTORY_FAILED, "username-with-delimiter", logging.ERROR)
     if owner.source in ("alias", "primary"):
         return accept(owner.source)
@@ -821,10 +831,9 @@ def _decide_app(app: App, facts: Facts) -> Action:
         return Action(SENDER_NOT_OWNED, "app-expired")
     if not app.may_send:
         return Action(SENDER_NOT_OWNED, "app-sender")
-    owner_state = facts.find_login(app.owner).state if app.owner else "enabled"
+    owner_state = facts.find_user(app.owner).state if app.owner else "enabled"  # an e-mail may be somebody else's tomorrow
     if owner_state != "enabled":
-        reasons = {"disabled": "app-owner-disabled", "ambiguous": "app-owner-ambiguous"}
-        return Action(SENDER_NOT_OWNED, reasons.get(owner_state, "app-owner-missing"))
+        return Action(SENDER_NOT_OWNED, "app-owner-disabled" if owner_state == "disabled" else "app-owner-missing")
     return accept("app")
 
 
@@ -861,8 +870,8 @@ def _fail_sender(sasl_username: str, sender: Address, policy: PolicyConfig, fact
 def decide_alias(key: str, policy: PolicyConfig, facts: Facts) -> Action:
     """The socketmap's answer for a key of the alias map: "OK mailbox", of several separated by commas, "NOTFOUND ", or "TEMP reason".
 
-    "NOTFOUND " keeps its space: Postfix wants one after every status word (socketmap_table(5)). An extension that makes the address too
-    long, or has a space or a control character, is left out: Dovecot refuses such names.
+    "NOTFOUND " keeps its space: Postfix wants one after every status word (socketmap_table(5)). An extension that makes the address or
+    the answer too long, or has a space or a control character, is left out: Dovecot refuses such names.
     """
     unquoted = unquote_local_part(key)
     address = normalise_address(unquoted)
@@ -895,9 +904,12 @@ def decide_alias(key: str, policy: PolicyConfig, facts: Facts) -> Action:
             f"TEMP username {escape_for_log(uncut)} holds a recipient delimiter", "username-with-delimiter", logging.ERROR
         )
     domain = policy.mailbox_domain or address.domain
-    extension = owner.extension if address.is_plain else ""
-    mailboxes = [format_mailbox(username, extension, domain) for username in owner.users]
-    return Action(f"OK {','.join([*mailboxes, *owner.external])}", owner.source, logging.DEBUG)
+    for extension in (owner.extension if address.is_plain else "", ""):
+        mailboxes = [format_mailbox(username, extension, domain) for username in owner.users]
+        text = f"OK {','.join([*mailboxes, *owner.external])}"
+        if len(text.encode()) <= MAX_SOCKETMAP_REPLY_BYTES:
+            break
+    return Action(text, owner.source, logging.DEBUG)
 
 
 @functools.cache
@@ -974,6 +986,8 @@ mailbox-domain: the address is in policy.mailbox_domain, which only aliases and 
     nothing; write to one of the user's own addresses
 too-many-routes: the address leads over too many hosts: refused
     nothing; write to the address itself
+routed-address: the address leads over another host to an alias, or with policy.mailbox_domain to a user, and Postfix would pass the alias map: refused
+    nothing; write to the address itself
 domain-not-convertible: it is not certain how Postfix reads this domain, whose characters or length are unusual: the mail waits
     nothing; write the domain in its ASCII form (xn--...)
 recipient-not-local: the recipient is not in policy.domain: Postfix alone decides whether it relays the mail
@@ -1024,12 +1038,10 @@ app-disabled: the app is disabled: refused
     mailcloakctl apps enable {user}
 app-expired: the app has expired: refused
     mailcloakctl apps set {user} --expires 90d
-app-owner-missing: the owner of the app is not a Keycloak user with an e-mail: refused
+app-owner-missing: the owner of the app is not the username of a Keycloak user with an e-mail: refused
     mailcloakctl apps set {user} --owner USERNAME
 app-owner-disabled: the owner of the app is disabled or locked out in Keycloak: refused
     enable the owner in Keycloak, or mailcloakctl apps set {user} --owner USERNAME
-app-owner-ambiguous: the owner of the app is the name of one user and the e-mail of another, or the e-mail of several: refused
-    mailcloakctl apps set {user} --owner USERNAME
 # what cannot be known
 directory-unavailable: Keycloak gave no answer that can be used, and neither the cache nor the database decides without it
     mailcloakctl status and mailcloakctl doctor show what is wrong with Keycloak; policy.keycloak_failure_mode sets the
@@ -2441,6 +2453,13 @@ def import_http() -> Callable[[str], requests.Session]:
 
         def begin(self) -> None:
             super().begin()
+            while 100 < self.status < 200:  # RFC 9110, section 15.2: an interim answer, such as 103; http.client skips 100 alone
+                if self.status == 101:
+                    raise http.client.BadStatusLine("101")  # nobody asked for another protocol
+                self.headers = self.msg = None  # type: ignore[assignment]  # as http.client does itself
+                super().begin()
+            # After a fault, more could come on this connection, and be taken for the next answer: by a proxy that gave up too soon.
+            self.will_close = self.will_close or self.status not in (200, 401)
             for name in ("Set-Cookie", "Set-Cookie2"):  # none is kept or sent, nor even looked at
                 del self.headers[name]
 
@@ -2547,10 +2566,11 @@ def shows_owner(question: Question, users: Users) -> bool:
     return any(attribute == "username" or user.receives for user in believed)
 
 
-def read_user(record: Mapping[str, Any], config: KeycloakConfig) -> User:
+def read_user(record: Mapping[str, Any], config: KeycloakConfig, *, is_whole: bool = True) -> User:
     """What one of Keycloak's user records means: the only place that says so. Raises QuestionFailed for one that makes no sense.
 
-    Source: UserRepresentation of the admin REST interface. A service account has no address, nor has a user whose e-mail is not
+    Source: UserRepresentation of the admin REST interface. is_whole: with attributes; without them a disabled user may be locked out,
+    and receives mail, unless a user storage may be the reason, for which there is the grace. A service account has no address, nor has a user whose e-mail is not
     verified where keycloak.require_verified_email demands it.
     """
     username, email, enabled = _field(record, "username"), _field(record, "email"), record.get("enabled")
@@ -2563,10 +2583,11 @@ def read_user(record: Mapping[str, Any], config: KeycloakConfig) -> User:
         email = ""
     attributes = record.get("attributes")
     reason = attributes.get("disabledReason") if isinstance(attributes, dict) else None
-    locked_out = not enabled and reason in ("permanentLockout", ["permanentLockout"]) and config.receive_when_locked_out
     user_id, federation = _field(record, "id"), _field(record, "federationLink")
     if not federation and re.match("f:[^:]+:", user_id):  # of a user storage without import. Source: Keycloak's StorageId
         federation = user_id.split(":")[1]
+    may_be_locked_out = reason in ("permanentLockout", ["permanentLockout"]) or not (is_whole or federation)
+    locked_out = not enabled and may_be_locked_out and config.receive_when_locked_out
     return User(username, email, enabled, locked_out, federation, user_id)
 
 
@@ -2642,6 +2663,8 @@ class KeycloakApi:
 
     def __init__(self, config: KeycloakConfig) -> None:
         self._config = config
+        # Anybody can lock a canary out by wrong passwords; it was found all the same.
+        self._config_of_canaries = dataclasses.replace(config, receive_when_locked_out=True)
         realm = urllib.parse.quote(config.realm, safe="")
         self._token_url = f"{config.base_url}/realms/{realm}/protocol/openid-connect/token"
         self._users_url = f"{config.base_url}/admin/realms/{realm}/users"
@@ -2656,15 +2679,15 @@ class KeycloakApi:
         An answer that shows no owner is believed only if a prove() that begins after it succeeds.
         Source: GET /admin/realms/{realm}/users with exact and briefRepresentation.
         """
-        answer = self._search_once(session, question, deadline)
+        answer = self._search_once(session, question, deadline, self._config)
         if shows_owner(question, answer.users):
             return answer
         self.prove(session, time.monotonic(), deadline)
         # With canaries once more: perhaps LDAP has come back between the two. Or Keycloak was just importing the user from it: then of
         # two searches at once one is told that nobody is there.
-        return self._search_once(session, question, deadline) if self._config.canary else answer
+        return self._search_once(session, question, deadline, self._config) if self._config.canary else answer
 
-    def _search_once(self, session: requests.Session, question: Question, deadline: Deadline) -> Answer:
+    def _search_once(self, session: requests.Session, question: Question, deadline: Deadline, config: KeycloakConfig) -> Answer:
         attribute, value = question
         spellings = [value]
         if attribute == "email" and "xn--" in value:
@@ -2673,11 +2696,16 @@ class KeycloakApi:
         found: dict[str, User] = {}
         for spelling in dict.fromkeys(spellings):
             query = {attribute: spelling, "exact": "true", "briefRepresentation": "true", "max": str(MAX_DIRECTORY_MATCHES)}
-            matches = self._matches(session, deadline, question, query)
-            if any(record.get("enabled") is False for record in matches):
-                # Why a user is disabled is an attribute, which Keycloak 26.0 leaves out of the brief form.
-                matches = self._matches(session, deadline, question, {**query, "briefRepresentation": "false"})
-            found.update((user.key, user) for user in (read_user(record, self._config) for record in matches))
+            matches, is_whole = self._matches(session, deadline, question, query), True
+            if config.receive_when_locked_out and any(record.get("enabled") is False for record in matches):
+                # Why a user is disabled is an attribute, which Keycloak 26.0 leaves out of the brief form. Without an answer to that in
+                # half of the time left, the user is disabled all the same.
+                half = (time.monotonic() + deadline) / 2
+                try:
+                    matches = self._matches(session, half, question, {**query, "briefRepresentation": "false"})
+                except DirectoryUnavailable:
+                    is_whole = False
+            found.update((user.key, user) for user in (read_user(record, config, is_whole=is_whole) for record in matches))
         return Answer(tuple(found.values()), asked_at)
 
     def _matches(
@@ -2711,14 +2739,15 @@ class KeycloakApi:
         self._proving.get(since, deadline, lambda: self._prove(session, deadline))
 
     def _prove(self, session: requests.Session, deadline: Deadline) -> bool:
-        if not any(_field(record, "username") for record in self.get_users(session, deadline, max="1")):
+        first = self.get_users(session, deadline, max="1", briefRepresentation="true")  # the whole one may have a megabyte
+        if not any(_field(record, "username") for record in first):
             raise DirectoryMisconfigured(self.message("sees no users at all (query-users is not enough)"), self.role_remedy)
         for address in self._config.canary:
             try:
-                users = self._search_once(session, ("email", address), deadline).users
+                users = self._search_once(session, ("email", address), deadline, self._config_of_canaries).users
             except QuestionFailed as exc:
                 raise DirectoryUnavailable(self.message(f"canary <{address}> has no answer that can be used: {exc.text}")) from None
-            if not any(user.enabled for user in users):
+            if not any(user.receives for user in users):
                 raise DirectoryUnavailable(self.message(f"canary <{address}> is missing or disabled, no such answer is believed"))
         return True
 
@@ -2812,17 +2841,16 @@ class KeycloakApi:
 
     def _exchange(self, session: requests.Session, deadline: Deadline, method: str, url: str, **options: Any) -> tuple[int, bytes]:
         """(status, body) of one request, finished by the deadline."""
-        import http.client
-
         import requests
-        import urllib3
 
         try:
             try:
                 return self._exchange_once(session, deadline, method, url, options)
             except requests.ConnectionError:  # most likely a kept connection that the server has closed
                 return self._exchange_once(session, deadline, method, url, options)
-        except (urllib3.exceptions.HTTPError, http.client.HTTPException, OSError, ValueError, _AnswerTooLong) as exc:
+        except DirectoryUnavailable:
+            raise
+        except Exception as exc:  # a server may send anything: at some headers requests 2.32 fails with AttributeError
             reason, remedy = _describe_failure(exc)
             raise DirectoryUnavailable(self.failure(reason), remedy) from exc
 
@@ -3119,19 +3147,19 @@ class KeycloakUsers:
         return time.monotonic() + min(self._config.timeout_seconds, PROBE_SECONDS)
 
     def _repeat_what_failed(self, session: requests.Session) -> None:
-        """Ask again what failed last and, if it fails, for nobody's name of that kind; raise DirectoryUnavailable if that fails too.
+        """Ask for nobody's name of the kind that failed last and, if that fails, once more for what failed; raise DirectoryUnavailable.
 
         A question that Keycloak never answers, though it answers others of its kind, is no outage: anybody could ask it.
         """
         failed = self.outage.failed
         if not failed:
             return
+        attribute, value = failed
+        other = f"{random.getrandbits(64):x}{value[value.find('@') :] if '@' in value else ''}"
         try:
-            self._api.search(session, failed, self._probe_deadline())
-        except DirectoryUnavailable:
-            attribute, value = failed
-            other = f"{random.getrandbits(64):x}{value[value.find('@') :] if '@' in value else ''}"  # nobody's name
             self._api.search(session, (attribute, other), self._probe_deadline())
+        except DirectoryUnavailable:
+            self._api.search(session, failed, self._probe_deadline())
 
 
 def _settle(future: Future[Union[Answer, DirectoryUnavailable]], result: Union[Answer, DirectoryUnavailable]) -> None:
@@ -3188,10 +3216,11 @@ def judge(known: Optional[Person], said: Optional[User], asked_at: float, witnes
     """What counts of a user from now on, by what was known and by what Keycloak says now (None: it does not find the user).
 
     witness_at: when it last confirmed another user of the same federation. Only a user who was there is doubted, and only where
-    Keycloak may be wrong: it finds nobody, or a user storage says "disabled". The grace passes while others are confirmed and
+    Keycloak may be wrong: it finds nobody, or a user storage says "disabled", or has no e-mail any more. The grace passes while others are confirmed and
     somebody looks: between two looks at most 2 * policy.negative_cache_ttl_seconds counts. One of known and said is not None. Pure.
     """
-    if said and said.receives:
+    lost_email = known.user.email if known and said and said.federation and not said.email else ""  # which may only not be readable
+    if said and said.receives and not lost_email:
         return _renamed(known, Person(said, KNOWN, asked_at, asked_at))
     if known is None:
         return Person(said or User("", "", enabled=False), KNOWN, asked_at)
@@ -3205,6 +3234,8 @@ def judge(known: Optional[Person], said: Optional[User], asked_at: float, witnes
     seconds = known.doubted_seconds + (min(asked_at - known.asked_at, longest) if looked_again else 0.0)
     if seconds >= policy.disappearance_grace_seconds:
         return believed
+    if said and lost_email:
+        person = _renamed(known, known._replace(user=said._replace(email=lost_email), asked_at=asked_at))
     return person._replace(standing=DOUBTED, doubted_seconds=seconds)
 
 
@@ -3307,7 +3338,7 @@ class UserStore:
         is_overtaken = answer.asked_at < self._forgotten_at
         is_late = is_overtaken or self._look(question).asked_at > answer.asked_at
         for user in answer.users:
-            if user.receives:
+            if user.receives and user.email:
                 last = self._witnesses.pop(user.federation, NEVER)
                 self._witnesses[user.federation] = max(last, answer.asked_at)
                 if len(self._witnesses) > MAX_WITNESSES:
@@ -3340,6 +3371,8 @@ class UserStore:
                 is_overtaken = True
             if before and after != before:
                 changes.append((before, after))
+        for name in named:
+            self._forget_former_holders(name)
         if is_overtaken or is_late:
             return None, changes
         self._note_question(question, answer.asked_at)
@@ -3472,6 +3505,17 @@ class UserStore:
         if after != before and not is_saved:
             self.on_change(user_id, before, after)
 
+    def _forget_former_holders(self, name: Question) -> None:
+        """Of many who had this name before, forget it for the first: a server may give each user a new id in each answer."""
+        ids = self._entry(name)[1:]
+        for user_id in ids[: max(0, len(ids) - MAX_FORMER_HOLDERS)]:
+            person = self._people[user_id]
+            rest = person._replace(former=tuple(each for each in person.former if each != name))
+            if not person.has(name):
+                self._put(user_id, rest if rest.names else None)
+            elif person.standing == DOUBTED:
+                self._put(user_id, None)
+
     def _note_question(self, question: Question, asked_at: float) -> None:
         attribute, name = question
         before, *ids = self._entry(question)
@@ -3505,10 +3549,11 @@ class SavedUsers:
     ) -> None:
         self._path, self._meaning, self._store = path, meaning, store
         self._clock, self._wall_clock = clock, wall_clock
-        self._turn = threading.Condition()  # guards the five below
+        self._turn = threading.Condition()  # guards the six below
         self._waiting: dict[str, Optional[Person]] = {}  # to be written, by user_id; None: to be deleted
         self._news: set[str] = set()  # user_ids of people with unsaved changes other than times
         self._noted, self._written = 0, 0  # changes so far, and how many of them are on disk
+        self._busy_since: Optional[float] = None  # when the writer began what it is writing now
         self._closing = False
         self._fails = False  # of the writer thread: one line when faults begin, one when they end
         self._is_slow = False  # the same of the threads that wait
@@ -3531,10 +3576,14 @@ class SavedUsers:
             return any(person.user.key in self._news for person in people)
 
     def wait(self, seconds: float = 1.0) -> None:
-        """Return when all that was noted so far is on the disk, or after so many seconds, with a warning; at once while the file fails."""
+        """Return when all that was noted so far is on the disk, or with a warning after so many seconds; at once while the file fails.
+
+        The seconds begin with what is being written now, so that on a disk that hangs only the first questions wait.
+        """
         with self._turn:
-            noted = self._noted
-            is_written = self._turn.wait_for(lambda: self._written >= noted or self._fails or self._closing, seconds)
+            noted, now = self._noted, time.monotonic()
+            left = max(0.0, (self._busy_since or now) + seconds - now)
+            is_written = self._turn.wait_for(lambda: self._written >= noted or self._fails or self._closing, left)
         if not is_written and not self._is_slow:
             log.warning("last-known: the disk is slow path=%s", self._path)
         self._is_slow = not is_written
@@ -3622,20 +3671,21 @@ class SavedUsers:
                 log.warning("last-known: written again from memory, it was deleted, replaced or changed path=%s", self._path)
                 self._write_everybody()
             with self._turn:
+                self._busy_since = time.monotonic()
                 batch, self._waiting = self._waiting, {}
                 noted, is_urgent = self._noted, not self._news.isdisjoint(batch)
             if batch:
                 self._save(batch, is_urgent)
         except Exception as exc:
             with self._turn:
-                self._waiting = {**batch, **self._waiting}
+                self._waiting, self._busy_since = {**batch, **self._waiting}, None
             self._note_fault(exc)
             return
         if self._fails:
             self._fails = False
             log.warning("last-known: written again path=%s", self._path)
         with self._turn:
-            self._written = noted
+            self._written, self._busy_since = noted, None
             self._news.difference_update(batch.keys() - self._waiting.keys())
             self._turn.notify_all()
 
@@ -3739,9 +3789,13 @@ def judge_holders(known: Sequence[Known], confirmed_since: Optional[float]) -> V
 
 
 def judge_leaving(known: Sequence[Known], confirmed_since: Optional[float]) -> Verdict:
-    """Was there a user of this name who is gone or disabled now?"""
-    verdict = judge_holders(known, confirmed_since)
-    return verdict._replace(value=verdict.counts == "absent" and bool(known[0].people))
+    """Was there a user of this name who is gone or disabled now? Who has another name now has not left."""
+    verdict, people = judge_holders(known, confirmed_since), known[0].people
+    is_renamed = any(
+        person.standing == KNOWN and person.user.receives and person.user.username not in ("", known[0].question[1])
+        for person in people
+    )
+    return verdict._replace(value=verdict.counts == "absent" and bool(people) and not is_renamed)
 
 
 def judge_login(known: Sequence[Known], confirmed_since: Optional[float]) -> Verdict:
@@ -3826,6 +3880,10 @@ class UserDirectory:
         if found.value.username and found.source != "outage" and len(questions) > 1 and not found.known[0].here:
             self._store.allow_login_by_email(found.known[1].here[0].user, found.known[0].asked_at)
         return found
+
+    def find_user(self, username: str, deadline: Deadline) -> Found:
+        """The Login of the user with this username, lower-cased. Raises DirectoryUnavailable, Disappeared."""
+        return self._find([("username", username)], judge_login, deadline)
 
     def has_lost(self, sasl_username: str, address: str) -> bool:
         """Is this a former e-mail of a user that the login may name? Asks nobody."""
@@ -4027,6 +4085,13 @@ class LiveFacts(Facts):
         login: Login = self._look_up("login", sasl_username, lambda: directory.find_login(sasl_username, self._until()))
         return login
 
+    def find_user(self, username: str) -> Login:
+        if not _may_be_name(username):
+            return Login("", "missing")
+        directory = self._service.directory
+        login: Login = self._look_up("user", username, lambda: directory.find_user(username, self._until()))
+        return login
+
     def has_lost(self, sasl_username: str, address: Address) -> bool:
         return self._service.directory.has_lost(sasl_username, address.text)
 
@@ -4191,8 +4256,8 @@ class Service:
             facts = LiveFacts(self, version, deadline=deadline, gives_up=attempt == MAX_ATTEMPTS - 1)
             action = decide(facts)
             deadline = facts.deadline
-            # Once more where an earlier look-up's finding was no longer so at a later one; only once, since users change all the time.
-            holds = attempt > 0 or all(self.store.holds(known) for found in facts.found for known in found.known)
+            # Again where an earlier look-up's finding was no longer so at a later one: the user may have lost the right since.
+            holds = all(self.store.holds(known) for found in facts.found for known in found.known)
             if holds and not facts.is_torn:
                 break
             version = self.database.version()

@@ -1684,6 +1684,7 @@ def describe_step(step: dict[str, Any]) -> tuple[str, str, str]:
         "holders": "whose e-mail is",
         "leaver": "has the user left:",
         "login": "whose login is",
+        "user": "is there a user",
     }
     source, where = step["source"], SOURCES.get(step["source"], "-")
     if source in ("cache", "outage"):

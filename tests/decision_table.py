@@ -44,6 +44,7 @@ USERS = [
     ("jürgen", "jürgen@d1.test", True),
     ("mina", "می\u200cخواهم@d1.test", True),  # with a non-joiner, as Persian is written
     ("newton", "x\U000e0fff@d1.test", True),  # of a character that no table of Unicode has yet
+    ("hr-request", "hr-request@d1.test", True),  # Postfix cuts no "-request", Dovecot does
     ("lou+2", "lou@d1.test", True),  # a username that Dovecot would cut
 ]
 
@@ -96,6 +97,8 @@ APPS = [
     ("owned", 1, ["scan@d1.test"], "Alice", FUTURE),
     ("orphan", 1, ["scan@d1.test"], "gone", None),
     ("left", 1, ["scan@d1.test"], "dora", None),
+    ("by-email", 1, ["scan@d1.test"], "shadow@d1.test", None),  # sam's e-mail, which may be somebody else's tomorrow
+    ("by-address", 1, ["scan@d1.test"], "erin@d1.test", None),  # a username that is an address
 ]
 
 POLICY = {"domain": ["d1.test", "d2.test", "bücher.test"], "recipient_delimiter": "+"}
@@ -198,6 +201,12 @@ ROWS = [
     _recipient("routed-through-a-host-user", "alice%d1.test@elsewhere.test", DUNNO),
     _recipient("routed-through-a-literal", "d1.test!stranger@[127.0.0.1]", NO_SUCH_USER),
     _recipient("routed-quoted", "stranger@d1.test@[127.0.0.1]", NO_SUCH_USER),
+    _recipient("routed-to-an-alias", "info%d1.test@elsewhere.test", NO_SUCH_USER),
+    _recipient("routed-to-a-disabled-alias-with-a-user", "dis%d1.test@elsewhere.test", DUNNO),
+    _recipient("routed-to-a-user-with-mailboxes", "alice%d1.test@[127.0.0.1]", NO_SUCH_USER, policy=MAILBOXES),
+    _recipient("percent-with-mailboxes", "alice%d1.test", DUNNO, policy=MAILBOXES),
+    _recipient("primary-that-dovecot-cuts", "hr-request@d1.test", DIRECTORY, policy=DASHES),
+    _recipient("primary-that-dovecot-cuts-mailboxes", "hr-request@d1.test", DUNNO, policy=(*DASHES, *MAILBOXES)),
     _recipient("routed-twice", "stranger%d1.test%x.test@elsewhere.test", NO_SUCH_USER),
     _recipient("routed-elsewhere", "a!b%c@elsewhere.test", DUNNO),
     _recipient("routed-mailbox-domain", "alice%mailbox.internal@elsewhere.test", NO_SUCH_USER, policy=MAILBOXES),
@@ -299,6 +308,8 @@ ROWS = [
     _sender("local-outage", "alice@d1.test", UNAUTHENTICATED, keycloak="down"),
     _sender("method-without-username", "alice@d1.test", UNAUTHENTICATED, method="XOAUTH2"),
     # ---- section 4, apps
+    _app("owner-is-an-email", "by-email", "scan@d1.test", NOT_OWNED),
+    _app("owner-is-a-username-that-is-an-address", "by-address", "scan@d1.test", DUNNO),
     _app("allowed", "printer", "scan@d1.test", DUNNO),
     _app("allowed-login-method", "printer", "scan@d1.test", DUNNO, method="LOGIN"),
     _app("allowed-scram", "printer", "SCAN@d1.test", DUNNO, method="SCRAM-SHA-256"),

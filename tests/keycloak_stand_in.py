@@ -19,6 +19,9 @@ CLIENT_ID = "mailcloak"
 CLIENT_SECRET = "stand-in-secret-7Qz"
 
 
+SELF_CHECK = {"max": "1", "briefRepresentation": "true"}  # by which the daemon proves that it sees users
+
+
 class KeycloakStandIn:
     """Users and faults of one realm; set the attributes while it runs.
 
@@ -107,13 +110,13 @@ class KeycloakStandIn:
     def searches(self):
         """The queries of the user searches so far."""
         with self._lock:
-            return [query for kind, query in self.requests if kind == "users" and query != {"max": "1"}]
+            return [query for kind, query in self.requests if kind == "users" and query != SELF_CHECK]
 
     @property
     def self_checks(self):
         """How often the daemon asked whether it sees any user at all."""
         with self._lock:
-            return self.requests.count(("users", {"max": "1"}))
+            return self.requests.count(("users", SELF_CHECK))
 
     @property
     def token_requests(self):

@@ -76,6 +76,26 @@ def known(user, standing=KNOWN, seconds=0.0, asked_at=1000.0, **more):
         pytest.param(known(LDAP), LDAP_DISABLED, 1010, DOUBTED, 0, id="disabled-by-ldap"),
         pytest.param(known(LDAP_DISABLED), LDAP_DISABLED, 1010, KNOWN, 0, id="disabled-by-ldap-since-ever"),
         pytest.param(known(LDAP_DISABLED, DOUBTED, 95), LDAP_DISABLED, 1010, KNOWN, 0, id="disabled-by-ldap-for-the-grace"),
+        # nor does a user storage's "has no e-mail", which may only not be readable
+        pytest.param(known(LDAP), LDAP._replace(email=""), 1010, DOUBTED, 0, id="ldap-shows-no-email"),
+        pytest.param(known(ALICE), ALICE._replace(email=""), 1010, KNOWN, 0, id="email-taken-away"),
+        pytest.param(
+            known(LDAP, DOUBTED, 50),
+            LDAP._replace(email=""),
+            1010,
+            DOUBTED,
+            60,
+            id="ldap-shows-no-email-still",
+        ),
+        pytest.param(
+            known(LDAP, DOUBTED, 95),
+            LDAP._replace(email=""),
+            1010,
+            KNOWN,
+            0,
+            id="ldap-shows-no-email-for-the-grace",
+        ),
+        pytest.param(known(LDAP._replace(email="")), LDAP._replace(email=""), 1010, KNOWN, 0, id="ldap-never-had-an-email"),
         # who is missing is doubted first, where the user was there
         pytest.param(known(ALICE), None, 1010, DOUBTED, 0, id="missing"),
         pytest.param(known(LOCKED_OUT), None, 1010, DOUBTED, 0, id="missing-and-was-locked-out"),
@@ -94,8 +114,9 @@ def known(user, standing=KNOWN, seconds=0.0, asked_at=1000.0, **more):
 def test_judgement_of_a_user_by_what_was_known_and_what_is_said(before, said, witness_at, standing, seconds):
     after = mailcloak.judge(before, said, 1010.0, witness_at, POLICY)
     assert (after.standing, after.doubted_seconds, after.asked_at) == (standing, seconds, 1010.0)
-    assert after.user == (said or before.user)
-    if said and said.receives:
+    lacks_email = bool(said and before and before.user.email and not said.email)
+    assert after.user == (before.user if standing == DOUBTED and lacks_email else said or before.user)
+    if said and said.receives and not (lacks_email and said.federation):
         assert after.confirmed_at == 1010.0
     else:
         assert after.confirmed_at == (before.confirmed_at if before else -math.inf)
@@ -284,6 +305,27 @@ def test_login_by_email_is_noted_of_the_user_as_described():
 
 
 # ---- bounds
+
+
+def test_server_that_gives_each_user_a_new_id_in_each_answer_fills_no_name():
+    """Each answer takes the name from the users of the one before."""
+    store = store_of(10_000)
+    for number in range(300):
+        learn(
+            store, EMAIL, *(user(0, username="alice", email=EMAIL[1], user_id=f"{number}-{each}") for each in range(9)), at=number
+        )
+    assert store.sizes()[0] <= mailcloak.MAX_FORMER_HOLDERS + 9
+    assert len(store.look(USERNAME).people) <= mailcloak.MAX_FORMER_HOLDERS + 9
+    assert len(store.look(USERNAME).here) == 9
+
+
+def test_user_who_was_renamed_stays_known_where_too_many_had_the_old_name():
+    store = store_of(10_000)
+    learn(store, EMAIL, ALICE)
+    learn(store, ("email", RENAMED.email), RENAMED, at=1.0)
+    for number in range(60):
+        learn(store, USERNAME, ALICE._replace(user_id=f"other-{number}"), at=2.0 + number)
+    assert [person.user for person in store.look(("username", "alicia")).here] == [RENAMED]
 
 
 def test_full_store_forgets_who_was_used_longest_ago():

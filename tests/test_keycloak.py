@@ -19,12 +19,13 @@ from http.server import BaseHTTPRequestHandler, HTTPServer
 
 import pytest
 from conftest import wait_until
-from keycloak_stand_in import CLIENT_SECRET, KeycloakStandIn
+from keycloak_stand_in import CLIENT_SECRET, SELF_CHECK, KeycloakStandIn
 
 import mailcloak
 
 DEFER = "451 4.3.0 Temporary authentication/lookup failure"
 REJECT = "550 5.1.1 No such user"
+NOT_OWNED = "553 5.7.1 Sender not owned by authenticated user"
 
 
 @pytest.fixture
@@ -438,7 +439,7 @@ def test_self_check_uses_the_token_endpoint_and_one_user_alone(keycloak, directo
     client = make_directory(keycloak, require_verified_email=True)
     wait_until(lambda: keycloak.self_checks)
     wait_until(lambda: keycloak.at_once == 0)
-    assert keycloak.requests == [("token", {}), ("users", {"max": "1"})]
+    assert keycloak.requests == [("token", {}), ("users", SELF_CHECK)]
     client.close()
 
 
@@ -486,7 +487,7 @@ def test_records_without_what_was_asked_for_do_not_say_that_nobody_is_there(keyc
 
 def test_records_without_names_do_not_prove_that_keycloak_shows_users(keycloak, directory):
     original = keycloak.search
-    keycloak.search = lambda query: [{}] if "max" in query and len(query) == 1 else original(query)
+    keycloak.search = lambda query: [{}] if query == SELF_CHECK else original(query)
     with pytest.raises(mailcloak.DirectoryUnavailable):
         find(directory, "email", "stranger@d1.test")
 
@@ -548,7 +549,7 @@ def test_name_that_is_over_long_or_no_text_is_no_answer(keycloak, directory, nam
     user = keycloak.add_user("alice", "alice@d1.test", federationLink="ldap")
     original = keycloak.search
     for value in ("a" * 256 + "@d1.test", 5, ["alice"]):
-        keycloak.search = lambda query, value=value: [{**user, name: value}] if query != {"max": "1"} else original(query)
+        keycloak.search = lambda query, value=value: [{**user, name: value}] if query != SELF_CHECK else original(query)
         with pytest.raises(mailcloak.DirectoryUnavailable, match=f"a user record whose {name} "):
             find(directory, "email", "alice@d1.test")
         keycloak.search = original
@@ -805,8 +806,121 @@ def test_second_answer_about_a_disabled_user_is_held_to_the_same_limits(keycloak
     others = [{**disabled, "id": f"id{number}", "username": f"u{number}", "enabled": True} for number in range(1000)]
     search = keycloak.search
     keycloak.search = lambda query: search(query) if query.get("briefRepresentation") == "true" or "email" not in query else others
-    assert keycloak_daemon.ask(recipient="dora@d1.test") == DEFER
-    assert json.loads(keycloak_daemon.ask_map("stats *")[3:])["cache"]["users"] == 0
+    assert keycloak_daemon.ask(recipient="dora@d1.test") == "DUNNO"
+    assert (
+        keycloak_daemon.ask(protocol_state="MAIL", sender="dora@d1.test", sasl_username="dora", sasl_method="XOAUTH2") == NOT_OWNED
+    )
+    assert json.loads(keycloak_daemon.ask_map("stats *")[3:])["cache"]["users"] == 1
+
+
+WHY_IS_NOT_TOLD = {"too long": "x" * 2_000_000, "no list": None, "slow": 20.0}
+
+
+@pytest.mark.parametrize("way", WHY_IS_NOT_TOLD.values(), ids=WHY_IS_NOT_TOLD)
+@pytest.mark.parametrize(("federation", "sends", "receives"), [("", NOT_OWNED, "DUNNO"), ("ldap", DEFER, DEFER)])
+def test_disabled_user_sends_nothing_where_keycloak_does_not_tell_why(make_daemon, keycloak, way, federation, sends, receives):
+    """Who may be locked out by wrong passwords receives mail, but not one whose user storage may be at fault: that is the grace."""
+    keycloak.add_user("dora", "dora@d1.test", federationLink=federation or None)
+    daemon = make_daemon(keycloak=keycloak.config(timeout_seconds=2), policy={"domain": "d1.test", "cache_ttl_seconds": 1}).start()
+    sending = {"protocol_state": "MAIL", "sender": "dora@d1.test", "sasl_username": "dora", "sasl_method": "XOAUTH2"}
+    assert daemon.ask(**sending) == daemon.ask(recipient="dora@d1.test") == "DUNNO"
+    keycloak.user("dora").update(enabled=False, attributes={"photo": [way if isinstance(way, str) else ""]})
+    search = keycloak.search
+
+    def answer(query):
+        if query["briefRepresentation"] == "false":
+            if way is None:
+                return {"error": "unknown_error"}
+            time.sleep(way if isinstance(way, float) else 0)
+        return search(query)
+
+    keycloak.search = answer
+    wait_until(lambda: daemon.ask(**sending) == sends)
+    for _ in range(3):
+        assert daemon.ask(**sending) == daemon.ask(**{**sending, "sender": ""}) == sends
+        assert daemon.ask(recipient="dora@d1.test") == receives
+    assert "Keycloak counts as away" not in daemon.log()
+
+
+def test_first_user_with_a_record_of_more_than_a_megabyte_is_no_outage(keycloak_daemon, keycloak):
+    """By attributes that users may edit. The proof that Keycloak shows users asks for no attributes."""
+    keycloak.users[0]["attributes"] = {f"a{number}": ["x" * 2000] for number in range(700)}
+    assert keycloak_daemon.ask(recipient="stranger@d1.test") == REJECT
+
+
+def test_whatever_the_libraries_make_of_a_servers_bytes_is_a_failed_request(keycloak, directory, monkeypatch):
+    """requests 2.32 ends with AttributeError at "Content-Type: application/json; charset"."""
+    api = directory._api
+    with mailcloak.new_session("") as session:
+        monkeypatch.setattr(session, "request", lambda *_, **__: None.strip)
+        with pytest.raises(mailcloak.DirectoryUnavailable, match="connection failed \\(AttributeError\\)"):
+            api.get_users(session, time.monotonic() + 5, max="1")
+        assert api.users_may_edit_email(session, time.monotonic() + 5) is None
+
+
+class LateServer:
+    """Sends an answer that is none, and the real one a moment later; counts connections. Each request is for a record of its own."""
+
+    def __init__(self, first):
+        self.first, self.connections = first, 0
+        self._listener = socket.create_server(("127.0.0.1", 0))
+        self.url = f"http://127.0.0.1:{self._listener.getsockname()[1]}/"
+        threading.Thread(target=self._accept, daemon=True).start()
+
+    def _accept(self):
+        with contextlib.suppress(OSError):
+            while True:
+                connection, _ = self._listener.accept()
+                self.connections += 1
+                threading.Thread(target=self._serve, args=(connection,), daemon=True).start()
+
+    def _serve(self, connection):
+        with connection, contextlib.suppress(OSError):
+            asked = b""
+            while data := connection.recv(65536):
+                asked += data
+                while b"\r\n\r\n" in asked:
+                    head, _, asked = asked.partition(b"\r\n\r\n")
+                    body = head.split(b" ")[1]
+                    connection.sendall(self.first)
+                    time.sleep(0.05)
+                    connection.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n%s" % (len(body), body))
+
+    def close(self):
+        self._listener.shutdown(socket.SHUT_RDWR)
+        self._listener.close()
+
+
+@pytest.mark.parametrize(
+    ("first", "status"),
+    [
+        ("103 Early Hints\r\nLink: </x>", 200),
+        ("102 Processing", 200),
+        ("100 Continue", 200),
+        ("199 Whatever", 200),
+        ("101 Switching Protocols\r\nUpgrade: h2c", None),
+        ("204 No Content", 204),
+        ("304 Not Modified", 304),
+        ("503 Service Unavailable\r\nContent-Length: 0", 503),
+        ("504 Gateway Time-out\r\nContent-Length: 4\r\n\r\nlate", 504),
+    ],
+)
+def test_no_question_gets_the_answer_to_another(keycloak, directory, first, status):
+    """Of a server, or a proxy that gave up too soon, whose real answer comes later on the same connection."""
+    server = LateServer(f"HTTP/1.1 {first}\r\n\r\n".replace("late\r\n\r\n", "late").encode())
+    try:
+        with mailcloak.new_session("") as session:
+            for path in ("one", "two", "three"):
+                try:
+                    answer = directory._api._exchange(session, time.monotonic() + 5, "GET", server.url + path)
+                except mailcloak.DirectoryUnavailable:
+                    assert status is None
+                else:
+                    assert answer == (status, f"/{path}".encode() if status == 200 else b"late" if status == 504 else b"")
+                time.sleep(0.1)
+        assert server.connections == (1 if status == 200 else 6 if status is None else 3)
+    finally:
+        server.close()
 
 
 def test_question_that_failed_holds_on_to_nothing(keycloak, monkeypatch):
@@ -818,7 +932,7 @@ def test_question_that_failed_holds_on_to_nothing(keycloak, monkeypatch):
         pass
 
     def get_users(*_, **query):
-        records = Records([{"username": "x", "enabled": True}] * (1 if query == {"max": "1"} else 1000))
+        records = Records([{"username": "x", "enabled": True}] * (1 if query == SELF_CHECK else 1000))
         answers.append(weakref.ref(records))
         return records
 

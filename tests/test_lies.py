@@ -325,6 +325,13 @@ def test_canary_that_is_missing_or_disabled_makes_it_an_outage(make_daemon, keyc
     assert daemon.ask(recipient="alice@d1.test") == REJECT
 
 
+def test_canary_that_wrong_passwords_have_locked_out_is_there(make_daemon, keycloak):
+    """Anybody can do that to a canary whose name is known."""
+    keycloak.add_user("canary1", "canary1@d1.test", enabled=False, attributes={"disabledReason": ["permanentLockout"]})
+    daemon = make_daemon(keycloak=keycloak.config(canary=["canary1@d1.test"], receive_when_locked_out=False)).start()
+    assert daemon.ask(recipient="stranger@d1.test") == REJECT
+
+
 @pytest.mark.parametrize("login", ["alice", "alice@d1.test"])
 def test_user_disabled_in_keycloak_itself_sends_nothing_while_a_canary_is_missing(make_daemon, keycloak, login):
     """Keycloak shows the user: that needs no proof, and no outage takes it back."""

@@ -65,6 +65,10 @@ class PlainFacts(mailcloak.Facts):
             else (),
         )
 
+    def find_user(self, username):
+        self._need_keycloak()
+        return mailcloak.resolve_login(tuple(user for user in self.users if user.username == username), ())
+
     def _need_database(self):
         if self.row.database == "broken":
             raise mailcloak.DatabaseUnavailable("broken")
@@ -113,6 +117,17 @@ def test_what_the_policy_accepts_for_its_owner_the_map_leads_to_that_owner(base,
         assert said.text.startswith("OK ")
     elif accepted.text == mailcloak.NO_SUCH_USER or accepted.reason == "primary":
         assert said.text == "NOTFOUND "
+
+
+def test_extension_is_left_out_of_an_answer_that_postfix_would_not_take():
+    facts = PlainFacts(table.Row("", {}, ""))
+    users = tuple(f"user{number:04}" for number in range(1000))
+    facts.find_alias = lambda address: mailcloak.Alias(users, True) if address.text == "big@d1.test" else None
+    facts.has_left = lambda username: False
+    for extension, kept in (("+x", "+x"), ("+" + "y" * 100, "")):
+        text = mailcloak.decide_alias(f"big{extension}@d1.test", make_policy(()), facts).text
+        assert text == "OK " + ",".join(f"{user}{kept}@d1.test" for user in users)
+        assert len(text) <= 100_000
 
 
 def _groups():

@@ -81,6 +81,21 @@ def test_attempts_at_one_answer_share_their_deadline(make_service, monkeypatch):
     assert (len(deadlines), len(set(deadlines))) == (mailcloak.MAX_ATTEMPTS, 1)
 
 
+def test_answer_is_made_again_as_often_as_what_it_was_made_from_changes(make_service):
+    """A user who is confirmed again during the first attempt may have lost the right during the second."""
+    service, states = make_service({"alice": "alice@d1.test"}), []
+
+    def decide(facts):
+        states.append(facts.find_login("alice").state)
+        if len(states) <= 2:
+            said = mailcloak.User("alice", "alice@d1.test", enabled=len(states) == 1)
+            service.store.learn(("username", "alice"), mailcloak.Answer((said,), time.monotonic()))
+        return mailcloak.accept(states[-1])
+
+    assert service.answer(("question",), decide)[0].reason == "disabled"
+    assert states == ["enabled", "enabled", "disabled"]
+
+
 def ask(service, request):
     kind = mailcloak.SocketmapHandler if isinstance(request, mailcloak.SocketmapQuery) else mailcloak.PolicyHandler
     handler = kind.__new__(kind)  # without a connection

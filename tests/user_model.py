@@ -165,10 +165,11 @@ class Heard(NamedTuple):
     lost: frozenset = frozenset()  # "username", "email": another user has it now
     shares: Optional[bool] = None  # the e-mail with somebody else; None: it was not asked for
     seconds: float = 0.0  # that count for the grace
+    has_faded: bool = False  # the user storage shows no e-mail any more; the record has the one of before
 
     @property
     def is_good(self) -> bool:
-        return bool(self.record and self.record.receives)
+        return bool(self.record and self.record.receives and not self.has_faded)
 
 
 def names_of(entries: list[Heard]) -> set[str]:
@@ -205,7 +206,7 @@ class Oracle:
         sharers = [user.key for user in users if user.receives and ("email", user.email) == question]
         is_late = self.asked.get(question, 0.0) > at or at < self.forgotten_at
         self.asked[question] = max(at, self.asked.get(question, 0.0))
-        self.witnesses += [(user.federation, at) for user in users if user.receives]
+        self.witnesses += [(user.federation, at) for user in users if user.receives and user.email]
         for key in sharers if not is_late else ():
             last = self.heard[key][-1] if key in self.heard else None
             if last and last.at > at and self.now(key) == said[key]:
@@ -260,7 +261,10 @@ class Oracle:
             last = record or next(each.record for each in reversed(entries) if each.record)
             if any(federation == last.federation and time > entries[-1].at for federation, time in self.witnesses):
                 seconds = min(at - entries[-1].at, 2 * max(self.limits.negative, 1.0))
-        self.heard[key] = [*entries, Heard(at, record, lost, shares, seconds)]
+        email = self.now(key).email if entries and self.now(key) else ""
+        has_faded = bool(record and record.federation and not record.email and email)
+        record = record._replace(email=email) if has_faded else record
+        self.heard[key] = [*entries, Heard(at, record, lost, shares, seconds, has_faded)]
 
     def save(self, is_bad: Any = lambda key: False) -> None:
         """All is written. is_bad: says of whom the file has a row without sense."""
@@ -311,7 +315,11 @@ class Oracle:
 
     def now(self, key: str) -> Optional[User]:
         """The user as mailcloak has to see them."""
-        return None if self.standing(key) == "gone" else self.last(self.heard[key])
+        standing = self.standing(key)
+        if standing == "gone":
+            return None
+        user, has_faded = self.last(self.heard[key]), self.heard[key][-1].has_faded
+        return user._replace(email="") if has_faded and standing != "doubted" else user
 
     @staticmethod
     def last(entries: list[Heard]) -> User:
