@@ -15,8 +15,9 @@ import time
 
 import pytest
 from conftest import wait_until
-from real.dovecot import PrivateDovecot
 from real.litestream import EXAMPLES, FOLLOWER, S3, WRITER, mail_hosts
+from real.mail import send
+from real.postfix import NO_SUCH_USER, expected, refusal
 from test_systemd import allowed_system_calls, setting
 
 import mailcloakctl
@@ -126,26 +127,96 @@ def check_answers(seen, commits):
     return lags
 
 
-@pytest.mark.real("dovecot", "root")
-def test_app_that_is_disabled_is_refused_by_dovecot_of_each_follower(hosts):
+@pytest.fixture(scope="module")
+def mail_servers(hosts):
+    """The same hosts, each follower with Postfix and Dovecot too."""
     writer, followers = hosts
+    for host in followers:
+        host.start_mail()
+    return writer, followers
+
+
+@contextlib.contextmanager
+def changes_meanwhile(database_path):
+    """Commits of 1 to 500 rows, until the end."""
+    ended = threading.Event()
+
+    def change():
+        with contextlib.closing(sqlite3.connect(database_path, timeout=20)) as database:
+            while not ended.wait(random.uniform(0, 0.3)):
+                write_commit(database, 1, random.choice([1, 20, 500]))
+
+    thread = threading.Thread(target=change)
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        thread.join()
+
+
+def await_answer(followers, address, refused):
+    """Until Postfix of each follower takes mail to the address, or refuses it as one that nobody has."""
+    wanted = expected(NO_SUCH_USER, address) if refused else None
+    for host in followers:
+        with host.postfix.smtp() as client:
+            wait_until(lambda: refusal(client, "x@other.test", address) == wanted, LAG_SECONDS, what=f"{wanted} on {host.name}")
+
+
+def await_user(followers, address, username):
+    """Until the alias leads to this user on each follower."""
+    for host in followers:
+        with contextlib.closing(host.daemon.socketmap()) as client:
+            wait_until(
+                lambda: client.ask(f"alias {address}") == f"OK {username}@d1.test", LAG_SECONDS, what=f"{username} on {host.name}"
+            )
+
+
+def deliver(host, address, username):
+    """A message over SMTP, which comes to this user's mailbox and to no other."""
+    with host.postfix.smtp() as client:
+        marker = send(client, "x@other.test", address)
+    wait_until(lambda: any(marker in text for text in host.mailbox("*")), what=f"the message on {host.name}")
+    assert any(marker in text for text in host.mailbox(username))
+
+
+@pytest.mark.real("postfix", "dovecot", "root")
+def test_mail_over_smtp_of_each_follower_goes_where_the_aliases_of_the_writer_lead(mail_servers):
+    writer, followers = mail_servers
+    with changes_meanwhile(writer.database):
+        for host in followers:
+            assert host.postfix.refusal("x@other.test", "new@d1.test") == expected(NO_SUCH_USER, "new@d1.test")
+        writer.ctl("aliases", "add", "new@d1.test", "alice")
+        await_answer(followers, "new@d1.test", refused=False)
+        for host in followers:
+            deliver(host, "new@d1.test", "alice")
+            assert host.postfix.refusal("x@other.test", "nobody@d1.test") == expected(NO_SUCH_USER, "nobody@d1.test")
+        writer.ctl("aliases", "add", "new@d1.test", "bob", "--replace")
+        await_user(followers, "new@d1.test", "bob")
+        for host in followers:
+            deliver(host, "new+shop@d1.test", "bob")
+        writer.ctl("aliases", "disable", "new@d1.test")
+        await_answer(followers, "new@d1.test", refused=True)
+    writer.ctl("aliases", "del", "new@d1.test")
+
+
+@pytest.mark.real("dovecot", "postfix", "root")
+def test_app_that_is_disabled_is_refused_by_dovecot_of_each_follower(mail_servers):
+    writer, followers = mail_servers
     writer.ctl("apps", "enable", "printer")
-    with contextlib.ExitStack() as stack:
-        dovecots = []
-        for host in followers:
-            host.await_rows_of(writer)
-            sockets = host.directory / "sockets"
-            sockets.mkdir(exist_ok=True)
-            dovecot = PrivateDovecot(sockets, "http://127.0.0.1:9/realms/mail", host.database)
-            stack.callback(dovecot.close)
-            dovecots.append(dovecot.start())
-        assert [each.accepts_password("printer", "a token of many signs", "submission") for each in dovecots] == [True] * 3
-        writer.ctl("apps", "disable", "printer")
-        begun = time.monotonic()
-        for host in followers:
-            host.await_rows_of(writer)
-        assert time.monotonic() - begun < LAG_SECONDS
-        assert [each.accepts_password("printer", "a token of many signs", "submission") for each in dovecots] == [False] * 3
+    for host in followers:
+        host.await_rows_of(writer)
+
+    def accepted():
+        return [host.dovecot.accepts_password("printer", "a token of many signs", "submission") for host in followers]
+
+    assert accepted() == [True] * 3
+    writer.ctl("apps", "disable", "printer")
+    begun = time.monotonic()
+    for host in followers:
+        host.await_rows_of(writer)
+    assert time.monotonic() - begun < LAG_SECONDS
+    assert accepted() == [False] * 3
 
 
 @pytest.mark.parametrize("service", ["publish", "replicate", "follow", "mirror"])

@@ -19,7 +19,8 @@ import urllib.request
 from pathlib import Path
 
 from conftest import ROOT, USERS, Daemon, _find_program, config_in, run_ctl, running, wait_until
-from real.postfix import free_port
+from real.dovecot import PrivateDovecot
+from real.postfix import PrivatePostfix, free_port
 
 EXAMPLES = ROOT / "examples" / "litestream"
 WRITER, FOLLOWER = ("publish", "replicate"), ("follow", "mirror")  # the services of each role
@@ -96,6 +97,7 @@ class ReplicatedHost:
         self.storage = storage
         self.set_leader(leader)
         self.daemon = Daemon(self.directory, config_in(self.directory, static_users=USERS))
+        self.postfix = self.dovecot = None
         self.processes = {}
         self.wrapper = []  # before each command
 
@@ -152,12 +154,32 @@ class ReplicatedHost:
             codes.append(process.wait(20))
         return codes
 
-    def close(self):
+    def start_mail(self):
+        """Postfix and Dovecot on the sample files, and the daemon again, where Postfix looks for it."""
         self.daemon.close()
+        self.postfix = PrivatePostfix(settings={"mynetworks": "127.0.0.2/32"})
+        private = self.postfix.private
+        sockets = {
+            "policy_socket": str(private / "mailcloak"),
+            "socketmap_socket": str(private / "mailcloak-socketmap"),
+            "socket_owner_user": "postfix",
+        }
+        self.daemon = Daemon(self.directory, config_in(self.directory, static_users=USERS, sockets=sockets)).start()
+        self.dovecot = PrivateDovecot(private, "http://127.0.0.1:9/realms/mail", self.database).start()
+        self.postfix.start()
+
+    def close(self):
+        for server in (self.postfix, self.dovecot, self.daemon):
+            if server:
+                server.close()
         self.end(*self.processes, with_signal=signal.SIGKILL)
         shutil.rmtree(self.directory, ignore_errors=True)
 
     # ---- looking at it
+
+    def mailbox(self, username):
+        """The messages that Dovecot has stored for a user."""
+        return [path.read_text() for path in self.dovecot.mail.glob(f"{username}/Maildir/new/*")]
 
     def log(self, service):
         return (self.directory / f"{service}.log").read_text(errors="replace")
