@@ -15,7 +15,7 @@ import time
 
 import pytest
 from conftest import wait_until
-from real.litestream import EXAMPLES, FOLLOWER, S3, WRITER, mail_hosts
+from real.litestream import EXAMPLES, FOLLOWER, S3, WRITER, S3WithPolicies, mail_hosts
 from real.mail import send
 from real.postfix import NO_SUCH_USER, expected, refusal
 from test_systemd import allowed_system_calls, setting
@@ -340,6 +340,26 @@ def test_storage_of_s3_hangs_and_is_lost_under_the_services():
         storage.start()  # empty
         writer.ctl("aliases", "add", "d@d1.test", "alice")
         follower.await_rows_of(writer, 60)
+
+
+@pytest.mark.real("moto")
+def test_key_of_a_follower_reads_the_storage_and_cannot_write_there():
+    with mail_hosts(1, S3WithPolicies()) as (writer, (follower,)):
+        writer.ctl("aliases", "add", "a@d1.test", "alice")
+        follower.await_rows_of(writer)
+        follower.end(*FOLLOWER)
+        follower.ctl("db", "promote")
+        refusals = "put object {}/.*AccessDenied"
+        for role, leader in (("follower", "mx2"), ("follower", "mx1"), ("writer", "mx2")):  # a writer's key is for its own folder
+            follower.role = role
+            follower.set_leader(leader)
+            (follower.directory / "replicate.log").unlink(missing_ok=True)
+            shutil.rmtree(follower.shared.parent)
+            follower.shared.parent.mkdir()
+            follower.start(*WRITER)
+            wait_until(lambda: re.search(refusals.format(leader), follower.log("replicate")), 30, what="the refusal")  # noqa: B023
+            assert "snapshot complete" not in follower.log("replicate")
+            follower.end(*WRITER, with_signal=signal.SIGKILL)  # Litestream would try again for 30 s
 
 
 @pytest.mark.real("root", "systemd", "strace", "moto")

@@ -15,10 +15,11 @@ import sqlite3
 import subprocess
 import sys
 import tempfile
+import urllib.parse
 import urllib.request
 from pathlib import Path
 
-from conftest import ROOT, USERS, Daemon, _find_program, config_in, run_ctl, running, wait_until
+from conftest import REAL_SERVERS, ROOT, USERS, Daemon, _find_program, config_in, run_ctl, running, wait_until
 from real.dovecot import PrivateDovecot
 from real.postfix import PrivatePostfix, free_port
 
@@ -36,8 +37,9 @@ def command_of(service, kind="ExecStart"):
 class Folder:
     """A folder as the storage."""
 
-    def __init__(self):
-        self.environment = {}  # for Litestream
+    def environment(self, _):
+        """The keys of a role, for Litestream."""
+        return {}
 
     def start(self):
         self.path = Path(tempfile.mkdtemp(prefix="mr", dir="/tmp"))
@@ -55,22 +57,30 @@ class S3:
     """The stand-in moto for S3, which keeps all in memory."""
 
     def __init__(self):
-        self.environment = {"LITESTREAM_ACCESS_KEY_ID": "key", "LITESTREAM_SECRET_ACCESS_KEY": "secret"}
         self.port, self.process = free_port(), None
+
+    def environment(self, _):
+        """The keys of a role, for Litestream: any will do."""
+        return {"LITESTREAM_ACCESS_KEY_ID": "key", "LITESTREAM_SECRET_ACCESS_KEY": "secret"}
 
     def start(self):
         """Start it, with an empty bucket."""
-        command = [_find_program("moto_server"), "-H", "127.0.0.1", "-p", str(self.port)]
+        command = [REAL_SERVERS["moto"][0], "-H", "127.0.0.1", "-p", str(self.port)]
         self.process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
         wait_until(self._make_bucket, 60, what="moto")
         return self
 
     def _make_bucket(self):
-        key = "AWS4-HMAC-SHA256 Credential=key/20270101/us-east-1/s3/aws4_request"
-        request = urllib.request.Request(f"{self.url}/aliases", headers={"Authorization": key}, method="PUT")
-        with contextlib.suppress(OSError), urllib.request.build_opener(urllib.request.ProxyHandler({})).open(request, timeout=10):
-            return True
+        with contextlib.suppress(OSError):
+            return self._ask("/aliases", "s3", method="PUT") is not None
         return False
+
+    def _ask(self, path, service, method="POST", data=None, kind="application/x-www-form-urlencoded"):
+        key = f"AWS4-HMAC-SHA256 Credential=key/20270101/us-east-1/{service}/aws4_request"
+        headers = {"Authorization": key, "Content-Type": kind}
+        request = urllib.request.Request(f"{self.url}{path}", data=data, headers=headers, method=method)
+        with urllib.request.build_opener(urllib.request.ProxyHandler({})).open(request, timeout=10) as answer:
+            return answer.read().decode()
 
     @property
     def url(self):
@@ -83,6 +93,32 @@ class S3:
     def close(self):
         self.process.kill()
         self.process.wait()
+
+
+class S3WithPolicies(S3):
+    """The same where a key may do what the policy of its role in examples/litestream allows, and nothing else."""
+
+    def start(self):
+        super().start()
+        self.keys = {role: self._make_key(role) for role in ("writer", "follower")}
+        self._ask("/moto-api/reset-auth", "s3", data=b"0", kind="text/plain")  # from now on
+        return self
+
+    def _make_key(self, role):
+        policy = (EXAMPLES / f"s3-{role}.json").read_text().replace("mail-aliases.example.org", "aliases")
+        self._ask_iam("CreateUser", UserName=role)
+        self._ask_iam("PutUserPolicy", UserName=role, PolicyName=role, PolicyDocument=policy)
+        answer = self._ask_iam("CreateAccessKey", UserName=role)
+        return [re.search(f"<{name}>(.*?)</{name}>", answer)[1] for name in ("AccessKeyId", "SecretAccessKey")]
+
+    def _ask_iam(self, action, **parameters):
+        return self._ask(
+            "/", "iam", data=urllib.parse.urlencode({"Action": action, "Version": "2010-05-08", **parameters}).encode()
+        )
+
+    def environment(self, role):
+        """The keys of a role, for Litestream."""
+        return dict(zip(("LITESTREAM_ACCESS_KEY_ID", "LITESTREAM_SECRET_ACCESS_KEY"), self.keys[role]))
 
 
 class ReplicatedHost:
@@ -98,6 +134,7 @@ class ReplicatedHost:
         self.set_leader(leader)
         self.daemon = Daemon(self.directory, config_in(self.directory, static_users=USERS))
         self.postfix = self.dovecot = None
+        self.role = "writer" if name == leader else "follower"  # whose keys it has
         self.processes = {}
         self.wrapper = []  # before each command
 
@@ -140,7 +177,7 @@ class ReplicatedHost:
                     stderr=log,
                     stdin=subprocess.DEVNULL,
                     cwd=self.shared.parent,
-                    env={**environment, **self.storage.environment},
+                    env={**environment, **self.storage.environment(self.role)},
                 )
         return self
 
