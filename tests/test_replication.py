@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import os
 import random
 import re
@@ -14,13 +15,17 @@ import threading
 import time
 
 import pytest
-from conftest import wait_until
+from conftest import ROOT, wait_until
 from real.litestream import EXAMPLES, FOLLOWER, S3, WRITER, S3WithPolicies, mail_hosts
 from real.mail import send
 from real.postfix import NO_SUCH_USER, expected, refusal
 from test_systemd import allowed_system_calls, setting
 
 import mailcloakctl
+
+SPEC = importlib.util.spec_from_file_location("loss", ROOT / "bench" / "loss.py")
+loss = importlib.util.module_from_spec(SPEC)
+SPEC.loader.exec_module(loss)
 
 pytestmark = [pytest.mark.real("litestream"), pytest.mark.timeout(300)]
 
@@ -272,6 +277,13 @@ def test_stall_of_litestream_shows_and_ends_with_an_empty_copy(hosts):
         stalled.start("follow")
     stalled.await_rows_of(writer)
     wait_until(lambda: not stalled_age()["late"], seconds=30, what="the end of the warning")
+
+
+def test_changes_that_are_lost_with_the_writer_are_those_of_the_seconds_that_readme_says():
+    (said,) = re.findall(r"the changes of its last (\d+) seconds", (ROOT / "README.md").read_text())
+    losses = loss.measure(3)
+    assert 0 < min(losses) < float(said)
+    assert max(losses) < LAG_SECONDS
 
 
 @pytest.mark.parametrize("fault", ["cut", "flipped"])

@@ -124,8 +124,8 @@ class S3WithPolicies(S3):
 class ReplicatedHost:
     """One mail host in a directory of its own; leader is the name of the host that writes to the storage."""
 
-    def __init__(self, name, storage, leader):
-        self.name = name
+    def __init__(self, name, storage, leader, interval=INTERVAL):
+        self.name, self.interval = name, interval
         self.directory = Path(tempfile.mkdtemp(prefix="mr", dir="/tmp"))
         self.directory.chmod(0o755)
         self.database, self.shared = self.directory / "state.db", self.directory / "shared" / "shared.db"
@@ -144,7 +144,7 @@ class ReplicatedHost:
         replaced = {
             **self.storage.replaced(leader),
             "/var/lib/mailcloak-shared": str(self.shared.parent),
-            "interval: 1s": f"interval: {INTERVAL}",
+            "interval: 1s": f"interval: {self.interval}",
         }
         for old, new in replaced.items():
             assert old in text, old
@@ -159,7 +159,7 @@ class ReplicatedHost:
             "/etc/mailcloak/litestream.yml": [str(self.directory / "litestream.yml")],
             "/var/lib/mailcloak-shared/shared.db": [str(self.shared)],
             "/var/lib/mailcloak/state.db": [str(self.database)],
-            "1s": [INTERVAL],
+            "1s": [self.interval],
         }
         return [each for word in command_of(service, kind) for each in replaced.get(word, [word])]
 
