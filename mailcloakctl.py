@@ -487,7 +487,7 @@ class Origin(NamedTuple):
     epoch: int  # 1 for the first writer, one more for each that was promoted
     serial: int  # rises with each change
     published_at: int  # when the writer said that these are its rows, in seconds since 1970
-    digest: str  # of all rows
+    digest: str  # of all rows, and of whose they are; "" in the database of the writer itself
     file: str  # where the writer publishes its rows, or where the follower has them from
 
 

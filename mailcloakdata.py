@@ -1251,7 +1251,10 @@ def restore_new(context: ctl.Context, path: str) -> None:
 def make_database(rows: sqlite3.Connection, target: str, *, wal: bool = False) -> None:
     """Put a copy of the rows where no file is yet: nobody sees it before all is in it. Raises Refused where there is one now."""
     new = f"{target}.restored-{os.getpid()}"
-    status = os.stat(os.path.dirname(target))
+    try:
+        status = os.stat(os.path.dirname(target))
+    except OSError as exc:
+        raise ctl.Refused(f"database {target!r}: {exc.strerror}", ctl.database_remedy(exc, target)) from exc
     as_owner = mailcloak.acting_as(status.st_uid, status.st_gid) if os.geteuid() == 0 else contextlib.nullcontext()
     mailcloak.create_database_file(new)
     try:
