@@ -565,6 +565,24 @@ def test_follower_is_promoted_and_the_writer_that_comes_back_is_refused_until_ad
     assert (said.returncode, "nothing was published" in said.stderr) == (1, True)
 
 
+def test_writer_that_lost_its_database_has_all_of_it_again_from_the_published_file(writer, follower):
+    """README: db mirror shared.db, db promote; --publish --watch runs on, and no follower needs --adopt."""
+    writer("aliases", "add", "last@d1.test", "alice")
+    with watching(writer.shared, writer.path, "--publish") as publisher:
+        wait_until(lambda: rows_of(writer.shared) == rows_of(writer.path), what="the last change")
+        before = rows_of(writer.path)
+        writer.path.unlink()
+        wait_until(lambda: "tried again until it can" in publisher.said(), what="the reason")
+        writer("db", "mirror", writer.shared)
+        writer("db", "promote")
+        assert rows_of(writer.path) == before
+        writer("aliases", "add", "next@d1.test", "alice")
+        wait_until(lambda: rows_of(writer.shared) == rows_of(writer.path), what="the next change")
+    follower("db", "mirror", writer.shared)
+    assert rows_of(follower.path) == rows_of(writer.path)
+    assert follower.origin().epoch == 2
+
+
 def test_two_that_were_promoted_are_told_apart(writer, follower, tmp_path):
     others = [Host(tmp_path / name) for name in ("two", "three")]
     for host in others:
