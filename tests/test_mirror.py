@@ -1041,6 +1041,19 @@ def test_follower_says_whom_it_follows_and_how_old_that_is(writer, follower, lat
     assert "; start mailcloak-follow again" in text
 
 
+def test_time_in_the_future_is_a_warning_since_it_would_hide_a_stall(follower, late_at_60):
+    config = late_at_60(follower.path)
+    set_age(follower.path, -30)
+    assert doctor_says(config)[0].state == "ok"
+    set_age(follower.path, -100)
+    (finding,) = doctor_says(config)
+    assert finding.state == "warning"
+    assert "as of a time in the future, so its clock or that of this host is wrong; replication.max_lag" in finding.text
+    assert "mailcloak_replication_age_seconds inf\n" in run_ctl("--config", config, "status", "--prometheus", "-").stdout
+    ((_, text, colour),) = mailcloakctl.replication_fields(mailcloakctl.read_replication(str(follower.path), 60))
+    assert (colour, "in the future" in text) == (mailcloakctl.RED, True)
+
+
 def test_writer_says_when_it_has_published(writer, late_at_60):
     config = late_at_60(writer.path)
     assert re.fullmatch(r"the writer \(epoch 1\), published .* ago", doctor_says(config)[0].text)
