@@ -517,9 +517,9 @@ def unquote_local_part(address: str) -> str:
 
 
 def format_mailbox(username: str, extension: str, domain: str) -> str:
-    """Where the mail of username goes: username+extension@domain; a username that is an address stays as it is, without extension."""
+    """Where the mail of username goes: username+extension@domain; a username that is an address goes there, without extension."""
     local_part, own_domain = _split_username(username)
-    return f"{quote_local_part(local_part if own_domain else username + extension)}@{own_domain or domain}"
+    return f"{quote_local_part(local_part if own_domain else username + extension)}@{domain_to_ascii(own_domain) or domain}"
 
 
 def _split_username(username: str) -> tuple[str, str]:
@@ -2458,8 +2458,9 @@ def import_http() -> Callable[[str], requests.Session]:
                     raise http.client.BadStatusLine("101")  # nobody asked for another protocol
                 self.headers = self.msg = None  # type: ignore[assignment]  # as http.client does itself
                 super().begin()
-            # After a fault, more could come on this connection, and be taken for the next answer: by a proxy that gave up too soon.
-            self.will_close = self.will_close or self.status not in (200, 401)
+            # After a fault more could come on this connection, of a proxy that gave up too soon, and be taken for the next answer; and
+            # a new one may lead to another node, which is well.
+            self.will_close = self.will_close or self.status != 200
             for name in ("Set-Cookie", "Set-Cookie2"):  # none is kept or sent, nor even looked at
                 del self.headers[name]
 
@@ -2513,7 +2514,7 @@ def _describe_failure(exc: BaseException) -> tuple[str, str]:
     while current is not None and current not in chain:
         chain.append(current)
         nested = [each for each in (*current.args, getattr(current, "reason", None)) if isinstance(each, BaseException)]
-        current = nested[0] if nested else current.__cause__ or current.__context__
+        current = nested[0] if nested else current.__cause__ or (None if current.__suppress_context__ else current.__context__)
     for each in reversed(chain):
         # urllib3 1.26 compares the name by itself, and raises a class of its own or ssl's without the message of OpenSSL
         if isinstance(each, ssl.SSLCertVerificationError) or type(each).__name__ == "CertificateError":
@@ -2573,7 +2574,13 @@ def read_user(record: Mapping[str, Any], config: KeycloakConfig, *, is_whole: bo
     and receives mail, unless a user storage may be the reason, for which there is the grace. A service account has no address, nor has a user whose e-mail is not
     verified where keycloak.require_verified_email demands it.
     """
-    username, email, enabled = _field(record, "username"), _field(record, "email"), record.get("enabled")
+    username, enabled = _field(record, "username"), record.get("enabled")
+    try:
+        email = _field(record, "email")
+    except QuestionFailed:
+        if enabled is not False:
+            raise
+        email = ""  # whatever it is: who is disabled sends nothing
     verified = record.get("emailVerified", False)
     if not username or not isinstance(enabled, bool) or not isinstance(verified, bool):
         raise QuestionFailed("directory: a user record without username or enabled")
@@ -3105,6 +3112,7 @@ class KeycloakUsers:
         try:
             result: Union[Answer, DirectoryUnavailable] = self._api.search(session, lookup.question, lookup.deadline)
         except Exception as exc:
+            session.close()  # a new connection may lead to a node that is well
             result = self._as_failure(exc)
         self._end(lookup, result if isinstance(result, DirectoryUnavailable) else None)
         _settle(lookup.answer, result)
@@ -3124,11 +3132,11 @@ class KeycloakUsers:
     def _probe(self) -> None:
         profile_seen = self._config.require_verified_email
         pause = 0.0
-        with new_session(self._config.ca_file) as session:
-            while True:
-                self.outage.suspected.clear()
-                if self._closed.is_set():
-                    return
+        while True:
+            self.outage.suspected.clear()
+            if self._closed.is_set():
+                return
+            with new_session(self._config.ca_file) as session:  # each time, since new connections may be what hangs
                 try:
                     self._api.prove(session, time.monotonic(), self._probe_deadline())
                     self._repeat_what_failed(session)
@@ -3140,8 +3148,8 @@ class KeycloakUsers:
                 self.outage.note_success(self._api.message)
                 if not profile_seen and self._api.users_may_edit_email(session, self._probe_deadline()):
                     log.error("%s", self._api.message(EMAIL_MAY_BE_TAKEN))
-                profile_seen, pause = True, 0.0
-                self.outage.suspected.wait()
+            profile_seen, pause = True, 0.0
+            self.outage.suspected.wait()
 
     def _probe_deadline(self) -> Deadline:
         return time.monotonic() + min(self._config.timeout_seconds, PROBE_SECONDS)
@@ -3830,10 +3838,11 @@ def newest(known: Sequence[Known]) -> tuple[Known, ...]:
 
 
 def _questions_of_login(sasl_username: str) -> list[Question]:
-    """Who may be named: the user of this username and, where it has the form of one, of this e-mail."""
+    """Who may be named: the user of this username and, where it is one, of this e-mail."""
     address = normalise_address(sasl_username)
-    is_address = address.is_plain and sasl_username.startswith(f"{address.local_part}@")  # user%domain and the like are names here
-    return [("username", sasl_username), *([("email", address.text)] if is_address else [])]
+    # Only as it is written there: zoe@example.org. is a name that anybody may have, and so are zoe%example.org and its full-width form.
+    is_email = address.is_plain and sasl_username in (address.text, f"{address.local_part}@{to_unicode_domain(address.domain)}")
+    return [("username", sasl_username), *([("email", address.text)] if is_email else [])]
 
 
 class UserDirectory:

@@ -487,7 +487,7 @@ class Origin(NamedTuple):
     epoch: int  # 1 for the first writer, one more for each that was promoted
     serial: int  # rises with each change
     published_at: int  # when the writer said that these are its rows, in seconds since 1970
-    digest: str  # of all rows
+    digest: str  # of all rows, and of whose they are; "" in the database of the writer itself
     file: str  # where the writer publishes its rows, or where the follower has them from
 
 
@@ -511,7 +511,8 @@ LATE_REMEDIES = {
 def read_replication(path: str, max_lag_seconds: float) -> Optional[dict[str, Any]]:
     """How the database stands to those of other mail hosts; None where it cannot be read.
 
-    role is "single", "writer" or "follower"; age_seconds that of what was brought or published last, None where that is not known.
+    role is "single", "writer" or "follower"; age_seconds that of what was brought or published last, None where that is not known, as by
+    clocks that differ: a time in the future would hide a stall until then.
     """
     try:
         with contextlib.closing(mailcloak.connect_database(path, ROLE_SECONDS, as_owner=True)) as database:
@@ -521,7 +522,8 @@ def read_replication(path: str, max_lag_seconds: float) -> Optional[dict[str, An
     if origin is None:
         return {"role": "single"}
     last = find_published(origin, path) if origin.role == "writer" else origin
-    age = max(0.0, round(time.time() - last.published_at, 1)) if last else None
+    now = time.time()
+    age = max(0.0, round(now - last.published_at, 1)) if last and last.published_at <= now + max_lag_seconds else None
     return {
         **{name: getattr(last or origin, name) for name in ("host", "writer", "epoch", "serial")},
         "role": origin.role,
@@ -550,7 +552,8 @@ def describe_replication(replication: dict[str, Any]) -> str:
     if replication["role"] == "writer":
         when = "has published nothing yet" if age is None else f"published {shown_seconds(age)} ago"
         return f"the writer (epoch {replication['epoch']}), {when}"
-    return f"follows {replication['host']} (epoch {replication['epoch']}, serial {replication['serial']}), as of {shown_seconds(age)} ago"
+    when = "a time in the future, so its clock or that of this host is wrong" if age is None else f"{shown_seconds(age)} ago"
+    return f"follows {replication['host']} (epoch {replication['epoch']}, serial {replication['serial']}), as of {when}"
 
 
 @contextlib.contextmanager

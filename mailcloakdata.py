@@ -1254,7 +1254,11 @@ def restore_new(context: ctl.Context, path: str) -> None:
 def make_database(rows: sqlite3.Connection, target: str, *, wal: bool = False) -> None:
     """Put a copy of the rows where no file is yet: nobody sees it before all is in it. Raises Refused where there is one now."""
     new = f"{target}.restored-{os.getpid()}"
-    as_owner = mailcloak.acting_as_owner_of(new)
+    try:
+        os.stat(os.path.dirname(target))
+        as_owner = mailcloak.acting_as_owner_of(new)
+    except OSError as exc:
+        raise ctl.Refused(f"database {target!r}: {exc.strerror}", ctl.database_remedy(exc, target)) from exc
     mailcloak.create_database_file(new)
     try:
         with as_owner, contextlib.closing(mailcloak.connect_database(new, 0)) as database:

@@ -14,7 +14,7 @@ There are two files on each host since Litestream needs a file in WAL mode and w
 keeps its connection, sees neither. What is brought into state.db is an ordinary transaction, which every reader sees.
 
 SOURCE is opened again for each look: a connection that stays open does not see the pages that Litestream writes. It is checked as a
-whole before a row of it counts: SQLite's quick_check, the schema version, the origin, and the digest of all rows. The digest finds what
+whole before a row of it counts: SQLite's quick_check, the schema version, the origin, and the digest of both. The digest finds what
 SQLite cannot: a copy of which half the pages are of the next transaction, because its program was killed. Then only rows that differ are
 written, in one transaction. A refused SOURCE changes nothing.
 
@@ -35,6 +35,7 @@ import secrets
 import signal
 import socket
 import sqlite3
+import stat
 import time
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple, Optional
@@ -84,9 +85,9 @@ def has_key(table: Table) -> str:
     return " AND ".join(f"{key} IS NOT NULL" for key in table.keys)
 
 
-def digest_of(database: sqlite3.Connection, schema: str) -> str:
-    """A digest of all rows, which is the same wherever the same rows are."""
-    digest = hashlib.blake2b(digest_size=16)
+def digest_of(database: sqlite3.Connection, schema: str, origin: ctl.Origin) -> str:
+    """A digest of all rows and of whose they are, which is the same wherever the same rows are."""
+    digest = hashlib.blake2b(repr((origin.writer, origin.host, origin.epoch, origin.serial)).encode(), digest_size=16)
     for table in read_tables():
         row = " || ".join(f"quote({column})" for column in table.columns)
         select = f"SELECT CAST({row} AS BLOB) FROM {schema}.{table.name} WHERE {has_key(table)} ORDER BY {', '.join(table.keys)}"  # noqa: S608
@@ -109,8 +110,6 @@ def why_refused(ours: Optional[ctl.Origin], theirs: Optional[ctl.Origin], *, has
     """
     if theirs is None:
         return "it has no origin, so no writer has published it" if ours else ""
-    if None in theirs:
-        return "its origin makes no sense"
     if ours is None:
         return "this database has rows of its own, which would be lost" if has_rows else ""
     if ours.role == "writer":
@@ -125,10 +124,15 @@ def why_refused(ours: Optional[ctl.Origin], theirs: Optional[ctl.Origin], *, has
     return ""
 
 
+def is_there(path: str) -> bool:
+    """Is it anything but a place for a new database, or a file that was emptied?"""
+    return os.path.lexists(path) and not (os.path.isfile(path) and os.stat(path).st_size == 0)
+
+
 @contextlib.contextmanager
 def open_target(path: str, *, wal: bool) -> Iterator[sqlite3.Connection]:
     """The database that is to be made equal. One that is missing is put there when it is whole: nobody finds it without its rows."""
-    if os.path.lexists(path) and not (os.path.isfile(path) and os.stat(path).st_size == 0):
+    if is_there(path):
         with contextlib.closing(ctl.open_database(path, create=False)) as database:
             if wal:
                 ctl.patiently(lambda: database.execute("PRAGMA journal_mode = WAL"))
@@ -150,7 +154,10 @@ def open_target(path: str, *, wal: bool) -> Iterator[sqlite3.Connection]:
 def attached(database: sqlite3.Connection, source: str) -> Iterator[None]:
     """SOURCE as the schema "source", which can only be read; raises Refused."""
     try:
-        if os.stat(source).st_size == 0:
+        status = os.stat(source)
+        if not stat.S_ISREG(status.st_mode):
+            raise refused(source, "it is not a file")
+        if status.st_size == 0:
             raise refused(source, "it is empty")
         # for writing: only then can SQLite roll back the journal of a killed writer, and make the -shm file of WAL mode
         first = mailcloak.connect_database(source, ctl.INTERRUPT_SECONDS, as_owner=True)
@@ -192,7 +199,7 @@ def check_source(database: sqlite3.Connection, source: str, origin: Optional[ctl
             found = {row[1] for row in database.execute(f"PRAGMA source.table_info({name})")}
             if found != set(columns):
                 raise refused(source, f"its table {name} has other columns")
-        if origin and origin.digest and digest_of(database, "source") != origin.digest:
+        if origin and origin.digest and digest_of(database, "source", origin) != origin.digest:
             raise refused(source, "its rows are not those that the writer has published: it is damaged, or half of a change")
     except mailcloak.SQLITE_ERRORS as exc:
         raise refused(source, mailcloak.describe_sqlite(exc)) from exc
@@ -236,6 +243,11 @@ def copy_rows(database: sqlite3.Connection, table: Table) -> int:
     ).rowcount
 
 
+def has_rows(database: sqlite3.Connection) -> bool:
+    """Are any of our own there?"""
+    return any(database.execute(f"SELECT 1 FROM main.{table.name} LIMIT 1").fetchone() for table in read_tables())  # noqa: S608
+
+
 def write_origin(database: sqlite3.Connection, origin: ctl.Origin) -> None:
     """Say whose rows these are, in the transaction that has begun."""
     database.execute(ORIGIN)
@@ -254,8 +266,9 @@ def follow(path: str, source: str, *, thorough: bool, adopt: bool = False) -> in
             theirs = ctl.find_origin(database, "source")
         except mailcloak.SQLITE_ERRORS as exc:
             raise refused(source, mailcloak.describe_sqlite(exc)) from exc
-        has_rows = any(database.execute(f"SELECT 1 FROM main.{table.name} LIMIT 1").fetchone() for table in read_tables())  # noqa: S608
-        why = why_refused(ours, theirs, has_rows=has_rows)
+        if theirs and None in theirs:
+            raise refused(source, "its origin makes no sense")
+        why = why_refused(ours, theirs, has_rows=has_rows(database))
         if why and not adopt:
             raise refused(source, why, "if it is the right one, db mirror --adopt takes it")
         changed = 0
@@ -284,6 +297,7 @@ def is_same_state(ours: Optional[ctl.Origin], theirs: Optional[ctl.Origin]) -> b
 
 def publish(path: str, source: str, *, thorough: bool) -> int:
     """Make the file that others follow equal to the writer's database SOURCE; how many rows were changed. Raises Refused."""
+    check_published(path)
     own = find_own(source, path)
     with open_target(path, wal=True) as database, attached(database, source), ctl.transaction(database, of_mirror=True):
         last = ctl.find_origin(database)
@@ -296,27 +310,45 @@ def publish(path: str, source: str, *, thorough: bool) -> int:
             check_source(database, source, None)
             changed = make_equal(database)
         now = int(time.time())
-        if changed or not is_ours or not last or not last.digest:
+        if changed or not is_ours or not last:
             # the time, so that it rises also where the file was lost, and begins again
-            serial = max(own.serial + 1, last.serial + 1 if last else 0, now)
-            write_origin(database, own._replace(serial=serial, published_at=now, digest=digest_of(database, "main"), file=""))
+            new = own._replace(serial=max(own.serial + 1, last.serial + 1 if last else 0, now), published_at=now, file="")
+            write_origin(database, new._replace(digest=digest_of(database, "main", new)))
         elif not 0 <= now - last.published_at < RENEW_SECONDS:
             write_origin(database, last._replace(published_at=now))
     return changed
 
 
+def check_published(path: str) -> None:
+    """Raise Refused where the file has rows that were not published, such as those of a host's own database."""
+    if is_there(path):
+        with contextlib.closing(ctl.open_database(path, create=False)) as database:
+            last = ctl.patiently(lambda: ctl.find_origin(database))
+            if has_rows(database) if last is None else not is_published(last):
+                remedy = "say db mirror DATABASE --db FILE --publish with a new FILE, or with one that was published"
+                raise ctl.Refused(f"db: mirror: {path!r} has rows that were not published, nothing was changed", remedy)
+
+
 def find_own(state: str, published: str) -> ctl.Origin:
-    """The origin of the writer's database, made at the first use; raises Refused where it is a follower's."""
+    """The origin of the writer's database, made at the first use; raises Refused where it is a follower's, or a published file."""
     with contextlib.closing(ctl.open_database(state, create=False)) as database:
         own = ctl.patiently(lambda: ctl.find_origin(database))
         if own and own.role != "writer":
             remedy = "mailcloakctl db promote makes this host the writer"
             raise ctl.Refused(f"db: mirror: {state!r} follows the database of {own.host}, nothing was published", remedy)
+        if own and is_published(own):
+            remedy = "say db mirror DATABASE --db FILE --publish"
+            raise ctl.Refused(f"db: mirror: {state!r} is no database of a host, but was published, nothing was changed", remedy)
         if own is None or own.file != published:
             own = own or new_writer(epoch=1, serial=0)
             with ctl.transaction(database, of_mirror=True):
                 write_origin(database, own := own._replace(file=published))
         return own
+
+
+def is_published(origin: ctl.Origin) -> bool:
+    """Is it that of a file for others to follow, and not of a host's own database?"""
+    return origin.role == "writer" and bool(origin.digest)
 
 
 def new_writer(*, epoch: int, serial: int) -> ctl.Origin:
@@ -335,14 +367,16 @@ def state_of(source: str) -> tuple[Any, ...]:
     To be called while this process has no connection to SOURCE: closing a file ends the locks that the process has on it.
     """
     found: list[Any] = []
+    source = os.path.realpath(source)  # as SQLite does, for the file of WAL mode
     for name in (source, f"{source}-wal", f"{source}-txid"):
         try:
             status = os.stat(name)
             found.append((status.st_ino, status.st_size, status.st_mtime_ns))
         except OSError:
             found.append(None)
-    with contextlib.suppress(OSError), open(source, "rb") as file:
-        found.append(file.read(100))  # has the change counter: two commits may have one time
+    if os.path.isfile(source):  # not a FIFO, which would be waited for
+        with contextlib.suppress(OSError), open(source, "rb") as file:
+            found.append(file.read(100))  # has the change counter: two commits may have one time
     return tuple(found)
 
 
@@ -393,7 +427,8 @@ def try_to_look(look: Callable[[bool], int], *, thorough: bool) -> str:
 def mirror(context: ctl.Context) -> None:
     """Make the database equal to another; again and again with --watch."""
     options, path, source = context.options, context.path, os.path.abspath(context.options.source)
-    if os.path.exists(path) and os.path.exists(source) and os.path.samefile(path, source):
+    both_exist = os.path.exists(path) and os.path.exists(source)
+    if os.path.samefile(path, source) if both_exist else os.path.realpath(path) == os.path.realpath(source):
         raise ctl.Refused(f"db: mirror: {source!r} is the database itself, name another file")
 
     def look(thorough: bool) -> int:

@@ -46,7 +46,7 @@ REAL_SERVERS = {
     "ldapsearch": ("ldapsearch", "ldap-utils"),
     "strace": ("strace", "strace"),
     "litestream": ("litestream", ""),
-    "moto": ("moto_server", ""),
+    "moto": ("/usr/local/bin/moto_server", ""),  # of make real-servers: one of before 5.2.5 refuses good signatures
     "openrc": ("rc-service supervise-daemon", "openrc"),
     "systemd": ("systemd-socket-activate systemd-analyze", "systemd"),
     "mandoc": ("mandoc", "mandoc"),

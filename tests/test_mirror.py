@@ -112,7 +112,6 @@ def origin(role="follower", writer="w1", epoch=1, serial=10):
         (origin(), origin(writer="w2", serial=99), True, "both host-of-w2 and host-of-w1 say that they are the writer"),
         (origin(), origin(writer="w2", epoch=2, serial=1), True, ""),
         (origin(epoch=2), origin(writer="w2", serial=99), True, "host-of-w2 is no longer the writer, host-of-w1 is"),
-        (origin(), origin(epoch=None), True, "its origin makes no sense"),
         (origin("writer"), origin("writer", serial=11), True, "these are rows of this host itself, which is the writer"),
         (origin("writer"), origin(writer="w2", epoch=2), True, "this host is the writer itself"),
     ],
@@ -449,6 +448,48 @@ def test_source_that_is_missing_or_no_file_of_ours_is_refused(writer, follower, 
     assert "is refused" in follower.refuses("db", "mirror", tmp_path / "other.db")
 
 
+def test_fifo_and_device_in_place_of_the_source_are_refused_in_one_line(follower, tmp_path):
+    """The FIFO would be waited for."""
+    os.mkfifo(tmp_path / "fifo")
+    for source in (tmp_path / "fifo", "/dev/zero"):
+        assert "is refused: it is not a file" in follower.refuses("db", "mirror", source)
+        with watching(follower.path, source) as mirror:
+            wait_until(lambda: "it is not a file; tried again until it can" in mirror.said(), what="the reason")
+
+
+def test_database_is_no_source_of_itself_by_any_name(writer, tmp_path):
+    (tmp_path / "soft").symlink_to(writer.path)
+    os.link(writer.path, tmp_path / "hard")
+    for name in (writer.path, tmp_path / "soft", tmp_path / "hard", os.path.relpath(writer.path)):
+        for options in ((), ("--publish",), ("--watch",)):
+            assert "is the database itself" in writer.refuses("db", "mirror", name, *options)
+    (tmp_path / "missing").symlink_to(tmp_path / "absent.db")
+    assert "is the database itself" in Ctl(tmp_path / "absent.db").refuses("db", "mirror", tmp_path / "missing", "--watch")
+
+
+@pytest.mark.parametrize(
+    "change", ["epoch = epoch + 65536", "serial = serial + 1", "writer = 'w2'", "host = 'mx9'", "epoch = NULL"]
+)
+def test_origin_with_flipped_bits_is_refused_and_the_true_one_is_followed_again(writer, follower, change):
+    """Taken for true, it would have locked out the writer until db mirror --adopt."""
+    good = writer.shared.read_bytes()
+    with contextlib.closing(sqlite3.connect(writer.shared)) as database, database:
+        if "NULL" in change:
+            database.execute("PRAGMA writable_schema = ON")
+            database.execute("UPDATE sqlite_master SET sql = replace(sql, ' NOT NULL', '') WHERE name = 'origin'")
+    with contextlib.closing(sqlite3.connect(writer.shared)) as database, database:
+        database.execute(f"UPDATE origin SET {change}")
+    said = follower.refuses("db", "mirror", writer.shared)
+    assert re.search("its rows are not those|its origin makes no sense|both .* say that they are the writer", said)
+    if "writer" not in change:
+        assert "--adopt" not in said
+    writer.shared.write_bytes(good)
+    writer("aliases", "add", "new@d1.test", "carol")
+    writer.publish()
+    follower("db", "mirror", writer.shared)
+    assert rows_of(follower.path) == rows_of(writer.path)
+
+
 def test_source_with_other_columns_is_refused(writer, follower):
     with contextlib.closing(sqlite3.connect(writer.shared)) as database, database:
         database.execute("ALTER TABLE apps ADD COLUMN other TEXT")
@@ -524,6 +565,24 @@ def test_follower_is_promoted_and_the_writer_that_comes_back_is_refused_until_ad
     assert (said.returncode, "nothing was published" in said.stderr) == (1, True)
 
 
+def test_writer_that_lost_its_database_has_all_of_it_again_from_the_published_file(writer, follower):
+    """README: db mirror shared.db, db promote; --publish --watch runs on, and no follower needs --adopt."""
+    writer("aliases", "add", "last@d1.test", "alice")
+    with watching(writer.shared, writer.path, "--publish") as publisher:
+        wait_until(lambda: rows_of(writer.shared) == rows_of(writer.path), what="the last change")
+        before = rows_of(writer.path)
+        writer.path.unlink()
+        wait_until(lambda: "tried again until it can" in publisher.said(), what="the reason")
+        writer("db", "mirror", writer.shared)
+        writer("db", "promote")
+        assert rows_of(writer.path) == before
+        writer("aliases", "add", "next@d1.test", "alice")
+        wait_until(lambda: rows_of(writer.shared) == rows_of(writer.path), what="the next change")
+    follower("db", "mirror", writer.shared)
+    assert rows_of(follower.path) == rows_of(writer.path)
+    assert follower.origin().epoch == 2
+
+
 def test_two_that_were_promoted_are_told_apart(writer, follower, tmp_path):
     others = [Host(tmp_path / name) for name in ("two", "three")]
     for host in others:
@@ -540,6 +599,71 @@ def test_published_file_of_another_writer_is_not_written_over(writer, follower):
     said = run_ctl("--db", writer.shared, "db", "mirror", writer.path, "--publish", check=False)
     assert said.returncode == 1
     assert "has rows of the writer" in said.stderr
+
+
+def test_nothing_is_published_over_rows_that_were_not_published(writer, follower, tmp_path):
+    """Such as by source and database in the wrong order, which would take back the changes since."""
+    writer("aliases", "add", "new@d1.test", "carol")
+    plain = Host(tmp_path / "plain")
+    plain("aliases", "add", "plain@d1.test", "alice")
+    before = {path: path.read_bytes() for path in (writer.path, follower.path, plain.path)}
+    for host, source in ((writer, writer.shared), (follower, writer.path), (plain, writer.path)):
+        assert "has rows that were not published" in host.refuses("db", "mirror", source, "--publish")
+    assert "is no database of a host" in Ctl(tmp_path / "new.db").refuses("db", "mirror", writer.shared, "--publish")
+    assert {path: path.read_bytes() for path in before} == before
+    plain.publish()
+    assert "has rows that were not published" in writer.refuses("db", "mirror", plain.path, "--publish")
+
+
+def test_directory_that_is_missing_is_named(writer, tmp_path):
+    absent = Ctl(tmp_path / "absent" / "own.db")
+    for words in (("db", "mirror", writer.shared), ("db", "mirror", writer.path, "--publish")):
+        assert f"database '{absent.path}': No such file or directory" in absent.refuses(*words)
+
+
+def test_host_follows_a_follower_and_is_told_how_old_the_rows_of_the_writer_are(writer, follower, tmp_path):
+    third = Host(tmp_path / "third")
+    set_age(writer.shared, 50)
+    follower("db", "mirror", writer.shared)
+    third("db", "mirror", follower.path)
+    assert third.origin()._replace(file="") == follower.origin()._replace(file="")
+    writer("aliases", "add", "new@d1.test", "carol")
+    writer.publish()
+    follower("db", "mirror", writer.shared)
+    third("db", "mirror", follower.path)
+    assert rows_of(third.path) == rows_of(writer.path)
+    follower("db", "promote")
+    follower("aliases", "add", "end@d1.test", "carol")
+    third("db", "mirror", follower.path)
+    assert rows_of(third.path) == rows_of(follower.path)
+    assert "is no longer the writer" in third.refuses("db", "mirror", writer.shared)
+
+
+def test_promotion_under_a_mirror_that_runs_is_not_undone(writer, follower):
+    with watching(follower.path, writer.shared) as mirror:
+        wait_until(mirror.said, what="start")
+        follower("db", "promote")
+        writer("aliases", "add", "new@d1.test", "carol")
+        writer.publish()
+        wait_until(lambda: "this host is the writer itself" in mirror.said(), what="the reason")
+        follower("aliases", "add", "own@d1.test", "carol")
+    assert follower.origin().role == "writer"
+    assert {row[0] for row in rows_of(follower.path)["aliases"]} == {"info@d1.test", "sales@d1.test", "own@d1.test"}
+
+
+def test_clock_of_the_writer_that_goes_back_stops_nothing(writer, follower, monkeypatch):
+    now = time.time()
+    for seconds in (100_000, -100_000, 5, -1_000_000, 0):
+        monkeypatch.setattr(time, "time", lambda seconds=seconds: now + seconds)
+        writer("aliases", "add", f"a{seconds}@d1.test", "alice")
+        mailcloakmirror.publish(str(writer.shared), str(writer.path), thorough=True)
+        mailcloakmirror.follow(str(follower.path), str(writer.shared), thorough=False)
+        assert rows_of(follower.path) == rows_of(writer.path)
+        assert follower.origin().published_at == int(now + seconds)
+        monkeypatch.setattr(time, "time", lambda seconds=seconds: now + seconds - 3)  # nothing has changed since
+        mailcloakmirror.publish(str(writer.shared), str(writer.path), thorough=False)
+        mailcloakmirror.follow(str(follower.path), str(writer.shared), thorough=False)
+        assert follower.origin().published_at == int(now + seconds - 3)
 
 
 def test_host_that_follows_nobody_is_not_promoted(tmp_path):
@@ -789,6 +913,18 @@ def test_adopt_counts_once(writer, follower, tmp_path):
     assert rows_of(follower.path) == rows_of(writer.path)
 
 
+def test_commit_to_a_source_in_wal_mode_behind_a_symlink_is_seen(writer, follower, tmp_path):
+    """Only the file beside the true one changes."""
+    (tmp_path / "link.db").symlink_to(writer.shared)
+    with contextlib.closing(sqlite3.connect(writer.shared)) as database:
+        database.execute("SELECT count(*) FROM aliases").fetchall()  # who has it open keeps the file
+        with watching(follower.path, tmp_path / "link.db") as mirror:
+            wait_until(mirror.said, what="start")
+            writer("aliases", "add", "new@d1.test", "carol")
+            writer.publish()
+            wait_until(lambda: rows_of(follower.path) == rows_of(writer.path), what="the rows")
+
+
 def test_two_commits_of_one_time_and_size_are_told_apart(writer):
     before = writer.path.stat()
     state = mailcloakmirror.state_of(str(writer.path))
@@ -903,6 +1039,19 @@ def test_follower_says_whom_it_follows_and_how_old_that_is(writer, follower, lat
     ((label, text, colour),) = mailcloakctl.replication_fields(mailcloakctl.read_replication(str(follower.path), 60))
     assert (label, colour) == ("several hosts", mailcloakctl.RED)
     assert "; start mailcloak-follow again" in text
+
+
+def test_time_in_the_future_is_a_warning_since_it_would_hide_a_stall(follower, late_at_60):
+    config = late_at_60(follower.path)
+    set_age(follower.path, -30)
+    assert doctor_says(config)[0].state == "ok"
+    set_age(follower.path, -100)
+    (finding,) = doctor_says(config)
+    assert finding.state == "warning"
+    assert "as of a time in the future, so its clock or that of this host is wrong; replication.max_lag" in finding.text
+    assert "mailcloak_replication_age_seconds inf\n" in run_ctl("--config", config, "status", "--prometheus", "-").stdout
+    ((_, text, colour),) = mailcloakctl.replication_fields(mailcloakctl.read_replication(str(follower.path), 60))
+    assert (colour, "in the future" in text) == (mailcloakctl.RED, True)
 
 
 def test_writer_says_when_it_has_published(writer, late_at_60):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import os
 import random
 import re
@@ -14,12 +15,17 @@ import threading
 import time
 
 import pytest
-from conftest import wait_until
-from real.dovecot import PrivateDovecot
-from real.litestream import EXAMPLES, FOLLOWER, S3, WRITER, mail_hosts
+from conftest import ROOT, wait_until
+from real.litestream import EXAMPLES, FOLLOWER, S3, WRITER, S3WithPolicies, mail_hosts
+from real.mail import send
+from real.postfix import NO_SUCH_USER, expected, refusal
 from test_systemd import allowed_system_calls, setting
 
 import mailcloakctl
+
+SPEC = importlib.util.spec_from_file_location("loss", ROOT / "bench" / "loss.py")
+loss = importlib.util.module_from_spec(SPEC)
+SPEC.loader.exec_module(loss)
 
 pytestmark = [pytest.mark.real("litestream"), pytest.mark.timeout(300)]
 
@@ -126,26 +132,96 @@ def check_answers(seen, commits):
     return lags
 
 
-@pytest.mark.real("dovecot", "root")
-def test_app_that_is_disabled_is_refused_by_dovecot_of_each_follower(hosts):
+@pytest.fixture(scope="module")
+def mail_servers(hosts):
+    """The same hosts, each follower with Postfix and Dovecot too."""
     writer, followers = hosts
+    for host in followers:
+        host.start_mail()
+    return writer, followers
+
+
+@contextlib.contextmanager
+def changes_meanwhile(database_path):
+    """Commits of 1 to 500 rows, until the end."""
+    ended = threading.Event()
+
+    def change():
+        with contextlib.closing(sqlite3.connect(database_path, timeout=20)) as database:
+            while not ended.wait(random.uniform(0, 0.3)):
+                write_commit(database, 1, random.choice([1, 20, 500]))
+
+    thread = threading.Thread(target=change)
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        thread.join()
+
+
+def await_answer(followers, address, refused):
+    """Until Postfix of each follower takes mail to the address, or refuses it as one that nobody has."""
+    wanted = expected(NO_SUCH_USER, address) if refused else None
+    for host in followers:
+        with host.postfix.smtp() as client:
+            wait_until(lambda: refusal(client, "x@other.test", address) == wanted, LAG_SECONDS, what=f"{wanted} on {host.name}")
+
+
+def await_user(followers, address, username):
+    """Until the alias leads to this user on each follower."""
+    for host in followers:
+        with contextlib.closing(host.daemon.socketmap()) as client:
+            wait_until(
+                lambda: client.ask(f"alias {address}") == f"OK {username}@d1.test", LAG_SECONDS, what=f"{username} on {host.name}"
+            )
+
+
+def deliver(host, address, username):
+    """A message over SMTP, which comes to this user's mailbox and to no other."""
+    with host.postfix.smtp() as client:
+        marker = send(client, "x@other.test", address)
+    wait_until(lambda: any(marker in text for text in host.mailbox("*")), what=f"the message on {host.name}")
+    assert any(marker in text for text in host.mailbox(username))
+
+
+@pytest.mark.real("postfix", "dovecot", "root")
+def test_mail_over_smtp_of_each_follower_goes_where_the_aliases_of_the_writer_lead(mail_servers):
+    writer, followers = mail_servers
+    with changes_meanwhile(writer.database):
+        for host in followers:
+            assert host.postfix.refusal("x@other.test", "new@d1.test") == expected(NO_SUCH_USER, "new@d1.test")
+        writer.ctl("aliases", "add", "new@d1.test", "alice")
+        await_answer(followers, "new@d1.test", refused=False)
+        for host in followers:
+            deliver(host, "new@d1.test", "alice")
+            assert host.postfix.refusal("x@other.test", "nobody@d1.test") == expected(NO_SUCH_USER, "nobody@d1.test")
+        writer.ctl("aliases", "add", "new@d1.test", "bob", "--replace")
+        await_user(followers, "new@d1.test", "bob")
+        for host in followers:
+            deliver(host, "new+shop@d1.test", "bob")
+        writer.ctl("aliases", "disable", "new@d1.test")
+        await_answer(followers, "new@d1.test", refused=True)
+    writer.ctl("aliases", "del", "new@d1.test")
+
+
+@pytest.mark.real("dovecot", "postfix", "root")
+def test_app_that_is_disabled_is_refused_by_dovecot_of_each_follower(mail_servers):
+    writer, followers = mail_servers
     writer.ctl("apps", "enable", "printer")
-    with contextlib.ExitStack() as stack:
-        dovecots = []
-        for host in followers:
-            host.await_rows_of(writer)
-            sockets = host.directory / "sockets"
-            sockets.mkdir(exist_ok=True)
-            dovecot = PrivateDovecot(sockets, "http://127.0.0.1:9/realms/mail", host.database)
-            stack.callback(dovecot.close)
-            dovecots.append(dovecot.start())
-        assert [each.accepts_password("printer", "a token of many signs", "submission") for each in dovecots] == [True] * 3
-        writer.ctl("apps", "disable", "printer")
-        begun = time.monotonic()
-        for host in followers:
-            host.await_rows_of(writer)
-        assert time.monotonic() - begun < LAG_SECONDS
-        assert [each.accepts_password("printer", "a token of many signs", "submission") for each in dovecots] == [False] * 3
+    for host in followers:
+        host.await_rows_of(writer)
+
+    def accepted():
+        return [host.dovecot.accepts_password("printer", "a token of many signs", "submission") for host in followers]
+
+    assert accepted() == [True] * 3
+    writer.ctl("apps", "disable", "printer")
+    begun = time.monotonic()
+    for host in followers:
+        host.await_rows_of(writer)
+    assert time.monotonic() - begun < LAG_SECONDS
+    assert accepted() == [False] * 3
 
 
 @pytest.mark.parametrize("service", ["publish", "replicate", "follow", "mirror"])
@@ -201,6 +277,13 @@ def test_stall_of_litestream_shows_and_ends_with_an_empty_copy(hosts):
         stalled.start("follow")
     stalled.await_rows_of(writer)
     wait_until(lambda: not stalled_age()["late"], seconds=30, what="the end of the warning")
+
+
+def test_changes_that_are_lost_with_the_writer_are_those_of_the_seconds_that_readme_says():
+    (said,) = re.findall(r"the changes of its last (\d+) seconds", (ROOT / "README.md").read_text())
+    losses = loss.measure(3)
+    assert 0 < min(losses) < float(said)
+    assert max(losses) < LAG_SECONDS
 
 
 @pytest.mark.parametrize("fault", ["cut", "flipped"])
@@ -269,6 +352,26 @@ def test_storage_of_s3_hangs_and_is_lost_under_the_services():
         storage.start()  # empty
         writer.ctl("aliases", "add", "d@d1.test", "alice")
         follower.await_rows_of(writer, 60)
+
+
+@pytest.mark.real("moto")
+def test_key_of_a_follower_reads_the_storage_and_cannot_write_there():
+    with mail_hosts(1, S3WithPolicies()) as (writer, (follower,)):
+        writer.ctl("aliases", "add", "a@d1.test", "alice")
+        follower.await_rows_of(writer)
+        follower.end(*FOLLOWER)
+        follower.ctl("db", "promote")
+        refusals = "put object {}/.*AccessDenied"
+        for role, leader in (("follower", "mx2"), ("follower", "mx1"), ("writer", "mx2")):  # a writer's key is for its own folder
+            follower.role = role
+            follower.set_leader(leader)
+            (follower.directory / "replicate.log").unlink(missing_ok=True)
+            shutil.rmtree(follower.shared.parent)
+            follower.shared.parent.mkdir()
+            follower.start(*WRITER)
+            wait_until(lambda: re.search(refusals.format(leader), follower.log("replicate")), 30, what="the refusal")  # noqa: B023
+            assert "snapshot complete" not in follower.log("replicate")
+            follower.end(*WRITER, with_signal=signal.SIGKILL)  # Litestream would try again for 30 s
 
 
 @pytest.mark.real("root", "systemd", "strace", "moto")

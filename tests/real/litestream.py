@@ -15,11 +15,13 @@ import sqlite3
 import subprocess
 import sys
 import tempfile
+import urllib.parse
 import urllib.request
 from pathlib import Path
 
-from conftest import ROOT, USERS, Daemon, _find_program, config_in, run_ctl, running, wait_until
-from real.postfix import free_port
+from conftest import REAL_SERVERS, ROOT, USERS, Daemon, _find_program, config_in, run_ctl, running, wait_until
+from real.dovecot import PrivateDovecot
+from real.postfix import PrivatePostfix, free_port
 
 EXAMPLES = ROOT / "examples" / "litestream"
 WRITER, FOLLOWER = ("publish", "replicate"), ("follow", "mirror")  # the services of each role
@@ -35,8 +37,9 @@ def command_of(service, kind="ExecStart"):
 class Folder:
     """A folder as the storage."""
 
-    def __init__(self):
-        self.environment = {}  # for Litestream
+    def environment(self, _):
+        """The keys of a role, for Litestream."""
+        return {}
 
     def start(self):
         self.path = Path(tempfile.mkdtemp(prefix="mr", dir="/tmp"))
@@ -54,22 +57,30 @@ class S3:
     """The stand-in moto for S3, which keeps all in memory."""
 
     def __init__(self):
-        self.environment = {"LITESTREAM_ACCESS_KEY_ID": "key", "LITESTREAM_SECRET_ACCESS_KEY": "secret"}
         self.port, self.process = free_port(), None
+
+    def environment(self, _):
+        """The keys of a role, for Litestream: any will do."""
+        return {"LITESTREAM_ACCESS_KEY_ID": "key", "LITESTREAM_SECRET_ACCESS_KEY": "secret"}
 
     def start(self):
         """Start it, with an empty bucket."""
-        command = [_find_program("moto_server"), "-H", "127.0.0.1", "-p", str(self.port)]
+        command = [REAL_SERVERS["moto"][0], "-H", "127.0.0.1", "-p", str(self.port)]
         self.process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
         wait_until(self._make_bucket, 60, what="moto")
         return self
 
     def _make_bucket(self):
-        key = "AWS4-HMAC-SHA256 Credential=key/20270101/us-east-1/s3/aws4_request"
-        request = urllib.request.Request(f"{self.url}/aliases", headers={"Authorization": key}, method="PUT")
-        with contextlib.suppress(OSError), urllib.request.build_opener(urllib.request.ProxyHandler({})).open(request, timeout=10):
-            return True
+        with contextlib.suppress(OSError):
+            return self._ask("/aliases", "s3", method="PUT") is not None
         return False
+
+    def _ask(self, path, service, method="POST", data=None, kind="application/x-www-form-urlencoded"):
+        key = f"AWS4-HMAC-SHA256 Credential=key/20270101/us-east-1/{service}/aws4_request"
+        headers = {"Authorization": key, "Content-Type": kind}
+        request = urllib.request.Request(f"{self.url}{path}", data=data, headers=headers, method=method)
+        with urllib.request.build_opener(urllib.request.ProxyHandler({})).open(request, timeout=10) as answer:
+            return answer.read().decode()
 
     @property
     def url(self):
@@ -84,11 +95,37 @@ class S3:
         self.process.wait()
 
 
+class S3WithPolicies(S3):
+    """The same where a key may do what the policy of its role in examples/litestream allows, and nothing else."""
+
+    def start(self):
+        super().start()
+        self.keys = {role: self._make_key(role) for role in ("writer", "follower")}
+        self._ask("/moto-api/reset-auth", "s3", data=b"0", kind="text/plain")  # from now on
+        return self
+
+    def _make_key(self, role):
+        policy = (EXAMPLES / f"s3-{role}.json").read_text().replace("mail-aliases.example.org", "aliases")
+        self._ask_iam("CreateUser", UserName=role)
+        self._ask_iam("PutUserPolicy", UserName=role, PolicyName=role, PolicyDocument=policy)
+        answer = self._ask_iam("CreateAccessKey", UserName=role)
+        return [re.search(f"<{name}>(.*?)</{name}>", answer)[1] for name in ("AccessKeyId", "SecretAccessKey")]
+
+    def _ask_iam(self, action, **parameters):
+        return self._ask(
+            "/", "iam", data=urllib.parse.urlencode({"Action": action, "Version": "2010-05-08", **parameters}).encode()
+        )
+
+    def environment(self, role):
+        """The keys of a role, for Litestream."""
+        return dict(zip(("LITESTREAM_ACCESS_KEY_ID", "LITESTREAM_SECRET_ACCESS_KEY"), self.keys[role]))
+
+
 class ReplicatedHost:
     """One mail host in a directory of its own; leader is the name of the host that writes to the storage."""
 
-    def __init__(self, name, storage, leader):
-        self.name = name
+    def __init__(self, name, storage, leader, interval=INTERVAL):
+        self.name, self.interval = name, interval
         self.directory = Path(tempfile.mkdtemp(prefix="mr", dir="/tmp"))
         self.directory.chmod(0o755)
         self.database, self.shared = self.directory / "state.db", self.directory / "shared" / "shared.db"
@@ -96,6 +133,8 @@ class ReplicatedHost:
         self.storage = storage
         self.set_leader(leader)
         self.daemon = Daemon(self.directory, config_in(self.directory, static_users=USERS))
+        self.postfix = self.dovecot = None
+        self.role = "writer" if name == leader else "follower"  # whose keys it has
         self.processes = {}
         self.wrapper = []  # before each command
 
@@ -105,7 +144,7 @@ class ReplicatedHost:
         replaced = {
             **self.storage.replaced(leader),
             "/var/lib/mailcloak-shared": str(self.shared.parent),
-            "interval: 1s": f"interval: {INTERVAL}",
+            "interval: 1s": f"interval: {self.interval}",
         }
         for old, new in replaced.items():
             assert old in text, old
@@ -120,7 +159,7 @@ class ReplicatedHost:
             "/etc/mailcloak/litestream.yml": [str(self.directory / "litestream.yml")],
             "/var/lib/mailcloak-shared/shared.db": [str(self.shared)],
             "/var/lib/mailcloak/state.db": [str(self.database)],
-            "1s": [INTERVAL],
+            "1s": [self.interval],
         }
         return [each for word in command_of(service, kind) for each in replaced.get(word, [word])]
 
@@ -138,7 +177,7 @@ class ReplicatedHost:
                     stderr=log,
                     stdin=subprocess.DEVNULL,
                     cwd=self.shared.parent,
-                    env={**environment, **self.storage.environment},
+                    env={**environment, **self.storage.environment(self.role)},
                 )
         return self
 
@@ -152,12 +191,32 @@ class ReplicatedHost:
             codes.append(process.wait(20))
         return codes
 
-    def close(self):
+    def start_mail(self):
+        """Postfix and Dovecot on the sample files, and the daemon again, where Postfix looks for it."""
         self.daemon.close()
+        self.postfix = PrivatePostfix(settings={"mynetworks": "127.0.0.2/32"})
+        private = self.postfix.private
+        sockets = {
+            "policy_socket": str(private / "mailcloak"),
+            "socketmap_socket": str(private / "mailcloak-socketmap"),
+            "socket_owner_user": "postfix",
+        }
+        self.daemon = Daemon(self.directory, config_in(self.directory, static_users=USERS, sockets=sockets)).start()
+        self.dovecot = PrivateDovecot(private, "http://127.0.0.1:9/realms/mail", self.database).start()
+        self.postfix.start()
+
+    def close(self):
+        for server in (self.postfix, self.dovecot, self.daemon):
+            if server:
+                server.close()
         self.end(*self.processes, with_signal=signal.SIGKILL)
         shutil.rmtree(self.directory, ignore_errors=True)
 
     # ---- looking at it
+
+    def mailbox(self, username):
+        """The messages that Dovecot has stored for a user."""
+        return [path.read_text() for path in self.dovecot.mail.glob(f"{username}/Maildir/new/*")]
 
     def log(self, service):
         return (self.directory / f"{service}.log").read_text(errors="replace")
