@@ -517,9 +517,9 @@ def unquote_local_part(address: str) -> str:
 
 
 def format_mailbox(username: str, extension: str, domain: str) -> str:
-    """Where the mail of username goes: username+extension@domain; a username that is an address goes there, without extension."""
+    """Where the mail of username goes: username+extension@domain; a username that is an address stays as it is, without extension."""
     local_part, own_domain = _split_username(username)
-    return f"{quote_local_part(local_part if own_domain else username + extension)}@{domain_to_ascii(own_domain) or domain}"
+    return f"{quote_local_part(local_part if own_domain else username + extension)}@{own_domain or domain}"
 
 
 def _split_username(username: str) -> tuple[str, str]:
@@ -4462,6 +4462,7 @@ class Handler(socketserver.BaseRequestHandler):
         self.tally = Tally()
         self.rests = False  # between two requests, so that it may make room for another connection
         self.used_at = time.monotonic()
+        self.waited_seconds = 0.0  # for room for the answers to what was received last
         self._set_timeout(socket.SO_SNDTIMEO, SEND_TIMEOUT_SECONDS)
         self._set_timeout(socket.SO_RCVTIMEO, IDLE_SECONDS)
         self.server.connections[self.request] = self
@@ -4471,6 +4472,7 @@ class Handler(socketserver.BaseRequestHandler):
         try:
             while data := self._receive_until(begun_at + REQUEST_SECONDS) if begun_at else self._receive():
                 stream.feed(data)
+                self.waited_seconds = 0.0
                 for request in iter(stream.next_request, None):
                     self._send(stream.encode(self._answer(request)))
                     begun_at = 0.0
@@ -4507,10 +4509,15 @@ class Handler(socketserver.BaseRequestHandler):
         return data
 
     def _send(self, data: bytes) -> None:
-        """Send all of it; raises BlockingIOError where the client does not make room for it in time."""
+        """Send all of it; raises BlockingIOError where the client does not make room in time for it, and for the answers before it."""
         sent = _send_at_once(self.request.fileno(), data, len(data), _SEND_FLAGS) if _send_at_once else 0
-        if sent != len(data):
-            self.request.sendall(data[max(0, sent) :])
+        if sent == len(data):
+            return
+        began = time.monotonic()
+        self.request.sendall(data[max(0, sent) :])
+        self.waited_seconds += time.monotonic() - began
+        if self.waited_seconds > SEND_TIMEOUT_SECONDS:  # it reads, but a little now and then
+            raise BlockingIOError
 
     def _set_timeout(self, option: int, seconds: float) -> None:
         """The kernel's own timeout, 0 for none: unlike settimeout() it costs no further system call for each answer."""

@@ -1163,6 +1163,8 @@ def apps_add(context: Context) -> None:
             )
         if known and generated and not options.replace:
             raise Refused(f"apps: {app_id} exists already, --replace gives it a new token in place of the old one")
+        if not known:  # left by a program without foreign keys
+            database.execute("DELETE FROM app_from WHERE app_id = ?", (app_id,))
         has_token = bool(known) and is_hash_of(token, str(known["secret_hash"]))
         if not has_token:
             iterations = GENERATED_ITERATIONS if generated else CHOSEN_ITERATIONS

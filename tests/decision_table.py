@@ -50,6 +50,7 @@ USERS = [
 
 # alias, username, enabled
 ALIASES = [
+    ("unicode@d1.test", "ulla@bücher.test", 1),
     ("info@d1.test", "alice", 1),
     ("sales@d2.test", "Bob", 1),
     ("old@d1.test", "alice", 0),
@@ -386,6 +387,11 @@ ROWS = [
     _token("without-email", "noemail", "", NOT_OWNED),
     _token("service-account", "service-account-shop", "service@d1.test", NOT_OWNED),
     _token("email-as-login", "alice@d1.test", "alice@d1.test", DUNNO),
+    _token("email-as-login-with-a-dot", "alice@d1.test.", "alice@d1.test", NOT_OWNED),
+    _token("email-as-login-with-a-dot-as-alias", "alice@d1.test.", "info@d1.test", NOT_OWNED),
+    _token("email-as-login-in-full-width", "alice@ｄ1.test", "", NOT_OWNED),
+    _token("email-as-login-with-a-soft-hyphen", "alice@d1.te\u00adst", "", NOT_OWNED),
+    _token("email-as-login-in-a-domain-of-unicode", "hans@bücher.test", "hans@bücher.test", DUNNO),
     _token("email-as-login-in-percent-form", "alice%d1.test", "alice@d1.test", NOT_OWNED),
     _token("email-as-login-in-source-route", "@x.test:alice@d1.test", "alice@d1.test", NOT_OWNED),
     _token("email-as-login-alias", "Alice@D1.test", "info@d1.test", DUNNO),
@@ -483,6 +489,7 @@ ROWS = [
     _map("alias-disabled-exact-tag", "alias off+tag@d1.test", "NOTFOUND "),
     _map("alias-of-username-that-is-an-address", "alias mail@d1.test", "OK erin@d1.test"),
     _map("alias-of-username-that-is-an-address-tagged", "alias mail+x@d1.test", "OK erin@d1.test"),
+    _map("alias-of-username-in-a-domain-of-unicode", "alias unicode@d1.test", "OK ulla@bücher.test"),
     _map("alias-quoted-username", "alias spaced@d1.test", 'OK "two words"@d1.test'),
     _map("alias-over-primary", "alias shadow@d1.test", "OK alice@d1.test"),
     _map("primary", "alias alice@d1.test", "NOTFOUND "),

@@ -119,6 +119,23 @@ def test_client_that_does_not_read_its_answers_is_dropped(static_daemon):
     assert static_daemon.ask(recipient="alice@d1.test") == "DUNNO"
 
 
+def test_client_that_reads_its_answers_a_little_now_and_then_is_dropped(static_daemon):
+    threads = threads_of(static_daemon)
+    client = static_daemon.policy()
+    client.socket.settimeout(0.5)
+    with contextlib.suppress(socket.timeout):
+        while True:
+            client.send_bytes(FULL_REQUEST * 100)
+
+    def is_dropped():
+        time.sleep(0.5)
+        with contextlib.suppress(OSError):
+            client.socket.recv(4)
+        return threads_of(static_daemon) == threads
+
+    wait_until(is_dropped, mailcloak.SEND_TIMEOUT_SECONDS * 2 + 5, "the end of its thread")
+
+
 # ---- many
 
 

@@ -191,7 +191,7 @@ class World(mailcloak.Facts):
     def find_login(self, sasl_username):
         named = tuple(mailcloak.User(name, email, True) for name, email in USERS.items() if name == sasl_username)
         address = mailcloak.normalise_address(sasl_username)
-        is_email = sasl_username.isprintable() and sasl_username.startswith(f"{address.local_part}@")
+        is_email = sasl_username == address.text
         return mailcloak.resolve_login(named, self.find_holders(address) if is_email else ())
 
 

@@ -858,6 +858,36 @@ def test_whatever_the_libraries_make_of_a_servers_bytes_is_a_failed_request(keyc
         assert api.users_may_edit_email(session, time.monotonic() + 5) is None
 
 
+def test_disabled_user_is_so_whatever_their_email_is():
+    config = mailcloak.read_block(
+        mailcloak.KeycloakConfig,
+        "keycloak",
+        {"base_url": "https://k.test", "realm": "r", "client_id": "c", "client_secret": "s"},
+        [],
+    )
+    for email in ("\ud800@d1.test", "x" * 300 + "@d1.test", 7):
+        record = {"username": "mallory", "email": email, "enabled": False}
+        assert mailcloak.read_user(record, config)[:3] == ("mallory", "", False)
+        with pytest.raises(mailcloak.QuestionFailed):
+            mailcloak.read_user({**record, "enabled": True}, config)
+
+
+def test_probe_asks_over_a_connection_of_its_own_each_time(keycloak, monkeypatch):
+    """New connections may be what hangs, while one that was kept still works."""
+    sessions, new_session = [], mailcloak.new_session
+    monkeypatch.setattr(
+        mailcloak, "new_session", lambda ca_file: (sessions.append(threading.current_thread().name), new_session(ca_file))[1]
+    )
+    users = mailcloak.KeycloakUsers(mailcloak.read_block(mailcloak.KeycloakConfig, "keycloak", keycloak.config(), []))
+    try:
+        for number in (1, 2):
+            wait_until(lambda number=number: keycloak.self_checks == number)
+            assert sessions.count("keycloak-probe") == number
+            users.outage.note_failure(mailcloak.DirectoryUnavailable("x"))
+    finally:
+        users.close()
+
+
 class LateServer:
     """Sends an answer that is none, and the real one a moment later; counts connections. Each request is for a record of its own."""
 

@@ -61,7 +61,7 @@ class PlainFacts(mailcloak.Facts):
         return mailcloak.resolve_login(
             named,
             tuple(user for user in self.users if user.email == email)
-            if sasl_username.startswith(email.split("@")[0] + "@")
+            if sasl_username in (email, f"{email.rpartition('@')[0]}@{mailcloak.to_unicode_domain(email.rpartition('@')[2])}")
             else (),
         )
 
