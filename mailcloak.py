@@ -154,6 +154,7 @@ MAX_NAME_CHARS = 255  # of a username or an address in an answer of Keycloak: it
 SAVE_RETRY_SECONDS = 1.0  # before last-known.db or last-used.json is tried again
 USE_SECONDS = 60.0  # in which one use of an app is noted at the most
 MAX_APPS_NOTED = 10_000  # beyond, one may be noted before USE_SECONDS are over; each about 200 bytes
+MAX_USES_CHARS = 8_388_608  # of last-used.json, with some 100 for each app; more is not read
 DATABASE_KEPT_CONNECTIONS = 64  # beyond, a thread's connection ends with its question; each takes about 150 KiB
 DATABASE_CACHE_KIB = 400  # of pages that a connection keeps; SQLite's own limit is 2,000
 DATABASE_BUSY_SECONDS = 2.0  # how long a question waits for a writer's lock
@@ -4252,10 +4253,12 @@ def _explain(action: Action, facts: LiveFacts, asked: str, user: str) -> dict[st
 def read_app_uses(path: str) -> dict[str, Any]:
     """{"since": when noting began, "apps": {app_id: {"last_used": ..., "client": ...}}}; times in seconds since 1970.
 
-    Raises OSError, ValueError or RecursionError. What it says of one app may be anything.
+    Raises OSError, ValueError or RecursionError. What it says of one app may be anything. Root reads it as well, so it must not lead
+    elsewhere, end never or be something else than a file.
     """
-    with open(path, encoding="utf-8", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK)) as file:  # it may be a FIFO
-        known = json.load(file)
+    flags = os.O_NONBLOCK | os.O_NOFOLLOW
+    with open(path, encoding="utf-8", opener=lambda name, mode: os.open(name, mode | flags)) as file:
+        known = json.loads(file.read(MAX_USES_CHARS)) if stat.S_ISREG(os.fstat(file.fileno()).st_mode) else None
     if not (isinstance(known, dict) and isinstance(known.get("since"), int) and isinstance(known.get("apps"), dict)):
         raise ValueError("it is not what the daemon writes")
     return known

@@ -1266,7 +1266,7 @@ def read_uses(context: Context) -> dict[str, Any]:
     except (OSError, ValueError, RecursionError) as exc:
         reason = exc.strerror if isinstance(exc, OSError) else "it is not what the daemon writes"
         remedy = "delete it, and the daemon begins a new one"
-        if isinstance(exc, OSError):
+        if isinstance(exc, PermissionError):
             remedy = f"run mailcloakctl as {owner_name(path)} or as root"
         if isinstance(exc, FileNotFoundError):
             remedy = "the daemon makes it when it starts"
