@@ -1437,7 +1437,16 @@ class Config:
 
 
 class _StrictLoader(yaml.SafeLoader):
-    """YAML that refuses a key given twice, since the loser would silently have no effect."""
+    """YAML that refuses a key given twice, since the loser would silently have no effect, and aliases: a few lines could hold billions."""
+
+    def compose_node(self, parent: Optional[yaml.Node], index: Any) -> Optional[yaml.Node]:
+        """The next value of the file."""
+        if self.check_event(yaml.AliasEvent):
+            mark = self.current_event.start_mark
+            raise yaml.composer.ComposerError(
+                None, None, "an alias (*name): write out what it stands for, a text with * in quotes", mark
+            )
+        return super().compose_node(parent, index)
 
 
 def _construct_mapping(loader: _StrictLoader, node: yaml.MappingNode) -> dict[Any, Any]:

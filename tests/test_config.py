@@ -457,6 +457,9 @@ def test_static_users_that_are_wrong_have_their_message(problems_of, users, mess
 # ---- the file as a whole
 
 
+ALIASES_OF_ALIASES = "".join(f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 10 if n else ['x'])}]\n" for n in range(12))
+
+
 @pytest.mark.parametrize(
     ("text", "line", "says"),
     [
@@ -476,6 +479,7 @@ def test_static_users_that_are_wrong_have_their_message(problems_of, users, mess
         ("policy:\n  domain: a.test\nsockets: {}\npolicy: {}\n", 4, "key given twice: policy"),
         ("policy:\n  domain: a.test\n  foreign_sender: dunno\n  domain: b.test\n", 4, "key given twice: domain"),
         ("policy:\n  ? [a]\n  : b\n", 2, "unhashable key"),
+        (ALIASES_OF_ALIASES, 2, "an alias (*name): write out what it stands for"),
     ],
     ids=[
         "bracket",
@@ -494,6 +498,7 @@ def test_static_users_that_are_wrong_have_their_message(problems_of, users, mess
         "block twice",
         "key twice",
         "key that is a list",
+        "aliases of aliases",
     ],
 )
 def test_text_that_is_not_good_yaml_is_refused_with_its_line(load, problems_of, text, line, says):
