@@ -96,7 +96,7 @@ from concurrent.futures import Future, InvalidStateError
 from concurrent.futures import TimeoutError as FutureTimeout
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any, Callable, ClassVar, Generic, NamedTuple, Optional, Protocol, TypeVar, Union
+from typing import IO, TYPE_CHECKING, Any, Callable, ClassVar, Generic, NamedTuple, Optional, Protocol, TypeVar, Union
 
 import yaml
 
@@ -151,6 +151,7 @@ MAX_FORMER_NAMES = 4  # of a user who was renamed
 MAX_WITNESSES = 1000  # federations whose last confirmed user is remembered; where one is forgotten, a grace lasts longer
 MAX_NAME_CHARS = 255  # of a username or an address in an answer of Keycloak: its own limit
 
+MAX_CONFIG_CHARS = 1_048_576  # of config.yaml; so many take PyYAML some 10 s
 SAVE_RETRY_SECONDS = 1.0  # before last-known.db or last-used.json is tried again
 USE_SECONDS = 60.0  # in which one use of an app is noted at the most
 MAX_APPS_NOTED = 10_000  # beyond, one may be noted before USE_SECONDS are over; each about 200 bytes
@@ -1436,6 +1437,19 @@ class Config:
     warnings: tuple[Problem, ...] = ()
 
 
+def open_file(path: str, flags: int = 0) -> IO[str]:
+    """A file of text, to be read; raises OSError. What is none is not waited for, and not read: a FIFO or a device may never end."""
+
+    def opener(name: str, mode: int) -> int:
+        descriptor = os.open(name, mode | os.O_NONBLOCK | flags)
+        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+            os.close(descriptor)
+            raise OSError(errno.EINVAL, "it is not a regular file")
+        return descriptor
+
+    return open(path, encoding="utf-8", opener=opener)
+
+
 class _StrictLoader(yaml.SafeLoader):
     """YAML that refuses a key given twice, since the loser would silently have no effect, and aliases: a few lines could hold billions."""
 
@@ -1490,9 +1504,12 @@ def _describe_yaml(exc: yaml.MarkedYAMLError) -> str:
 def read_yaml(path: str) -> dict[str, Any]:
     """The file as a mapping of blocks, unchecked; raises ConfigError with the file's line where YAML itself fails."""
     try:
-        with open(path, encoding="utf-8") as file:
-            raw = yaml.load(file, Loader=_StrictLoader)  # noqa: S506  a SafeLoader by descent, builds plain values only
-            repr(raw)  # ValueError for a number of thousands of digits, which no message could show
+        with open_file(path) as file:
+            text = file.read(MAX_CONFIG_CHARS + 1)
+        if len(text) > MAX_CONFIG_CHARS:
+            raise OSError(errno.EFBIG, os.strerror(errno.EFBIG))
+        raw = yaml.load(text, Loader=_StrictLoader)  # noqa: S506  a SafeLoader by descent, builds plain values only
+        repr(raw)  # ValueError for a number of thousands of digits, which no message could show
     except OSError as exc:
         raise ConfigError([Problem(path, f"cannot be read: {exc.strerror}", kind="unreadable")]) from exc
     except yaml.MarkedYAMLError as exc:
@@ -1540,8 +1557,11 @@ def _check_between_keys(block: str, raw: Mapping[str, Any], values: dict[str, An
         import ssl
 
         text = f"{ca_file}: expected a file of CA certificates in PEM form"
+        is_folder = os.path.isdir(ca_file)
         try:
-            ssl.create_default_context(**{"capath" if os.path.isdir(ca_file) else "cafile": ca_file})
+            if not is_folder:
+                open_file(ca_file).close()
+            ssl.create_default_context(**{"capath" if is_folder else "cafile": ca_file})
         except ssl.SSLError:
             yield Problem("keycloak.ca_file", f"{text}: no such certificates in it")
         except OSError as exc:
@@ -1564,7 +1584,7 @@ def _check_secret(raw: Mapping[str, Any], values: dict[str, Any]) -> Iterator[Pr
     if not path:
         return
     try:
-        with open(path, encoding="utf-8") as file:
+        with open_file(path) as file:
             secret = file.readline(4096).strip()
     except (OSError, UnicodeDecodeError) as exc:
         # A secret may begin with a slash; a file that is there, or could be, is none.
@@ -4262,12 +4282,10 @@ def _explain(action: Action, facts: LiveFacts, asked: str, user: str) -> dict[st
 def read_app_uses(path: str) -> dict[str, Any]:
     """{"since": when noting began, "apps": {app_id: {"last_used": ..., "client": ...}}}; times in seconds since 1970.
 
-    Raises OSError, ValueError or RecursionError. What it says of one app may be anything. Root reads it as well, so it must not lead
-    elsewhere, end never or be something else than a file.
+    Raises OSError, ValueError or RecursionError. What it says of one app may be anything. Root reads it as well, so no link is followed.
     """
-    flags = os.O_NONBLOCK | os.O_NOFOLLOW
-    with open(path, encoding="utf-8", opener=lambda name, mode: os.open(name, mode | flags)) as file:
-        known = json.loads(file.read(MAX_USES_CHARS)) if stat.S_ISREG(os.fstat(file.fileno()).st_mode) else None
+    with open_file(path, os.O_NOFOLLOW) as file:
+        known = json.loads(file.read(MAX_USES_CHARS))
     if not (isinstance(known, dict) and isinstance(known.get("since"), int) and isinstance(known.get("apps"), dict)):
         raise ValueError("it is not what the daemon writes")
     return known

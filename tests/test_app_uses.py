@@ -236,8 +236,8 @@ def test_file_that_makes_no_sense_stays_and_is_a_warning_until_it_is_deleted(dae
     [
         (lambda path: path.symlink_to("/dev/zero"), "Too many levels of symbolic links"),
         (lambda path: (path.touch(), os.truncate(path, 2**40)), "it is not what the daemon writes"),
-        (os.mkfifo, "it is not what the daemon writes"),
-        (os.mkdir, "Is a directory"),
+        (os.mkfifo, "it is not a regular file"),
+        (os.mkdir, "it is not a regular file"),
     ],
     ids=["link", "sparse", "fifo", "directory"],
 )

@@ -527,6 +527,24 @@ def test_file_that_is_no_mapping_is_one_problem(load, problems_of, content):
     assert problem.startswith(f"config: {load.path}: ")
 
 
+def test_file_that_is_too_long_is_one_problem(load, problems_of):
+    assert problems_of("#" + "x" * 2**20) == [f"config: {load.path}: cannot be read: File too large"]
+
+
+@pytest.mark.parametrize("key", ["client_secret_file", "ca_file", ""])
+def test_fifo_in_place_of_a_file_is_a_problem_and_not_waited_for(tmp_path, key):
+    fifo, path = tmp_path / "fifo", tmp_path / "config.yaml"
+    os.mkfifo(fifo)
+    config = with_key(f"keycloak.{key}", str(fifo))
+    if key == "client_secret_file":
+        del config["keycloak"]["client_secret"]
+    path.write_text(yaml.safe_dump(config))
+    result = run("--config", path if key else fifo, "--check-config")
+    assert result.returncode == 78
+    assert result.stderr.endswith("it is not a regular file\n")
+    assert result.stderr.count("\n") == 1
+
+
 def test_block_whose_only_key_has_no_space_says_so(problems_of):
     assert "config: policy: expected a block of keys, got text; is there a space after each colon?" in problems_of(
         "policy:\n  domain:a.test\n"
