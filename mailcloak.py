@@ -1946,8 +1946,8 @@ def file_identity(path: str) -> Optional[tuple[int, int]]:
 
 
 def last_known_path(database_path: str) -> str:
-    """Of the file that SavedUsers keeps beside the database."""
-    return os.path.join(os.path.dirname(database_path), "last-known.db")
+    """Of the file that SavedUsers keeps beside the database; the same by whichever links sqlite.path leads there."""
+    return os.path.join(os.path.realpath(os.path.dirname(database_path)), "last-known.db")
 
 
 def last_used_path(database_path: str) -> str:
