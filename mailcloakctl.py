@@ -613,6 +613,10 @@ def open_database(path: str, *, create: bool) -> sqlite3.Connection:
     return database
 
 
+# No chown or chmod: it would change the file that the link leads to, whoever has made the link.
+LINK_REMEDY = "this is a link: if the file it leads to is the right one, name that in sqlite.path; else delete the link"
+
+
 def database_remedy(exc: BaseException, path: str) -> str:
     """The way out of an error of the database, from what SQLite and the file system say about it."""
     fault = mailcloak.sqlite_fault(exc)
@@ -626,6 +630,8 @@ def database_remedy(exc: BaseException, path: str) -> str:
             return "its file system is mounted read-only, mount it for writing"
         if fault == "full" or not disk.f_favail or not disk.f_bavail:
             return "make room on its disk and try again"
+    if os.path.islink(path):
+        return LINK_REMEDY
     user, file_user = (owner_name(place) if os.path.exists(place) else "" for place in (os.path.dirname(path), path))
     if os.geteuid() == 0 and file_user not in (user, ""):  # root acts as the first
         return f"chown the file to {user}, who owns its directory and has to read it"

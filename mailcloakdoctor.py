@@ -416,6 +416,9 @@ def check_database(host: Installation) -> Findings:
             yield skipped("database", f"this user may not use {path}", AS_ROOT)
         else:
             yield problem("database", f"{path}: {mailcloak.describe_sqlite(exc)}", ctl.database_remedy(exc, path))
+    if os.path.islink(path):
+        yield warning("database-mode", f"who may use the file that {path} leads to was not looked at", ctl.LINK_REMEDY)
+        return
     if status.st_mode & 0o002:
         yield problem("database-mode", f"every user of this host can change {path}", f"chmod o-rwx {shlex.quote(path)}")
     elif status.st_mode & 0o004:
@@ -429,7 +432,7 @@ def check_database(host: Installation) -> Findings:
     free_bytes = room.f_bavail * room.f_frsize
     if free_bytes < NEEDED_BYTES and not room.f_flag & os.ST_RDONLY:
         yield problem("database-room", f"the disk of {path} has only {free_bytes // 1024} kB left", "make room on it")
-    failure = problem("database-access", "", f"chown {host.daemon.user if host.daemon else ''}: {{path}}")
+    failure = problem("database-access", "", f"chown -h {host.daemon.user if host.daemon else ''}: {{path}}")
     yield from check_daemon_access(host, lambda: why_not(path, mode) or why_not(directory, mode), failure)
 
 

@@ -416,8 +416,8 @@ def test_database_that_was_lost_is_to_be_restored_and_not_made_again(site):
 
 def test_database_that_strangers_may_replace_is_a_problem(site):
     site.database.parent.chmod(0o757)
-    found = the_only(site.findings(mailcloakdoctor.check_database), "problem", "database-mode")
-    assert found.remedy == f"chmod o-w {site.database.parent}"
+    found = named(site.findings(mailcloakdoctor.check_database), "database-mode")  # root does not use it either
+    assert f"chmod o-w {site.database.parent}" in [finding.remedy for finding in found]
 
 
 def test_disk_without_room_is_a_problem(site, monkeypatch):
