@@ -492,12 +492,14 @@ class Origin(NamedTuple):
 
 
 def find_origin(database: sqlite3.Connection, schema: str = "main") -> Optional[Origin]:
-    """None for a database of one host alone."""
-    if not database.execute(f"SELECT 1 FROM {schema}.sqlite_master WHERE name = 'origin'").fetchone():  # noqa: S608
+    """None for a database of one host alone; raises sqlite3.Error. A view does not count: its rows may have no end."""
+    if not database.execute(f"SELECT 1 FROM {schema}.sqlite_master WHERE name = 'origin' AND type = 'table'").fetchone():  # noqa: S608
         return None
     numbers = ("epoch", "serial", "published_at")
     columns = [f"CAST({name} AS {'INTEGER' if name in numbers else 'TEXT'})" for name in Origin._fields]
     row = database.execute(f"SELECT {', '.join(columns)} FROM {schema}.origin").fetchone()  # noqa: S608
+    if row and (None in row or row[0] not in ("writer", "follower") or not all(0 <= number < 2**62 for number in row[3:6])):
+        raise sqlite3.DatabaseError("its origin makes no sense")
     return Origin(*row) if row else None
 
 

@@ -1177,6 +1177,46 @@ def has_open(pid, path):
     return str(path) in links
 
 
+ORIGINS = {  # role, writer, host, epoch, serial, published_at, digest, file
+    "nothing of a follower": ("follower", *[None] * 7),
+    "nothing of a writer": ("writer", *[None] * 7),
+    "another role": ("king", "w", "h", 1, 1, 1, "d", "/x"),
+    "no next epoch": ("follower", "w", "h", 2**63 - 1, 1, 1, "d", "/x"),
+    "time before time": ("follower", "w", "h", 1, 1, -1, "d", "/x"),
+}
+
+
+@pytest.mark.parametrize("origin", ORIGINS.values(), ids=ORIGINS)
+def test_origin_that_makes_no_sense_is_said_and_ends_no_status(tmp_path, make_config, origin):
+    config = make_config(static_users={"alice": "alice@d1.test"})
+    database, path, metrics = config["sqlite"]["path"], tmp_path / "config.yaml", tmp_path / "mailcloak.prom"
+    path.write_text(yaml.safe_dump(config))
+    mailcloak.prepare_database(database, 5)
+    with contextlib.closing(sqlite3.connect(database)) as connection, connection:
+        connection.execute("CREATE TABLE origin (role, writer, host, epoch, serial, published_at, digest, file)")
+        connection.execute("INSERT INTO origin VALUES (?, ?, ?, ?, ?, ?, ?, ?)", origin)
+    result = run_ctl("--config", path, "status", "--prometheus", metrics, check=False)
+    assert "Traceback" not in result.stderr
+    assert "mailcloak_up 0.0" in metrics.read_text(encoding="utf-8")
+    for arguments in (
+        ("--db", database, "db", "promote"),
+        ("--db", tmp_path / "shared.db", "db", "mirror", database, "--publish"),
+    ):
+        result = run_ctl(*arguments, check=False)
+        assert (result.returncode, result.stderr.count("\n")) == (1, 1)
+        assert "its origin makes no sense" in result.stderr
+
+
+def test_view_without_an_end_in_place_of_the_origin_counts_as_none(tmp_path):
+    database = tmp_path / "state.db"
+    mailcloak.prepare_database(str(database), 5)
+    with contextlib.closing(sqlite3.connect(database)) as connection, connection:
+        endless = "WITH RECURSIVE x(n) AS (SELECT 1 UNION ALL SELECT n + 1 FROM x) SELECT count(*) FROM x"
+        others = ", ".join(f"1 {name}" for name in mailcloakctl.Origin._fields[1:])
+        connection.execute(f"CREATE VIEW origin AS SELECT ({endless}) role, {others}")
+    run_ctl("--db", database, "aliases", "add", "info@d1.test", "alice", timeout=20)
+
+
 # ---- the configuration
 
 
