@@ -3674,8 +3674,9 @@ class SavedUsers:
         saved = [(self._meaning, json.dumps(user_id), person_to_json(person, age)) for user_id, person in batch.items() if person]
         forgotten = [(self._meaning, json.dumps(user_id)) for user_id, person in batch.items() if not person]
         with contextlib.closing(self._open()) as connection:
-            # a power failure must not give back a right that was lost; times may be lost
-            connection.execute(f"PRAGMA synchronous = {'FULL' if is_urgent else 'OFF'}")
+            # A power failure must not give back a right that was lost: with FULL the deleted journal may be there again after it, and
+            # undo what was written. Times may be lost.
+            connection.execute(f"PRAGMA synchronous = {'EXTRA' if is_urgent else 'OFF'}")
             connection.execute("BEGIN IMMEDIATE")
             if self._is_whole:
                 connection.execute("DELETE FROM users WHERE meaning = ?", (self._meaning,))

@@ -558,6 +558,7 @@ def describe_replication(replication: dict[str, Any]) -> str:
 @contextlib.contextmanager
 def transaction(database: sqlite3.Connection, *, of_mirror: bool = False) -> Iterator[None]:
     """All or nothing; waits for its turn where another command is writing. Only db mirror and db promote write to a follower's."""
+    patiently(lambda: database.execute("PRAGMA synchronous = EXTRA"))  # see mailcloak.SavedUsers._save()
     patiently(lambda: database.execute("BEGIN IMMEDIATE"))
     try:
         origin = None if of_mirror else find_origin(database)

@@ -1177,6 +1177,14 @@ def has_open(pid, path):
     return str(path) in links
 
 
+def test_change_is_written_so_that_no_power_failure_brings_the_journal_back(tmp_path):
+    """Source: SQLite, PRAGMA synchronous: only EXTRA, 3, syncs the directory after the journal was deleted."""
+    mailcloak.prepare_database(str(tmp_path / "state.db"), 5)
+    database = mailcloakctl.open_database(str(tmp_path / "state.db"), create=False)
+    with contextlib.closing(database), mailcloakctl.transaction(database):
+        assert database.execute("PRAGMA synchronous").fetchone()[0] == 3
+
+
 ORIGINS = {  # role, writer, host, epoch, serial, published_at, digest, file
     "nothing of a follower": ("follower", *[None] * 7),
     "nothing of a writer": ("writer", *[None] * 7),
