@@ -327,6 +327,7 @@ FAULTS = {  # statement, key of the fault, is it corrected, what is there after 
         ("aliases", "info@d1.test"),
         ("SELECT username FROM aliases WHERE alias_email = 'info@d1.test'", [("alice",)]),
     ),
+    "username that is a BLOB": ("UPDATE aliases SET username = x'61' WHERE username = 'alice'", ("aliases", "info@d1.test"), None),
     "two usernames": ("UPDATE aliases SET username = 'x, y' WHERE username = 'alice'", ("aliases", "info@d1.test"), None),
     "app in capitals": (
         "INSERT INTO apps (app_id, secret_hash) VALUES ('Shop', 'x')",
@@ -334,6 +335,9 @@ FAULTS = {  # statement, key of the fault, is it corrected, what is there after 
         ("SELECT app_id FROM apps", [("printer",), ("shop",)]),
     ),
     "app in capitals, also there": ("INSERT INTO apps (app_id, secret_hash) VALUES ('Printer', 'x')", ("apps", "Printer"), None),
+    "app that is a BLOB": ("INSERT INTO apps (app_id, secret_hash) VALUES (x'61', 'x')", ("apps", "b'a'"), None),
+    "owner that is a BLOB": ("UPDATE apps SET owner = x'61'", ("apps", "printer"), None),
+    "owner that is empty": ("UPDATE apps SET owner = ''", ("apps", "printer"), None),
     "owner in capitals": (
         "UPDATE apps SET owner = 'Alice'",
         ("apps", "printer"),
@@ -347,6 +351,11 @@ FAULTS = {  # statement, key of the fault, is it corrected, what is there after 
     "sender that is no address": (
         "INSERT INTO app_from (app_id, from_addr) VALUES ('printer', CAST(x'ff' AS TEXT))",
         ("app_from", "printer \\udcff"),
+        ("SELECT from_addr FROM app_from", [("scan@d1.test",)]),
+    ),
+    "sender that is a BLOB": (
+        "INSERT INTO app_from (app_id, from_addr) VALUES ('printer', x'61')",
+        ("app_from", "printer b'a'"),
         ("SELECT from_addr FROM app_from", [("scan@d1.test",)]),
     ),
     "sender of no app": (

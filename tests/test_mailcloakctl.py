@@ -374,6 +374,13 @@ def test_aliases_move_lets_all_of_a_user_lead_to_another(several):
     assert "no alias leads to alice" in several.refuses("aliases", "move", "alice", "carol")
 
 
+def test_aliases_move_leaves_rows_that_are_no_alias(several):
+    with contextlib.closing(sqlite3.connect(several.path)) as database, database:
+        database.execute("INSERT INTO alias_targets (alias_email, target) VALUES (x'61', 'alice'), ('gone@d1.test', 'alice')")
+        database.execute("INSERT INTO aliases (alias_email, username) VALUES (x'62', 'alice')")
+    assert several("aliases", "move", "alice", "dave").stderr.startswith("aliases: 3 aliases now lead to dave: info@d1.test, ")
+
+
 def test_aliases_move_that_forms_a_chain_is_refused_as_a_whole_unless_force(several):
     several.insert("aliases", "carol@d1.test", "dora")
     assert "name dora instead" in several.refuses("aliases", "move", "alice", "carol")
