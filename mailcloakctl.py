@@ -344,7 +344,7 @@ def shown_seconds(seconds: float) -> str:
     if seconds < 60:
         return f"{seconds:.3g} s"
     units = ((86400, "d"), (3600, "h"), (60, "min"), (1, "s"))
-    index = next(index for index, (size, _) in enumerate(units) if seconds >= size)
+    index = next((index for index, (size, _) in enumerate(units) if seconds >= size), 0)  # 0: not a number, said by another program
     (size, unit), (lesser_size, lesser_unit) = units[index : index + 2]
     return f"{seconds // size:.0f} {unit} {seconds % size // lesser_size:.0f} {lesser_unit}"
 
