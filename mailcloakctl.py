@@ -69,6 +69,7 @@ Columns = dict[str, Callable[[Any], str]]  # the columns of a table, each with t
 
 EXIT_DONE, EXIT_REFUSED, EXIT_OVER_LIMIT = 0, 1, 3  # 2 is argparse's
 BUSY_SECONDS = 60.0  # how long to wait for another mailcloakctl that is writing
+ENDING_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)  # each ends a command as Ctrl-C does, which clears up
 INTERRUPT_SECONDS = 0.2  # how long SQLite may wait at a time: Ctrl-C counts only between two waits
 GENERATED_TOKEN_BYTES = 32
 GENERATED_ITERATIONS = 4096  # 256 random bits cannot be guessed, however fast a guess is checked
@@ -575,7 +576,7 @@ def transaction(database: sqlite3.Connection, *, of_mirror: bool = False) -> Ite
 
 def commit(database: sqlite3.Connection) -> None:
     """From here on a signal comes too late, until main() ends: the change is said, and noted in syslog."""
-    mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM, signal.SIGHUP})
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, ENDING_SIGNALS)
     try:
         database.execute("COMMIT")
     except BaseException:
@@ -2430,20 +2431,24 @@ def run_command(options: argparse.Namespace) -> int:
 
 def main(argv: Optional[Sequence[str]] = None) -> int:
     """Run one command; returns its exit code."""
-    mask, handler = signal.pthread_sigmask(signal.SIG_BLOCK, ()), signal.getsignal(signal.SIGINT)
+    mask, handlers = signal.pthread_sigmask(signal.SIG_BLOCK, ()), {number: signal.getsignal(number) for number in ENDING_SIGNALS}
     options = argparse.Namespace(config=None, db=None, json=False, noun="")
     try:
-        if handler is not signal.SIG_IGN:
-            signal.signal(signal.SIGINT, signal.default_int_handler)
+        for number, handler in handlers.items():
+            if handler is not signal.SIG_IGN:
+                signal.signal(number, signal.default_int_handler)
         return run(argv, options)
     except KeyboardInterrupt:
-        signal.signal(signal.SIGINT, signal.SIG_DFL)
+        for number in handlers:
+            signal.signal(number, signal.SIG_DFL)
         say(f"mailcloakctl: interrupted{', no alias or app was changed' if options.noun in DATABASE_NOUNS else ''}")
         return EXIT_NOT_RUN if options.noun == "doctor" else EXIT_REFUSED
     finally:
-        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        for number in handlers:
+            signal.signal(number, signal.SIG_IGN)
         signal.pthread_sigmask(signal.SIG_SETMASK, mask)
-        signal.signal(signal.SIGINT, handler)
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
 
 
 def run(argv: Optional[Sequence[str]], options: argparse.Namespace) -> int:

@@ -53,6 +53,23 @@ def copy(ctl):
 # ---- backup
 
 
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT], ids=lambda number: number.name)
+def test_backup_that_a_signal_ends_leaves_nothing_behind(ctl, tmp_path, number):
+    with contextlib.closing(sqlite3.connect(ctl.path)) as database, database:
+        database.execute("CREATE TABLE other AS SELECT zeroblob(100000000) AS data")  # so that it takes a moment
+    place, private = tmp_path / "backups", tmp_path / "private"
+    place.mkdir()
+    private.mkdir()
+    command = ["env", "--default-signal", sys.executable, ROOT / "mailcloakctl.py", "--db", ctl.path, "backup", place / "copy.db"]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env={**os.environ, "TMPDIR": str(private)})
+    while process.poll() is None and not any(private.glob("*/copy.db")):
+        pass
+    process.send_signal(number)
+    _, said = process.communicate(timeout=30)
+    assert (process.returncode, said) == (1, "mailcloakctl: interrupted, no alias or app was changed\n")
+    assert [*place.iterdir(), *private.iterdir()] == []
+
+
 def test_backup_is_a_whole_copy_for_its_owner_alone(ctl):
     path = ctl.path.parent / "backup.db"
     result = ctl("backup", path)
