@@ -96,7 +96,7 @@ from concurrent.futures import Future, InvalidStateError
 from concurrent.futures import TimeoutError as FutureTimeout
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any, Callable, ClassVar, Generic, NamedTuple, Optional, Protocol, TypeVar, Union
+from typing import IO, TYPE_CHECKING, Any, Callable, ClassVar, Generic, NamedTuple, Optional, Protocol, TypeVar, Union
 
 import yaml
 
@@ -153,9 +153,11 @@ MAX_FORMER_HOLDERS = 50  # of a name
 MAX_WITNESSES = 1000  # federations whose last confirmed user is remembered; where one is forgotten, a grace lasts longer
 MAX_NAME_CHARS = 255  # of a username or an address in an answer of Keycloak: its own limit
 
+MAX_CONFIG_CHARS = 1_048_576  # of config.yaml; so many take PyYAML some 10 s
 SAVE_RETRY_SECONDS = 1.0  # before last-known.db or last-used.json is tried again
 USE_SECONDS = 60.0  # in which one use of an app is noted at the most
 MAX_APPS_NOTED = 10_000  # beyond, one may be noted before USE_SECONDS are over; each about 200 bytes
+MAX_USES_CHARS = 8_388_608  # of last-used.json, with some 100 for each app; more is not read
 DATABASE_KEPT_CONNECTIONS = 64  # beyond, a thread's connection ends with its question; each takes about 150 KiB
 DATABASE_CACHE_KIB = 400  # of pages that a connection keeps; SQLite's own limit is 2,000
 DATABASE_BUSY_SECONDS = 2.0  # how long a question waits for a writer's lock
@@ -1447,8 +1449,30 @@ class Config:
     warnings: tuple[Problem, ...] = ()
 
 
+def open_file(path: str, flags: int = 0) -> IO[str]:
+    """A file of text, to be read; raises OSError. What is none is not waited for, and not read: a FIFO or a device may never end."""
+
+    def opener(name: str, mode: int) -> int:
+        descriptor = os.open(name, mode | os.O_NONBLOCK | flags)
+        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+            os.close(descriptor)
+            raise OSError(errno.EINVAL, "it is not a regular file")
+        return descriptor
+
+    return open(path, encoding="utf-8", opener=opener)
+
+
 class _StrictLoader(yaml.SafeLoader):
-    """YAML that refuses a key given twice, since the loser would silently have no effect."""
+    """YAML that refuses a key given twice, since the loser would silently have no effect, and aliases: a few lines could hold billions."""
+
+    def compose_node(self, parent: Optional[yaml.Node], index: Any) -> Optional[yaml.Node]:
+        """The next value of the file."""
+        if self.check_event(yaml.AliasEvent):
+            mark = self.current_event.start_mark
+            raise yaml.composer.ComposerError(
+                None, None, "an alias (*name): write out what it stands for, a text with * in quotes", mark
+            )
+        return super().compose_node(parent, index)
 
 
 def _construct_mapping(loader: _StrictLoader, node: yaml.MappingNode) -> dict[Any, Any]:
@@ -1492,9 +1516,12 @@ def _describe_yaml(exc: yaml.MarkedYAMLError) -> str:
 def read_yaml(path: str) -> dict[str, Any]:
     """The file as a mapping of blocks, unchecked; raises ConfigError with the file's line where YAML itself fails."""
     try:
-        with open(path, encoding="utf-8") as file:
-            raw = yaml.load(file, Loader=_StrictLoader)  # noqa: S506  a SafeLoader by descent, builds plain values only
-            repr(raw)  # ValueError for a number of thousands of digits, which no message could show
+        with open_file(path) as file:
+            text = file.read(MAX_CONFIG_CHARS + 1)
+        if len(text) > MAX_CONFIG_CHARS:
+            raise OSError(errno.EFBIG, os.strerror(errno.EFBIG))
+        raw = yaml.load(text, Loader=_StrictLoader)  # noqa: S506  a SafeLoader by descent, builds plain values only
+        repr(raw)  # ValueError for a number of thousands of digits, which no message could show
     except OSError as exc:
         raise ConfigError([Problem(path, f"cannot be read: {exc.strerror}", kind="unreadable")]) from exc
     except yaml.MarkedYAMLError as exc:
@@ -1542,8 +1569,11 @@ def _check_between_keys(block: str, raw: Mapping[str, Any], values: dict[str, An
         import ssl
 
         text = f"{ca_file}: expected a file of CA certificates in PEM form"
+        is_folder = os.path.isdir(ca_file)
         try:
-            ssl.create_default_context(**{"capath" if os.path.isdir(ca_file) else "cafile": ca_file})
+            if not is_folder:
+                open_file(ca_file).close()
+            ssl.create_default_context(**{"capath" if is_folder else "cafile": ca_file})
         except ssl.SSLError:
             yield Problem("keycloak.ca_file", f"{text}: no such certificates in it")
         except OSError as exc:
@@ -1566,7 +1596,7 @@ def _check_secret(raw: Mapping[str, Any], values: dict[str, Any]) -> Iterator[Pr
     if not path:
         return
     try:
-        with open(path, encoding="utf-8") as file:
+        with open_file(path) as file:
             secret = file.readline(4096).strip()
     except (OSError, UnicodeDecodeError) as exc:
         # A secret may begin with a slash; a file that is there, or could be, is none.
@@ -1928,8 +1958,8 @@ def file_identity(path: str) -> Optional[tuple[int, int]]:
 
 
 def last_known_path(database_path: str) -> str:
-    """Of the file that SavedUsers keeps beside the database."""
-    return os.path.join(os.path.dirname(database_path), "last-known.db")
+    """Of the file that SavedUsers keeps beside the database; the same by whichever links sqlite.path leads there."""
+    return os.path.join(os.path.realpath(os.path.dirname(database_path)), "last-known.db")
 
 
 def last_used_path(database_path: str) -> str:
@@ -3702,8 +3732,9 @@ class SavedUsers:
         saved = [(self._meaning, json.dumps(user_id), person_to_json(person, age)) for user_id, person in batch.items() if person]
         forgotten = [(self._meaning, json.dumps(user_id)) for user_id, person in batch.items() if not person]
         with contextlib.closing(self._open()) as connection:
-            # a power failure must not give back a right that was lost; times may be lost
-            connection.execute(f"PRAGMA synchronous = {'FULL' if is_urgent else 'OFF'}")
+            # A power failure must not give back a right that was lost: with FULL the deleted journal may be there again after it, and
+            # undo what was written. Times may be lost.
+            connection.execute(f"PRAGMA synchronous = {'EXTRA' if is_urgent else 'OFF'}")
             connection.execute("BEGIN IMMEDIATE")
             if self._is_whole:
                 connection.execute("DELETE FROM users WHERE meaning = ?", (self._meaning,))
@@ -4326,10 +4357,10 @@ def _explain(action: Action, facts: LiveFacts, asked: str, user: str) -> dict[st
 def read_app_uses(path: str) -> dict[str, Any]:
     """{"since": when noting began, "apps": {app_id: {"last_used": ..., "client": ...}}}; times in seconds since 1970.
 
-    Raises OSError, ValueError or RecursionError. What it says of one app may be anything.
+    Raises OSError, ValueError or RecursionError. What it says of one app may be anything. Root reads it as well, so no link is followed.
     """
-    with open(path, encoding="utf-8", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK)) as file:  # it may be a FIFO
-        known = json.load(file)
+    with open_file(path, os.O_NOFOLLOW) as file:
+        known = json.loads(file.read(MAX_USES_CHARS))
     if not (isinstance(known, dict) and isinstance(known.get("since"), int) and isinstance(known.get("apps"), dict)):
         raise ValueError("it is not what the daemon writes")
     return known

@@ -69,6 +69,7 @@ Columns = dict[str, Callable[[Any], str]]  # the columns of a table, each with t
 
 EXIT_DONE, EXIT_REFUSED, EXIT_OVER_LIMIT = 0, 1, 3  # 2 is argparse's
 BUSY_SECONDS = 60.0  # how long to wait for another mailcloakctl that is writing
+ENDING_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)  # each ends a command as Ctrl-C does, which clears up
 INTERRUPT_SECONDS = 0.2  # how long SQLite may wait at a time: Ctrl-C counts only between two waits
 GENERATED_TOKEN_BYTES = 32
 GENERATED_ITERATIONS = 4096  # 256 random bits cannot be guessed, however fast a guess is checked
@@ -344,7 +345,7 @@ def shown_seconds(seconds: float) -> str:
     if seconds < 60:
         return f"{seconds:.3g} s"
     units = ((86400, "d"), (3600, "h"), (60, "min"), (1, "s"))
-    index = next(index for index, (size, _) in enumerate(units) if seconds >= size)
+    index = next((index for index, (size, _) in enumerate(units) if seconds >= size), 0)  # 0: not a number, said by another program
     (size, unit), (lesser_size, lesser_unit) = units[index : index + 2]
     return f"{seconds // size:.0f} {unit} {seconds % size // lesser_size:.0f} {lesser_unit}"
 
@@ -492,12 +493,14 @@ class Origin(NamedTuple):
 
 
 def find_origin(database: sqlite3.Connection, schema: str = "main") -> Optional[Origin]:
-    """None for a database of one host alone."""
-    if not database.execute(f"SELECT 1 FROM {schema}.sqlite_master WHERE name = 'origin'").fetchone():  # noqa: S608
+    """None for a database of one host alone; raises sqlite3.Error. A view does not count: its rows may have no end."""
+    if not database.execute(f"SELECT 1 FROM {schema}.sqlite_master WHERE name = 'origin' AND type = 'table'").fetchone():  # noqa: S608
         return None
     numbers = ("epoch", "serial", "published_at")
     columns = [f"CAST({name} AS {'INTEGER' if name in numbers else 'TEXT'})" for name in Origin._fields]
     row = database.execute(f"SELECT {', '.join(columns)} FROM {schema}.origin").fetchone()  # noqa: S608
+    if row and (None in row or row[0] not in ("writer", "follower") or not all(0 <= number < 2**62 for number in row[3:6])):
+        raise sqlite3.DatabaseError("its origin makes no sense")
     return Origin(*row) if row else None
 
 
@@ -559,6 +562,7 @@ def describe_replication(replication: dict[str, Any]) -> str:
 @contextlib.contextmanager
 def transaction(database: sqlite3.Connection, *, of_mirror: bool = False) -> Iterator[None]:
     """All or nothing; waits for its turn where another command is writing. Only db mirror and db promote write to a follower's."""
+    patiently(lambda: database.execute("PRAGMA synchronous = EXTRA"))  # see mailcloak.SavedUsers._save()
     patiently(lambda: database.execute("BEGIN IMMEDIATE"))
     try:
         origin = None if of_mirror else find_origin(database)
@@ -575,7 +579,7 @@ def transaction(database: sqlite3.Connection, *, of_mirror: bool = False) -> Ite
 
 def commit(database: sqlite3.Connection) -> None:
     """From here on a signal comes too late, until main() ends: the change is said, and noted in syslog."""
-    mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM, signal.SIGHUP})
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, ENDING_SIGNALS)
     try:
         database.execute("COMMIT")
     except BaseException:
@@ -616,6 +620,10 @@ def open_database(path: str, *, create: bool) -> sqlite3.Connection:
     return database
 
 
+# No chown or chmod: it would change the file that the link leads to, whoever has made the link.
+LINK_REMEDY = "this is a link: if the file it leads to is the right one, name that in sqlite.path; else delete the link"
+
+
 def database_remedy(exc: BaseException, path: str) -> str:
     """The way out of an error of the database, from what SQLite and the file system say about it."""
     fault = mailcloak.sqlite_fault(exc)
@@ -629,6 +637,8 @@ def database_remedy(exc: BaseException, path: str) -> str:
             return "its file system is mounted read-only, mount it for writing"
         if fault == "full" or not disk.f_favail or not disk.f_bavail:
             return "make room on its disk and try again"
+    if os.path.islink(path):
+        return LINK_REMEDY
     user, file_user = (owner_name(place) if os.path.exists(place) else "" for place in (os.path.dirname(path), path))
     if os.geteuid() == 0 and file_user not in (user, ""):  # root acts as the first
         return f"chown the file to {user}, who owns its directory and has to read it"
@@ -1271,7 +1281,7 @@ def read_uses(context: Context) -> dict[str, Any]:
     except (OSError, ValueError, RecursionError) as exc:
         reason = exc.strerror if isinstance(exc, OSError) else "it is not what the daemon writes"
         remedy = "delete it, and the daemon begins a new one"
-        if isinstance(exc, OSError):
+        if isinstance(exc, PermissionError):
             remedy = f"run mailcloakctl as {owner_name(path)} or as root"
         if isinstance(exc, FileNotFoundError):
             remedy = "the daemon makes it when it starts"
@@ -2427,20 +2437,24 @@ def run_command(options: argparse.Namespace) -> int:
 
 def main(argv: Optional[Sequence[str]] = None) -> int:
     """Run one command; returns its exit code."""
-    mask, handler = signal.pthread_sigmask(signal.SIG_BLOCK, ()), signal.getsignal(signal.SIGINT)
+    mask, handlers = signal.pthread_sigmask(signal.SIG_BLOCK, ()), {number: signal.getsignal(number) for number in ENDING_SIGNALS}
     options = argparse.Namespace(config=None, db=None, json=False, noun="")
     try:
-        if handler is not signal.SIG_IGN:
-            signal.signal(signal.SIGINT, signal.default_int_handler)
+        for number, handler in handlers.items():
+            if handler is not signal.SIG_IGN:
+                signal.signal(number, signal.default_int_handler)
         return run(argv, options)
     except KeyboardInterrupt:
-        signal.signal(signal.SIGINT, signal.SIG_DFL)
+        for number in handlers:
+            signal.signal(number, signal.SIG_DFL)
         say(f"mailcloakctl: interrupted{', no alias or app was changed' if options.noun in DATABASE_NOUNS else ''}")
         return EXIT_NOT_RUN if options.noun == "doctor" else EXIT_REFUSED
     finally:
-        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        for number in handlers:
+            signal.signal(number, signal.SIG_IGN)
         signal.pthread_sigmask(signal.SIG_SETMASK, mask)
-        signal.signal(signal.SIGINT, handler)
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
 
 
 def run(argv: Optional[Sequence[str]], options: argparse.Namespace) -> int:

@@ -41,6 +41,7 @@ import collections
 import contextlib
 import csv
 import errno
+import functools
 import itertools
 import json
 import os
@@ -1031,7 +1032,9 @@ def aliases_move(context: ctl.Context) -> None:
     def find() -> list[Change]:
         changes = []
         for (address,) in database.execute(select, (old,)).fetchall() if old != new else ():
-            alias = cast(mailcloak.Alias, ctl.find_alias(database, address))
+            alias = ctl.find_alias(database, address)
+            if alias is None or not isinstance(address, str):  # nobody looks it up: db check finds it
+                continue
             users = [new if user == old else user for user in alias.users]
             state = (int(alias.enabled), int(alias.receive_only), "")
             before, after = join_targets(alias.users, alias.external), join_targets(users, alias.external)
@@ -1401,14 +1404,21 @@ def find_faults(context: ctl.Context) -> Iterator[Fault]:
     yield from find_sender_faults(database)
 
 
+def read_stored(read: Callable[[str], str], name: Any) -> str:
+    """The name in the form in which it is looked up; raises Refused, also where it is not stored as text."""
+    if not isinstance(name, str):
+        raise ctl.Refused(f"{name!r} is not text")
+    return read(name)
+
+
 def find_alias_faults(context: ctl.Context) -> Iterator[Fault]:
     """Addresses and targets that are not as the daemon compares them."""
     database = context.database
     for address, rowid in watch(rows_of(database, "SELECT alias_email, rowid FROM aliases ORDER BY alias_email"), "checked"):
         remedy = f"delete it: sqlite3 {context.path} 'DELETE FROM aliases WHERE rowid = {rowid}'"  # noqa: S608
         try:
-            right = ctl.read_address(address)
-        except (ctl.Refused, TypeError, AttributeError):
+            right = read_stored(ctl.read_address, address)
+        except ctl.Refused:
             yield Fault("aliases", ctl.shown_text(address), "this is no address, so the alias counts for nobody", remedy)
             continue
         if right != address:
@@ -1418,8 +1428,8 @@ def find_alias_faults(context: ctl.Context) -> Iterator[Fault]:
         " UNION ALL SELECT 'alias_targets', alias_email, target, external FROM alias_targets ORDER BY 2"
     )
     for table, address, target, external in rows_of(database, targets):
-        with contextlib.suppress(ctl.Refused, TypeError, AttributeError):
-            if ctl.read_address(address) == address:
+        with contextlib.suppress(ctl.Refused):
+            if read_stored(ctl.read_address, address) == address:
                 yield from find_target_faults(context, table, address, target, external == 1)
 
 
@@ -1427,10 +1437,10 @@ def find_target_faults(context: ctl.Context, table: str, address: str, target: s
     """What is wrong with a target of an alias: a username or, where external, an address elsewhere."""
     column = "username" if table == "aliases" else "target"
     try:
-        name = ctl.read_external(context, target) if external else ctl.read_username(target)
+        name = read_stored(functools.partial(ctl.read_external, context) if external else ctl.read_username, target)
         if not external:
             ctl.refuse_names(context, name)
-    except (ctl.Refused, TypeError, AttributeError) as exc:
+    except ctl.Refused as exc:
         fault = str(exc).removeprefix("aliases: ")
         yield Fault(table, address, fault, f"mailcloakctl aliases add {address} USERNAME --replace")
         return
@@ -1465,9 +1475,9 @@ def find_app_faults(database: sqlite3.Connection) -> Iterator[Fault]:
     fixes: tuple[tuple[str, tuple[Any, ...]], ...]
     for app_id, owner in database.execute("SELECT app_id, owner FROM apps ORDER BY app_id").fetchall():
         try:
-            right = ctl.read_app_id(app_id)
-            name = ctl.read_username(owner) if owner else owner
-        except (ctl.Refused, TypeError) as exc:
+            right = read_stored(ctl.read_app_id, app_id)
+            name = owner if owner is None else read_stored(ctl.read_username, owner)
+        except ctl.Refused as exc:
             yield Fault("apps", ctl.shown_text(app_id), str(exc), "make it again, with mailcloakctl apps add and apps set")
             continue
         if right != app_id and right in ids:
@@ -1494,8 +1504,8 @@ def find_sender_faults(database: sqlite3.Connection) -> Iterator[Fault]:
     ).fetchall():
         key = ctl.shown_text(f"{app_id} {sender}")
         try:
-            right = ctl.read_sender(sender) if sender else sender
-        except (ctl.Refused, TypeError, AttributeError):
+            right = sender if sender == "" else read_stored(ctl.read_sender, sender)
+        except ctl.Refused:
             yield Fault(
                 "app_from",
                 key,

@@ -416,6 +416,9 @@ def check_database(host: Installation) -> Findings:
             yield skipped("database", f"this user may not use {path}", AS_ROOT)
         else:
             yield problem("database", f"{path}: {mailcloak.describe_sqlite(exc)}", ctl.database_remedy(exc, path))
+    if os.path.islink(path):
+        yield warning("database-mode", f"who may use the file that {path} leads to was not looked at", ctl.LINK_REMEDY)
+        return
     if status.st_mode & 0o002:
         yield problem("database-mode", f"every user of this host can change {path}", f"chmod o-rwx {shlex.quote(path)}")
     elif status.st_mode & 0o004:
@@ -429,7 +432,7 @@ def check_database(host: Installation) -> Findings:
     free_bytes = room.f_bavail * room.f_frsize
     if free_bytes < NEEDED_BYTES and not room.f_flag & os.ST_RDONLY:
         yield problem("database-room", f"the disk of {path} has only {free_bytes // 1024} kB left", "make room on it")
-    failure = problem("database-access", "", f"chown {host.daemon.user if host.daemon else ''}: {{path}}")
+    failure = problem("database-access", "", f"chown -h {host.daemon.user if host.daemon else ''}: {{path}}")
     yield from check_daemon_access(host, lambda: why_not(path, mode) or why_not(directory, mode), failure)
 
 
@@ -1768,8 +1771,18 @@ PAGE_USERS = 500  # of one request; a brief record is about 500 bytes, and an an
 MAX_USERS = 20_000  # that are read; some 40 requests
 MAX_SINGLE_LOOKUPS = 200  # of users that aliases and apps name, where there are more users than MAX_USERS
 MAX_CLOCK_SECONDS = 60.0  # by which two clocks may differ
+MAX_TIME = 2**40  # in seconds since 1970; what is beyond is no time
 NEEDED_ROLES = {"view-users", "query-users", "query-groups"}  # the last two are part of the first
 READING_ROLES = NEEDED_ROLES | {"view-realm"}  # with which doctor can also read the cache policy of a federation
+NONSENSE = (ValueError, RecursionError, LookupError, TypeError, AttributeError)  # raised for JSON that is none, or has another form
+
+
+class Federation(NamedTuple):
+    """What the checks look at in a user federation of Keycloak."""
+
+    id: str
+    name: str
+    cache_policy: str
 
 
 class KeycloakReader:
@@ -1804,13 +1817,25 @@ class KeycloakReader:
             **{"exact": "true", "briefRepresentation": "true", "max": str(mailcloak.MAX_DIRECTORY_MATCHES), **query},
         )
 
-    def federations(self) -> Optional[list[dict[str, Any]]]:
-        """The user federations that are turned on; None where this client may not see them. Source: GET .../components."""
+    def federations(self) -> Optional[list[Federation]]:
+        """Those that are turned on; None where this client may not see them, or the answer makes no sense. Source: GET .../components."""
         url, query = f"{self._admin_url}/components", {"type": "org.keycloak.storage.UserStorageProvider"}
         status, body = self.ask(self.api.get, url, query)
         if status != 200:
             return None
-        return [each for each in json.loads(body) if each.get("config", {}).get("enabled") != ["false"]]
+        try:
+            return [
+                Federation(str(each["id"]), clip(each["name"]), clip((config.get("cachePolicy") or ["DEFAULT"])[0]))
+                for each in json.loads(body)
+                if (config := each.get("config", {})).get("enabled") != ["false"]
+            ]
+        except NONSENSE:
+            return None
+
+
+def clip(name: Any) -> str:
+    """A name for a finding, though Keycloak may give it any length."""
+    return str(name)[: mailcloak.MAX_NAME_CHARS]
 
 
 def check_keycloak(host: Installation) -> Findings:
@@ -1852,7 +1877,7 @@ def read_claims(token: str) -> dict[str, Any]:
     """What a token of Keycloak says; nothing where it cannot be read. Source: RFC 7519, section 3."""
     try:
         return dict(json.loads(base64.urlsafe_b64decode(token.split(".")[1] + "===")))
-    except (ValueError, LookupError, TypeError):
+    except NONSENSE:
         return {}
 
 
@@ -1880,7 +1905,7 @@ def check_roles(reader: KeycloakReader, roles: Optional[set[str]], sees_users: b
 def check_clock(claims: Mapping[str, Any]) -> Findings:
     """Do Keycloak and this host agree what time it is? By the time at which a token was made just now (iat in RFC 7519)."""
     made_at = claims.get("iat")
-    ahead = made_at - time.time() if isinstance(made_at, (int, float)) else None
+    ahead = made_at - time.time() if isinstance(made_at, (int, float)) and 0 <= made_at <= MAX_TIME else None
     if ahead is None:
         yield skipped("keycloak-clock", "is Keycloak's clock that of this host? Its token does not say when it was made")
     elif abs(ahead) > MAX_CLOCK_SECONDS:
@@ -1957,7 +1982,7 @@ def understand(host: Installation, reader: KeycloakReader, records: Sequence[dic
         try:
             user = mailcloak.read_user(record, reader.config)
         except mailcloak.DirectoryUnavailable as exc:
-            host.unusable_users.append(f"{record.get('username')} ({exc.text})")
+            host.unusable_users.append(f"{clip(record.get('username'))} ({exc.text})")
             continue
         users[user.username] = user
         if user.federation:
@@ -1968,7 +1993,7 @@ def understand(host: Installation, reader: KeycloakReader, records: Sequence[dic
 def check_canaries(host: Installation, reader: KeycloakReader) -> Findings:
     """Are the canaries there, is there one for each federation, and would it be noticed if they were gone?"""
     config, providers = reader.config, reader.federations()
-    federations = host.federations | {str(provider["id"]) for provider in providers or []}
+    federations = host.federations | {provider.id for provider in providers or []}
     watched = set()
     for address in config.canary:
         users = [user for user in understand(host, reader, reader.find(email=address)).values() if user.email == address]
@@ -1994,15 +2019,13 @@ def check_canaries(host: Installation, reader: KeycloakReader) -> Findings:
         yield from check_cache_policy(providers)
 
 
-def check_cache_policy(providers: Optional[Sequence[dict[str, Any]]]) -> Findings:
+def check_cache_policy(providers: Optional[Sequence[Federation]]) -> Findings:
     """Does Keycloak ask each federation for the canary every time, or answer from its own cache?"""
     if providers is None:
         text = "is the federation's cache policy in Keycloak NO_CACHE? A canary protects only then; to read it the client needs the role view-realm"
         yield skipped("keycloak-cache-policy", text)
         return
-    for provider in providers:
-        policy = (provider.get("config", {}).get("cachePolicy") or ["DEFAULT"])[0]
-        name = provider.get("name")
+    for _, name, policy in providers:
         if policy != "NO_CACHE":
             text = f"federation {name}: cache policy {policy}: while it is down, Keycloak still answers for the canary from its cache, so the canary protects no user"
             yield warning("keycloak-cache-policy", text, f"Keycloak, User federation, {name}: Cache policy NO_CACHE")

@@ -10,10 +10,12 @@ import re
 import signal
 import sqlite3
 import stat
+import subprocess
+import sys
 import time
 
 import pytest
-from conftest import USERS, as_nobody, run_ctl, wait_until
+from conftest import ROOT, USERS, as_nobody, run_ctl, wait_until
 from test_database_faults import fill_disk, small_disk  # noqa: F401  a fixture
 
 import mailcloak
@@ -227,6 +229,27 @@ def test_file_that_makes_no_sense_stays_and_is_a_warning_until_it_is_deleted(dae
     uses_path(daemon).unlink()
     wait_for_uses_of_a_new_file(daemon)
     assert daemon.log().count("warning last-used: written again path=") == 1
+
+
+@pytest.mark.parametrize(
+    ("make", "reason"),
+    [
+        (lambda path: path.symlink_to("/dev/zero"), "Too many levels of symbolic links"),
+        (lambda path: (path.touch(), os.truncate(path, 2**40)), "it is not what the daemon writes"),
+        (os.mkfifo, "it is not a regular file"),
+        (os.mkdir, "it is not a regular file"),
+    ],
+    ids=["link", "sparse", "fifo", "directory"],
+)
+def test_what_is_no_file_of_uses_is_read_in_little_memory_and_no_link_is_followed(tmp_path, make, reason):
+    database = tmp_path / "state.db"
+    mailcloak.prepare_database(str(database), 5)
+    path = tmp_path / "last-used.json"
+    make(path)
+    limit = f"ulimit -v 1000000; exec {sys.executable} {ROOT}/mailcloakctl.py --db {database} apps list"
+    said = subprocess.run(["/bin/sh", "-c", limit], capture_output=True, text=True, timeout=60, check=False)
+    warning = f"warning: it is not known when apps were last used: {path}: {reason}; delete it, and the daemon begins a new one\n"
+    assert (said.returncode, said.stderr) == (0, warning)
 
 
 def wait_for_uses_of_a_new_file(daemon):

@@ -53,6 +53,23 @@ def copy(ctl):
 # ---- backup
 
 
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT], ids=lambda number: number.name)
+def test_backup_that_a_signal_ends_leaves_nothing_behind(ctl, tmp_path, number):
+    with contextlib.closing(sqlite3.connect(ctl.path)) as database, database:
+        database.execute("CREATE TABLE other AS SELECT zeroblob(100000000) AS data")  # so that it takes a moment
+    place, private = tmp_path / "backups", tmp_path / "private"
+    place.mkdir()
+    private.mkdir()
+    command = ["env", "--default-signal", sys.executable, ROOT / "mailcloakctl.py", "--db", ctl.path, "backup", place / "copy.db"]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env={**os.environ, "TMPDIR": str(private)})
+    while process.poll() is None and not any(private.glob("*/copy.db")):
+        pass
+    process.send_signal(number)
+    _, said = process.communicate(timeout=30)
+    assert (process.returncode, said) == (1, "mailcloakctl: interrupted, no alias or app was changed\n")
+    assert [*place.iterdir(), *private.iterdir()] == []
+
+
 def test_backup_is_a_whole_copy_for_its_owner_alone(ctl):
     path = ctl.path.parent / "backup.db"
     result = ctl("backup", path)
@@ -327,6 +344,7 @@ FAULTS = {  # statement, key of the fault, is it corrected, what is there after 
         ("aliases", "info@d1.test"),
         ("SELECT username FROM aliases WHERE alias_email = 'info@d1.test'", [("alice",)]),
     ),
+    "username that is a BLOB": ("UPDATE aliases SET username = x'61' WHERE username = 'alice'", ("aliases", "info@d1.test"), None),
     "two usernames": ("UPDATE aliases SET username = 'x, y' WHERE username = 'alice'", ("aliases", "info@d1.test"), None),
     "app in capitals": (
         "INSERT INTO apps (app_id, secret_hash) VALUES ('Shop', 'x')",
@@ -334,6 +352,9 @@ FAULTS = {  # statement, key of the fault, is it corrected, what is there after 
         ("SELECT app_id FROM apps", [("printer",), ("shop",)]),
     ),
     "app in capitals, also there": ("INSERT INTO apps (app_id, secret_hash) VALUES ('Printer', 'x')", ("apps", "Printer"), None),
+    "app that is a BLOB": ("INSERT INTO apps (app_id, secret_hash) VALUES (x'61', 'x')", ("apps", "b'a'"), None),
+    "owner that is a BLOB": ("UPDATE apps SET owner = x'61'", ("apps", "printer"), None),
+    "owner that is empty": ("UPDATE apps SET owner = ''", ("apps", "printer"), None),
     "owner in capitals": (
         "UPDATE apps SET owner = 'Alice'",
         ("apps", "printer"),
@@ -347,6 +368,11 @@ FAULTS = {  # statement, key of the fault, is it corrected, what is there after 
     "sender that is no address": (
         "INSERT INTO app_from (app_id, from_addr) VALUES ('printer', CAST(x'ff' AS TEXT))",
         ("app_from", "printer \\udcff"),
+        ("SELECT from_addr FROM app_from", [("scan@d1.test",)]),
+    ),
+    "sender that is a BLOB": (
+        "INSERT INTO app_from (app_id, from_addr) VALUES ('printer', x'61')",
+        ("app_from", "printer b'a'"),
         ("SELECT from_addr FROM app_from", [("scan@d1.test",)]),
     ),
     "sender of no app": (

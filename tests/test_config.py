@@ -457,6 +457,9 @@ def test_static_users_that_are_wrong_have_their_message(problems_of, users, mess
 # ---- the file as a whole
 
 
+ALIASES_OF_ALIASES = "".join(f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 10 if n else ['x'])}]\n" for n in range(12))
+
+
 @pytest.mark.parametrize(
     ("text", "line", "says"),
     [
@@ -476,6 +479,7 @@ def test_static_users_that_are_wrong_have_their_message(problems_of, users, mess
         ("policy:\n  domain: a.test\nsockets: {}\npolicy: {}\n", 4, "key given twice: policy"),
         ("policy:\n  domain: a.test\n  foreign_sender: dunno\n  domain: b.test\n", 4, "key given twice: domain"),
         ("policy:\n  ? [a]\n  : b\n", 2, "unhashable key"),
+        (ALIASES_OF_ALIASES, 2, "an alias (*name): write out what it stands for"),
     ],
     ids=[
         "bracket",
@@ -494,6 +498,7 @@ def test_static_users_that_are_wrong_have_their_message(problems_of, users, mess
         "block twice",
         "key twice",
         "key that is a list",
+        "aliases of aliases",
     ],
 )
 def test_text_that_is_not_good_yaml_is_refused_with_its_line(load, problems_of, text, line, says):
@@ -520,6 +525,24 @@ def test_text_that_is_not_good_yaml_is_refused_with_its_line(load, problems_of, 
 def test_file_that_is_no_mapping_is_one_problem(load, problems_of, content):
     (problem,) = problems_of(content)
     assert problem.startswith(f"config: {load.path}: ")
+
+
+def test_file_that_is_too_long_is_one_problem(load, problems_of):
+    assert problems_of("#" + "x" * 2**20) == [f"config: {load.path}: cannot be read: File too large"]
+
+
+@pytest.mark.parametrize("key", ["client_secret_file", "ca_file", ""])
+def test_fifo_in_place_of_a_file_is_a_problem_and_not_waited_for(tmp_path, key):
+    fifo, path = tmp_path / "fifo", tmp_path / "config.yaml"
+    os.mkfifo(fifo)
+    config = with_key(f"keycloak.{key}", str(fifo))
+    if key == "client_secret_file":
+        del config["keycloak"]["client_secret"]
+    path.write_text(yaml.safe_dump(config))
+    result = run("--config", path if key else fifo, "--check-config")
+    assert result.returncode == 78
+    assert result.stderr.endswith("it is not a regular file\n")
+    assert result.stderr.count("\n") == 1
 
 
 def test_block_whose_only_key_has_no_space_says_so(problems_of):

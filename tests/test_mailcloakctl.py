@@ -374,6 +374,13 @@ def test_aliases_move_lets_all_of_a_user_lead_to_another(several):
     assert "no alias leads to alice" in several.refuses("aliases", "move", "alice", "carol")
 
 
+def test_aliases_move_leaves_rows_that_are_no_alias(several):
+    with contextlib.closing(sqlite3.connect(several.path)) as database, database:
+        database.execute("INSERT INTO alias_targets (alias_email, target) VALUES (x'61', 'alice'), ('gone@d1.test', 'alice')")
+        database.execute("INSERT INTO aliases (alias_email, username) VALUES (x'62', 'alice')")
+    assert several("aliases", "move", "alice", "dave").stderr.startswith("aliases: 3 aliases now lead to dave: info@d1.test, ")
+
+
 def test_aliases_move_that_forms_a_chain_is_refused_as_a_whole_unless_force(several):
     several.insert("aliases", "carol@d1.test", "dora")
     assert "name dora instead" in several.refuses("aliases", "move", "alice", "carol")
@@ -1175,6 +1182,54 @@ def has_open(pid, path):
         with contextlib.suppress(OSError):  # closed meanwhile
             links.append(os.readlink(f"{directory}/{name}"))
     return str(path) in links
+
+
+def test_change_is_written_so_that_no_power_failure_brings_the_journal_back(tmp_path):
+    """Source: SQLite, PRAGMA synchronous: only EXTRA, 3, syncs the directory after the journal was deleted."""
+    mailcloak.prepare_database(str(tmp_path / "state.db"), 5)
+    database = mailcloakctl.open_database(str(tmp_path / "state.db"), create=False)
+    with contextlib.closing(database), mailcloakctl.transaction(database):
+        assert database.execute("PRAGMA synchronous").fetchone()[0] == 3
+
+
+ORIGINS = {  # role, writer, host, epoch, serial, published_at, digest, file
+    "nothing of a follower": ("follower", *[None] * 7),
+    "nothing of a writer": ("writer", *[None] * 7),
+    "another role": ("king", "w", "h", 1, 1, 1, "d", "/x"),
+    "no next epoch": ("follower", "w", "h", 2**63 - 1, 1, 1, "d", "/x"),
+    "time before time": ("follower", "w", "h", 1, 1, -1, "d", "/x"),
+}
+
+
+@pytest.mark.parametrize("origin", ORIGINS.values(), ids=ORIGINS)
+def test_origin_that_makes_no_sense_is_said_and_ends_no_status(tmp_path, make_config, origin):
+    config = make_config(static_users={"alice": "alice@d1.test"})
+    database, path, metrics = config["sqlite"]["path"], tmp_path / "config.yaml", tmp_path / "mailcloak.prom"
+    path.write_text(yaml.safe_dump(config))
+    mailcloak.prepare_database(database, 5)
+    with contextlib.closing(sqlite3.connect(database)) as connection, connection:
+        connection.execute("CREATE TABLE origin (role, writer, host, epoch, serial, published_at, digest, file)")
+        connection.execute("INSERT INTO origin VALUES (?, ?, ?, ?, ?, ?, ?, ?)", origin)
+    result = run_ctl("--config", path, "status", "--prometheus", metrics, check=False)
+    assert "Traceback" not in result.stderr
+    assert "mailcloak_up 0.0" in metrics.read_text(encoding="utf-8")
+    for arguments in (
+        ("--db", database, "db", "promote"),
+        ("--db", tmp_path / "shared.db", "db", "mirror", database, "--publish"),
+    ):
+        result = run_ctl(*arguments, check=False)
+        assert (result.returncode, result.stderr.count("\n")) == (1, 1)
+        assert "its origin makes no sense" in result.stderr
+
+
+def test_view_without_an_end_in_place_of_the_origin_counts_as_none(tmp_path):
+    database = tmp_path / "state.db"
+    mailcloak.prepare_database(str(database), 5)
+    with contextlib.closing(sqlite3.connect(database)) as connection, connection:
+        endless = "WITH RECURSIVE x(n) AS (SELECT 1 UNION ALL SELECT n + 1 FROM x) SELECT count(*) FROM x"
+        others = ", ".join(f"1 {name}" for name in mailcloakctl.Origin._fields[1:])
+        connection.execute(f"CREATE VIEW origin AS SELECT ({endless}) role, {others}")
+    run_ctl("--db", database, "aliases", "add", "info@d1.test", "alice", timeout=20)
 
 
 # ---- the configuration

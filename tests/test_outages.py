@@ -748,6 +748,21 @@ def test_saved_user_is_the_same_after_a_restart(tmp_path):
     assert before["id-bob"].former == (("email", "bob@d1.test"),)
 
 
+def test_user_who_lost_a_right_is_written_so_that_no_power_failure_brings_the_journal_back(tmp_path, monkeypatch):
+    """Source: SQLite, PRAGMA synchronous: only EXTRA syncs the directory after the journal was deleted."""
+    statements, connect = [], mailcloak.connect_database
+
+    def connect_and_trace(*arguments):
+        connection = connect(*arguments)
+        connection.set_trace_callback(statements.append)
+        return connection
+
+    monkeypatch.setattr(mailcloak, "connect_database", connect_and_trace)
+    save(tmp_path / "last-known.db", "mail", [BOB])
+    begin = statements.index("BEGIN IMMEDIATE")
+    assert statements[begin - 1] == "PRAGMA synchronous = EXTRA"
+
+
 def test_user_who_is_forgotten_is_forgotten_on_disk(tmp_path):
     path, clock = tmp_path / "last-known.db", Clock()
     save(path, "mail", [ALICE, BOB], clock)

@@ -59,10 +59,12 @@ def make_service(tmp_path, keycloak):
             service.saved.close()
 
 
-def test_database_of_another_name_in_the_same_directory_leaves_one_writer_of_saved_users(make_service, tmp_path):
+@pytest.mark.parametrize("name", ["other.db", "link/state.db", "./state.db"])
+def test_database_of_another_name_in_the_same_directory_leaves_one_writer_of_saved_users(make_service, tmp_path, name):
     """Two would overwrite each other's rows of one last-known.db."""
+    (tmp_path / "link").symlink_to(tmp_path)
     first = make_service()
-    config = dataclasses.replace(first.config, sqlite=mailcloak.SqliteConfig(str(tmp_path / "other.db")))
+    config = dataclasses.replace(first.config, sqlite=mailcloak.SqliteConfig(f"{tmp_path}/{name}"))
     second = mailcloak.Service(config, first)
     second.directory.close()
     assert (second.saved, second.store) == (first.saved, first.store)

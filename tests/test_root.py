@@ -220,6 +220,22 @@ def test_commands_of_root_work_on_a_database_of_another_user(theirs, tmp_path):
     assert os.geteuid() == 0
 
 
+@pytest.mark.parametrize("mode", [0o600, 0o644, 0o666])
+def test_no_remedy_changes_a_file_that_the_owner_has_led_a_link_to(theirs, tmp_path, make_config, mode):
+    victim = make_victim(tmp_path, 0o700)
+    victim.chmod(mode)
+    theirs.unlink()
+    theirs.symlink_to(victim)
+    config = tmp_path / "config.yaml"
+    config.write_text(yaml.safe_dump(make_config(static_users={"alice": "alice@d1.test"}, sqlite={"path": str(theirs)})))
+    for arguments in (("--db", theirs, "aliases", "list"), ("--config", config, "doctor")):
+        result = run_ctl(*arguments, check=False)
+        said = " ".join((result.stdout + result.stderr).split())
+        assert "this is a link: if the file it leads to is the right one, name that in sqlite.path" in said
+        assert not any(word in line for word in ("chown", "chmod") for line in result.stdout.splitlines() if str(theirs) in line)
+        assert "chown" not in result.stderr
+
+
 def test_file_that_roots_copy_has_made_is_to_be_given_to_its_user(theirs, tmp_path):
     os.chown(theirs, 0, 0)
     os.chmod(theirs, 0o640)

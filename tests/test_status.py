@@ -147,6 +147,7 @@ def test_status_as_json_is_what_the_daemon_says(fake, ctl):
         (3599, "59 min 59 s"),
         (7230, "2 h 0 min"),
         (90000, "1 d 1 h"),
+        (float("nan"), "nan d nan h"),
     ],
 )
 def test_span_of_time_in_words(seconds, shown):
