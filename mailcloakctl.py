@@ -868,6 +868,13 @@ def change_alias(
         note_change(f"aliases: {options.verb}", address, username=targets, before=old)
     now = "now leads" if before and before != after else "leads"
     text = f"aliases: {address} {now} to {targets}{', and only receives' if after.receive_only else ''}"
+    if before:
+        lost = mailcloak.Alias(
+            tuple(user for user in before.users if user not in after.users),
+            enabled=True,
+            external=tuple(other for other in before.external if other not in after.external),
+        )
+        text += f", no longer to {shown_targets(lost)}" if lost.users or lost.external else ""
     values = {"username": targets, "before": old}
     answer(context, [address] if before != after else [], text + (" already" if before == after else ""), **values)
     if not after.enabled:
@@ -2203,7 +2210,8 @@ _ARGUMENT_HELP = {
     "new_user": "the Keycloak username that they will lead to",
     "app_id": "the app's login name",
     "[address]": "an e-mail address or a login; all that is cached, unless one is named",
-    "file": "the file; for aliases - is standard input",
+    "file": "the file",
+    "aliases file": "the file, - for standard input",
     "[file]": "the file to write, - for standard output (the default)",
     "source": "the other database: a file on this host",
 }
@@ -2259,7 +2267,9 @@ def add_command(parsers: Any, common: argparse.ArgumentParser, noun: str, verb: 
         if name in ("addresses", "users"):
             number = {"nargs": "+"}
         metavar = {"addresses": "ADDRESS", "users": "USERNAME"}.get(name, name.upper())
-        parser.add_argument(name, metavar=metavar, help=_ARGUMENT_HELP[argument], **number)
+        parser.add_argument(
+            name, metavar=metavar, help=_ARGUMENT_HELP.get(f"{noun} {argument}", _ARGUMENT_HELP[argument]), **number
+        )
     if noun == "aliases":
         add_list_options(parser, verb)
         add_file_options(parser, verb)
@@ -2300,6 +2310,8 @@ def add_other_options(parser: ArgumentParser, noun: str, verb: str) -> None:
     """Add what the commands take that are neither about aliases nor about apps."""
     if noun == "backup":
         parser.add_argument("--replace", action="store_true", help="also when the file is there already")
+    if noun == "restore":
+        parser.add_argument("--dry-run", action="store_true", help="only say what would change")
     if noun == "migrate-from-go":
         parser.add_argument("--go-config", metavar="OLD", help="its config.yaml")
         parser.add_argument("--new-config", metavar="NEW", help="where to write the same for this mailcloak, mode 0600")

@@ -1183,7 +1183,9 @@ def restore(context: ctl.Context) -> None:
     if os.path.exists(target) and os.path.samefile(path, target):
         raise ctl.Refused(f"restore: {path!r} is the database itself, name a backup")
     try:
-        if not os.path.lexists(target):
+        if not os.path.lexists(target) and context.options.dry_run:
+            ctl.say(f"restore: {target} would be made from {path}")
+        elif not os.path.lexists(target):
             restore_new(context, path)
         elif os.stat(target).st_size == 0:  # SQLite takes it for a database without tables
             with contextlib.closing(mailcloak.connect_database(target, ctl.INTERRUPT_SECONDS, as_owner=True)) as database:
@@ -1277,22 +1279,46 @@ def make_database(rows: sqlite3.Connection, target: str, *, wal: bool = False) -
 def restore_into(context: ctl.Context, database: sqlite3.Connection, path: str) -> None:
     """Make the rows of an open database those of the backup."""
     database.execute("PRAGMA cache_spill = OFF")  # as in write()
-    changed = bring_rows(database, path)
-    if changed:
+    dry_run, gone = context.options.dry_run, Gone([], [])
+    changed = bring_rows(database, path, gone=gone, dry_run=dry_run)
+    if changed and not dry_run:
         ctl.note_change("restore", path, rows=changed)
-    tell_numbers(context, database, f"{context.path} is as {path}, {changed} rows changed", changed=bool(changed))
+    for names, kind in ((gone.aliases, "aliases"), (gone.apps, "apps")):
+        if names:
+            ctl.say(f"restore: {path} lacks these {kind}, which {'would be' if dry_run else 'are'} gone: {ctl.shorten(names)}")
+    text = f"{context.path} {'would be' if dry_run else 'is'} as {path}, {changed} rows {'would be ' if dry_run else ''}changed"
+    tell_numbers(context, database, text, changed=bool(changed) and not dry_run)
 
 
-def bring_rows(database: sqlite3.Connection, path: str) -> int:
-    """Write the rows of the backup that differ, in one transaction; how many these were. Makes the tables where there are none."""
+class Gone(NamedTuple):
+    """What a backup does not have, and the database has."""
+
+    aliases: list[str]
+    apps: list[str]
+
+
+class _NotDone(Exception):
+    """Ends a transaction whose result is only to be told."""
+
+
+def bring_rows(database: sqlite3.Connection, path: str, *, gone: Optional[Gone] = None, dry_run: bool = False) -> int:
+    """Write the rows of the backup that differ, in one transaction; how many these were. Makes the tables where there are none.
+
+    gone gets the names of aliases and apps that the backup does not have.
+    """
     attach(database, path, "backup")
-    with ctl.transaction(database):
+    with contextlib.suppress(_NotDone), ctl.transaction(database):
         if not database.execute("SELECT 1 FROM main.sqlite_master").fetchone():
             for statement in mailcloak.SCHEMA.split(";\n"):
                 database.execute(statement)
             database.execute(f"PRAGMA main.user_version = {mailcloak.SCHEMA_VERSION}")
+        for names, table in ((gone.aliases, "aliases"), (gone.apps, "apps")) if gone else ():
+            missing = f"SELECT {KEYS[table][0]} FROM main.{table} AS ours WHERE {lacks(table)} ORDER BY 1"  # noqa: S608
+            names.extend(str(row[0]) for row in database.execute(missing))
         changed = sum(delete_rows(database, table) for table in reversed(list(KEYS)))
         changed += sum(copy_rows(database, table) for table in KEYS if has_table(database, table))
+        if dry_run:
+            raise _NotDone
         prepare_commit(database)
     database.execute("DETACH backup")
     return changed
@@ -1307,9 +1333,13 @@ def delete_rows(database: sqlite3.Connection, table: str) -> int:
     """Delete the rows whose key the backup does not have; how many these were."""
     if not has_table(database, table):
         return database.execute(f"DELETE FROM main.{table}").rowcount  # noqa: S608
+    return database.execute(f"DELETE FROM main.{table} AS ours WHERE {lacks(table)}").rowcount  # noqa: S608
+
+
+def lacks(table: str) -> str:
+    """Has the backup no row of the same key? As SQL, where "ours" is a row of the table."""
     same = " AND ".join(f"theirs.{column} = ours.{column}" for column in KEYS[table])
-    delete = f"DELETE FROM main.{table} AS ours WHERE NOT EXISTS (SELECT 1 FROM backup.{table} AS theirs WHERE {same})"  # noqa: S608
-    return database.execute(delete).rowcount
+    return f"NOT EXISTS (SELECT 1 FROM backup.{table} AS theirs WHERE {same})"  # noqa: S608
 
 
 def copy_rows(database: sqlite3.Connection, table: str) -> int:

@@ -61,6 +61,7 @@ _mailcloakctl() {
             ;;
         backup* | restore*)
             [[ $command != backup* ]] || options+=' --replace'
+            [[ $command != restore* ]] || options+=' --dry-run'
             [[ $cur == -* ]] || { compopt -o filenames 2>/dev/null; mapfile -t COMPREPLY < <(compgen -f -- "$cur"); return; }
             ;;
         migrate-from-go*)

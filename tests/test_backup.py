@@ -178,6 +178,25 @@ def test_restore_brings_back_all_tables_into_the_same_file(ctl, copy):
     assert (contents(ctl.path), ctl.path.stat().st_ino) == (before, inode)
 
 
+def test_restore_names_what_it_takes_away_and_a_dry_run_changes_nothing(ctl, copy):
+    for number in range(7):
+        ctl.insert("aliases", f"new{number}@d1.test", "carol")
+    ctl.insert("apps", "scanner", "{SHA256}y")
+    ctl("aliases", "add", "info@d1.test", "carol", "--replace")
+    before = contents(ctl.path)
+    lacks = f"restore: {copy} lacks these aliases, which {{}} gone: new0@d1.test, new1@d1.test"
+    said = ctl("restore", copy, "--dry-run")
+    assert lacks.format("would be") in said.stderr
+    assert "lacks these apps, which would be gone: scanner\n" in said.stderr
+    assert f"restore: {ctl.path} would be as {copy}, 9 rows would be changed" in said.stdout
+    assert contents(ctl.path) == before
+    assert lacks.format("are") in ctl("restore", copy).stderr
+    assert contents(ctl.path) == contents(copy)
+    ctl.path.unlink()
+    assert "would be made from" in ctl("restore", copy, "--dry-run").stderr
+    assert not ctl.path.exists()
+
+
 def test_restore_of_what_is_there_writes_nothing(ctl, copy):
     before = ctl.path.read_bytes()
     assert json.loads(ctl("restore", copy, "--json").stdout) == {"changed": False, "aliases": 2, "apps": 1}

@@ -271,6 +271,16 @@ def test_remedies_name_documents_where_they_are(installed):
         assert all(path.startswith(f"{folder}/examples") and os.path.exists(path) for path in shown), shown
 
 
+def test_installed_readme_has_no_link_to_a_file_that_is_not_there_and_names_commands_where_they_are(installed):
+    directory, prefix, _ = installed
+    folder = directory / prefix[1:] / "share/doc/mailcloak"
+    readme = text(folder / "README.md")
+    links = set(re.findall(r"\]\(([^):#]+)\)", readme))
+    assert len(links) > 10
+    assert {link for link in links if not (folder / link).exists()} == set()
+    assert set(re.findall(r"(\S*/s?bin)/mailcloakctl", readme)) == {f"{prefix}/sbin"}
+
+
 @pytest.mark.real("systemd")
 def test_systemd_makes_the_user_from_its_file(installed, tmp_path):
     directory, prefix, _ = installed

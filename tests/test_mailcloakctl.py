@@ -144,7 +144,10 @@ def test_aliases_add_with_another_username_is_refused_unless_replace(filled):
     assert filled.refuses("aliases", "add", "info@d1.test", "bob") == (
         "mailcloakctl: aliases: info@d1.test leads to alice already, --replace changes that\n"
     )
-    assert filled("aliases", "add", "info@d1.test", "bob", "--replace").stderr == "aliases: info@d1.test now leads to bob\n"
+    assert (
+        filled("aliases", "add", "info@d1.test", "bob", "--replace").stderr
+        == "aliases: info@d1.test now leads to bob, no longer to alice\n"
+    )
     assert filled.aliases() == [("info@d1.test", "bob", 1)]
 
 

@@ -65,14 +65,18 @@ def test_add_of_the_same_users_is_done_already_in_any_order(ctl):
 def test_add_of_other_users_needs_replace(ctl, users):
     assert f"{TEAM} leads to alice, bob already, --replace changes that" in ctl.refuses("aliases", "add", TEAM, *users)
     said = ctl("aliases", "add", TEAM, *users, "--replace")
-    assert said.stderr == f"aliases: {TEAM} now leads to {', '.join(users)}\n"
+    lost = ", ".join(user for user in ("alice", "bob") if user not in users)
+    assert said.stderr == f"aliases: {TEAM} now leads to {', '.join(users)}{lost and f', no longer to {lost}'}\n"
     assert alias_of(ctl) == (users, [], None)
 
 
 def test_users_are_added_and_removed(ctl):
     assert ctl("aliases", "add-user", TEAM, "carol", "alice").stderr == f"aliases: {TEAM} now leads to alice, bob, carol\n"
     assert ctl("aliases", "add-user", TEAM, "carol").stderr == f"aliases: {TEAM} leads to alice, bob, carol already\n"
-    assert ctl("aliases", "remove-user", TEAM, "alice", "absent").stderr == f"aliases: {TEAM} now leads to bob, carol\n"
+    assert (
+        ctl("aliases", "remove-user", TEAM, "alice", "absent").stderr
+        == f"aliases: {TEAM} now leads to bob, carol, no longer to alice\n"
+    )
     changed = json.loads(ctl("aliases", "remove-user", TEAM, "carol", "--json").stdout)
     assert changed == {"changed": True, "aliases": [TEAM], "username": "bob", "before": "bob, carol"}
     assert "would lead to nobody" in ctl.refuses("aliases", "remove-user", TEAM, "bob")
