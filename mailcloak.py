@@ -2581,6 +2581,7 @@ class Answer:
 
     users: Users
     asked_at: float  # of time.monotonic(), before the first request
+    unexplained: frozenset[str] = frozenset()  # keys of disabled users of whom it did not tell why: locked_out is a guess
 
 
 Question = tuple[str, str]  # ("email", address) or ("username", name), normalised
@@ -2717,7 +2718,8 @@ class KeycloakApi:
         Source: GET /admin/realms/{realm}/users with exact and briefRepresentation.
         """
         answer = self._search_once(session, question, deadline, self._config)
-        if shows_owner(question, answer.users):
+        explained = tuple(user for user in answer.users if question[0] == "username" or user.key not in answer.unexplained)
+        if shows_owner(question, explained):
             return answer
         self.prove(session, time.monotonic(), deadline)
         # With canaries once more: perhaps LDAP has come back between the two. Or Keycloak was just importing the user from it: then of
@@ -2731,6 +2733,7 @@ class KeycloakApi:
             spellings.append(to_unicode_domain(value))  # Keycloak stores an internationalised domain as it was typed
         asked_at = time.monotonic()
         found: dict[str, User] = {}
+        unexplained: set[str] = set()
         for spelling in dict.fromkeys(spellings):
             query = {attribute: spelling, "exact": "true", "briefRepresentation": "true", "max": str(MAX_DIRECTORY_MATCHES)}
             matches, is_whole = self._matches(session, deadline, question, query), True
@@ -2742,8 +2745,10 @@ class KeycloakApi:
                     matches = self._matches(session, half, question, {**query, "briefRepresentation": "false"})
                 except DirectoryUnavailable:
                     is_whole = False
-            found.update((user.key, user) for user in (read_user(record, config, is_whole=is_whole) for record in matches))
-        return Answer(tuple(found.values()), asked_at)
+            users = [read_user(record, config, is_whole=is_whole) for record in matches]
+            found.update((user.key, user) for user in users)
+            unexplained.update(user.key for user in users if not is_whole and not user.enabled)
+        return Answer(tuple(found.values()), asked_at, frozenset(unexplained))
 
     def _matches(
         self, session: requests.Session, deadline: Deadline, question: Question, query: Mapping[str, str]
@@ -3369,6 +3374,7 @@ class UserStore:
             return self._do(functools.partial(self._learn, question, answer))
 
     def _learn(self, question: Question, answer: Answer) -> tuple[Optional[Known], list[tuple[Person, Person]]]:
+        answer = self._with_known_reasons(answer)
         said = {user.key: user for user in answer.users}
         named = [question, *(("username", user.username) for user in answer.users)]
         sharers = [user.key for user in answer.users if user.receives and ("email", user.email) == question]
@@ -3417,6 +3423,15 @@ class UserStore:
         known = self._look(question)._replace(asked_at=answer.asked_at)
         self._make_room(len(said))
         return known, changes
+
+    def _with_known_reasons(self, answer: Answer) -> Answer:
+        """The answer, with why a user is disabled as it was told before, where it was not told now."""
+        users = list(answer.users)
+        for place, user in enumerate(users):
+            before = self._people.get(user.key)
+            if user.key in answer.unexplained and before and not before.user.enabled:
+                users[place] = user._replace(locked_out=before.user.locked_out)
+        return dataclasses.replace(answer, users=tuple(users)) if answer.unexplained else answer
 
     def allow_login_by_email(self, user: User, asked_at: float) -> None:
         """Note that no other user's username is this user's e-mail, as Keycloak has said."""

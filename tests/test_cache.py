@@ -307,6 +307,18 @@ def test_login_by_email_is_noted_of_the_user_as_described():
 # ---- bounds
 
 
+def test_why_a_user_is_disabled_is_known_from_before_where_it_is_not_told():
+    """Keycloak went away between the two requests: nobody begins to receive by that."""
+    guess = LOCKED_OUT  # who may be locked out receives
+    for before, receives in ((DISABLED, False), (LOCKED_OUT, True), (ALICE, True), (None, True)):
+        store = store_of(10)
+        if before:
+            learn(store, EMAIL, before)
+        store.learn(EMAIL, Answer((guess,), 1.0, frozenset({guess.key})))
+        (person,) = store.look(EMAIL).here
+        assert (person.user.receives, person.user.enabled) == (receives, False)
+
+
 def test_server_that_gives_each_user_a_new_id_in_each_answer_fills_no_name():
     """Each answer takes the name from the users of the one before."""
     store = store_of(10_000)

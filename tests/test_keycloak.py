@@ -842,6 +842,17 @@ def test_disabled_user_sends_nothing_where_keycloak_does_not_tell_why(make_daemo
     assert "Keycloak counts as away" not in daemon.log()
 
 
+def test_keycloak_that_goes_away_before_it_tells_why_has_given_no_answer(keycloak, directory):
+    """Whether somebody else has the e-mail is not proven then; the username is the user's in any case."""
+    keycloak.add_user("dora", "dora@d1.test", enabled=False)
+    search = keycloak.search
+    keycloak.search = lambda query: search(query) if query.get("briefRepresentation") == "true" and query != SELF_CHECK else {}
+    with pytest.raises(mailcloak.DirectoryUnavailable):
+        find(directory, "email", "dora@d1.test")
+    (user,) = find(directory, "username", "dora")
+    assert (user.enabled, user.receives) == (False, True)
+
+
 def test_first_user_with_a_record_of_more_than_a_megabyte_is_no_outage(keycloak_daemon, keycloak):
     """By attributes that users may edit. The proof that Keycloak shows users asks for no attributes."""
     keycloak.users[0]["attributes"] = {f"a{number}": ["x" * 2000] for number in range(700)}
