@@ -1885,7 +1885,18 @@ def acting_as(uid: int, gid: int) -> Iterator[None]:
         yield
 
 
+NOBODYS_GROUP = 65534  # of a user who is not known on this host
 MAX_LINKS = 40  # as the kernel follows; source: path_resolution(7)
+
+
+def _ids_of(status: os.stat_result) -> tuple[int, int]:
+    """(uid, gid) of the owner, with the group of the file only if the owner is in it."""
+    try:
+        entry = pwd.getpwuid(status.st_uid)
+    except KeyError:
+        return status.st_uid, NOBODYS_GROUP
+    is_member = status.st_gid in os.getgrouplist(entry.pw_name, entry.pw_gid)
+    return status.st_uid, status.st_gid if is_member else entry.pw_gid
 
 
 def owner_on_the_way(path: str) -> tuple[int, int]:
@@ -1900,14 +1911,14 @@ def owner_on_the_way(path: str) -> tuple[int, int]:
             continue
         status, found = os.stat(place), os.path.join(place, name)
         if status.st_uid:
-            return status.st_uid, status.st_gid
+            return _ids_of(status)
         if status.st_mode & stat.S_IWOTH or (status.st_mode & stat.S_IWGRP and status.st_gid):
             if not names or not status.st_mode & stat.S_ISVTX:  # in a sticky one nobody replaces what is another's
                 raise PermissionError(errno.EPERM, f"root uses no database below {place}, which others may write: move it")
             with contextlib.suppress(FileNotFoundError):
                 there = os.lstat(found)
                 if there.st_uid:
-                    return there.st_uid, there.st_gid
+                    return _ids_of(there)
         if os.path.islink(found):
             place, names, links = "/", os.path.join(place, os.readlink(found)).split("/") + names, links + 1
             if links > MAX_LINKS:
@@ -1958,8 +1969,8 @@ def file_identity(path: str) -> Optional[tuple[int, int]]:
 
 
 def last_known_path(database_path: str) -> str:
-    """Of the file that SavedUsers keeps beside the database; the same by whichever links sqlite.path leads there."""
-    return os.path.join(os.path.realpath(os.path.dirname(database_path)), "last-known.db")
+    """Of the file that SavedUsers keeps beside the database."""
+    return os.path.join(os.path.dirname(database_path), "last-known.db")
 
 
 def last_used_path(database_path: str) -> str:
@@ -3601,6 +3612,7 @@ class SavedUsers:
         self, path: str, meaning: str, store: UserStore, clock: Clock = time.monotonic, wall_clock: Clock = time.time
     ) -> None:
         self._path, self._meaning, self._store = path, meaning, store
+        self._directory = file_identity(os.path.join(os.path.dirname(path), "."))  # of a link, what it leads to
         self._clock, self._wall_clock = clock, wall_clock
         self._turn = threading.Condition()  # guards the six below
         self._waiting: dict[str, Optional[Person]] = {}  # to be written, by user_id; None: to be deleted
@@ -3618,6 +3630,10 @@ class SavedUsers:
         self._take_up()
         self._thread = threading.Thread(target=self._write, name="last-known", daemon=True)
         self._thread.start()
+
+    def is_at(self, path: str) -> bool:
+        """Is this the file, by its path, or another path to the directory that it was in? Two writers would undo each other's changes."""
+        return path == self._path or self._directory == file_identity(os.path.join(os.path.dirname(path), "."))
 
     def may_know_more(self, seconds: float) -> bool:
         """Could the file, which could not be read yet, know somebody? For so many seconds after the start."""
@@ -3886,8 +3902,9 @@ def newest(known: Sequence[Known]) -> tuple[Known, ...]:
 def _questions_of_login(sasl_username: str) -> list[Question]:
     """Who may be named: the user of this username and, where it is one, of this e-mail."""
     address = normalise_address(sasl_username)
-    # Only as it is written there: zoe@example.org. is a name that anybody may have, and so are zoe%example.org and its full-width form.
-    is_email = address.is_plain and sasl_username in (address.text, f"{address.local_part}@{to_unicode_domain(address.domain)}")
+    # Only as it is written: anybody may have zoe@example.org. as a username, or its full-width form. Keycloak may have a domain that is
+    # not ASCII in either spelling, so that the other one is such a name too.
+    is_email = address.is_plain and sasl_username == address.text and "xn--" not in address.domain
     return [("username", sasl_username), *([("email", address.text)] if is_email else [])]
 
 
@@ -4266,7 +4283,7 @@ class Service:
         self.store = UserStore(config.policy)
         self.saved: Optional[SavedUsers] = None
         saved_path = last_known_path(config.sqlite.path)
-        with_same_file = [each for each in old if each.meaning and last_known_path(each.config.sqlite.path) == saved_path]
+        with_same_file = [each for each in old if each.saved and each.saved.is_at(saved_path)]
         with_same_meaning = [each for each in with_same_file if each.meaning == self.meaning]
         if old and old[0].meaning == self.meaning and old[0] not in with_same_meaning:
             with_same_meaning = []  # with another sqlite.path the last one knows better than those before it

@@ -943,6 +943,7 @@ def write(
 def tell(context: ctl.Context, staging: sqlite3.Connection, counts: dict[str, int], stored: int, skipped: int) -> None:
     """Print what was changed, or would be; note it in syslog where it was."""
     options = context.options
+    warn_of_other_jobs(staging, dry_run=options.dry_run)
 
     def show() -> None:
         report(options, staging, counts, stored, skipped)
@@ -970,6 +971,15 @@ def report(options: Any, staging: sqlite3.Connection, counts: dict[str, int], st
     parts = [f"{number} {would}{word}" for word, number in numbers.items() if number]
     skipped_part = [f"{in_words(skipped, 'bad line', 'bad lines')} left out"] if skipped else []
     print(f"aliases: {', '.join([*(parts or ['nothing to change']), f'{unchanged} unchanged', *skipped_part])}")
+
+
+def warn_of_other_jobs(staging: sqlite3.Connection, *, dry_run: bool) -> None:
+    """Say which aliases another job had: where both files name one, each takes it from the other, night after night."""
+    taken = "FROM changes WHERE targets IS NOT NULL AND coalesce(old_source, '') <> '' AND coalesce(source, '') <> old_source"
+    rows = staging.execute(f"SELECT address, old_source {taken} ORDER BY address").fetchmany(1000)
+    if rows:
+        names = ctl.shorten([f"{address} ({source})" for address, source in rows])
+        ctl.say(f"warning: {'would be' if dry_run else 'were'} taken from another job: {names}; let one file alone name them")
 
 
 def describe(change: Change) -> str:
@@ -1129,9 +1139,11 @@ KEYS = {  # the tables with their keys, a parent before its child
 PARENTS = {"alias_targets": "aliases", "app_from": "apps"}  # by the first column of the key
 
 
-def tell_numbers(context: ctl.Context, database: sqlite3.Connection, text: str, **values: Any) -> None:
-    """Print what was done, and how many aliases and apps there are now."""
-    numbers = {name: int(database.execute(f"SELECT count(*) FROM {name}").fetchone()[0]) for name in ("aliases", "apps")}  # noqa: S608
+def tell_numbers(
+    context: ctl.Context, database: sqlite3.Connection, text: str, numbers: Optional[dict[str, int]] = None, **values: Any
+) -> None:
+    """Print what was done, and how many aliases and apps there are now, or those numbers."""
+    numbers = numbers or count_names(database)
 
     def show() -> None:
         if context.options.json:
@@ -1182,6 +1194,8 @@ def restore(context: ctl.Context) -> None:
     target = context.path
     if os.path.exists(target) and os.path.samefile(path, target):
         raise ctl.Refused(f"restore: {path!r} is the database itself, name a backup")
+    if not os.path.isdir(os.path.dirname(os.path.realpath(target))) or (os.path.islink(target) and not os.path.exists(target)):
+        raise ctl.Refused(f"restore: {target!r} cannot be made: its directory, or what it leads to, is missing")
     try:
         if not os.path.lexists(target) and context.options.dry_run:
             ctl.say(f"restore: {target} would be made from {path}")
@@ -1279,49 +1293,58 @@ def make_database(rows: sqlite3.Connection, target: str, *, wal: bool = False) -
 def restore_into(context: ctl.Context, database: sqlite3.Connection, path: str) -> None:
     """Make the rows of an open database those of the backup."""
     database.execute("PRAGMA cache_spill = OFF")  # as in write()
-    dry_run, gone = context.options.dry_run, Gone([], [])
-    changed = bring_rows(database, path, gone=gone, dry_run=dry_run)
-    if changed and not dry_run:
-        ctl.note_change("restore", path, rows=changed)
-    for names, kind in ((gone.aliases, "aliases"), (gone.apps, "apps")):
+    dry_run = context.options.dry_run
+    brought = bring_rows(database, path, dry_run=dry_run)
+    if brought.changed and not dry_run:
+        ctl.note_change("restore", path, rows=brought.changed)
+    for kind, names in brought.gone.items():
         if names:
             ctl.say(f"restore: {path} lacks these {kind}, which {'would be' if dry_run else 'are'} gone: {ctl.shorten(names)}")
-    text = f"{context.path} {'would be' if dry_run else 'is'} as {path}, {changed} rows {'would be ' if dry_run else ''}changed"
-    tell_numbers(context, database, text, changed=bool(changed) and not dry_run)
+    would = "would be " if dry_run else ""
+    text = f"{context.path} {would or 'is '}as {path}, {brought.changed} rows {would}changed"
+    values = {"changed": bool(brought.changed) and not dry_run, "dry_run": dry_run, "rows": brought.changed, "gone": brought.gone}
+    tell_numbers(context, database, text, brought.numbers, **values)
 
 
-class Gone(NamedTuple):
-    """What a backup does not have, and the database has."""
+class Brought(NamedTuple):
+    """What came of bringing the rows of a backup."""
 
-    aliases: list[str]
-    apps: list[str]
+    changed: int  # rows
+    gone: dict[str, list[str]]  # of aliases and apps, names that the backup does not have
+    numbers: dict[str, int]  # how many of both there are then
 
 
 class _NotDone(Exception):
     """Ends a transaction whose result is only to be told."""
 
 
-def bring_rows(database: sqlite3.Connection, path: str, *, gone: Optional[Gone] = None, dry_run: bool = False) -> int:
-    """Write the rows of the backup that differ, in one transaction; how many these were. Makes the tables where there are none.
-
-    gone gets the names of aliases and apps that the backup does not have.
-    """
+def bring_rows(database: sqlite3.Connection, path: str, *, dry_run: bool = False) -> Brought:
+    """Write the rows of the backup that differ, in one transaction. Makes the tables where there are none."""
     attach(database, path, "backup")
     with contextlib.suppress(_NotDone), ctl.transaction(database):
         if not database.execute("SELECT 1 FROM main.sqlite_master").fetchone():
             for statement in mailcloak.SCHEMA.split(";\n"):
                 database.execute(statement)
             database.execute(f"PRAGMA main.user_version = {mailcloak.SCHEMA_VERSION}")
-        for names, table in ((gone.aliases, "aliases"), (gone.apps, "apps")) if gone else ():
-            missing = f"SELECT {KEYS[table][0]} FROM main.{table} AS ours WHERE {lacks(table)} ORDER BY 1"  # noqa: S608
-            names.extend(str(row[0]) for row in database.execute(missing))
+        gone = {table: [str(row[0]) for row in database.execute(select_gone(table))] for table in ("aliases", "apps")}
         changed = sum(delete_rows(database, table) for table in reversed(list(KEYS)))
         changed += sum(copy_rows(database, table) for table in KEYS if has_table(database, table))
+        brought = Brought(changed, gone, count_names(database))
         if dry_run:
             raise _NotDone
         prepare_commit(database)
     database.execute("DETACH backup")
-    return changed
+    return brought
+
+
+def select_gone(table: str) -> str:
+    """The names that the backup does not have, as a statement."""
+    return f"SELECT {KEYS[table][0]} FROM main.{table} AS ours WHERE {lacks(table)} ORDER BY 1"  # noqa: S608
+
+
+def count_names(database: sqlite3.Connection) -> dict[str, int]:
+    """How many aliases and apps there are."""
+    return {table: int(database.execute(f"SELECT count(*) FROM main.{table}").fetchone()[0]) for table in ("aliases", "apps")}  # noqa: S608
 
 
 def has_table(database: sqlite3.Connection, table: str) -> bool:

@@ -667,6 +667,7 @@ class Certificate(NamedTuple):
 def check_certificate(check: str, server: str, certificate: Certificate, remedy: str) -> Findings:
     """Is it there, with its key, and has it not ended? Postfix and Dovecot read both as root."""
     path, key = certificate
+    restart = remedy.rpartition(", then ")[2]
     for why in filter(None, (why_not(path, os.R_OK), key and why_not(key, os.R_OK))):
         if os.geteuid() and not why.startswith("finds no"):
             yield skipped(check, f"{server}: has it a certificate? This user {why}", AS_ROOT)
@@ -688,9 +689,15 @@ def check_certificate(check: str, server: str, certificate: Certificate, remedy:
         return
     day, days = time.strftime("%Y-%m-%d", time.gmtime(end)), (end - time.time()) / 86400
     if days < 0:
-        yield problem(check, f"{server}: the certificate in {path} ended on {day}, and clients refuse it", "renew it")
+        yield problem(
+            check, f"{server}: the certificate in {path} ended on {day}, and clients refuse it", f"renew it, then {restart}"
+        )
     elif days < LAST_DAYS:
-        yield warning(check, f"{server}: the certificate in {path} ends on {day}", "renew it; does the job still run that does so?")
+        yield warning(
+            check,
+            f"{server}: the certificate in {path} ends on {day}",
+            f"renew it, then {restart}; does the job still run that does so?",
+        )
     else:
         yield ok(check, f"{server}: the certificate in {path} is good until {day}")
 
@@ -1070,7 +1077,7 @@ def check_logins(postfix: Postfix) -> Findings:
 def check_smtpd_certificates(postfix: Postfix) -> Findings:
     """Can each smtpd that offers TLS begin it? One that cannot says so in its log alone, and no login without TLS is allowed."""
     check = "postfix-certificate"
-    remedy = "main.cf: smtpd_tls_cert_file and smtpd_tls_key_file, then postfix reload"
+    remedy = "main.cf: let smtpd_tls_cert_file and smtpd_tls_key_file name a certificate and its key, then postfix reload"
     shown: dict[Certificate, str] = {}
     for smtpd in postfix.smtpds:
         is_forced = postfix.value(smtpd, "smtpd_tls_wrappermode") == "yes"
@@ -1440,12 +1447,13 @@ def check_names(host: Installation, dovecot: Dovecot) -> Findings:
     check = "dovecot-names"
     found: list[Finding] = []
     for place, claim in find_login_names(dovecot.settings):
-        if claim != "preferred_username":
+        is_same = claim == "email" and host.users and all(user.email in ("", user.username) for user in host.users.values())
+        if claim != "preferred_username" and not is_same:
             text = (
                 f"users read the mailbox that is named by their {claim}, and mail goes to the one that is named by their username"
             )
             remedy = f"{place}: username_attribute = preferred_username, then doveadm reload"
-            found.append(warning(check, text, remedy))
+            found.append(problem(check, text, remedy))
     words = [word.strip() for word in re.sub(r"^%L?\{?|\}$", "", dovecot.delivery_format).split("|")]
     cuts = words[0] in ("n", "username") or "username" in words[1:]
     if not cuts and (words[0] not in ("u", "user") or set(words[1:]) - {"lower"}):
@@ -1477,12 +1485,16 @@ def check_dovecot_certificate(settings: str) -> Findings:
     """Can mail programs begin TLS?"""
     check = "dovecot-certificate"
     top = read_top(settings)
-    old, new = ("ssl_cert", "ssl_key"), ("ssl_server_cert_file", "ssl_server_key_file")
-    for names in (old, new):
-        path, key = (top.get(name, "").lstrip("<") for name in names)
-        if path.startswith("/") and top.get("ssl") != "no" and not any("key_password" in name for name in top):
-            remedy = f"dovecot.conf: {' and '.join(names)}, then doveadm reload"
-            yield from check_certificate(check, "Dovecot", Certificate(path, key), remedy)
+    is_new = "dovecot_config_version" in top
+    names = ("ssl_server_cert_file", "ssl_server_key_file") if is_new else ("ssl_cert", "ssl_key")
+    path, key = (top.get(name, "").lstrip("<") for name in names)
+    remedy = f"dovecot.conf: let {' and '.join(names)} name a certificate and its key, then doveadm reload"
+    if top.get("ssl") == "no" or any("key_password" in name for name in top):
+        yield skipped(check, "is Dovecot's certificate good? It offers no TLS, or its key has a password")
+    elif path.startswith("/"):
+        yield from check_certificate(check, "Dovecot", Certificate(path, key), remedy)
+    else:
+        yield problem(check, "Dovecot has no certificate, so no mail program can begin TLS", remedy)
 
 
 def find_owners(settings: str) -> Iterator[tuple[str, str]]:
@@ -1650,7 +1662,9 @@ def check_realm(host: Installation, settings: str, token_urls: Sequence[TokenUrl
     for place, setting, url, _ in token_urls:
         parts = urllib.parse.urlsplit(url)
         realm = re.search("/realms/([^/]+)", parts.path)
-        remedy = f"correct keycloak.realm; if it is right, {place}: let {setting} begin with {ours}, as in {OAUTH2_SAMPLES}; then doveadm reload"
+        # where Keycloak gave the users, the realm of the configuration is there
+        unless = "" if host.users else "correct keycloak.realm; if it is right, "
+        remedy = f"{unless}{place}: let {setting} begin with {ours}, as in {OAUTH2_SAMPLES}; then doveadm reload"
         if realm and urllib.parse.unquote(realm[1]) != keycloak.realm:
             names = f"{setting} names realm {urllib.parse.unquote(realm[1])}, and the daemon asks realm {keycloak.realm}"
             text = f"{names}: who logs in may be another user than it thinks, or one that it does not know"

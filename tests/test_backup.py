@@ -188,18 +188,27 @@ def test_restore_names_what_it_takes_away_and_a_dry_run_changes_nothing(ctl, cop
     said = ctl("restore", copy, "--dry-run")
     assert lacks.format("would be") in said.stderr
     assert "lacks these apps, which would be gone: scanner\n" in said.stderr
-    assert f"restore: {ctl.path} would be as {copy}, 9 rows would be changed" in said.stdout
+    assert f"restore: {ctl.path} would be as {copy}, 9 rows would be changed: 2 aliases, 1 app\n" in said.stdout
+    shown = json.loads(ctl("restore", copy, "--dry-run", "--json").stdout)
+    assert (shown["changed"], shown["rows"], shown["aliases"], shown["gone"]["apps"]) == (False, 9, 2, ["scanner"])
     assert contents(ctl.path) == before
     assert lacks.format("are") in ctl("restore", copy).stderr
     assert contents(ctl.path) == contents(copy)
     ctl.path.unlink()
     assert "would be made from" in ctl("restore", copy, "--dry-run").stderr
     assert not ctl.path.exists()
+    ctl.path.touch()
+    assert "rows would be changed: 2 aliases, 1 app" in ctl("restore", copy, "--dry-run").stdout
+    assert ctl.path.stat().st_size == 0
+    ctl.path.unlink()
+    ctl.path.symlink_to("absent.db")
+    assert "cannot be made: its directory, or what it leads to, is missing" in ctl("restore", copy, check=False).stderr
 
 
 def test_restore_of_what_is_there_writes_nothing(ctl, copy):
     before = ctl.path.read_bytes()
-    assert json.loads(ctl("restore", copy, "--json").stdout) == {"changed": False, "aliases": 2, "apps": 1}
+    said = {"changed": False, "dry_run": False, "rows": 0, "gone": {"aliases": [], "apps": []}, "aliases": 2, "apps": 1}
+    assert json.loads(ctl("restore", copy, "--json").stdout) == said
     assert ctl.path.read_bytes() == before
 
 

@@ -1751,7 +1751,7 @@ def test_login_by_another_claim_than_the_username_is_a_warning_until_the_remedy_
     """The default of Dovecot is email."""
     instance = dovecot_factory(readable_site.database)
     change_settings(instance, "username_attribute", line)
-    found = the_only(ask_dovecot(readable_site, instance), "warning", "dovecot-names")
+    found = the_only(ask_dovecot(readable_site, instance), "problem", "dovecot-names")
     assert found.text.startswith("users read the mailbox that is named by their email, ")
     setting = re.search(r": (.*), then", found.remedy)[1]
     change_settings(instance, "introspection_mode", f"introspection_mode = auth\n{setting}")
@@ -1772,6 +1772,14 @@ def damage_certificate(path, key, how):
         other.mkdir(exist_ok=True)
         shutil.copy(make_certificate(other)[1], key)
     return f"{path} and {key} are not a certificate and its key"
+
+
+@real_dovecot
+def test_dovecot_without_a_certificate_is_a_problem(readable_site, dovecot_factory):
+    instance = dovecot_factory(readable_site.database)
+    for name in ("ssl_cert", "ssl_server_cert_file"):
+        change_settings(instance, name, "")
+    assert "has no certificate" in the_only(ask_dovecot(readable_site, instance), "problem", "dovecot-certificate").text
 
 
 BAD_CERTIFICATES = ["gone", "no certificate", "key of another"]
@@ -1882,7 +1890,7 @@ def test_tokens_of_another_realm_are_found_until_the_remedy_was_carried_out(toke
     found = the_only(ask_dovecot(token_site, instance), state, "dovecot-realm")
     assert says in found.text
     assert "not-to-be-shown" not in str(found)
-    place, setting, beginning = re.search(r"right, (\S+): let (\S+) begin with (\S+), as in ", found.remedy).groups()
+    place, setting, beginning = re.search(r"(\S+): let (\S+) begin with (\S+), as in ", found.remedy).groups()
     assert (Path(place).name, old.partition(" ")[0]) in ((path.name, setting) for path in instance.config.iterdir())
     (wrong,) = {
         found

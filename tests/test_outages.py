@@ -947,6 +947,28 @@ def test_user_found_disabled_stays_so_when_a_reload_goes_back_to_the_database_be
     assert daemon.ask(**OWN).startswith("553")
 
 
+def test_saved_users_follow_a_link_that_is_led_elsewhere(tmp_path):
+    """A new disk, while the path stays as it is written in the configuration."""
+    for name in ("one", "two"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "link").symlink_to("one")
+    store = mailcloak.UserStore(mailcloak.PolicyConfig(domain=frozenset({"d1.test"})))
+    path = str(tmp_path / "link" / "last-known.db")
+    saved = mailcloak.SavedUsers(path, "mail", store)
+    for name, enabled in (("one", True), ("two", False)):
+        (tmp_path / "link").unlink()
+        (tmp_path / "link").symlink_to(name)
+        answer = mailcloak.Answer((mailcloak.User("alice", "alice@d1.test", enabled),), time.monotonic())
+        store.learn(("username", "alice"), answer)
+        saved.wait(10)
+    assert saved.is_at(path)
+    assert saved.is_at(str(tmp_path / "one" / "last-known.db"))
+    saved.close(10)
+    with contextlib.closing(sqlite3.connect(tmp_path / "two" / "last-known.db")) as database:
+        ((row,),) = database.execute("SELECT person FROM users").fetchall()
+    assert json.loads(row)["user"][2] is False
+
+
 def test_on_a_disk_that_hangs_only_the_first_questions_wait(tmp_path, monkeypatch):
     """However many users an answer depends on: each refusal is to be on the disk first."""
     hangs, began, waits = threading.Event(), threading.Event(), []

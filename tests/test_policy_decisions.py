@@ -60,9 +60,7 @@ class PlainFacts(mailcloak.Facts):
         email = mailcloak.normalise_address(sasl_username).text
         return mailcloak.resolve_login(
             named,
-            tuple(user for user in self.users if user.email == email)
-            if sasl_username in (email, f"{email.rpartition('@')[0]}@{mailcloak.to_unicode_domain(email.rpartition('@')[2])}")
-            else (),
+            tuple(user for user in self.users if user.email == email) if sasl_username == email and "xn--" not in email else (),
         )
 
     def find_user(self, username):

@@ -173,6 +173,7 @@ def test_backup_opens_no_database_in_the_directory_where_it_is_written(theirs, t
     ("layout", "owner"),
     [
         ("root 755 / root 755", "root"),
+        ("root 755 / nobody 755 root", "nobody"),
         ("root 1777 / root 700", "root"),
         ("root 1777 / nobody 700", "nobody"),
         ("nobody 755 / root 700", "nobody"),
@@ -204,7 +205,7 @@ def test_root_acts_as_who_could_put_another_file_in_its_place(layout, owner):
             with pytest.raises(PermissionError):
                 mailcloak.owner_on_the_way(str(place / "state.db"))
         else:
-            assert mailcloak.owner_on_the_way(str(place / "state.db"))[0] == pwd.getpwnam(owner).pw_uid
+            assert mailcloak.owner_on_the_way(str(place / "state.db")) == (pwd.getpwnam(owner).pw_uid, pwd.getpwnam(owner).pw_gid)
 
 
 def test_commands_of_root_work_on_a_database_of_another_user(theirs, tmp_path):

@@ -461,6 +461,14 @@ class Oracle:
             for username in question.members
             if any(user.receives and self.is_usable(key, since) for key, user in self.people("username", username).items())
         ]
+        # A user who was renamed has not left.
+        renamed = [
+            username
+            for username in question.members
+            for key, entries in self.heard.items()
+            if self.standing(key) == "there" and self.now(key).receives and self.now(key).username not in ("", username)
+            if any(each.record and each.record.username == username for each in entries)
+        ]
         is_unread = self.unread is not None or self.was_unread  # who was known is in doubt
         if text == "TEMP all users have left":
             text = "NOTFOUND "
@@ -474,12 +482,12 @@ class Oracle:
         if text.startswith(("5", "NOTFOUND")):
             return "" if len(gone) == len(question.members) and not failed else "refused, though not all of them were gone"
         if text == "DUNNO" and question.kind == "recipient":
-            return "" if here or unheard or failed else "accepted, though all of them are gone"
+            return "" if here or unheard or renamed or failed else "accepted, though all of them are gone"
         doubted = [name for name in question.members if self.is_doubted(Question("sender", "", name))]
         named = {username for username in question.members if self.mailbox(question, username) in text[3:].split(",")}
         if not text.startswith("OK ") or len(named) != len(text.split(",")):
             return "leads to somebody else"
-        if not failed and not is_unread and not named <= {*here, *doubted, *unheard}:
+        if not failed and not is_unread and not named <= {*here, *doubted, *unheard, *renamed}:
             return "leads to somebody who is gone"
         return "" if set(question.members) - named <= set(gone) else "somebody who was there all the time gets no mail"
 
