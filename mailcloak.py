@@ -1912,9 +1912,9 @@ def owner_on_the_way(path: str) -> tuple[int, int]:
         status, found = os.stat(place), os.path.join(place, name)
         if status.st_uid:
             return _ids_of(status)
-        if status.st_mode & stat.S_IWOTH or (status.st_mode & stat.S_IWGRP and status.st_gid):
+        if status.st_mode & (stat.S_IWOTH | stat.S_IWGRP):  # with an ACL, the bit of the group is set where any user may write
             if not names or not status.st_mode & stat.S_ISVTX:  # in a sticky one nobody replaces what is another's
-                raise PermissionError(errno.EPERM, f"root uses no database below {place}, which others may write: move it")
+                raise PermissionError(errno.EPERM, f"root uses no database below {place}, which others may write")
             with contextlib.suppress(FileNotFoundError):
                 there = os.lstat(found)
                 if there.st_uid:
@@ -2879,7 +2879,7 @@ class KeycloakApi:
             with contextlib.suppress(DirectoryUnavailable, AttributeError, TypeError):
                 error = self._json(body).get("error")
                 reason = f" {error}" if error in TOKEN_ERRORS else ""
-            remedy = "check keycloak.client_id and keycloak.client_secret and that the client has Service accounts roles on"
+            remedy = "check keycloak.realm, client_id and client_secret, and that the client has Service accounts roles on"
             raise DirectoryMisconfigured(self.failure(f"token refused (HTTP {status}{reason})"), remedy)
         if status != 200:
             raise DirectoryUnavailable(self.failure(f"no token (HTTP {status})"))
@@ -3575,10 +3575,10 @@ class UserStore:
         for user_id in ids[: max(0, len(ids) - MAX_FORMER_HOLDERS)]:
             person = self._people[user_id]
             rest = person._replace(former=tuple(each for each in person.former if each != name))
-            if not person.has(name):
-                self._put(user_id, rest if rest.names else None)
-            elif person.standing == DOUBTED:
+            if person.standing != KNOWN:
                 self._put(user_id, None)
+            elif not person.has(name):
+                self._put(user_id, rest if rest.names else None)
 
     def _note_question(self, question: Question, asked_at: float) -> None:
         attribute, name = question
@@ -3861,10 +3861,7 @@ def judge_holders(known: Sequence[Known], confirmed_since: Optional[float]) -> V
 def judge_leaving(known: Sequence[Known], confirmed_since: Optional[float]) -> Verdict:
     """Was there a user of this name who is gone or disabled now? Who has another name now has not left."""
     verdict, people = judge_holders(known, confirmed_since), known[0].people
-    is_renamed = any(
-        person.standing == KNOWN and person.user.receives and person.user.username not in ("", known[0].question[1])
-        for person in people
-    )
+    is_renamed = any(person.standing != GONE and person.user.username not in ("", known[0].question[1]) for person in people)
     return verdict._replace(value=verdict.counts == "absent" and bool(people) and not is_renamed)
 
 

@@ -49,6 +49,7 @@ import json
 import os
 import pwd
 import re
+import shlex
 import shutil
 import socket
 import sqlite3
@@ -603,6 +604,8 @@ def open_database(path: str, *, create: bool) -> sqlite3.Connection:
     try:
         os.stat(path)
     except FileNotFoundError:
+        if not create and os.path.exists(mailcloak.last_known_path(path)):
+            raise Refused(f"database {path!r} is missing, though a daemon has run on it", "restore it from a backup") from None
         if not create:
             raise Refused(f"database {path!r} does not exist yet, aliases add and apps add create it; --db names another") from None
     except OSError as exc:
@@ -639,6 +642,9 @@ def database_remedy(exc: BaseException, path: str) -> str:
             return "make room on its disk and try again"
     if os.path.islink(path):
         return LINK_REMEDY
+    shared = re.search("below (/.*), which others may write", str(exc))
+    if shared:
+        return f"chmod go-w {shlex.quote(shared[1])}, or name a database in another directory"
     user, file_user = (owner_name(place) if os.path.exists(place) else "" for place in (os.path.dirname(path), path))
     if os.geteuid() == 0 and file_user not in (user, ""):  # root acts as the first
         return f"chown the file to {user}, who owns its directory and has to read it"
@@ -701,12 +707,23 @@ def set_enabled(context: Context) -> None:
         context.database.executemany(update, [(int(enabled), key) for key in changed])
     for key in changed:
         note_change(f"{table}: {context.options.verb}", key)
+    warn_of_jobs(context, changed)
     answer(context, changed, *(f"{table}: {key} {word if key in changed else f'is {word} already'}" for key in keys))
+
+
+def warn_of_jobs(context: Context, aliases: Sequence[str]) -> None:
+    """Say whose aliases these are, where a job made them, whose next run makes them again as its file says."""
+    if context.options.noun == "aliases":
+        for address in aliases:
+            row = context.database.execute("SELECT source FROM aliases WHERE alias_email = ?", (address,)).fetchone()
+            if row and row["source"]:
+                say(f"warning: {address} belongs to the job {row['source']}, whose next run may undo this: change its file")
 
 
 def delete(context: Context) -> None:
     """Delete aliases, or an app with its addresses."""
     table, column, keys = named_rows(context)
+    warn_of_jobs(context, keys)
     with transaction(context.database):
         rows = fetch_rows(context, table, column, keys)
         found = {key: find_alias(context.database, key) for key in keys} if table == "aliases" else {}
@@ -1234,10 +1251,15 @@ def read_app_changes(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def warn_of_owner(context: Context, changes: dict[str, Any]) -> None:
-    """Say so where an app gets an owner who does not count."""
+    """Say so where an app gets an owner who does not count; raises Refused for an e-mail, which never does."""
     owner = changes.get("owner")
     if owner:
-        warn_of_login(owner, look_up(context, f"{owner} was", lambda: ask_login(context, owner)))
+        login = look_up(context, f"{owner} was", lambda: ask_login(context, owner))
+        if login and login["username"] not in ("", owner):
+            raise Refused(
+                f"apps: {owner} is the e-mail of {login['username']}, and an owner is a username", f"--owner {login['username']}"
+            )
+        warn_of_login(owner, login)
 
 
 def change_app(context: Context, app_id: str, changes: dict[str, Any]) -> dict[str, tuple[Any, Any]]:

@@ -1175,7 +1175,12 @@ def backup(context: ctl.Context) -> None:
             new = os.path.join(private, "copy.db")  # SQLite opens nothing where others could put a journal beside it
             with contextlib.closing(sqlite3.connect(new)) as copy:
                 copy.execute("PRAGMA journal_mode = OFF")  # nobody else sees it yet
-                database.backup(copy, pages=BACKUP_PAGES)
+                try:
+                    database.backup(copy, pages=BACKUP_PAGES)
+                except sqlite3.OperationalError as exc:
+                    if mailcloak.sqlite_fault(exc) == "full":
+                        raise ctl.Refused(f"backup: no room for the copy in {private}", "make room there, or set TMPDIR") from exc
+                    raise
                 copy.execute("PRAGMA journal_mode = DELETE")  # also where the database is in WAL mode: one file has all of it
                 check_whole(copy, "backup: the copy")
             with open(new, "rb") as whole:
@@ -1300,9 +1305,18 @@ def restore_into(context: ctl.Context, database: sqlite3.Connection, path: str) 
     for kind, names in brought.gone.items():
         if names:
             ctl.say(f"restore: {path} lacks these {kind}, which {'would be' if dry_run else 'are'} gone: {ctl.shorten(names)}")
+    for kind, names in brought.back.items():
+        if names:
+            ctl.say(f"restore: these {kind} {'would be' if dry_run else 'are'} there again, or enabled again: {ctl.shorten(names)}")
     would = "would be " if dry_run else ""
     text = f"{context.path} {would or 'is '}as {path}, {brought.changed} rows {would}changed"
-    values = {"changed": bool(brought.changed) and not dry_run, "dry_run": dry_run, "rows": brought.changed, "gone": brought.gone}
+    values = {
+        "changed": bool(brought.changed) and not dry_run,
+        "dry_run": dry_run,
+        "rows": brought.changed,
+        "gone": brought.gone,
+        "back": brought.back,
+    }
     tell_numbers(context, database, text, brought.numbers, **values)
 
 
@@ -1311,6 +1325,7 @@ class Brought(NamedTuple):
 
     changed: int  # rows
     gone: dict[str, list[str]]  # of aliases and apps, names that the backup does not have
+    back: dict[str, list[str]]  # that the database did not have, or had disabled, and that count now
     numbers: dict[str, int]  # how many of both there are then
 
 
@@ -1326,10 +1341,13 @@ def bring_rows(database: sqlite3.Connection, path: str, *, dry_run: bool = False
             for statement in mailcloak.SCHEMA.split(";\n"):
                 database.execute(statement)
             database.execute(f"PRAGMA main.user_version = {mailcloak.SCHEMA_VERSION}")
-        gone = {table: [str(row[0]) for row in database.execute(select_gone(table))] for table in ("aliases", "apps")}
+        gone, back = (
+            {table: [str(row[0]) for row in database.execute(select(table))] for table in ("aliases", "apps")}
+            for select in (select_gone, select_back)
+        )
         changed = sum(delete_rows(database, table) for table in reversed(list(KEYS)))
         changed += sum(copy_rows(database, table) for table in KEYS if has_table(database, table))
-        brought = Brought(changed, gone, count_names(database))
+        brought = Brought(changed, gone, back, count_names(database))
         if dry_run:
             raise _NotDone
         prepare_commit(database)
@@ -1340,6 +1358,13 @@ def bring_rows(database: sqlite3.Connection, path: str, *, dry_run: bool = False
 def select_gone(table: str) -> str:
     """The names that the backup does not have, as a statement."""
     return f"SELECT {KEYS[table][0]} FROM main.{table} AS ours WHERE {lacks(table)} ORDER BY 1"  # noqa: S608
+
+
+def select_back(table: str) -> str:
+    """The names that the backup has, enabled, and the database has not, or disabled, as a statement."""
+    key = KEYS[table][0]
+    ours = f"SELECT 1 FROM main.{table} AS ours WHERE ours.{key} = theirs.{key} AND ours.enabled = 1"  # noqa: S608
+    return f"SELECT {key} FROM backup.{table} AS theirs WHERE theirs.enabled = 1 AND NOT EXISTS ({ours}) ORDER BY 1"  # noqa: S608
 
 
 def count_names(database: sqlite3.Connection) -> dict[str, int]:

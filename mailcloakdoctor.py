@@ -1447,7 +1447,8 @@ def check_names(host: Installation, dovecot: Dovecot) -> Findings:
     check = "dovecot-names"
     found: list[Finding] = []
     for place, claim in find_login_names(dovecot.settings):
-        is_same = claim == "email" and host.users and all(user.email in ("", user.username) for user in host.users.values())
+        named = [user for user in (host.users or {}).values() if user.email]
+        is_same = claim == "email" and bool(named) and all(user.email == user.username for user in named)
         if claim != "preferred_username" and not is_same:
             text = (
                 f"users read the mailbox that is named by their {claim}, and mail goes to the one that is named by their username"
@@ -1456,7 +1457,9 @@ def check_names(host: Installation, dovecot: Dovecot) -> Findings:
             found.append(problem(check, text, remedy))
     words = [word.strip() for word in re.sub(r"^%L?\{?|\}$", "", dovecot.delivery_format).split("|")]
     cuts = words[0] in ("n", "username") or "username" in words[1:]
-    if not cuts and (words[0] not in ("u", "user") or set(words[1:]) - {"lower"}):
+    if found:  # first things first: with another claim, other mailboxes are right
+        pass
+    elif not cuts and (words[0] not in ("u", "user") or set(words[1:]) - {"lower"}):
         found.append(skipped(check, f"to which mailboxes does mail go with auth_username_format = {dovecot.delivery_format}?"))
     elif host.users is None:
         found.append(skipped(check, f"is the domain part of a mailbox's name? {NO_USERS}"))
@@ -1491,10 +1494,13 @@ def check_dovecot_certificate(settings: str) -> Findings:
     remedy = f"dovecot.conf: let {' and '.join(names)} name a certificate and its key, then doveadm reload"
     if top.get("ssl") == "no" or any("key_password" in name for name in top):
         yield skipped(check, "is Dovecot's certificate good? It offers no TLS, or its key has a password")
-    elif path.startswith("/"):
-        yield from check_certificate(check, "Dovecot", Certificate(path, key), remedy)
+    elif not path or not key:
+        yield problem(check, f"Dovecot has no {names[1] if path else names[0]}, so no mail program can begin TLS", remedy)
+    elif not is_new and not all(top[name].startswith("<") for name in names):
+        text = f"{names[0]} and {names[1]} of Dovecot 2.3 are a < and a path; without it the path itself is the certificate"
+        yield problem(check, text, f"dovecot.conf: {names[0]} = <{path}, {names[1]} = <{key}, then doveadm reload")
     else:
-        yield problem(check, "Dovecot has no certificate, so no mail program can begin TLS", remedy)
+        yield from check_certificate(check, "Dovecot", Certificate(path, key), remedy)
 
 
 def find_owners(settings: str) -> Iterator[tuple[str, str]]:
@@ -1670,6 +1676,7 @@ def check_realm(host: Installation, settings: str, token_urls: Sequence[TokenUrl
             text = f"{names}: who logs in may be another user than it thinks, or one that it does not know"
             found.append(problem(check, text, remedy))
         elif parts.hostname != server and TOKEN_URLS[setting]:
+            remedy = remedy.replace("keycloak.realm", "keycloak.base_url")
             text = f"{setting} names {parts.hostname}, and the daemon asks {server}: if they differ, so do their users"
             found.append(warning(check, text, remedy))
     if not any("/realms/" in each.url for each in token_urls):

@@ -205,9 +205,19 @@ def test_restore_names_what_it_takes_away_and_a_dry_run_changes_nothing(ctl, cop
     assert "cannot be made: its directory, or what it leads to, is missing" in ctl("restore", copy, check=False).stderr
 
 
+def test_restore_names_what_comes_back_to_life(ctl, copy):
+    ctl("apps", "del", "printer")
+    ctl("aliases", "disable", "info@d1.test")
+    for words, would in ((("--dry-run",), "would be"), ((), "are")):
+        said = ctl("restore", copy, *words).stderr
+        assert f"restore: these apps {would} there again, or enabled again: printer\n" in said
+        assert f"restore: these aliases {would} there again, or enabled again: info@d1.test\n" in said
+
+
 def test_restore_of_what_is_there_writes_nothing(ctl, copy):
     before = ctl.path.read_bytes()
-    said = {"changed": False, "dry_run": False, "rows": 0, "gone": {"aliases": [], "apps": []}, "aliases": 2, "apps": 1}
+    nothing = {"aliases": [], "apps": []}
+    said = {"changed": False, "dry_run": False, "rows": 0, "gone": nothing, "back": nothing, "aliases": 2, "apps": 1}
     assert json.loads(ctl("restore", copy, "--json").stdout) == said
     assert ctl.path.read_bytes() == before
 

@@ -331,6 +331,30 @@ def test_server_that_gives_each_user_a_new_id_in_each_answer_fills_no_name():
     assert len(store.look(USERNAME).here) == 9
 
 
+@pytest.mark.parametrize(("later", "has_left"), [(None, False), (LDAP_DISABLED, False), ("gone", True)])
+def test_user_who_was_renamed_has_not_left_before_they_are_gone(later, has_left):
+    """Also not while they are in the grace, or disabled: an alias with several users keeps the old name."""
+    store = store_of(10)
+    learn(store, USERNAME, LDAP)
+    renamed = LDAP._replace(username="alicia")
+    learn(store, ("username", "alicia"), renamed, at=1.0)
+    learn(store, USERNAME, at=2.0)
+    if later == "gone":
+        for at in range(3, 60):
+            learn(store, by_email(1), user(1, federation="ldap"), at=at * 10.0)
+            learn(store, ("username", "alicia"), at=at * 10.0 + 1)
+    else:
+        learn(store, ("username", "alicia"), *([later._replace(username="alicia")] if later else []), at=3.0)
+    assert mailcloak.judge_leaving([store.look(USERNAME)], None).value is has_left
+
+
+def test_disabled_user_who_has_a_new_id_in_each_answer_fills_no_name():
+    store = store_of(10_000)
+    for number in range(300):
+        learn(store, EMAIL, user(0, username=f"u{number % 7}", email=EMAIL[1], user_id=f"id-{number}", enabled=False), at=number)
+    assert store.sizes()[0] <= 8 * (mailcloak.MAX_FORMER_HOLDERS + 1)
+
+
 def test_user_who_was_renamed_stays_known_where_too_many_had_the_old_name():
     store = store_of(10_000)
     learn(store, EMAIL, ALICE)

@@ -1775,11 +1775,20 @@ def damage_certificate(path, key, how):
 
 
 @real_dovecot
+def test_path_of_a_certificate_without_its_mark_is_a_problem_in_2_3(readable_site, dovecot_factory):
+    instance = dovecot_factory(readable_site.database)
+    if installed_version() < (2, 4):
+        change_settings(instance, "ssl_cert", f"ssl_cert = {instance.certificate}")
+        found = the_only(ask_dovecot(readable_site, instance), "problem", "dovecot-certificate")
+        assert f"ssl_cert = <{instance.certificate}" in found.remedy
+
+
+@real_dovecot
 def test_dovecot_without_a_certificate_is_a_problem(readable_site, dovecot_factory):
     instance = dovecot_factory(readable_site.database)
-    for name in ("ssl_cert", "ssl_server_cert_file"):
+    for name in ("ssl_key", "ssl_server_key_file"):
         change_settings(instance, name, "")
-    assert "has no certificate" in the_only(ask_dovecot(readable_site, instance), "problem", "dovecot-certificate").text
+    assert "has no ssl_" in the_only(ask_dovecot(readable_site, instance), "problem", "dovecot-certificate").text
 
 
 BAD_CERTIFICATES = ["gone", "no certificate", "key of another"]
@@ -2202,7 +2211,7 @@ KEYCLOAKS = {
         lambda site, realm: site.config["keycloak"].update(client_secret="wrong"),
         "problem",
         "keycloak-token",
-        "check keycloak.client_id and keycloak.client_secret",
+        "check keycloak.realm, client_id and client_secret",
     ),
     "wrong realm": (
         lambda site, realm: site.config["keycloak"].update(realm="other"),

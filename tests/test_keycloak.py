@@ -285,7 +285,7 @@ def test_worker_is_free_again_soon_after_a_hanging_answer(keycloak, directory, f
     [
         pytest.param(
             {"client_secret": "wrong"},
-            "token refused (HTTP 401 unauthorized_client), host HOST, check keycloak.client_id and keycloak.client_secret and that the client"
+            "token refused (HTTP 401 unauthorized_client), host HOST, check keycloak.realm, client_id and client_secret, and that the client"
             " has Service accounts roles on",
             id="secret",
         ),

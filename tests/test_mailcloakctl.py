@@ -1032,6 +1032,7 @@ def test_database_that_is_missing_is_created_by_add_which_says_so(missing, argum
 def test_database_that_root_creates_belongs_to_the_owner_of_its_directory(missing, short_dir):
     owner, group = pwd.getpwnam("nobody").pw_uid, grp.getgrnam("daemon").gr_gid
     os.chown(short_dir, owner, group)
+    short_dir.chmod(0o2750)
     missing.path = short_dir / "state.db"
     missing("aliases", "add", "info@d1.test", "alice")
     status = missing.path.stat()

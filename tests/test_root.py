@@ -122,7 +122,7 @@ def test_root_uses_no_database_where_everybody_can_put_a_journal_beside_it(tmp_p
         plant_journal(places["COPY"], victim)
         result = run_as_root(*(places.get(word, word) for word in command))
         assert result.returncode == 1
-        assert "which others may write: move it" in result.stderr
+        assert "which others may write" in result.stderr
         assert "Traceback" not in result.stderr
         assert victim.exists()
         assert {path.name for path in directory.iterdir()} == {"copy.db", "copy.db-journal"}
@@ -180,7 +180,7 @@ def test_backup_opens_no_database_in_the_directory_where_it_is_written(theirs, t
         ("root 777 / root 700", None),
         ("root 755 / root 1777", None),
         ("root 755 / root 2775 daemon", None),
-        ("root 755 / root 775", "root"),
+        ("root 755 / root 775", None),
         ("root 755 / link to nobody 755", "nobody"),
         ("nobody 755 / link to root 755", "nobody"),
         ("root 1777 / nobody's link to root 755", "nobody"),

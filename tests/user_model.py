@@ -25,7 +25,7 @@ USERNAMES = ("alice", "bob", "carol", "dave", "b@d1.test")  # the last is an e-m
 EMAILS = ("a@d1.test", "b@d1.test", "c@d1.test", "d@d2.test", "also@d1.test", "off@d1.test")
 ALIASES = {"info@d1.test": ("alice", 1), "sales@d2.test": ("bob", 1), "also@d1.test": ("alice", 1), "off@d1.test": ("alice", 0)}
 LISTS = {"team@d1.test": ("bob", "dave")}  # aliases with several users
-APPS = {"printer": "", "scanner": "alice", "fax": "b@d1.test"}  # with their owners; each may send as APP_SENDER
+APPS = {"printer": "", "scanner": "alice", "fax": "bob"}  # with their owners; each may send as APP_SENDER
 APP_SENDER = "apps@d1.test"
 TICK = 0.25  # of the model's clock, in seconds: sums of it are exact
 STRANGERS = ("nobody", "nobody@d1.test")
@@ -466,7 +466,7 @@ class Oracle:
             username
             for username in question.members
             for key, entries in self.heard.items()
-            if self.standing(key) == "there" and self.now(key).receives and self.now(key).username not in ("", username)
+            if self.now(key) and self.now(key).username not in ("", username)
             if any(each.record and each.record.username == username for each in entries)
         ]
         is_unread = self.unread is not None or self.was_unread  # who was known is in doubt
