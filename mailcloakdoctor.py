@@ -1487,7 +1487,8 @@ def find_login_names(settings: str) -> Iterator[tuple[str, str]]:
 def check_dovecot_certificate(settings: str) -> Findings:
     """Can mail programs begin TLS?"""
     check = "dovecot-certificate"
-    top = read_top(settings)
+    block = {f"ssl_server_{name}": value for name, value in read_settings(find_block(settings, "ssl_server")).items()}
+    top = {**block, **read_top(settings)}
     is_new = "dovecot_config_version" in top
     names = ("ssl_server_cert_file", "ssl_server_key_file") if is_new else ("ssl_cert", "ssl_key")
     path, key = (top.get(name, "").lstrip("<") for name in names)
