@@ -70,6 +70,7 @@ Columns = dict[str, Callable[[Any], str]]  # the columns of a table, each with t
 
 EXIT_DONE, EXIT_REFUSED, EXIT_OVER_LIMIT = 0, 1, 3  # 2 is argparse's
 BUSY_SECONDS = 60.0  # how long to wait for another mailcloakctl that is writing
+STATEMENT_STEPS = 1_000_000  # of SQLite's virtual machine, some 20 ms
 ENDING_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)  # each ends a command as Ctrl-C does, which clears up
 INTERRUPT_SECONDS = 0.2  # how long SQLite may wait at a time: Ctrl-C counts only between two waits
 GENERATED_TOKEN_BYTES = 32
@@ -620,6 +621,8 @@ def open_database(path: str, *, create: bool) -> sqlite3.Connection:
     except mailcloak.DatabaseUnavailable as exc:
         raise Refused(exc.text, exc.remedy or database_remedy(exc, path)) from exc
     database.row_factory = sqlite3.Row
+    # Python sees a signal here, though SQLite works for long; the statement then ends as interrupted.
+    database.set_progress_handler(lambda: 0, STATEMENT_STEPS)
     return database
 
 

@@ -53,6 +53,24 @@ def copy(ctl):
 # ---- backup
 
 
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=lambda number: number.name)
+def test_signal_ends_a_command_whose_statement_has_no_end(ctl, number):
+    """Another program has put a view in place of the table."""
+    with contextlib.closing(sqlite3.connect(ctl.path)) as database, database:
+        columns = "alias_email, username, enabled, updated_at, source, receive_only, external"
+        database.execute("DROP TABLE aliases")
+        endless = "WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n) SELECT i, i, 1, 1, '', 0, 0 FROM n ORDER BY -i"
+        database.execute(f"CREATE VIEW aliases ({columns}) AS {endless}")
+    command = [sys.executable, ROOT / "mailcloakctl.py", "--db", ctl.path, "aliases", "list"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        time.sleep(1.5)
+        assert process.poll() is None
+        process.send_signal(number)
+        _, said = process.communicate(timeout=20)
+    assert "Traceback" not in said
+    assert process.returncode == 1, said
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT], ids=lambda number: number.name)
 def test_backup_that_a_signal_ends_leaves_nothing_behind(ctl, tmp_path, number):
     with contextlib.closing(sqlite3.connect(ctl.path)) as database, database:
