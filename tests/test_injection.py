@@ -463,7 +463,7 @@ def test_nasty_key_is_nobodys_and_stays_in_its_place(keycloak_daemon, raw_search
     assert {form for _, form in found} == {"extension"}
     for (name, _), answer in found.items():
         text = MAP_TEXTS[name].lower()
-        assert answer == f"OK alice+{text}@d1.test"
+        assert answer == (f"OK alice+{text}@d1.test" if mailcloak.is_plain_text(text) else "OK alice@d1.test")
         assert not set(text) & set(' ,:;"()<>[]\\@'), f"{answer} would be more than one address"
     assert len(found) > 5
     logged = decisions(keycloak_daemon, SOCKETMAP_LINE)
