@@ -508,8 +508,9 @@ def find_origin(database: sqlite3.Connection, schema: str = "main") -> Optional[
 
 # What to do where what was brought or published last is too old.
 LATE_REMEDIES = {
-    "follower": "start mailcloak-follow again, which begins with an empty copy, and see that mailcloak-mirror runs; their logs say more",
-    "writer": "start mailcloak-publish again; its log says more",
+    "follower": "if other followers are late too, look on the writer: mailcloak-publish, mailcloak-replicate; else on this host:"
+    " mailcloak-follow, mailcloak-mirror; restart what stands still, its log may say more",
+    "writer": "start mailcloak-publish on this host again, its log says more; if another host is the writer now, let this one follow it",
 }
 
 
@@ -555,7 +556,7 @@ def describe_replication(replication: dict[str, Any]) -> str:
     """The role of this host in words, where there are several."""
     age = replication["age_seconds"]
     if replication["role"] == "writer":
-        when = "has published nothing yet" if age is None else f"published {shown_seconds(age)} ago"
+        when = "has published nothing yet" if age is None else f"published for mailcloak-replicate {shown_seconds(age)} ago"
         return f"the writer (epoch {replication['epoch']}), {when}"
     when = "a time in the future, so its clock or that of this host is wrong" if age is None else f"{shown_seconds(age)} ago"
     return f"follows {replication['host']} (epoch {replication['epoch']}, serial {replication['serial']}), as of {when}"

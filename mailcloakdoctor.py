@@ -19,7 +19,7 @@ The checks: what each looks at, and the remedy.
   database-access         can the daemon's user write it and its directory? chown, chmod
   database-journal        can Dovecot read it as an ordinary user: not in WAL mode? PRAGMA journal_mode = DELETE
 
-  replication             with several mail hosts: is what was brought or published last new enough? Start mailcloak-follow again
+  replication             with several mail hosts: is what was brought or published last new enough? Look on the host that it names
 
   daemon                  does it run, and is it of this version? Start it, restart it
   daemon-config           has it read the file that is there now? Reload it
@@ -440,6 +440,7 @@ def check_replication(host: Installation) -> Findings:
     """The age of what the writer has published, or of what has come from it; nothing where there is one mail host alone."""
     found = ctl.read_replication(host.database_path, host.max_lag_seconds) if host.database_path else None
     if not found or found["role"] == "single":
+        yield from check_unused_copy(host, is_readable=found is not None)
         return
     text = ctl.describe_replication(found)
     if found["late"]:
@@ -447,6 +448,20 @@ def check_replication(host: Installation) -> Findings:
         yield warning("replication", f"{text}; {limit}", ctl.LATE_REMEDIES[found["role"]])
     else:
         yield ok("replication", text)
+
+
+def check_unused_copy(host: Installation, *, is_readable: bool) -> Findings:
+    """Where a copy of another host's rows is there, in the place of the example units, though the database does not follow it."""
+    if not host.database_path or not os.path.exists(f"{os.path.dirname(host.database_path)}-shared/shared.db"):
+        return
+    if is_readable:
+        remedy = "the log of mailcloak-mirror or mailcloak-publish says why; README, Several mail hosts"
+        yield warning("replication", "shared.db is there, but this database neither follows another host nor is published", remedy)
+    else:
+        remedy = (
+            "on a follower no backup: start mailcloak-mirror, which makes it again if it is missing; move a damaged one away first"
+        )
+        yield warning("replication", "shared.db is there, but the database of this host cannot be read", remedy)
 
 
 def read_database(host: Installation, database: sqlite3.Connection) -> Findings:

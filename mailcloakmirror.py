@@ -46,6 +46,7 @@ import mailcloakdata as data
 
 WATCH_SECONDS = 0.2  # between two looks at the times of SOURCE
 RETRY_SECONDS = 2.0  # before a SOURCE that was refused is looked at again, though its times are the same
+RESERVED_SERIALS = 86_400  # how many the writer's database notes ahead: as many seconds as until it is written again
 RENEW_SECONDS = 10  # how often the writer says that its rows are still the same: silence is no stall then
 BATCH_ROWS = 1000
 
@@ -108,8 +109,8 @@ def why_refused(ours: Optional[ctl.Origin], theirs: Optional[ctl.Origin], *, has
 
     has_rows: does the database have any?
     """
-    if theirs is None:
-        return "it has no origin, so no writer has published it" if ours else ""
+    if theirs is None or not theirs.digest:  # nothing tells whether it is whole, or older than what is here
+        return "no writer has published it with db mirror --publish" if ours or has_rows else ""
     if ours is None:
         return "this database has rows of its own, which would be lost" if has_rows else ""
     if ours.role == "writer":
@@ -196,6 +197,9 @@ def check_source(database: sqlite3.Connection, source: str, origin: Optional[ctl
             why = f"it has schema version {version}, this mailcloak has {mailcloak.SCHEMA_VERSION}"
             raise refused(source, why, "install the same version on both hosts")
         for name, columns, _ in read_tables():
+            is_table = "SELECT 1 FROM source.sqlite_master WHERE name = ? AND type = 'table' AND rootpage > 0"
+            if not database.execute(is_table, (name,)).fetchone():  # a view, whose rows may have no end, or a virtual table
+                raise refused(source, f"it has no table {name}")
             found = {row[1] for row in database.execute(f"PRAGMA source.table_info({name})")}
             if found != set(columns):
                 raise refused(source, f"its table {name} has other columns")
@@ -266,9 +270,7 @@ def follow(path: str, source: str, *, thorough: bool, adopt: bool = False) -> in
             theirs = ctl.find_origin(database, "source")
         except mailcloak.SQLITE_ERRORS as exc:
             raise refused(source, mailcloak.describe_sqlite(exc)) from exc
-        if theirs and None in theirs:
-            raise refused(source, "its origin makes no sense")
-        why = why_refused(ours, theirs, has_rows=has_rows(database))
+        why = why_refused(ours, theirs, has_rows=ours is None and has_rows(database))
         if why and not adopt:
             raise refused(source, why, "if it is the right one, db mirror --adopt takes it")
         changed = 0
@@ -286,6 +288,32 @@ def follow(path: str, source: str, *, thorough: bool, adopt: bool = False) -> in
     return changed
 
 
+def follow_again(path: str, source: str) -> int:
+    """Put a new database in place of a damaged one, if SOURCE is whole; that one stays beside it. How many rows there are."""
+    new, kept = f"{path}.again-{os.getpid()}", f"{path}.damaged"
+    try:
+        changed = follow(new, source, thorough=True)
+        with mailcloak.acting_as_owner_of(path):
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(kept)
+            os.link(path, kept)
+            os.replace(new, path)
+    finally:
+        with contextlib.suppress(FileNotFoundError), mailcloak.acting_as_owner_of(path):
+            os.unlink(new)
+    ctl.say(f"db: mirror: {path} was damaged, and is made again; the damaged one is {kept}")
+    return changed
+
+
+def is_damaged(path: str) -> bool:
+    """Does SQLite find damage in it? One that it does not take for a database may be any file, and counts as none."""
+    try:
+        with contextlib.closing(mailcloak.connect_database(path, ctl.INTERRUPT_SECONDS, as_owner=True)) as database:
+            return str(database.execute("PRAGMA quick_check(1)").fetchone()[0]) != "ok"
+    except mailcloak.SQLITE_ERRORS as exc:
+        return "malformed" in mailcloak.describe_sqlite(exc)
+
+
 def is_same_state(ours: Optional[ctl.Origin], theirs: Optional[ctl.Origin]) -> bool:
     """Are these surely the same rows? Of a file that nobody has published, nobody knows."""
 
@@ -297,9 +325,13 @@ def is_same_state(ours: Optional[ctl.Origin], theirs: Optional[ctl.Origin]) -> b
 
 def publish(path: str, source: str, *, thorough: bool) -> int:
     """Make the file that others follow equal to the writer's database SOURCE; how many rows were changed. Raises Refused."""
-    check_published(path)
-    own = find_own(source, path)
-    with open_target(path, wal=True) as database, attached(database, source), ctl.transaction(database, of_mirror=True):
+    own, serial = find_own(source, path, check_published(path))
+    with contextlib.ExitStack() as stack:
+        database = stack.enter_context(open_target(path, wal=True))
+        with data.reading(database):  # wait for its turn here while mailcloakctl may still write to SOURCE
+            pass
+        stack.enter_context(attached(database, source))
+        stack.enter_context(ctl.transaction(database, of_mirror=True))
         last = ctl.find_origin(database)
         is_ours = last is not None and (last.writer, last.epoch) == (own.writer, own.epoch)
         if last and not is_ours and last.epoch >= own.epoch:
@@ -311,26 +343,31 @@ def publish(path: str, source: str, *, thorough: bool) -> int:
             changed = make_equal(database)
         now = int(time.time())
         if changed or not is_ours or not last:
-            # the time, so that it rises also where the file was lost, and begins again
-            new = own._replace(serial=max(own.serial + 1, last.serial + 1 if last else 0, now), published_at=now, file="")
+            new = own._replace(serial=max(serial, last.serial + 1 if last else 0), published_at=now, file="")
             write_origin(database, new._replace(digest=digest_of(database, "main", new)))
         elif not 0 <= now - last.published_at < RENEW_SECONDS:
             write_origin(database, last._replace(published_at=now))
     return changed
 
 
-def check_published(path: str) -> None:
-    """Raise Refused where the file has rows that were not published, such as those of a host's own database."""
-    if is_there(path):
-        with contextlib.closing(ctl.open_database(path, create=False)) as database:
-            last = ctl.patiently(lambda: ctl.find_origin(database))
-            if has_rows(database) if last is None else not is_published(last):
-                remedy = "say db mirror DATABASE --db FILE --publish with a new FILE, or with one that was published"
-                raise ctl.Refused(f"db: mirror: {path!r} has rows that were not published, nothing was changed", remedy)
+def check_published(path: str) -> Optional[ctl.Origin]:
+    """The origin of the file; raises Refused where it has rows that were not published, such as those of a host's own database."""
+    if not is_there(path):
+        return None
+    with contextlib.closing(ctl.open_database(path, create=False)) as database:
+        last = ctl.patiently(lambda: ctl.find_origin(database))
+        if has_rows(database) if last is None else not is_published(last):
+            remedy = "say db mirror DATABASE --db FILE --publish with a new FILE, or with one that was published"
+            raise ctl.Refused(f"db: mirror: {path!r} has rows that were not published, nothing was changed", remedy)
+    return last
 
 
-def find_own(state: str, published: str) -> ctl.Origin:
-    """The origin of the writer's database, made at the first use; raises Refused where it is a follower's, or a published file."""
+def find_own(state: str, published: str, last: Optional[ctl.Origin]) -> tuple[ctl.Origin, int]:
+    """The origin of the writer's database, made at the first use, and the serial of the next change.
+
+    last: the origin of what is published. Where that was lost, the serial is beyond each one that was published, since the one in
+    the database always is: also after a time in which the clock was ahead. Raises Refused where it is a follower's, or a published file.
+    """
     with contextlib.closing(ctl.open_database(state, create=False)) as database:
         own = ctl.patiently(lambda: ctl.find_origin(database))
         if own and own.role != "writer":
@@ -339,11 +376,14 @@ def find_own(state: str, published: str) -> ctl.Origin:
         if own and is_published(own):
             remedy = "say db mirror DATABASE --db FILE --publish"
             raise ctl.Refused(f"db: mirror: {state!r} is no database of a host, but was published, nothing was changed", remedy)
-        if own is None or own.file != published:
-            own = own or new_writer(epoch=1, serial=0)
+        before, own = own, own or new_writer(epoch=1, serial=0)
+        known = last.serial if last and (last.writer, last.epoch) == (own.writer, own.epoch) else own.serial
+        serial = max(known + 1, int(time.time()))
+        own = own._replace(file=published, serial=own.serial if serial <= own.serial else serial + RESERVED_SERIALS)
+        if own != before:
             with ctl.transaction(database, of_mirror=True):
-                write_origin(database, own := own._replace(file=published))
-        return own
+                write_origin(database, own)
+        return own, serial
 
 
 def is_published(origin: ctl.Origin) -> bool:
@@ -374,16 +414,21 @@ def state_of(source: str) -> tuple[Any, ...]:
             found.append((status.st_ino, status.st_size, status.st_mtime_ns))
         except OSError:
             found.append(None)
-    if os.path.isfile(source):  # not a FIFO, which would be waited for
-        with contextlib.suppress(OSError), open(source, "rb") as file:
-            found.append(file.read(100))  # has the change counter: two commits may have one time
+    with contextlib.suppress(OSError), open(source, "rb", opener=open_at_once) as file:
+        found.append(file.read(100))  # has the change counter: two commits may have one time
     return tuple(found)
+
+
+def open_at_once(path: str, flags: int) -> int:
+    """An opener that does not wait for a FIFO, which may have come in place of the file."""
+    return os.open(path, flags | os.O_NONBLOCK)
 
 
 def watch(source: str, look: Callable[[bool], int], name: str, *, renew: bool) -> None:
     """Look whenever SOURCE has changed, and say it when it is refused for another reason, until SIGTERM or SIGINT.
 
-    look takes whether all rows are to be compared. renew: also look when RENEW_SECONDS are over.
+    look takes whether all rows are to be compared. renew: also look when RENEW_SECONDS are over. Without it, also look when another
+    program has changed or removed the database with this name, which only this one writes; Litestream writes to what is published.
     """
     is_ended = False
 
@@ -396,16 +441,19 @@ def watch(source: str, look: Callable[[bool], int], name: str, *, renew: bool) -
         signal.signal(number, end)
     reason: Optional[str] = None  # of the last refusal, "" where there was none
     seen: tuple[Any, ...] = ()
+    left: tuple[Any, ...] = ()  # the state of the database after the last look
     due = 0.0
     with contextlib.suppress(KeyboardInterrupt):
         while not is_ended:
             signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT, signal.SIGTERM, signal.SIGHUP})  # see mailcloakctl.commit()
             state = state_of(source)
-            if state != seen or time.monotonic() >= due:
-                before, reason = reason, try_to_look(look, thorough=reason != "" or (renew and state != seen))
+            is_touched = not renew and state_of(name) != left
+            if state != seen or is_touched or time.monotonic() >= due:
+                thorough = reason != "" or is_touched or (renew and state != seen)
+                before, reason = reason, try_to_look(look, thorough=thorough)
                 if reason != before and not is_ended:
                     ctl.say(f"{reason}; tried again until it can" if reason else f"db: mirror: {name} is as {source}")
-                seen = state
+                seen, left = state, () if renew else state_of(name)
                 due = time.monotonic() + (RETRY_SECONDS if reason else RENEW_SECONDS if renew else float("inf"))
             time.sleep(WATCH_SECONDS)
 
@@ -434,7 +482,12 @@ def mirror(context: ctl.Context) -> None:
     def look(thorough: bool) -> int:
         if options.publish:
             return publish(path, source, thorough=thorough)
-        changed = follow(path, source, thorough=thorough, adopt=options.adopt)
+        try:
+            changed = follow(path, source, thorough=thorough, adopt=options.adopt)
+        except (ctl.Refused, *mailcloak.SQLITE_ERRORS) as exc:
+            if not options.watch or mailcloak.sqlite_fault(exc) != "damaged" or not is_damaged(path):
+                raise
+            changed = follow_again(path, source)
         options.adopt = False  # with --watch: this one, and no later one
         return changed
 

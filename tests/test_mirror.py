@@ -101,10 +101,12 @@ def origin(role="follower", writer="w1", epoch=1, serial=10):
 @pytest.mark.parametrize(
     ("ours", "theirs", "has_rows", "why"),
     [
-        (None, None, True, ""),
+        (None, None, False, ""),
+        (None, None, True, "no writer has published it with db mirror --publish"),
+        (None, origin("writer")._replace(digest=""), True, "no writer has published it with db mirror --publish"),
         (None, origin(), False, ""),
         (None, origin(), True, "this database has rows of its own, which would be lost"),
-        (origin(), None, True, "it has no origin, so no writer has published it"),
+        (origin(), None, True, "no writer has published it with db mirror --publish"),
         (origin(), origin(serial=10), True, ""),
         (origin(), origin(serial=11), True, ""),
         (origin(), origin(serial=9), True, "it is older than what is here"),
@@ -174,7 +176,6 @@ def test_serial_rises_with_each_change_also_where_the_published_file_was_lost(wr
         serials.append(writer.origin(writer.shared).serial)
     writer.shared.unlink()
     writer("aliases", "del", "a0@d1.test")
-    time.sleep(max(0, serials[-1] + 1.1 - time.time()))
     writer.publish()
     serials.append(writer.origin(writer.shared).serial)
     assert serials == sorted(set(serials))
@@ -182,21 +183,89 @@ def test_serial_rises_with_each_change_also_where_the_published_file_was_lost(wr
     assert rows_of(follower.path) == rows_of(writer.path)
 
 
-def test_copy_of_a_host_that_publishes_nothing_is_brought_and_neither_is_a_follower(tmp_path):
+def test_published_file_that_is_lost_begins_after_all_that_was_published_though_the_clock_was_ahead(writer, follower, monkeypatch):
+    """Its followers would have refused it for a month."""
+    now = time.time()
+    monkeypatch.setattr(time, "time", lambda: now + 30 * 86400)
+    writer("aliases", "add", "a@d1.test", "alice")
+    mailcloakmirror.publish(str(writer.shared), str(writer.path), thorough=True)
+    mailcloakmirror.follow(str(follower.path), str(writer.shared), thorough=True)
+    monkeypatch.setattr(time, "time", lambda: now)
+    for number in range(3):
+        writer.shared.unlink()
+        writer("aliases", "add", f"b{number}@d1.test", "alice")
+        mailcloakmirror.publish(str(writer.shared), str(writer.path), thorough=True)
+        mailcloakmirror.follow(str(follower.path), str(writer.shared), thorough=True)
+        assert rows_of(follower.path) == rows_of(writer.path)
+    before = writer.path.read_bytes()
+    follower("db", "promote")
+    mailcloakmirror.publish(str(writer.shared), str(writer.path), thorough=True)
+    assert writer.path.read_bytes() == before  # it is not written at each look
+
+
+def test_changes_go_on_while_another_program_holds_the_published_file(writer):
+    """Such as a hung Litestream: mailcloakctl waited for it."""
+    with contextlib.closing(sqlite3.connect(writer.shared, isolation_level=None, check_same_thread=False)) as holder:
+        holder.execute("BEGIN IMMEDIATE")
+        with watching(writer.shared, writer.path, "--publish"):
+            ended = time.monotonic() + 5
+            while time.monotonic() < ended:
+                with contextlib.closing(sqlite3.connect(writer.path, timeout=1, isolation_level=None)) as database:
+                    database.execute("BEGIN IMMEDIATE")
+                time.sleep(0.05)
+            holder.execute("ROLLBACK")
+            writer("aliases", "add", "new@d1.test", "carol")
+            wait_until(lambda: rows_of(writer.shared) == rows_of(writer.path), what="the change")
+
+
+def test_copy_that_nobody_has_published_replaces_rows_by_adopt_alone_and_neither_is_a_follower(tmp_path):
+    """It may be half of two backups, older than what is here, or empty: nothing in it tells."""
     one, two = Host(tmp_path / "one"), Host(tmp_path / "two")
     one("aliases", "add", "info@d1.test", "alice")
+    two("db", "mirror", one.path)  # into an empty one
     two("aliases", "add", "other@d1.test", "bob")
-    two("db", "mirror", one.path)
+    before = rows_of(two.path)
+    mailcloak.prepare_database(str(tmp_path / "empty.db"), 5)
+    for source in (one.path, tmp_path / "empty.db"):
+        said = two.refuses("db", "mirror", source)
+        assert "no writer has published it with db mirror --publish; if it is the right one, db mirror --adopt takes it" in said
+        assert rows_of(two.path) == before
+    two("db", "mirror", one.path, "--adopt")
     assert rows_of(two.path) == rows_of(one.path)
     assert two.origin() is None
     two("aliases", "add", "again@d1.test", "bob")
+
+
+def test_backup_of_a_writer_is_no_source_since_it_may_be_an_old_one(writer, follower, tmp_path):
+    writer("backup", tmp_path / "old.db")
+    writer("aliases", "add", "new@d1.test", "carol")
+    writer.publish()
+    follower("db", "mirror", writer.shared)
+    assert "no writer has published it" in follower.refuses("db", "mirror", tmp_path / "old.db")
+    assert rows_of(follower.path) == rows_of(writer.path)
+
+
+@pytest.mark.parametrize("name", ["aliases", "apps"])
+def test_source_with_a_view_in_place_of_a_table_is_refused_before_a_row_of_it_is_read(writer, tmp_path, name):
+    """It would hold the lock of the database for good."""
+    writer("backup", tmp_path / "copy.db")
+    with contextlib.closing(sqlite3.connect(tmp_path / "copy.db")) as database:
+        database.execute("DROP TABLE origin")
+        columns = ", ".join(f"n AS {column}" for column in TABLES[name].columns)
+        database.execute(f"DROP TABLE {name}")
+        endless = "WITH RECURSIVE r (n) AS (SELECT 1 UNION ALL SELECT n + 1 FROM r)"
+        database.execute(f"CREATE VIEW {name} AS {endless} SELECT {columns} FROM r")
+        database.commit()
+    host = Host(tmp_path / "host")
+    assert f"is refused: it has no table {name}" in host.refuses("db", "mirror", tmp_path / "copy.db")
+    assert not host.path.exists()
 
 
 def test_database_of_a_follower_that_is_lost_is_made_whole_though_a_daemon_has_run_on_it(writer, follower):
     mailcloak_saved = Path(mailcloak.last_known_path(str(follower.path)))
     mailcloak_saved.touch()
     follower.path.unlink()
-    assert "does not exist" in follower.refuses("aliases", "list")
+    assert "is missing" in follower.refuses("aliases", "list")
     assert "missing, though a daemon has run on it" in follower.refuses("aliases", "add", "x@d1.test", "alice")
     follower("db", "mirror", writer.shared)
     assert rows_of(follower.path) == rows_of(writer.path)
@@ -436,7 +505,7 @@ def test_damaged_source_without_an_origin_is_refused(writer, tmp_path):
     host("aliases", "del", "info@d1.test")
     data = host.path.read_bytes()
     host.path.write_bytes(data[:4096] + flipped_in_a_page(data)[4096:])
-    assert "is refused: it is damaged" in own.refuses("db", "mirror", host.path)
+    assert "is refused: it is damaged" in own.refuses("db", "mirror", host.path, "--adopt")
 
 
 def test_source_that_is_missing_or_no_file_of_ours_is_refused(writer, follower, tmp_path):
@@ -634,7 +703,8 @@ def test_host_follows_a_follower_and_is_told_how_old_the_rows_of_the_writer_are(
     assert rows_of(third.path) == rows_of(writer.path)
     follower("db", "promote")
     follower("aliases", "add", "end@d1.test", "carol")
-    third("db", "mirror", follower.path)
+    follower.publish()
+    third("db", "mirror", follower.shared)
     assert rows_of(third.path) == rows_of(follower.path)
     assert "is no longer the writer" in third.refuses("db", "mirror", writer.shared)
 
@@ -890,6 +960,67 @@ def test_reason_is_said_once_and_the_source_tried_again(writer, follower):
         assert mirror.said().endswith(f"db: mirror: {follower.path} is as {writer.shared}\n")
 
 
+def test_database_of_a_follower_that_is_lost_or_changed_is_as_before_though_nothing_comes(writer, follower):
+    """With the storage or the writer away, the copy beside it is all there is."""
+    before = rows_of(follower.path)
+    with watching(follower.path, writer.shared) as mirror:
+        wait_until(mirror.said, what="start")
+        follower.path.unlink()
+        wait_seconds(follower.path.exists, seconds=5, what="the database")
+        assert rows_of(follower.path) == before
+        for change in ("DELETE FROM aliases", "UPDATE aliases SET username = 'mallory'"):
+            with contextlib.closing(sqlite3.connect(follower.path)) as database, database:
+                database.execute(change)
+            wait_seconds(lambda: rows_of(follower.path) == before, seconds=5, what="the rows")
+        follower.path.unlink()
+        mailcloak.prepare_database(str(follower.path), 5)  # as the daemon does
+        wait_seconds(lambda: rows_of(follower.path) == before, seconds=5, what="the rows")
+        assert follower.origin().role == "follower"
+
+
+def test_damaged_database_of_a_follower_is_made_again_and_kept_beside_it(writer, follower):
+    before = rows_of(follower.path)
+    with watching(follower.path, writer.shared) as mirror:
+        wait_until(mirror.said, what="start")
+        good = follower.path.read_bytes()
+        damaged = good[:4096] + b"\xff" * (len(good) - 4096)
+        source = writer.shared.read_bytes()
+        writer.shared.write_bytes(b"x" * 5000)
+        follower.path.write_bytes(damaged)
+        wait_until(lambda: "tried again until it can" in mirror.said(), what="the reason")
+        assert follower.path.read_bytes() == damaged  # it is better than none
+        writer.shared.write_bytes(source)
+        wait_until(lambda: "was damaged, and is made again" in mirror.said(), what="the database")
+        assert rows_of(follower.path) == before
+        assert (follower.path.parent / "state.db.damaged").read_bytes() == damaged
+        assert sorted(path.name for path in follower.path.parent.iterdir()) == ["state.db", "state.db.damaged"]
+        follower.path.write_text("this is no database, but perhaps another file\n" * 200)
+        wait_until(lambda: "file is not a database" in mirror.said(), what="the reason")
+        follower.path.unlink()
+        wait_seconds(follower.path.exists, seconds=5, what="the database")
+
+
+def test_damaged_database_of_a_writer_is_not_replaced_by_what_it_no_longer_follows(writer, follower):
+    follower("db", "promote")
+    with contextlib.closing(sqlite3.connect(follower.path)) as database:
+        pages = database.execute("SELECT rootpage FROM sqlite_master WHERE tbl_name = ?", (min(TABLES),)).fetchall()
+    damaged = bytearray(follower.path.read_bytes())
+    for (page,) in pages:
+        damaged[(page - 1) * 4096 : page * 4096] = b"\xff" * 4096
+    follower.path.write_bytes(damaged)
+    with watching(follower.path, writer.shared) as mirror:
+        wait_until(lambda: "this host is the writer" in mirror.said(), what="the reason")
+    assert follower.path.read_bytes() == damaged
+
+
+def test_fifo_that_comes_in_place_of_the_source_is_not_waited_for(tmp_path, monkeypatch):
+    """Between two looks at it."""
+    os.mkfifo(tmp_path / "fifo")
+    monkeypatch.setattr(os.path, "isfile", lambda _: True)
+    status = (tmp_path / "fifo").stat()
+    assert mailcloakmirror.state_of(str(tmp_path / "fifo"))[0] == (status.st_ino, 0, status.st_mtime_ns)
+
+
 def test_file_put_in_place_by_rename_is_followed(writer, follower, tmp_path):
     with watching(follower.path, writer.shared) as mirror:
         wait_until(mirror.said, what="start")
@@ -1027,7 +1158,10 @@ def test_follower_says_whom_it_follows_and_how_old_that_is(writer, follower, lat
     (finding,) = doctor_says(config)
     assert (finding.check, finding.state) == ("replication", "warning")
     assert "replication.max_lag_seconds is 60" in finding.text
-    assert finding.remedy.startswith("start mailcloak-follow again, which begins with an empty copy")
+    assert (
+        "on the writer: mailcloak-publish, mailcloak-replicate; else on this host: mailcloak-follow, mailcloak-mirror"
+        in finding.remedy
+    )
     assert doctor_says(late_at_60(follower.path, max_lag_seconds=100))[0].state == "ok"
     # the same in the metrics, though the daemon does not run, and for people
     shown = run_ctl("--config", config, "status", "--prometheus", "-").stdout
@@ -1038,7 +1172,7 @@ def test_follower_says_whom_it_follows_and_how_old_that_is(writer, follower, lat
     assert f"mailcloak_replication_serial {float(follower.origin().serial)!r}" in shown
     ((label, text, colour),) = mailcloakctl.replication_fields(mailcloakctl.read_replication(str(follower.path), 60))
     assert (label, colour) == ("several hosts", mailcloakctl.RED)
-    assert "; start mailcloak-follow again" in text
+    assert "; if other followers are late too, look on the writer" in text
 
 
 def test_time_in_the_future_is_a_warning_since_it_would_hide_a_stall(follower, late_at_60):
@@ -1056,13 +1190,32 @@ def test_time_in_the_future_is_a_warning_since_it_would_hide_a_stall(follower, l
 
 def test_writer_says_when_it_has_published(writer, late_at_60):
     config = late_at_60(writer.path)
-    assert re.fullmatch(r"the writer \(epoch 1\), published .* ago", doctor_says(config)[0].text)
+    assert re.fullmatch(r"the writer \(epoch 1\), published for mailcloak-replicate .* ago", doctor_says(config)[0].text)
     set_age(writer.shared, 100)
     (finding,) = doctor_says(config)
-    assert (finding.state, finding.remedy) == ("warning", "start mailcloak-publish again; its log says more")
+    assert finding.state == "warning"
+    assert finding.remedy.startswith("start mailcloak-publish on this host again")
+    assert finding.remedy.endswith("if another host is the writer now, let this one follow it")
     writer.shared.unlink()
     (finding,) = doctor_says(config)
     assert (finding.state, "has published nothing yet" in finding.text) == ("warning", True)
+
+
+def test_doctor_finds_a_copy_of_another_host_that_is_not_used(writer, tmp_path, late_at_60):
+    """The place is that of the example units: /var/lib/mailcloak and /var/lib/mailcloak-shared."""
+    host = Host(tmp_path / "host")
+    config = late_at_60(host.path)
+    (tmp_path / "host-shared").mkdir()
+    shutil.copy(writer.shared, tmp_path / "host-shared" / "shared.db")
+    (finding,) = doctor_says(config)
+    assert (finding.state, finding.text) == ("warning", "shared.db is there, but the database of this host cannot be read")
+    assert finding.remedy.startswith("on a follower no backup: start mailcloak-mirror")
+    host("aliases", "add", "own@d1.test", "alice")
+    (finding,) = doctor_says(config)
+    assert (finding.state, "neither follows another host nor is published" in finding.text) == ("warning", True)
+    host("db", "mirror", tmp_path / "host-shared" / "shared.db", "--adopt")
+    (finding,) = doctor_says(config)
+    assert finding.state == "ok"
 
 
 def test_status_of_a_daemon_on_a_follower(writer, make_daemon, short_dir):
@@ -1083,20 +1236,31 @@ def test_status_of_a_daemon_on_a_follower(writer, make_daemon, short_dir):
 # ---- the README
 
 
-def test_three_lines_of_readme_bring_the_rows_of_another_host(writer, tmp_path):
+def test_three_lines_of_readme_make_a_host_follow_another(writer, tmp_path):
     text = (ROOT / "README.md").read_text()
     (lines,) = re.findall(r"^```\n(ssh .*\nrsync .*\n.* db mirror .*\n)```$", text, re.MULTILINE)
     own = Host(tmp_path / "own")
-    tools = {"ssh": f'shift 2; {sys.executable} {ROOT}/mailcloakctl.py --db {writer.path} "$@"', "rsync": 'cp "${1#*:}" "$2"'}
+    there = tmp_path / "there"
+    tools = {"ssh": f'shift 2; {sys.executable} {ROOT}/mailcloakctl.py "$@"', "rsync": 'cp "${1#*:}" "$2.new" && mv "$2.new" "$2"'}
     for name, script in tools.items():
         (tmp_path / name).write_text(f"#!/bin/sh\n{script}\n")
         (tmp_path / name).chmod(0o755)
-    lines = lines.replace("mx1.example.org:/var/backups/state.copy", f"mx1.example.org:{tmp_path}/there").replace(
-        "--replace /var/backups/state.copy", f"--replace {tmp_path}/there"
-    )
-    result = run_job(lines, own, tmp_path, [("/var/backups/state.copy", tmp_path / "here")])
-    assert (result.returncode, result.stdout, result.stderr) == (0, "", "")
-    assert rows_of(own.path) == rows_of(writer.path)
+    lines = lines.replace("mx1.example.org:/var/backups/shared.db", f"mx1.example.org:{there}")
+    lines = lines.replace("--db /var/backups/shared.db", f"--db {there}").replace("/var/lib/mailcloak/state.db", str(writer.path))
+
+    def run():
+        return run_job(lines, own, tmp_path, [("/var/backups/shared.db", tmp_path / "here")])
+
+    for number in range(2):
+        result = run()
+        assert (result.returncode, result.stdout, result.stderr) == (0, "", "")
+        assert rows_of(own.path) == rows_of(writer.path)
+        writer("aliases", "add", f"a{number}@d1.test", "alice")
+    assert own.origin().role == "follower"
+    assert "this database follows that of" in own.refuses("aliases", "add", "x@d1.test", "alice")
+    shutil.copy(there, tmp_path / "old")
+    run()
+    assert "it is older than what is here" in own.refuses("db", "mirror", tmp_path / "old")
 
 
 # ---- the log
