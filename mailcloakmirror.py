@@ -451,9 +451,9 @@ def watch(source: str, look: Callable[[bool], int], name: str, *, renew: bool) -
             if state != seen or is_touched or time.monotonic() >= due:
                 thorough = reason != "" or is_touched or (renew and state != seen)
                 before, reason = reason, try_to_look(look, thorough=thorough)
+                seen, left = state, () if renew else state_of(name)  # before anything is said, which may take time
                 if reason != before and not is_ended:
                     ctl.say(f"{reason}; tried again until it can" if reason else f"db: mirror: {name} is as {source}")
-                seen, left = state, () if renew else state_of(name)
                 due = time.monotonic() + (RETRY_SECONDS if reason else RENEW_SECONDS if renew else float("inf"))
             time.sleep(WATCH_SECONDS)
 
