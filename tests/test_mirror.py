@@ -956,7 +956,7 @@ def test_reason_is_said_once_and_the_source_tried_again(writer, follower):
         writer("aliases", "add", "new@d1.test", "carol")
         writer.publish()
         wait_until(lambda: rows_of(follower.path) == rows_of(writer.path), what="the rows")
-        assert mirror.said().count("\n") == 4
+        wait_until(lambda: mirror.said().count("\n") == 4, what="the line that follows")
         assert mirror.said().endswith(f"db: mirror: {follower.path} is as {writer.shared}\n")
 
 
