@@ -2613,8 +2613,8 @@ def read_user(record: Mapping[str, Any], config: KeycloakConfig, *, is_whole: bo
     """What one of Keycloak's user records means: the only place that says so. Raises QuestionFailed for one that makes no sense.
 
     Source: UserRepresentation of the admin REST interface. is_whole: with attributes; without them a disabled user may be locked out,
-    and receives mail, unless a user storage may be the reason, for which there is the grace. A service account has no address, nor has a user whose e-mail is not
-    verified where keycloak.require_verified_email demands it.
+    and receives mail, unless a user storage may be the reason, for which there is the grace. A service account has no address, nor has
+    a user whose e-mail is not verified where keycloak.require_verified_email demands it.
     """
     username, enabled = _field(record, "username"), record.get("enabled")
     try:
@@ -3270,8 +3270,8 @@ def judge(known: Optional[Person], said: Optional[User], asked_at: float, witnes
     """What counts of a user from now on, by what was known and by what Keycloak says now (None: it does not find the user).
 
     witness_at: when it last confirmed another user of the same federation. Only a user who was there is doubted, and only where
-    Keycloak may be wrong: it finds nobody, or a user storage says "disabled", or has no e-mail any more. The grace passes while others are confirmed and
-    somebody looks: between two looks at most 2 * policy.negative_cache_ttl_seconds counts. One of known and said is not None. Pure.
+    Keycloak may be wrong: it finds nobody, or a user storage says "disabled", or has no e-mail any more. The grace passes while others
+    are confirmed and somebody looks: between two looks at most 2 * policy.negative_cache_ttl_seconds counts. One of known and said is not None. Pure.
     """
     lost_email = known.user.email if known and said and said.federation and not said.email else ""  # which may only not be readable
     if said and said.receives and not lost_email:
@@ -3378,8 +3378,8 @@ class UserStore:
         """Take in what Keycloak said, for all questions at once: what is cached now, and (before, after) of whoever has changed.
 
         An answer changes nothing of a user if a later question about that user was answered already. Where the two disagree about who was
-        found here, or this very question was answered later, None is returned: ask again. A username belongs to one user, and so does an e-mail that Keycloak did not show with
-        two: who is found with it has taken it from the earlier holder.
+        found here, or this very question was answered later, None is returned: ask again. A username belongs to one user, and so does an
+        e-mail that Keycloak did not show with two: who is found with it has taken it from the earlier holder.
         """
         with self._lock:
             return self._do(functools.partial(self._learn, question, answer))
@@ -3437,12 +3437,14 @@ class UserStore:
 
     def _with_known_reasons(self, answer: Answer) -> Answer:
         """The answer, with why a user is disabled as it was told before, where it was not told now."""
+        if not answer.unexplained:
+            return answer
         users = list(answer.users)
         for place, user in enumerate(users):
             before = self._people.get(user.key)
             if user.key in answer.unexplained and before and not before.user.enabled:
                 users[place] = user._replace(locked_out=before.user.locked_out)
-        return dataclasses.replace(answer, users=tuple(users)) if answer.unexplained else answer
+        return dataclasses.replace(answer, users=tuple(users))
 
     def allow_login_by_email(self, user: User, asked_at: float) -> None:
         """Note that no other user's username is this user's e-mail, as Keycloak has said."""
