@@ -37,6 +37,7 @@ The checks: what each looks at, and the remedy.
   keycloak-cache-policy   is it noticed when a canary is gone: cache policy NO_CACHE? Keycloak, User federation
 
   postfix                 can postconf read main.cf? Name its folder with --postfix-config
+  postfix-running         does it run? postfix start
   postfix-access          can Postfix connect to mailcloak and Dovecot, from its chroot? socket_owner_user; start Dovecot
   postfix-smtpd           does each smtpd ask about each recipient and each sender? check_policy_service
   postfix-permit          does a permission stand before mailcloak in its list? Move check_policy_service to the front
@@ -629,7 +630,7 @@ CLASSES = {  # where Postfix knows a domain from, in its order; what delivers th
 }
 CLIENTS = {"lmtp": "lmtp", "smtp": "smtp", "relay": "smtp"}  # of Postfix's own master.cf, with their programs
 TO_DOVECOT = "lmtp:unix:private/dovecot-lmtp"
-FROM_DOVECOT = f"start Dovecot, with this socket as in {EXAMPLES}/dovecot-2.3 or {EXAMPLES}/dovecot-2.4"
+FROM_DOVECOT = f"start Dovecot (if it does not start, see the findings about it), with this socket as in {EXAMPLES}/dovecot-2.3 or {EXAMPLES}/dovecot-2.4"
 UNTRIED = "Only Unix sockets are tried"
 LAST_DAYS = 7  # of a certificate: what renews it (certbot, from 30 days before its end on) has failed for weeks by then
 REWRITING = {"append_dot_mydomain": "no", "allow_percent_hack": "yes", "swap_bangpath": "yes", "allow_untrusted_routing": "no"}
@@ -907,6 +908,7 @@ def check_postfix(host: Installation) -> Findings:
                 yield skipped("postfix", exc.text, "install Postfix, or name the folder of its main.cf with --postfix-config")
             continue
         yield ok("postfix", f"{postfix.directory} has {ctl.counted(postfix.smtpds, 'smtpd service')}")
+        yield from check_running(postfix)
         if not postfix.smtpds:
             text = f"{postfix.directory}/master.cf has no smtpd: no mail comes in"
             yield problem("postfix-smtpd", text, f"compare {MASTER_CF}")
@@ -923,6 +925,19 @@ def check_postfix(host: Installation) -> Findings:
         yield from check_domains(host.policy, postfix)
         yield from check_transports(postfix)
         yield from check_main_settings(host.policy, postfix)
+
+
+def check_running(postfix: Postfix) -> Findings:
+    """Does Postfix run? Its master listens for its own programs, of which each configuration has this one."""
+    check = "postfix-running"
+    if "rewrite/unix" not in postfix.services:
+        yield skipped(check, "does it run? Its master.cf has no service rewrite")
+    elif os.geteuid() != 0:
+        yield skipped(check, "does it run? Only root may ask its own sockets", AS_ROOT)
+    elif try_to_connect(os.path.join(postfix.main["queue_directory"], "private/rewrite")):
+        yield problem(check, "Postfix does not run, so no mail comes in or goes out", "postfix start, or systemctl start postfix")
+    else:
+        yield ok(check, "it runs")
 
 
 def check_connection(postfix: Postfix, services: Sequence[PostfixService], path: str, remedy: str, start: str = "") -> Findings:
@@ -1196,7 +1211,8 @@ def check_domains(policy: mailcloak.PolicyConfig, postfix: Postfix) -> Findings:
             text, remedy = f"{domain} is in virtual_alias_domains, where it has no mailboxes", "move it to virtual_mailbox_domains"
         elif not places:
             text = f"Postfix takes no mail for {domain}"
-            remedy = f"correct policy.domain; if it is right, main.cf: add {domain} to virtual_mailbox_domains, then postfix reload"
+            key = "mailbox_domain" if domain == policy.mailbox_domain else "domain"
+            remedy = f"correct policy.{key}; if it is right, main.cf: add {domain} to virtual_mailbox_domains, then postfix reload"
         else:
             transport = transports.get(domain, ":")
             if transport.startswith(":"):
@@ -1420,6 +1436,8 @@ def explain_doveconf(exc: CommandFailed) -> Findings:
             if "Unknown" in exc.text:
                 theirs, ours, sample = "2.4", "2.3", f"{EXAMPLES}/dovecot-2.3"
             remedy = f"this file is for Dovecot {theirs}, and {ours} is installed: take the files of {sample}, then restart Dovecot"
+        if "Unknown setting: sqlite" in exc.text:
+            remedy = "install the package dovecot-sqlite (apt-get install dovecot-sqlite), then restart Dovecot"
         yield problem("dovecot", f"Dovecot cannot read its configuration: {exc.text}", remedy)
     else:
         yield skipped("dovecot", exc.text, "name Dovecot's configuration with --dovecot-config" if exc.is_there else "")

@@ -808,7 +808,7 @@ def instance():
     """Postfix on the sample settings, not started, and somebody who listens where Dovecot does."""
     postfix = PrivatePostfix(ports=["submission", "submissions"])
     postfix.certificate, postfix.key = make_certificate(postfix.config)
-    with listening(postfix.private / "auth"), listening(postfix.private / "dovecot-lmtp"):
+    with listening(postfix.private / "auth"), listening(postfix.private / "dovecot-lmtp"), listening(postfix.private / "rewrite"):
         yield postfix
     postfix.close()
 
@@ -1021,7 +1021,7 @@ MAIN_MISTAKES = {
         {"virtual_transport": "lmtp:unix:private/nobody"},
         "problem",
         "postfix-access",
-        f"start Dovecot, with this socket as in {ROOT}/examples/dovecot-2.3",
+        f"with this socket as in {ROOT}/examples/dovecot-2.3",
     ),
     "accounts of the host": (
         {"virtual_mailbox_domains": "", "mydestination": "d1.test, d2.test"},
@@ -1427,7 +1427,7 @@ def test_who_is_not_root_is_told_what_was_not_checked(mail_site, postfix):
         found = run_checks(mail_site.config_path, mailcloakdoctor.check_postfix, postfix_config=[str(postfix.config)])
         return sorted((finding.state, finding.check, finding.remedy) for finding in found if finding.state != "ok")
 
-    names = ["postfix-access"] * 4 + ["postfix-certificate"]
+    names = ["postfix-access"] * 4 + ["postfix-certificate", "postfix-running"]
     assert as_nobody(run) == str([("skipped", name, mailcloakdoctor.AS_ROOT) for name in names])
 
 
@@ -1825,6 +1825,14 @@ def test_certificate_that_ends_soon_is_a_warning_and_one_that_has_ended_a_proble
     assert re.search(r"the certificate in \S+ end(s|ed) on 20\d\d-\d\d-\d\d", found.text)
     monkeypatch.undo()
     make_certificate(postfix.config)
+
+
+@real_postfix
+def test_postfix_that_is_stopped_is_a_problem(ask_postfix, postfix):
+    (postfix.private / "rewrite").rename(postfix.private / "away")
+    found = the_only(ask_postfix(), "problem", "postfix-running")
+    assert found.remedy.startswith("postfix start")
+    (postfix.private / "away").rename(postfix.private / "rewrite")
 
 
 @real_postfix
