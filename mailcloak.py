@@ -4518,13 +4518,13 @@ class Handler(socketserver.BaseRequestHandler):
     component = ""
     stream_class: type[Any]
     internal_error = Action("", "internal-error")
+    waited_seconds = 0.0  # for room for the answers to what was received last
     server: Server
 
     def setup(self) -> None:
         self.tally = Tally()
         self.rests = False  # between two requests, so that it may make room for another connection
         self.used_at = time.monotonic()
-        self.waited_seconds = 0.0  # for room for the answers to what was received last
         self._set_timeout(socket.SO_SNDTIMEO, SEND_TIMEOUT_SECONDS)
         self._set_timeout(socket.SO_RCVTIMEO, IDLE_SECONDS)
         self.server.connections[self.request] = self

@@ -404,7 +404,7 @@ SEES_NOBODY = (
         pytest.param(
             "view-users",
             {"client_secret": "wrong"},
-            "token refused (HTTP 401 unauthorized_client), host HOST, check keycloak.client_id",
+            "token refused (HTTP 401 unauthorized_client), host HOST, check keycloak.realm, client_id",
             id="secret",
         ),
         pytest.param("view-users", {"realm": "nowhere"}, "no such realm (HTTP 404), host HOST, check keycloak.realm", id="realm"),

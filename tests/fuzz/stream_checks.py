@@ -160,6 +160,9 @@ class PlainFacts(mailcloak.Facts):
     def find_login(self, sasl_username: str) -> Any:
         return _value(self._login)
 
+    def find_user(self, username: str) -> Any:
+        return _value(self._login)
+
 
 class UntaggedFacts(PlainFacts):
     """As above, but what has an extension is no alias: it is cut off, and comes back in the answer."""
