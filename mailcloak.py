@@ -2592,7 +2592,7 @@ class Answer:
 
     users: Users
     asked_at: float  # of time.monotonic(), before the first request
-    unexplained: frozenset[str] = frozenset()  # keys of disabled users of whom it did not tell why: locked_out is a guess
+    unexplained: frozenset[str] = frozenset()  # keys of disabled users where it did not tell why: locked_out is a guess
 
 
 Question = tuple[str, str]  # ("email", address) or ("username", name), normalised
