@@ -96,7 +96,7 @@ from concurrent.futures import Future, InvalidStateError
 from concurrent.futures import TimeoutError as FutureTimeout
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import IO, TYPE_CHECKING, Any, Callable, ClassVar, Generic, NamedTuple, Optional, Protocol, TypeVar, Union
+from typing import IO, TYPE_CHECKING, Any, Callable, ClassVar, Generic, NamedTuple, Optional, Protocol, TypeVar, Union, cast
 
 import yaml
 
@@ -4150,18 +4150,14 @@ class LiveFacts(Facts):
         return bool(self._look_up("leaver", username, lambda: directory.has_left(username, self._until())))
 
     def find_login(self, sasl_username: str) -> Login:
-        if not _may_be_name(sasl_username):
-            return Login("", "missing")
-        directory = self._service.directory
-        login: Login = self._look_up("login", sasl_username, lambda: directory.find_login(sasl_username, self._until()))
-        return login
+        return self._find_login("login", sasl_username, self._service.directory.find_login)
 
     def find_user(self, username: str) -> Login:
-        if not _may_be_name(username):
-            return Login("", "missing")
-        directory = self._service.directory
-        login: Login = self._look_up("user", username, lambda: directory.find_user(username, self._until()))
-        return login
+        return self._find_login("user", username, self._service.directory.find_user)
+
+    def _find_login(self, asked: str, name: str, find: Callable[[str, Deadline], Found]) -> Login:
+        login = self._look_up(asked, name, lambda: find(name, self._until())) if _may_be_name(name) else Login("", "missing")
+        return cast(Login, login)
 
     def has_lost(self, sasl_username: str, address: Address) -> bool:
         return self._service.directory.has_lost(sasl_username, address.text)

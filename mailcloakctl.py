@@ -53,6 +53,7 @@ import shlex
 import shutil
 import socket
 import sqlite3
+import stat
 import sys
 import textwrap
 import time
@@ -647,6 +648,8 @@ def database_remedy(exc: BaseException, path: str) -> str:
     if os.path.islink(path):
         return LINK_REMEDY
     shared = re.search("below (/.*), which others may write", str(exc))
+    if shared and os.stat(shared[1]).st_mode & stat.S_ISVTX:  # /tmp and the like are for all
+        return "name a database in a directory that only root, or one user, may write"
     if shared:
         return f"chmod go-w {shlex.quote(shared[1])}, or name a database in another directory"
     user, file_user = (owner_name(place) if os.path.exists(place) else "" for place in (os.path.dirname(path), path))
