@@ -143,9 +143,16 @@ def ask(directory: Path, asked: dict[str, str] | str) -> str:
     return exchange(directory / "policy", policy_request(asked), b"\n\n").decode()[len("action=") :].rstrip("\n")
 
 
-def read_source(log: Path, asked: dict[str, str] | str) -> str:
-    """Where the last answer came from, read from the daemon's log: the reason of the recipient check or of the sender check."""
-    reasons = re.findall(r"reason=(\S+)", log.read_text())[-1].split(",")  # logged before the answer is sent
+def read_source(log: Path, number: int, asked: dict[str, str] | str) -> str:
+    """Where the answer to that question came from, read from the daemon's log: the reason of the recipient check or of the sender check."""
+    answers: list[str] = []
+    end = time.monotonic() + 10
+    while len(answers) < number and time.monotonic() < end:  # a thread of its own writes the log
+        answers = [
+            reason for reason in re.findall(r"reason=(\S+)", log.read_text()) if reason != "explain"
+        ]  # mailcloakctl asks for that
+        time.sleep(0.01)
+    reasons = answers[number - 1].split(",")
     reason = reasons[0] if "recipient" in asked else reasons[-1]
     return SOURCES.get(reason, reason)
 
@@ -164,12 +171,16 @@ def demo() -> int:
         run_ctl(config, "apps", "allow", "printer", "scan@demo.test")
         rows = [("QUESTION", "ANSWER", "WHERE IT CAME FROM")]
         wrong = 0
-        for question, asked, expected in QUESTIONS:
+        for number, (question, asked, expected) in enumerate(QUESTIONS, 1):
             answer = ask(directory, asked)
             wrong += answer != expected
             shown = {"DUNNO": "DUNNO (no objection)", "NOTFOUND ": "NOTFOUND (as it is)"}.get(answer, answer)
             rows.append(
-                (question, shown + ("" if answer == expected else f"   WRONG, expected {expected}"), read_source(log, asked))
+                (
+                    question,
+                    shown + ("" if answer == expected else f"   WRONG, expected {expected}"),
+                    read_source(log, number, asked),
+                )
             )
         widths = [max(len(row[column]) for row in rows) for column in range(3)]
         print()
