@@ -35,7 +35,7 @@ class IndexedStandIn(KeycloakStandIn):
         return KeycloakStandIn.search(few, query)
 
     def counts(self) -> dict[str, int]:
-        kinds = Counter("self-check" if query == {"max": "1"} else kind for kind, query in self.requests)
+        kinds = Counter("self-check" if query.get("max") == "1" else kind for kind, query in self.requests)
         return {kind: kinds[kind] for kind in ("users", "self-check", "profile", "token")}
 
 
