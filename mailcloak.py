@@ -247,10 +247,13 @@ class StartError(MailcloakError):
     """A socket, a user or the database file does not allow the daemon to start."""
 
 
+_TO_BE_ESCAPED = re.compile(r'[ <>"\\]')
+
+
 def escape_for_log(text: str) -> str:
     """Text of a client for a log line: nothing in it can end the line, a quoted value or an address in angle brackets."""
     text = text if len(text) <= 300 else text[:300] + "..."
-    if text.isprintable() and not re.search(r'[ <>"\\]', text):
+    if text.isprintable() and not _TO_BE_ESCAPED.search(text):
         return text
     return "".join(f"\\x{ord(c):02x}" if c in ' <>"\\' else c if c.isprintable() else ascii(c)[1:-1] for c in text)
 
@@ -1121,22 +1124,22 @@ class PolicyStream(_Stream):
         return b"action=" + action.text.encode("utf-8", "replace") + b"\n\n"
 
 
-# (what begins the line, its length) of each attribute that is read
-_POLICY_LINES = tuple((f"\n{name}=", len(name) + 2) for name in ("request", *PolicyRequest._fields[:-1]))
-_LOGGED_ATTRIBUTE = re.compile(r"\n(client_address|queue_id)=([^\n]*)")
+_POLICY_LINES = tuple(f"\n{name}=" for name in ("request", *PolicyRequest._fields[:-1]))  # what they begin with
 
 
 def parse_policy_request(data: bytes) -> PolicyRequest:
     """One request without its empty line. Other attributes are ignored, the last of two lines counts; raises ProtocolError."""
     text = _decode(b"\n" + data + b"\n")
-    values = []
-    for line, length in _POLICY_LINES:
-        at = text.rfind(line)
-        values.append(text[at + length : text.index("\n", at + length)] if at >= 0 else "")
-    kind, *others = values
+    kind, *others = [find_attribute(text, line) for line in _POLICY_LINES]
     if kind != "smtpd_access_policy":
         raise ProtocolError(f"request={escape_for_log(kind)}, expected smtpd_access_policy")
     return PolicyRequest._make([*others, text])
+
+
+def find_attribute(text: str, line: str) -> str:
+    """The value behind the last line of a request's text that begins so, as in "\\nclient_address="; "" where there is none."""
+    at = text.rfind(line)
+    return text[at + len(line) : text.index("\n", at + 1)] if at >= 0 else ""
 
 
 class SocketmapQuery(NamedTuple):
@@ -3892,6 +3895,8 @@ def judge_login(known: Sequence[Known], confirmed_since: Optional[float]) -> Ver
 
 def newest(known: Sequence[Known]) -> tuple[Known, ...]:
     """The same, with the newest state of each user that one of them has."""
+    if len(known) == 1:
+        return tuple(known)
     last: dict[str, Person] = {}
     for person in sorted((person for each in known for person in each.people), key=lambda person: person.asked_at):
         last[person.user.key] = person
@@ -4414,7 +4419,7 @@ class AppUses:
         """A request of the app was accepted. Mostly one look at a dict; two at the same moment may both be noted."""
         if now < (self._noted.get(app_id) or NEVER) + USE_SECONDS:
             return
-        client = dict(_LOGGED_ATTRIBUTE.findall(request.text)).get("client_address")
+        client = find_attribute(request.text, "\nclient_address=")
         if not client:  # Postfix always names one, mailcloakctl ask does not
             return
         self._noted.put(app_id, now, is_lasting=True)
@@ -4634,10 +4639,9 @@ class PolicyHandler(Handler):
     def describe(self, request: PolicyRequest, action: Action) -> str:
         event = {"5": "reject", "4": "defer"}.get(action.text[0], "accept")
         state, recipient, sender = map(escape_for_log, (request.protocol_state, request.recipient, request.sender))
-        others = dict(_LOGGED_ATTRIBUTE.findall(request.text))
-        client = escape_for_log(others.get("client_address", ""))
+        client = escape_for_log(find_attribute(request.text, "\nclient_address="))
         line = f"{event} state={state} recipient=<{recipient}> sender=<{sender}> client={client}"
-        for name, value in (("queue_id", others.get("queue_id")), ("sasl_username", request.sasl_username)):
+        for name, value in (("queue_id", find_attribute(request.text, "\nqueue_id=")), ("sasl_username", request.sasl_username)):
             line += f" {name}={escape_for_log(value)}" if value else ""
         return line
 
