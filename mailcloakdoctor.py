@@ -216,6 +216,36 @@ class Installation:
 
 
 # ---------------------------------------------------------------------------------------------------------------------------------
+# The run of the checks
+# ---------------------------------------------------------------------------------------------------------------------------------
+
+Check = Callable[[Installation], Findings]
+CHECKS: list[Check] = []  # as they stand below: a check comes after those it needs, so the first problem is solved first
+
+
+def listed(check: Check) -> Check:
+    """Put a check into the list of those that run."""
+    CHECKS.append(check)
+    return check
+
+
+def run_checks(options: argparse.Namespace) -> Findings:
+    """What every check finds, as it comes."""
+    host = Installation(options)
+    for check in CHECKS:
+        yield from run_check(check, host)
+
+
+def run_check(check: Check, host: Installation) -> Findings:
+    """The findings of a check; a fault of the check itself is one more, and the next ones run."""
+    try:
+        yield from check(host)
+    except Exception as exc:
+        where = mailcloak.describe_exception(exc)
+        yield problem("doctor", f"{check.__name__} failed: {where}", "report this line; the other checks are not affected")
+
+
+# ---------------------------------------------------------------------------------------------------------------------------------
 # Other users
 # Whether another user could do something is tried by a process of that user, for which doctor has to be root.
 # ---------------------------------------------------------------------------------------------------------------------------------
@@ -321,6 +351,7 @@ NEEDED_BYTES = 10 * 1024 * 1024  # that the disk of the database should have lef
 LOOPBACK = ("localhost", "127.0.0.1", "::1")
 
 
+@listed
 def check_config(host: Installation) -> Findings:
     """The file as the daemon reads it."""
     path = host.config_path
@@ -344,6 +375,7 @@ def check_config(host: Installation) -> Findings:
             yield warning("config", f"{each.key}: {each.text}", each.remedy or "change it in the configuration")
 
 
+@listed
 def check_config_files(host: Installation) -> Findings:
     """Who may read and change the configuration, the secret and the certificates."""
     keycloak = host.keycloak
@@ -391,6 +423,7 @@ def check_directory(directory: str, bits: int, check: str, path: str) -> list[Fi
     return [problem(check, f"others may put another file in place of {path}, since they can write {directory}", remedy)]
 
 
+@listed
 def check_database(host: Installation) -> Findings:
     """The file, opened as the programs open it, and read whole; what the daemon may do with it."""
     path = host.database_path
@@ -437,6 +470,7 @@ def check_database(host: Installation) -> Findings:
     yield from check_daemon_access(host, lambda: why_not(path, mode) or why_not(directory, mode), failure)
 
 
+@listed
 def check_replication(host: Installation) -> Findings:
     """The age of what the writer has published, or of what has come from it; nothing where there is one mail host alone."""
     found = ctl.read_replication(host.database_path, host.max_lag_seconds) if host.database_path else None
@@ -510,6 +544,7 @@ def check_damage(path: str, database: sqlite3.Connection) -> Findings:
         database.set_progress_handler(None, 0)
 
 
+@listed
 def check_daemon(host: Installation) -> Findings:
     """Is it running, is it this version, and does it work with what is on the disk now?"""
     if host.sockets is None:
@@ -569,6 +604,7 @@ def check_read_config(host: Installation, stats: dict[str, Any]) -> Findings:
         yield ok("daemon-config", "the daemon has read the configuration as it is now")
 
 
+@listed
 def check_sockets(host: Installation) -> Findings:
     """Both sockets: who owns them, and whether they answer."""
     if host.sockets is None:
@@ -608,6 +644,278 @@ def has_owner(status: os.stat_result, sockets: mailcloak.SocketsConfig) -> bool:
     user, group = sockets.socket_owner_user, sockets.socket_owner_group  # which are there, else the block would not be good
     has_user = not user or pwd.getpwnam(user).pw_uid == status.st_uid
     return has_user and (not group or grp.getgrnam(group).gr_gid == status.st_gid)
+
+
+# ---------------------------------------------------------------------------------------------------------------------------------
+# Keycloak
+# Asked directly, with a session and a token of our own: so it shows whether Keycloak or the daemon is at fault.
+# ---------------------------------------------------------------------------------------------------------------------------------
+
+PAGE_USERS = 500  # of one request; a brief record is about 500 bytes, and an answer may have a megabyte
+MAX_USERS = 20_000  # that are read; some 40 requests
+MAX_SINGLE_LOOKUPS = 200  # of users that aliases and apps name, where there are more users than MAX_USERS
+MAX_CLOCK_SECONDS = 60.0  # by which two clocks may differ
+MAX_TIME = 2**40  # in seconds since 1970; what is beyond is no time
+NEEDED_ROLES = {"view-users", "query-users", "query-groups"}  # the last two are part of the first
+READING_ROLES = NEEDED_ROLES | {"view-realm"}  # with which doctor can also read the cache policy of a federation
+NONSENSE = (ValueError, RecursionError, LookupError, TypeError, AttributeError)  # raised for JSON that is none, or has another form
+
+
+class Federation(NamedTuple):
+    """What the checks look at in a user federation of Keycloak."""
+
+    id: str
+    name: str
+    cache_policy: str
+
+
+class KeycloakReader:
+    """Requests to Keycloak, each given up after ctl.ANSWER_SECONDS. Raises DirectoryUnavailable."""
+
+    def __init__(self, config: mailcloak.KeycloakConfig) -> None:
+        self.config = config
+        self.api = mailcloak.KeycloakApi(config)
+        self._session = mailcloak.new_session(config.ca_file)
+        self._admin_url = f"{config.base_url}/admin/realms/{urllib.parse.quote(config.realm, safe='')}"
+
+    def ask(self, work: Callable[..., ctl.Result], *arguments: Any, **query: str) -> ctl.Result:
+        """What a method of the api returns or raises. Name resolution, which knows no deadline, is left behind in its thread."""
+        outcome: concurrent.futures.Future[ctl.Result] = concurrent.futures.Future()
+
+        def run() -> None:
+            try:
+                outcome.set_result(work(self._session, time.monotonic() + ctl.ANSWER_SECONDS, *arguments, **query))
+            except BaseException as exc:
+                outcome.set_exception(exc)
+
+        threading.Thread(target=run, daemon=True).start()
+        try:
+            return outcome.result(ctl.ANSWER_SECONDS + 1)
+        except concurrent.futures.TimeoutError:
+            raise mailcloak.DirectoryUnavailable(self.api.failure(f"no answer within {ctl.ANSWER_SECONDS + 1:.0f} s")) from None
+
+    def find(self, **query: str) -> list[dict[str, Any]]:
+        """The records of the users with exactly this username or e-mail."""
+        return self.ask(
+            self.api.get_users,
+            **{"exact": "true", "briefRepresentation": "true", "max": str(mailcloak.MAX_DIRECTORY_MATCHES), **query},
+        )
+
+    def federations(self) -> Optional[list[Federation]]:
+        """Those that are turned on; None where this client may not see them, or the answer makes no sense. Source: GET .../components."""
+        url, query = f"{self._admin_url}/components", {"type": "org.keycloak.storage.UserStorageProvider"}
+        status, body = self.ask(self.api.get, url, query)
+        if status != 200:
+            return None
+        try:
+            return [
+                Federation(str(each["id"]), clip(each["name"]), clip((config.get("cachePolicy") or ["DEFAULT"])[0]))
+                for each in json.loads(body)
+                if (config := each.get("config", {})).get("enabled") != ["false"]
+            ]
+        except NONSENSE:
+            return None
+
+
+def clip(name: Any) -> str:
+    """A name for a finding, though Keycloak may give it any length."""
+    return str(name)[: mailcloak.MAX_NAME_CHARS]
+
+
+@listed
+def check_keycloak(host: Installation) -> Findings:
+    """Token, role, clock, who may change an e-mail, canaries, and the users themselves."""
+    if host.static_users is not None:
+        pairs = host.static_users.items()
+        host.users = {name: mailcloak.User(name, mailcloak.normalise_address(text).text, True) for name, text in pairs}
+        yield ok("keycloak", f"{ctl.counted(host.users, 'user')} of static_users of the configuration take its place")
+        return
+    if host.keycloak is None:
+        yield skipped("keycloak", NO_CONFIG, FIX_CONFIG)
+        return
+    reader, check = KeycloakReader(host.keycloak), "keycloak-token"
+    try:
+        ctl.show_progress("asking Keycloak for a token ...")
+        claims = read_claims(reader.ask(reader.api.access_token).text)
+        who = f"{host.keycloak.base_url}, realm {host.keycloak.realm}, gives client {host.keycloak.client_id} a token"
+        yield ok("keycloak-token", who)
+        yield from check_clock(claims)
+        check = "keycloak-role"
+        sees_users = bool(reader.ask(reader.api.get_users, max="1"))
+        yield from check_roles(reader, find_roles(claims), sees_users)
+        if not sees_users:
+            return
+        check = "keycloak"
+        yield from check_email_edit(reader)
+        yield from list_users(host, reader)
+        yield from check_canaries(host, reader)
+    except mailcloak.DirectoryMisconfigured as exc:
+        yield problem(check, exc.text, exc.remedy)
+    except mailcloak.DirectoryUnavailable as exc:
+        remedy = exc.remedy or "look whether Keycloak runs, and whether keycloak.base_url can be reached from this host"
+        if check == "keycloak":  # it has answered until now
+            remedy = "run mailcloakctl doctor again; if it is so again, look at Keycloak's log"
+        yield problem(check, exc.text, remedy)
+
+
+def read_claims(token: str) -> dict[str, Any]:
+    """What a token of Keycloak says; nothing where it cannot be read. Source: RFC 7519, section 3."""
+    try:
+        return dict(json.loads(base64.urlsafe_b64decode(token.split(".")[1] + "===")))
+    except NONSENSE:
+        return {}
+
+
+def find_roles(claims: Mapping[str, Any]) -> Optional[set[str]]:
+    """The roles in realm-management that a token names; None where it names none."""
+    try:
+        roles = claims["resource_access"]["realm-management"]["roles"]
+        return {role for role in roles if re.fullmatch(r"[a-z-]{1,60}", role)}
+    except (LookupError, TypeError):
+        return None
+
+
+def check_roles(reader: KeycloakReader, roles: Optional[set[str]], sees_users: bool) -> Findings:
+    """May the client see users, and nothing more?"""
+    remedy = f"client {reader.config.client_id}, page Service accounts roles: the role view-users of realm-management, and no other"
+    if not sees_users:
+        yield problem("keycloak-role", "the token is good, but shows no user at all (query-users is not enough)", remedy)
+    elif roles is None:
+        yield skipped("keycloak-role", "the client sees users; may it do more? Its token does not name its roles")
+    else:
+        more = warning("keycloak-role", "the client may do more than see users", remedy)
+        yield from about(sorted(roles - READING_ROLES), more) or [ok("keycloak-role", "the client sees users, and may do no more")]
+
+
+def check_clock(claims: Mapping[str, Any]) -> Findings:
+    """Do Keycloak and this host agree what time it is? By the time at which a token was made just now (iat in RFC 7519)."""
+    made_at = claims.get("iat")
+    ahead = made_at - time.time() if isinstance(made_at, (int, float)) and 0 <= made_at <= MAX_TIME else None
+    if ahead is None:
+        yield skipped("keycloak-clock", "is Keycloak's clock that of this host? Its token does not say when it was made")
+    elif abs(ahead) > MAX_CLOCK_SECONDS:
+        lead = f"{ctl.shown_seconds(abs(ahead))} {'ahead of' if ahead > 0 else 'behind'}"
+        text = f"Keycloak's clock is {lead} this host's, so tokens and apps may count too long or not long enough"
+        yield warning("keycloak-clock", text, "set the clock that is wrong: timedatectl, chronyc tracking")
+    else:
+        yield ok("keycloak-clock", "the clocks of Keycloak and of this host agree")
+
+
+def check_email_edit(reader: KeycloakReader) -> Findings:
+    """Can a user take over an address by changing their e-mail?"""
+    if reader.config.require_verified_email:
+        yield ok("keycloak-email", "an e-mail counts only when Keycloak has verified it (require_verified_email)")
+        return
+    may_edit = reader.ask(reader.api.users_may_edit_email)
+    if may_edit is None:
+        yield skipped("keycloak-email", "may users change their own e-mail? The user profile of the realm cannot be read")
+    elif may_edit:
+        remedy = (
+            f"{EXAMPLES}/keycloak/setup email-by-administrators; or setup verify-email, with keycloak.require_verified_email: true"
+        )
+        yield problem("keycloak-email", "users may change their own e-mail and so take over any address that is free", remedy)
+    else:
+        yield ok("keycloak-email", "only administrators change a user's e-mail")
+
+
+def list_users(host: Installation, reader: KeycloakReader) -> Findings:
+    """Read the users page by page; where there are more than MAX_USERS, also those that aliases and apps name."""
+    users: dict[str, mailcloak.User] = {}
+    read, is_whole = 0, False
+    while read < MAX_USERS:
+        records = reader.ask(reader.api.get_users, first=str(read), max=str(PAGE_USERS), briefRepresentation="true")
+        known = len(users)
+        users.update(understand(host, reader, records))
+        read += len(records)
+        ctl.show_progress(f"{read} users of Keycloak read ...")
+        is_whole = len(records) < PAGE_USERS
+        if is_whole or len(users) == known:  # the latter: a server that gives the same page again
+            break
+    host.users, host.has_all_users = users, is_whole
+    if is_whole:
+        yield ok("keycloak-users", ctl.counted(users, "user"))
+    else:
+        yield look_up_named_users(host, reader, users)
+    unusable = problem("keycloak-users", "the daemon cannot use these users of Keycloak", "correct them in Keycloak")
+    yield from about(list(dict.fromkeys(host.unusable_users)), unusable)
+
+
+def look_up_named_users(host: Installation, reader: KeycloakReader, users: dict[str, mailcloak.User]) -> Finding:
+    """Add the users that aliases and apps name to those read; from now on a holder of an e-mail is looked up as well."""
+    named = {user for alias in (host.aliases or {}).values() if alias.enabled for user in alias.users}
+    named |= {app.owner for app in (host.apps or {}).values() if app.owner}
+    missing, read_before = sorted(named - set(users)), len(users)
+    for done, username in enumerate(missing[:MAX_SINGLE_LOOKUPS]):
+        ctl.show_progress(f"{done} of {len(missing)} users that aliases and apps name looked up ...")
+        users.update(understand(host, reader, reader.find(username=username)))
+    host.users_not_looked_up = set(missing[MAX_SINGLE_LOOKUPS:])
+
+    def find_holders(address: str) -> mailcloak.Users:
+        found = understand(host, reader, reader.find(email=address))
+        return tuple(user for user in found.values() if user.email == address)
+
+    host.look_up_holders = find_holders
+    looked_up, rest = min(len(missing), MAX_SINGLE_LOOKUPS), len(host.users_not_looked_up)
+    text = f"more than can be read: the first {read_before} were looked at, and {looked_up} more that aliases and apps name"
+    return skipped("keycloak-users", f"{text}; not {rest} others of these" if rest else text)
+
+
+def understand(host: Installation, reader: KeycloakReader, records: Sequence[dict[str, Any]]) -> dict[str, mailcloak.User]:
+    """The users by name, as the daemon understands Keycloak's records; host is told their federations, and what cannot be used."""
+    users = {}
+    for record in records:
+        try:
+            user = mailcloak.read_user(record, reader.config)
+        except mailcloak.DirectoryUnavailable as exc:
+            host.unusable_users.append(f"{clip(record.get('username'))} ({exc.text})")
+            continue
+        users[user.username] = user
+        if user.federation:
+            host.federations.add(user.federation)
+    return users
+
+
+def check_canaries(host: Installation, reader: KeycloakReader) -> Findings:
+    """Are the canaries there, is there one for each federation, and would it be noticed if they were gone?"""
+    config, providers = reader.config, reader.federations()
+    federations = host.federations | {provider.id for provider in providers or []}
+    watched = set()
+    for address in config.canary:
+        users = [user for user in understand(host, reader, reader.find(email=address)).values() if user.email == address]
+        if not any(user.enabled for user in users):
+            text = f"canary {address} is missing or disabled, so no user counts as such, and unknown recipients get 451"
+            remedy = "make or enable that user in Keycloak; or take the address out of keycloak.canary"
+            yield problem("keycloak-canary", text, remedy)
+        watched |= {user.federation for user in users if user.federation}
+    if not federations and providers is None and not host.has_all_users:
+        text = "is one needed? Not all users were read, and to read the federations the client needs view-realm"
+        yield skipped("keycloak-canary", text)
+    elif not federations:
+        good = "no federation was seen" if config.canary else "no user comes from a federation, so none is needed"
+        yield ok("keycloak-canary", good)
+    elif not config.canary:
+        text = "users come from a federation, and there is no canary: while it is down, mail to users that mailcloak has never seen is refused"
+        remedy = "keycloak.canary: the address of a user of the federation that always exists; and its cache policy in Keycloak: NO_CACHE"
+        yield warning("keycloak-canary", text, remedy)
+    elif not federations <= watched:
+        remedy = "keycloak.canary: one address of each federation that always exists"
+        yield warning("keycloak-canary", f"{len(federations - watched)} of {len(federations)} federations have no canary", remedy)
+    if config.canary and federations:
+        yield from check_cache_policy(providers)
+
+
+def check_cache_policy(providers: Optional[Sequence[Federation]]) -> Findings:
+    """Does Keycloak ask each federation for the canary every time, or answer from its own cache?"""
+    if providers is None:
+        text = "is the federation's cache policy in Keycloak NO_CACHE? A canary protects only then; to read it the client needs the role view-realm"
+        yield skipped("keycloak-cache-policy", text)
+        return
+    for _, name, policy in providers:
+        if policy != "NO_CACHE":
+            text = f"federation {name}: cache policy {policy}: while it is down, Keycloak still answers for the canary from its cache, so the canary protects no user"
+            yield warning("keycloak-cache-policy", text, f"Keycloak, User federation, {name}: Cache policy NO_CACHE")
+        else:
+            yield ok("keycloak-cache-policy", f"federation {name}: NO_CACHE, so it is noticed when a canary is gone")
 
 
 # ---------------------------------------------------------------------------------------------------------------------------------
@@ -892,6 +1200,7 @@ def same_path(one: str, other: str) -> bool:
     return bool(one and other) and os.path.realpath(one) == os.path.realpath(other)
 
 
+@listed
 def check_postfix(host: Installation) -> Findings:
     """Each instance of Postfix that was named, or the one that postconf finds."""
     if host.sockets is None or host.policy is None:
@@ -1385,6 +1694,7 @@ class Dovecot:
         return "" if os.path.exists(path) else path
 
 
+@listed
 def check_dovecot(host: Installation) -> Findings:
     """Who may log in, and the passdb for apps: on this database, with a good query, and allowed to read."""
     try:
@@ -1818,282 +2128,12 @@ def check_dovecot_access(host: Installation, path: str, user: str, groups: str) 
 
 
 # ---------------------------------------------------------------------------------------------------------------------------------
-# Keycloak
-# Asked directly, with a session and a token of our own: so it shows whether Keycloak or the daemon is at fault.
-# ---------------------------------------------------------------------------------------------------------------------------------
-
-PAGE_USERS = 500  # of one request; a brief record is about 500 bytes, and an answer may have a megabyte
-MAX_USERS = 20_000  # that are read; some 40 requests
-MAX_SINGLE_LOOKUPS = 200  # of users that aliases and apps name, where there are more users than MAX_USERS
-MAX_CLOCK_SECONDS = 60.0  # by which two clocks may differ
-MAX_TIME = 2**40  # in seconds since 1970; what is beyond is no time
-NEEDED_ROLES = {"view-users", "query-users", "query-groups"}  # the last two are part of the first
-READING_ROLES = NEEDED_ROLES | {"view-realm"}  # with which doctor can also read the cache policy of a federation
-NONSENSE = (ValueError, RecursionError, LookupError, TypeError, AttributeError)  # raised for JSON that is none, or has another form
-
-
-class Federation(NamedTuple):
-    """What the checks look at in a user federation of Keycloak."""
-
-    id: str
-    name: str
-    cache_policy: str
-
-
-class KeycloakReader:
-    """Requests to Keycloak, each given up after ctl.ANSWER_SECONDS. Raises DirectoryUnavailable."""
-
-    def __init__(self, config: mailcloak.KeycloakConfig) -> None:
-        self.config = config
-        self.api = mailcloak.KeycloakApi(config)
-        self._session = mailcloak.new_session(config.ca_file)
-        self._admin_url = f"{config.base_url}/admin/realms/{urllib.parse.quote(config.realm, safe='')}"
-
-    def ask(self, work: Callable[..., ctl.Result], *arguments: Any, **query: str) -> ctl.Result:
-        """What a method of the api returns or raises. Name resolution, which knows no deadline, is left behind in its thread."""
-        outcome: concurrent.futures.Future[ctl.Result] = concurrent.futures.Future()
-
-        def run() -> None:
-            try:
-                outcome.set_result(work(self._session, time.monotonic() + ctl.ANSWER_SECONDS, *arguments, **query))
-            except BaseException as exc:
-                outcome.set_exception(exc)
-
-        threading.Thread(target=run, daemon=True).start()
-        try:
-            return outcome.result(ctl.ANSWER_SECONDS + 1)
-        except concurrent.futures.TimeoutError:
-            raise mailcloak.DirectoryUnavailable(self.api.failure(f"no answer within {ctl.ANSWER_SECONDS + 1:.0f} s")) from None
-
-    def find(self, **query: str) -> list[dict[str, Any]]:
-        """The records of the users with exactly this username or e-mail."""
-        return self.ask(
-            self.api.get_users,
-            **{"exact": "true", "briefRepresentation": "true", "max": str(mailcloak.MAX_DIRECTORY_MATCHES), **query},
-        )
-
-    def federations(self) -> Optional[list[Federation]]:
-        """Those that are turned on; None where this client may not see them, or the answer makes no sense. Source: GET .../components."""
-        url, query = f"{self._admin_url}/components", {"type": "org.keycloak.storage.UserStorageProvider"}
-        status, body = self.ask(self.api.get, url, query)
-        if status != 200:
-            return None
-        try:
-            return [
-                Federation(str(each["id"]), clip(each["name"]), clip((config.get("cachePolicy") or ["DEFAULT"])[0]))
-                for each in json.loads(body)
-                if (config := each.get("config", {})).get("enabled") != ["false"]
-            ]
-        except NONSENSE:
-            return None
-
-
-def clip(name: Any) -> str:
-    """A name for a finding, though Keycloak may give it any length."""
-    return str(name)[: mailcloak.MAX_NAME_CHARS]
-
-
-def check_keycloak(host: Installation) -> Findings:
-    """Token, role, clock, who may change an e-mail, canaries, and the users themselves."""
-    if host.static_users is not None:
-        pairs = host.static_users.items()
-        host.users = {name: mailcloak.User(name, mailcloak.normalise_address(text).text, True) for name, text in pairs}
-        yield ok("keycloak", f"{ctl.counted(host.users, 'user')} of static_users of the configuration take its place")
-        return
-    if host.keycloak is None:
-        yield skipped("keycloak", NO_CONFIG, FIX_CONFIG)
-        return
-    reader, check = KeycloakReader(host.keycloak), "keycloak-token"
-    try:
-        ctl.show_progress("asking Keycloak for a token ...")
-        claims = read_claims(reader.ask(reader.api.access_token).text)
-        who = f"{host.keycloak.base_url}, realm {host.keycloak.realm}, gives client {host.keycloak.client_id} a token"
-        yield ok("keycloak-token", who)
-        yield from check_clock(claims)
-        check = "keycloak-role"
-        sees_users = bool(reader.ask(reader.api.get_users, max="1"))
-        yield from check_roles(reader, find_roles(claims), sees_users)
-        if not sees_users:
-            return
-        check = "keycloak"
-        yield from check_email_edit(reader)
-        yield from list_users(host, reader)
-        yield from check_canaries(host, reader)
-    except mailcloak.DirectoryMisconfigured as exc:
-        yield problem(check, exc.text, exc.remedy)
-    except mailcloak.DirectoryUnavailable as exc:
-        remedy = exc.remedy or "look whether Keycloak runs, and whether keycloak.base_url can be reached from this host"
-        if check == "keycloak":  # it has answered until now
-            remedy = "run mailcloakctl doctor again; if it is so again, look at Keycloak's log"
-        yield problem(check, exc.text, remedy)
-
-
-def read_claims(token: str) -> dict[str, Any]:
-    """What a token of Keycloak says; nothing where it cannot be read. Source: RFC 7519, section 3."""
-    try:
-        return dict(json.loads(base64.urlsafe_b64decode(token.split(".")[1] + "===")))
-    except NONSENSE:
-        return {}
-
-
-def find_roles(claims: Mapping[str, Any]) -> Optional[set[str]]:
-    """The roles in realm-management that a token names; None where it names none."""
-    try:
-        roles = claims["resource_access"]["realm-management"]["roles"]
-        return {role for role in roles if re.fullmatch(r"[a-z-]{1,60}", role)}
-    except (LookupError, TypeError):
-        return None
-
-
-def check_roles(reader: KeycloakReader, roles: Optional[set[str]], sees_users: bool) -> Findings:
-    """May the client see users, and nothing more?"""
-    remedy = f"client {reader.config.client_id}, page Service accounts roles: the role view-users of realm-management, and no other"
-    if not sees_users:
-        yield problem("keycloak-role", "the token is good, but shows no user at all (query-users is not enough)", remedy)
-    elif roles is None:
-        yield skipped("keycloak-role", "the client sees users; may it do more? Its token does not name its roles")
-    else:
-        more = warning("keycloak-role", "the client may do more than see users", remedy)
-        yield from about(sorted(roles - READING_ROLES), more) or [ok("keycloak-role", "the client sees users, and may do no more")]
-
-
-def check_clock(claims: Mapping[str, Any]) -> Findings:
-    """Do Keycloak and this host agree what time it is? By the time at which a token was made just now (iat in RFC 7519)."""
-    made_at = claims.get("iat")
-    ahead = made_at - time.time() if isinstance(made_at, (int, float)) and 0 <= made_at <= MAX_TIME else None
-    if ahead is None:
-        yield skipped("keycloak-clock", "is Keycloak's clock that of this host? Its token does not say when it was made")
-    elif abs(ahead) > MAX_CLOCK_SECONDS:
-        lead = f"{ctl.shown_seconds(abs(ahead))} {'ahead of' if ahead > 0 else 'behind'}"
-        text = f"Keycloak's clock is {lead} this host's, so tokens and apps may count too long or not long enough"
-        yield warning("keycloak-clock", text, "set the clock that is wrong: timedatectl, chronyc tracking")
-    else:
-        yield ok("keycloak-clock", "the clocks of Keycloak and of this host agree")
-
-
-def check_email_edit(reader: KeycloakReader) -> Findings:
-    """Can a user take over an address by changing their e-mail?"""
-    if reader.config.require_verified_email:
-        yield ok("keycloak-email", "an e-mail counts only when Keycloak has verified it (require_verified_email)")
-        return
-    may_edit = reader.ask(reader.api.users_may_edit_email)
-    if may_edit is None:
-        yield skipped("keycloak-email", "may users change their own e-mail? The user profile of the realm cannot be read")
-    elif may_edit:
-        remedy = (
-            f"{EXAMPLES}/keycloak/setup email-by-administrators; or setup verify-email, with keycloak.require_verified_email: true"
-        )
-        yield problem("keycloak-email", "users may change their own e-mail and so take over any address that is free", remedy)
-    else:
-        yield ok("keycloak-email", "only administrators change a user's e-mail")
-
-
-def list_users(host: Installation, reader: KeycloakReader) -> Findings:
-    """Read the users page by page; where there are more than MAX_USERS, also those that aliases and apps name."""
-    users: dict[str, mailcloak.User] = {}
-    read, is_whole = 0, False
-    while read < MAX_USERS:
-        records = reader.ask(reader.api.get_users, first=str(read), max=str(PAGE_USERS), briefRepresentation="true")
-        known = len(users)
-        users.update(understand(host, reader, records))
-        read += len(records)
-        ctl.show_progress(f"{read} users of Keycloak read ...")
-        is_whole = len(records) < PAGE_USERS
-        if is_whole or len(users) == known:  # the latter: a server that gives the same page again
-            break
-    host.users, host.has_all_users = users, is_whole
-    if is_whole:
-        yield ok("keycloak-users", ctl.counted(users, "user"))
-    else:
-        yield look_up_named_users(host, reader, users)
-    unusable = problem("keycloak-users", "the daemon cannot use these users of Keycloak", "correct them in Keycloak")
-    yield from about(list(dict.fromkeys(host.unusable_users)), unusable)
-
-
-def look_up_named_users(host: Installation, reader: KeycloakReader, users: dict[str, mailcloak.User]) -> Finding:
-    """Add the users that aliases and apps name to those read; from now on a holder of an e-mail is looked up as well."""
-    named = {user for alias in (host.aliases or {}).values() if alias.enabled for user in alias.users}
-    named |= {app.owner for app in (host.apps or {}).values() if app.owner}
-    missing, read_before = sorted(named - set(users)), len(users)
-    for done, username in enumerate(missing[:MAX_SINGLE_LOOKUPS]):
-        ctl.show_progress(f"{done} of {len(missing)} users that aliases and apps name looked up ...")
-        users.update(understand(host, reader, reader.find(username=username)))
-    host.users_not_looked_up = set(missing[MAX_SINGLE_LOOKUPS:])
-
-    def find_holders(address: str) -> mailcloak.Users:
-        found = understand(host, reader, reader.find(email=address))
-        return tuple(user for user in found.values() if user.email == address)
-
-    host.look_up_holders = find_holders
-    looked_up, rest = min(len(missing), MAX_SINGLE_LOOKUPS), len(host.users_not_looked_up)
-    text = f"more than can be read: the first {read_before} were looked at, and {looked_up} more that aliases and apps name"
-    return skipped("keycloak-users", f"{text}; not {rest} others of these" if rest else text)
-
-
-def understand(host: Installation, reader: KeycloakReader, records: Sequence[dict[str, Any]]) -> dict[str, mailcloak.User]:
-    """The users by name, as the daemon understands Keycloak's records; host is told their federations, and what cannot be used."""
-    users = {}
-    for record in records:
-        try:
-            user = mailcloak.read_user(record, reader.config)
-        except mailcloak.DirectoryUnavailable as exc:
-            host.unusable_users.append(f"{clip(record.get('username'))} ({exc.text})")
-            continue
-        users[user.username] = user
-        if user.federation:
-            host.federations.add(user.federation)
-    return users
-
-
-def check_canaries(host: Installation, reader: KeycloakReader) -> Findings:
-    """Are the canaries there, is there one for each federation, and would it be noticed if they were gone?"""
-    config, providers = reader.config, reader.federations()
-    federations = host.federations | {provider.id for provider in providers or []}
-    watched = set()
-    for address in config.canary:
-        users = [user for user in understand(host, reader, reader.find(email=address)).values() if user.email == address]
-        if not any(user.enabled for user in users):
-            text = f"canary {address} is missing or disabled, so no user counts as such, and unknown recipients get 451"
-            remedy = "make or enable that user in Keycloak; or take the address out of keycloak.canary"
-            yield problem("keycloak-canary", text, remedy)
-        watched |= {user.federation for user in users if user.federation}
-    if not federations and providers is None and not host.has_all_users:
-        text = "is one needed? Not all users were read, and to read the federations the client needs view-realm"
-        yield skipped("keycloak-canary", text)
-    elif not federations:
-        good = "no federation was seen" if config.canary else "no user comes from a federation, so none is needed"
-        yield ok("keycloak-canary", good)
-    elif not config.canary:
-        text = "users come from a federation, and there is no canary: while it is down, mail to users that mailcloak has never seen is refused"
-        remedy = "keycloak.canary: the address of a user of the federation that always exists; and its cache policy in Keycloak: NO_CACHE"
-        yield warning("keycloak-canary", text, remedy)
-    elif not federations <= watched:
-        remedy = "keycloak.canary: one address of each federation that always exists"
-        yield warning("keycloak-canary", f"{len(federations - watched)} of {len(federations)} federations have no canary", remedy)
-    if config.canary and federations:
-        yield from check_cache_policy(providers)
-
-
-def check_cache_policy(providers: Optional[Sequence[Federation]]) -> Findings:
-    """Does Keycloak ask each federation for the canary every time, or answer from its own cache?"""
-    if providers is None:
-        text = "is the federation's cache policy in Keycloak NO_CACHE? A canary protects only then; to read it the client needs the role view-realm"
-        yield skipped("keycloak-cache-policy", text)
-        return
-    for _, name, policy in providers:
-        if policy != "NO_CACHE":
-            text = f"federation {name}: cache policy {policy}: while it is down, Keycloak still answers for the canary from its cache, so the canary protects no user"
-            yield warning("keycloak-cache-policy", text, f"Keycloak, User federation, {name}: Cache policy NO_CACHE")
-        else:
-            yield ok("keycloak-cache-policy", f"federation {name}: NO_CACHE, so it is noticed when a canary is gone")
-
-
-# ---------------------------------------------------------------------------------------------------------------------------------
 # Addresses, users, apps
 # What the database says is compared with what Keycloak says.
 # ---------------------------------------------------------------------------------------------------------------------------------
 
 
+@listed
 def check_role_addresses(host: Installation) -> Findings:
     """postmaster@ and abuse@ of each of our domains."""
     facts: Any = SimpleNamespace(  # all that find_owner() asks for
@@ -2119,6 +2159,7 @@ def check_role_addresses(host: Installation) -> Findings:
             yield ok(local_part, f"users receive mail for {ctl.shorten(list(owners))}")
 
 
+@listed
 def check_aliases(host: Installation) -> Findings:
     """Aliases that lead nowhere, to no user, in circles, or past a user."""
     if host.aliases is None:
@@ -2197,6 +2238,7 @@ def check_alias_users(host: Installation, enabled: Mapping[str, Sequence[str]]) 
     yield from about(shadows, warning("alias-shadow", text, "mailcloakctl aliases del ADDRESS, unless this is intended"))
 
 
+@listed
 def check_users(host: Installation) -> Findings:
     """Users who cannot send, or with mail that would end in the mailbox of another user."""
     if host.users is None or host.policy is None:
@@ -2256,6 +2298,7 @@ def check_mailbox_names(users: Mapping[str, mailcloak.User], ours: Sequence[mail
     yield from about(others, warning("mailbox-name", text, remedy))
 
 
+@listed
 def check_apps(host: Installation) -> Findings:
     """Apps that no longer count, or have the name of a user."""
     if host.apps is None:
@@ -2281,40 +2324,3 @@ def check_apps(host: Installation) -> Findings:
     elif host.apps:
         found.append(skipped("apps", f"do their owners exist, and is one called like a user? {NO_USERS}"))
     yield from found or [ok("apps", ctl.counted(enabled, "enabled app"))]
-
-
-# ---------------------------------------------------------------------------------------------------------------------------------
-# The order of the checks, and their run
-# ---------------------------------------------------------------------------------------------------------------------------------
-
-CHECKS: tuple[Callable[[Installation], Findings], ...] = (  # a check comes after those it needs: the first problem is solved first
-    check_config,
-    check_config_files,
-    check_database,
-    check_replication,
-    check_daemon,
-    check_sockets,
-    check_keycloak,
-    check_postfix,
-    check_dovecot,
-    check_role_addresses,
-    check_aliases,
-    check_users,
-    check_apps,
-)
-
-
-def run_checks(options: argparse.Namespace) -> Findings:
-    """What every check finds, as it comes."""
-    host = Installation(options)
-    for check in CHECKS:
-        yield from run_check(check, host)
-
-
-def run_check(check: Callable[[Installation], Findings], host: Installation) -> Findings:
-    """The findings of a check; a fault of the check itself is one more, and the next ones run."""
-    try:
-        yield from check(host)
-    except Exception as exc:
-        where = mailcloak.describe_exception(exc)
-        yield problem("doctor", f"{check.__name__} failed: {where}", "report this line; the other checks are not affected")
