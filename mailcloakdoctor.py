@@ -308,8 +308,8 @@ def why_not(path: str, mode: int) -> str:
     return ""
 
 
-def access_remedy(why: str, user: str, groups: Sequence[int], otherwise: str) -> str:
-    """What lets the user, who is in these groups, do what why_not() says is not allowed.
+def access_remedy(why: str, user: str, otherwise: str, *, groups: Sequence[int] = ()) -> str:
+    """What lets a process of the user, which has these groups besides the user's, do what why_not() says is not allowed.
 
     otherwise: the remedy for a path of other users and groups, with {path} in it, and {bit} for the letter of chmod.
     """
@@ -317,12 +317,13 @@ def access_remedy(why: str, user: str, groups: Sequence[int], otherwise: str) ->
     if not match:
         return "restore what is missing"
     path, bit = shlex.quote(match[2]), {"enter": "x", "read": "r", "write": "w"}[match[1]]
-    status = os.stat(match[2])
+    status, entry = os.stat(match[2]), pwd.getpwnam(user)
     if bit == "w" and os.statvfs(match[2]).f_flag & os.ST_RDONLY:
         return "mount its file system for writing, it is mounted read-only"
-    if status.st_uid == pwd.getpwnam(user).pw_uid:
+    if status.st_uid == entry.pw_uid:
         return f"chmod u+{bit} {path}"
-    if status.st_gid in groups and bit != "w":  # Dovecot is in the group too, and only reads
+    all_groups = (*os.getgrouplist(user, entry.pw_gid), *groups)
+    if status.st_gid in all_groups and bit != "w":  # Dovecot is in the group too, and only reads
         return f"chmod g+{bit} {path}"
     return otherwise.replace("{path}", path).replace("{bit}", bit)
 
@@ -330,7 +331,7 @@ def access_remedy(why: str, user: str, groups: Sequence[int], otherwise: str) ->
 def check_daemon_access(host: Installation, work: Callable[[], str], failure: Finding) -> list[Finding]:
     """The failure, with why the user that the daemon becomes may not do the work behind its text; nothing where it may.
 
-    The remedy of failure is the last argument of access_remedy().
+    The remedy of failure is the argument otherwise of access_remedy().
     """
     if host.daemon is None:
         return [skipped(failure.check, f"the user that the daemon becomes is not known: {NO_CONFIG}")]
@@ -338,7 +339,7 @@ def check_daemon_access(host: Installation, work: Callable[[], str], failure: Fi
     why, found = try_as(user, work, failure.check, "may the daemon use it?") if user else ("", [])
     if not why:
         return found
-    remedy = access_remedy(why, user, os.getgrouplist(user, pwd.getpwnam(user).pw_gid), failure.remedy)
+    remedy = access_remedy(why, user, failure.remedy)
     return [failure._replace(text=f"{failure.text}user {user}, which the daemon becomes, {why}", remedy=remedy)]
 
 
@@ -991,6 +992,7 @@ class Certificate(NamedTuple):
 def check_certificate(check: str, server: str, certificate: Certificate, remedy: str) -> Findings:
     """Is it there, with its key, and has it not ended? Postfix and Dovecot read both as root."""
     path, key = certificate
+    subject = f"{server}: the certificate in {path}"
     restart = remedy.rpartition(", then ")[2]
     for why in filter(None, (why_not(path, os.R_OK), key and why_not(key, os.R_OK))):
         if os.geteuid() and not why.startswith("finds no"):
@@ -1013,17 +1015,11 @@ def check_certificate(check: str, server: str, certificate: Certificate, remedy:
         return
     day, days = time.strftime("%Y-%m-%d", time.gmtime(end)), (end - time.time()) / 86400
     if days < 0:
-        yield problem(
-            check, f"{server}: the certificate in {path} ended on {day}, and clients refuse it", f"renew it, then {restart}"
-        )
+        yield problem(check, f"{subject} ended on {day}, and clients refuse it", f"renew it, then {restart}")
     elif days < LAST_DAYS:
-        yield warning(
-            check,
-            f"{server}: the certificate in {path} ends on {day}",
-            f"renew it, then {restart}; does the job still run that does so?",
-        )
+        yield warning(check, f"{subject} ends on {day}", f"renew it, then {restart}; does the job still run that does so?")
     else:
-        yield ok(check, f"{server}: the certificate in {path} is good until {day}")
+        yield ok(check, f"{subject} is good until {day}")
 
 
 class PostfixService(NamedTuple):
@@ -1955,17 +1951,14 @@ def check_trust(host: Installation, dovecot: Dovecot) -> Findings:
         if why.startswith(UNREACHED):
             yield skipped(check, f"{question} It gave {why}")
         elif why.startswith("may not"):
-            groups = os.getgrouplist(user, pwd.getpwnam(user).pw_gid)
-            yield problem(check, f"{text}: user {user} {why}", access_remedy(why, user, groups, "chmod o+{bit} {path}"))
-        elif why and ours and not same_path(ours, trust.file):
-            remedy = f"{place}: {trust.setting} = {ours}, as in keycloak.ca_file; then doveadm reload"
-            yield problem(check, f"{text}: {why}", remedy)
-        elif why and not ours and trust.file:
-            remedy = f"{place}: take {trust.setting} out, to trust what this host trusts; then doveadm reload"
-            yield problem(check, f"{text}: {why}", remedy)
+            yield problem(check, f"{text}: user {user} {why}", access_remedy(why, user, "chmod o+{bit} {path}"))
         elif why:
-            remedy = f"{place}: {trust.setting} = FILE with the certificate of its CA, as in keycloak.ca_file; then doveadm reload"
-            yield problem(check, f"{text}: {why}", remedy)
+            change = f"{trust.setting} = FILE with the certificate of its CA, as in keycloak.ca_file"
+            if ours and not same_path(ours, trust.file):
+                change = f"{trust.setting} = {ours}, as in keycloak.ca_file"
+            elif trust.file and not ours:
+                change = f"take {trust.setting} out, to trust what this host trusts"
+            yield problem(check, f"{text}: {why}", f"{place}: {change}; then doveadm reload")
         elif not untried:
             yield ok(check, f"Dovecot trusts the certificate of {server}")
 
@@ -2121,7 +2114,7 @@ def check_dovecot_access(host: Installation, path: str, user: str, groups: str) 
         remedy = f"chgrp {group} {{path}}; chmod g+{{bit}} {{path}}"
         if group not in names:
             remedy = f"service auth-worker {{ extra_groups = {group} }}, the group of the database, then doveadm reload"
-        remedy = access_remedy(why, user, [*group_ids, *os.getgrouplist(user, pwd.getpwnam(user).pw_gid)], remedy)
+        remedy = access_remedy(why, user, remedy, groups=group_ids)
         yield problem("dovecot-access", f"Dovecot's auth-worker runs as user {user}, who {why}", remedy)
     elif not untried:
         yield ok("dovecot-access", f"Dovecot's auth-worker can read the database as user {user}")
