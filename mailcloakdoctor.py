@@ -982,16 +982,11 @@ def run_program(name: str, *arguments: str, text: str = "", directory: str = "/"
     return result.stdout, result.stderr
 
 
-class Certificate(NamedTuple):
-    """What a server shows to its clients: PEM files."""
+def check_certificate(check: str, server: str, path: str, key: str, remedy: str) -> Findings:
+    """Is the certificate there, with its key, and has it not ended? Postfix and Dovecot read both files as root.
 
-    path: str
-    key: str  # "" where it is not said which of several files holds what
-
-
-def check_certificate(check: str, server: str, certificate: Certificate, remedy: str) -> Findings:
-    """Is it there, with its key, and has it not ended? Postfix and Dovecot read both as root."""
-    path, key = certificate
+    key: "" where it is not said which of several files holds what.
+    """
     subject = f"{server}: the certificate in {path}"
     restart = remedy.rpartition(", then ")[2]
     for why in filter(None, (why_not(path, os.R_OK), key and why_not(key, os.R_OK))):
@@ -1413,21 +1408,21 @@ def check_smtpd_certificates(postfix: Postfix) -> Findings:
     """Can each smtpd that offers TLS begin it? One that cannot says so in its log alone, and no login without TLS is allowed."""
     check = "postfix-certificate"
     remedy = "main.cf: let smtpd_tls_cert_file and smtpd_tls_key_file name a certificate and its key, then postfix reload"
-    shown: dict[Certificate, str] = {}
+    shown: dict[tuple[str, str], str] = {}  # by certificate and key: who shows it to clients
     for smtpd in postfix.smtpds:
         is_forced = postfix.value(smtpd, "smtpd_tls_wrappermode") == "yes"
         is_forced = is_forced or postfix.value(smtpd, "smtpd_tls_security_level") in ("encrypt", "dane", "dane-only")
         chain = split_list(postfix.value(smtpd, "smtpd_tls_chain_files"))  # which takes the place of the others
-        found = [Certificate(path, path if len(chain) == 1 else "") for path in chain]
+        found = [(path, path if len(chain) == 1 else "") for path in chain]
         for names in () if chain else (("cert", "key"), ("eccert", "eckey"), ("dcert", "dkey")):
             path, key = (postfix.value(smtpd, f"smtpd_tls_{name}_file") for name in names)
-            found += [Certificate(path, key)] if path not in ("", "none") else []
+            found += [(path, key)] if path not in ("", "none") else []
         if is_forced and not found:
             yield problem(check, f"{smtpd.name} demands TLS and has no certificate, so nobody can use it", remedy)
         elif is_forced or postfix.value(smtpd, "smtpd_tls_security_level") == "may":
             shown.update((certificate, smtpd.name) for certificate in found if certificate not in shown)
-    for certificate, name in shown.items():
-        yield from check_certificate(check, name, certificate, remedy)
+    for (path, key), name in shown.items():
+        yield from check_certificate(check, name, path, key, remedy)
 
 
 def offers(mechanism_filter: Sequence[str], name: str) -> bool:
@@ -1840,7 +1835,7 @@ def check_dovecot_certificate(settings: str) -> Findings:
         text = f"{names[0]} and {names[1]} of Dovecot 2.3 are a < and a path; without it the path itself is the certificate"
         yield problem(check, text, f"dovecot.conf: {names[0]} = <{path}, {names[1]} = <{key}, then doveadm reload")
     else:
-        yield from check_certificate(check, "Dovecot", Certificate(path, key), remedy)
+        yield from check_certificate(check, "Dovecot", path, key, remedy)
 
 
 def find_owners(settings: str) -> Iterator[tuple[str, str]]:
