@@ -697,10 +697,8 @@ class KeycloakReader:
 
     def find(self, **query: str) -> list[dict[str, Any]]:
         """The records of the users with exactly this username or e-mail."""
-        return self.ask(
-            self.api.get_users,
-            **{"exact": "true", "briefRepresentation": "true", "max": str(mailcloak.MAX_DIRECTORY_MATCHES), **query},
-        )
+        query.update(exact="true", briefRepresentation="true", max=str(mailcloak.MAX_DIRECTORY_MATCHES))
+        return self.ask(self.api.get_users, **query)
 
     def federations(self) -> Optional[list[Federation]]:
         """Those that are turned on; None where this client may not see them, or the answer makes no sense. Source: GET .../components."""
@@ -1874,16 +1872,12 @@ def check_mechanisms(host: Installation, offered: set[str]) -> Findings:
 
 def check_passdbs(settings: str) -> Findings:
     """Does anything else than a token or an app's token let somebody log in? mailcloak takes such a login for the user of that name."""
-    found: list[Finding] = []
     for head, passdb, _ in find_passdbs(settings):
         driver = passdb.get("driver") or head.partition(" ")[2]
         mechanisms = {*re.split(r"[\s,]+", passdb.get("mechanisms", passdb.get("mechanisms_filter", "")).lower())} - {""}
         if driver not in ("oauth2", "sql") and passdb.get("deny") != "yes" and not (mechanisms and mechanisms <= TOKENS):
             text = f"passdb {driver} lets others than apps log in by password, and mailcloak takes each for the user of that name"
-            found.append(
-                problem("dovecot-mechanisms", text, "take this passdb out of Dovecot's configuration, then doveadm reload")
-            )
-    yield from found
+            yield problem("dovecot-mechanisms", text, "take this passdb out of Dovecot's configuration, then doveadm reload")
 
 
 def find_passdbs(settings: str) -> Iterator[tuple[str, dict[str, str], str]]:
