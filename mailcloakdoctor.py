@@ -110,7 +110,7 @@ import threading
 import time
 import urllib.parse
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from types import SimpleNamespace
 from typing import Any, NamedTuple, Optional
 
@@ -161,6 +161,14 @@ def warning(check: str, text: str, remedy: str) -> Finding:
 def problem(check: str, text: str, remedy: str) -> Finding:
     """Does not work, or lets through what it should not."""
     return Finding(check, "problem", text, remedy)
+
+
+def grouped(pairs: Iterable[tuple[str, str]]) -> dict[str, list[str]]:
+    """The second of each pair, by the first."""
+    groups: dict[str, list[str]] = defaultdict(list)
+    for key, value in pairs:
+        groups[key].append(value)
+    return dict(groups)
 
 
 def about(items: Sequence[str], finding: Finding) -> list[Finding]:
@@ -848,15 +856,16 @@ def look_up_named_users(host: Installation, reader: KeycloakReader, users: dict[
         ctl.show_progress(f"{done} of {len(missing)} users that aliases and apps name looked up ...")
         users.update(understand(host, reader, reader.find(username=username)))
     host.users_not_looked_up = set(missing[MAX_SINGLE_LOOKUPS:])
-
-    def find_holders(address: str) -> mailcloak.Users:
-        found = understand(host, reader, reader.find(email=address))
-        return tuple(user for user in found.values() if user.email == address)
-
-    host.look_up_holders = find_holders
+    host.look_up_holders = functools.partial(find_holders, host, reader)
     looked_up, rest = min(len(missing), MAX_SINGLE_LOOKUPS), len(host.users_not_looked_up)
     text = f"more than can be read: the first {read_before} were looked at, and {looked_up} more that aliases and apps name"
     return skipped("keycloak-users", f"{text}; not {rest} others of these" if rest else text)
+
+
+def find_holders(host: Installation, reader: KeycloakReader, address: str) -> mailcloak.Users:
+    """The users that Keycloak finds with this primary e-mail."""
+    users = understand(host, reader, reader.find(email=address)).values()
+    return tuple(user for user in users if user.email == address)
 
 
 def understand(host: Installation, reader: KeycloakReader, records: Sequence[dict[str, Any]]) -> dict[str, mailcloak.User]:
@@ -880,7 +889,7 @@ def check_canaries(host: Installation, reader: KeycloakReader) -> Findings:
     federations = host.federations | {provider.id for provider in providers or []}
     watched = set()
     for address in config.canary:
-        users = [user for user in understand(host, reader, reader.find(email=address)).values() if user.email == address]
+        users = find_holders(host, reader, address)
         if not any(user.enabled for user in users):
             text = f"canary {address} is missing or disabled, so no user counts as such, and unknown recipients get 451"
             remedy = "make or enable that user in Keycloak; or take the address out of keycloak.canary"
@@ -1162,7 +1171,7 @@ class Postfix:
 
 
 def split_list(text: str) -> list[str]:
-    """The words of a list of Postfix, separated by commas and white space; what stands in braces is one word."""
+    """The words of a list of Postfix or Dovecot, separated by commas and white space; what stands in braces is one word."""
     words, word, depth = [], "", 0
     for character in text:
         depth += (character == "{") - (character == "}")
@@ -1579,11 +1588,9 @@ def check_transports(postfix: Postfix) -> Findings:
     for service in postfix.services.values():
         if service.command in ("smtpd", "pickup"):
             uses.append((f"content_filter of {service.name}", postfix.value(service, "content_filter")))
-    missing: dict[str, list[str]] = defaultdict(list)
-    for place, transport in uses:
-        if transport and f"{transport.partition(':')[0]}/unix" not in postfix.services:
-            missing[transport.partition(":")[0]].append(place)
-    for name, places in missing.items():
+    for name, places in grouped((transport.partition(":")[0], place) for place, transport in uses if transport).items():
+        if f"{name}/unix" in postfix.services:
+            continue
         text = f"master.cf has no service {name}, and the mail waits that {' and '.join(places)} would send there"
         yield problem("postfix-delivery", text, add_client(name) or "add it to master.cf, or name another; then postfix reload")
 
@@ -1660,7 +1667,7 @@ class Dovecot:
         self.settings = run_program("doveconf", *self._where, "-n", "-P")[0]  # with URLs that hold a password, which are not shown
         if not self.settings:
             raise CommandFailed("doveconf says nothing")
-        self.mechanisms = set(re.split(r"[\s,]+", self._value("auth_mechanisms").lower())) - {""}
+        self.mechanisms = set(split_list(self._value("auth_mechanisms").lower()))
         self.auth_user, self.worker_user = self._user_of("auth"), self._user_of("auth-worker")
         self.worker_groups = self._value("service/auth-worker/extra_groups")
         self.delivery_format = self._value("auth_username_format", "-f", "protocol=lmtp")
@@ -1874,7 +1881,7 @@ def check_passdbs(settings: str) -> Findings:
     """Does anything else than a token or an app's token let somebody log in? mailcloak takes such a login for the user of that name."""
     for head, passdb, _ in find_passdbs(settings):
         driver = passdb.get("driver") or head.partition(" ")[2]
-        mechanisms = {*re.split(r"[\s,]+", passdb.get("mechanisms", passdb.get("mechanisms_filter", "")).lower())} - {""}
+        mechanisms = set(split_list(passdb.get("mechanisms", passdb.get("mechanisms_filter", "")).lower()))
         if driver not in ("oauth2", "sql") and passdb.get("deny") != "yes" and not (mechanisms and mechanisms <= TOKENS):
             text = f"passdb {driver} lets others than apps log in by password, and mailcloak takes each for the user of that name"
             yield problem("dovecot-mechanisms", text, "take this passdb out of Dovecot's configuration, then doveadm reload")
@@ -2083,7 +2090,7 @@ def check_dovecot_access(host: Installation, path: str, user: str, groups: str) 
     if not user or user == "root":
         yield ok("dovecot-access", "Dovecot's auth-worker reads the database as root")
         return
-    names = [name for name in re.split(r"[\s,]+", groups) if name]
+    names = split_list(groups)
     missing = [name for name in names if not is_account(grp.getgrnam, name)]
     if missing:
         text = (
@@ -2174,18 +2181,15 @@ def check_stored_aliases(host: Installation, enabled: Mapping[str, Sequence[str]
     yield from about(outside, warning("alias-domain", "these aliases are not in policy.domain, so they lead nowhere", remedy))
     if not host.policy.mailbox_domain:
         mailboxes = {address: [ctl.mailbox_of(address, user) for user in users] for address, users in enabled.items()}
-        aliases_at: dict[str, list[str]] = defaultdict(list)  # a mailbox: what comes for it, and for it with an extension
-        for address in enabled:
-            for spelling in ctl.spellings_of(address, host.policy.recipient_delimiter):
-                aliases_at[spelling].append(address)
+        delimiters = host.policy.recipient_delimiter
+        # by mailbox: what comes for it, and for it with an extension
+        aliases_at = grouped((spelling, address) for address in enabled for spelling in ctl.spellings_of(address, delimiters))
         chains = [
             f"{address} -> {other} -> {', '.join(mailboxes[other])}"
             for address, users in enabled.items()
             for user, mailbox in zip(users, mailboxes[address])
-            for other in aliases_at[mailbox]
-            if mailbox != address
-            and mailboxes[other] != [mailbox]
-            and ctl.meets(address, user, other, host.policy.recipient_delimiter)
+            for other in aliases_at.get(mailbox, ())
+            if mailbox != address and mailboxes[other] != [mailbox] and ctl.meets(address, user, other, delimiters)
         ]
         text = "the mailbox of an alias is an alias itself, so the mail goes past its user"
         remedy = "mailcloakctl aliases add ADDRESS USERNAME --replace with the last user, or set policy.mailbox_domain"
@@ -2207,10 +2211,7 @@ def check_alias_users(host: Installation, enabled: Mapping[str, Sequence[str]]) 
     )
     yield from about(missing, warning("alias-user-missing", text.format("do not exist"), remedy))
     yield from about(disabled, warning("alias-user-disabled", text.format("are disabled"), remedy))
-    holders: dict[str, list[str]] = defaultdict(list)
-    for user in users.values():
-        if user.receives and user.email:
-            holders[user.email].append(user.username)
+    holders = grouped((user.email, user.username) for user in users.values() if user.receives and user.email)
     shadows = [
         f"{address} (alias of {', '.join(names)}, e-mail of {', '.join(holders[address])})"
         for address, names in enabled.items()
@@ -2240,9 +2241,7 @@ def check_users(host: Installation) -> Findings:
 
 def find_odd_users(policy: mailcloak.PolicyConfig, users: Mapping[str, mailcloak.User], ours: Sequence[mailcloak.User]) -> Findings:
     """What is wrong with single users; ours: those with an e-mail in our domains."""
-    by_address: dict[str, list[str]] = defaultdict(list)
-    for user in ours:
-        by_address[user.email].append(user.username)
+    by_address = grouped((user.email, user.username) for user in ours)
     shared = [f"{address} ({', '.join(names)})" for address, names in by_address.items() if len(names) > 1]
     text = "several users have these e-mails, and none of them may send as that address"
     yield from about(shared, warning("primary-shared", text, "give all of them but one another e-mail in Keycloak"))
