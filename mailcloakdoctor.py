@@ -1060,9 +1060,11 @@ class Postfix:
             match = re.fullmatch(r"(\S+/[a-z-]+)/(\S+) =(.*)", line)
             if match:
                 overrides[match[1]][match[2]] = match[3].strip()
+        is_old = self.main["compatibility_level"].partition(".")[0] in ("", "0")  # then "-" stands for y (COMPATIBILITY_README)
+        confined = ("y", "-") if is_old else ("y",)
         lines = [line.split() for line in self._postconf("-M").splitlines()]
         self.services = {
-            name: PostfixService(name, chroot == "y", command, overrides.get(name, {}))
+            name: PostfixService(name, chroot in confined, command, overrides.get(name, {}))
             for name, chroot, command in ((f"{words[0]}/{words[1]}", words[4], words[7]) for words in lines if len(words) >= 8)
         }
         self.smtpds = [service for service in self.services.values() if service.command == "smtpd"]

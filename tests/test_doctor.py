@@ -1401,6 +1401,19 @@ def test_socket_outside_the_queue_directory_is_a_problem_for_a_chroot_alone(site
 
 
 @real_postfix
+@pytest.mark.parametrize(("level", "is_confined"), [("0", True), ("1", False), ("3.6", False)])
+def test_chroot_that_master_cf_leaves_open_is_one_below_compatibility_level_1(site, postfix, level, is_confined):
+    """Source: COMPATIBILITY_README of Postfix, chroot=y."""
+    postfix._run("postconf", "-F", "*/*/chroot=-")
+    postfix.set(compatibility_level=level)
+    with FakeDaemon(site.config):
+        for path in list(site.config["sockets"].values())[:2]:
+            os.chmod(path, 0o666)
+        found = named(site.findings(mailcloakdoctor.check_postfix, postfix_config=[str(postfix.config)]), "postfix-access")
+    assert ["where 127.0.0.1:" in each.text for each in found] == [is_confined, is_confined, False, False], found
+
+
+@real_postfix
 def test_each_instance_that_is_named_is_checked(ask_postfix, postfix, tmp_path):
     other = tmp_path / "other"
     shutil.copytree(postfix.config, other)
