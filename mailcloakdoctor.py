@@ -352,6 +352,117 @@ def check_daemon_access(host: Installation, work: Callable[[], str], failure: Fi
 
 
 # ---------------------------------------------------------------------------------------------------------------------------------
+# Other programs
+# What the checks of Postfix and those of Dovecot have in common.
+# ---------------------------------------------------------------------------------------------------------------------------------
+
+SYSTEM_PATH = os.environ.get("PATH", os.defpath) + ":/usr/sbin:/sbin:/usr/local/sbin"
+LAST_DAYS = 7  # of a certificate: what renews it (certbot, from 30 days before its end on) has failed for weeks by then
+
+
+class CommandFailed(mailcloak.MailcloakError):
+    """A command of another program hangs or fails; is_there: there is such a command; has_refused: it ended by itself."""
+
+    def __init__(self, text: str, *, is_there: bool = True, has_refused: bool = False) -> None:
+        super().__init__(text)
+        self.is_there, self.has_refused = is_there, has_refused
+
+
+def run_program(name: str, *arguments: str, text: str = "", directory: str = "/", may_fail: bool = False) -> tuple[str, str]:
+    """Standard output and standard error of a command; the text is its input. It may fail without a word but warnings, or must not fail."""
+    program = shutil.which(name, path=SYSTEM_PATH)
+    if not program:
+        raise CommandFailed(f"there is no {name} in the PATH", is_there=False)
+    try:
+        result = subprocess.run(
+            [program, *arguments],
+            check=False,
+            capture_output=True,
+            encoding="utf-8",
+            errors="replace",
+            timeout=ctl.ANSWER_SECONDS,
+            input=text,
+            cwd=directory,
+            # with the last, doveconf does not look up the name of this host, for which it could wait until it is given up
+            env={**os.environ, "LC_ALL": "C", "PATH": SYSTEM_PATH, "DOVECOT_HOSTDOMAIN": "localhost"},
+        )
+    except subprocess.TimeoutExpired:
+        raise CommandFailed(f"{name} gave no answer within {ctl.ANSWER_SECONDS:.0f} s") from None
+    except OSError as exc:
+        raise CommandFailed(f"{name}: {exc.strerror}") from exc
+    said_lines = [line for line in result.stderr.strip().splitlines() if not (may_fail and ": warning: " in line)]
+    if result.returncode != 0 and (said_lines or not may_fail):
+        said = (said_lines or ["without a word"])[0]
+        raise CommandFailed(f"{name} failed: {said}", has_refused=True)
+    return result.stdout, result.stderr
+
+
+def split_list(text: str) -> list[str]:
+    """The words of a list of Postfix or Dovecot, separated by commas and white space; what stands in braces is one word."""
+    words, word, depth = [], "", 0
+    for character in text:
+        depth += (character == "{") - (character == "}")
+        if depth <= 0 and (character == "," or character.isspace()):
+            words.append(word)
+            word = ""
+        else:
+            word += character
+    return [each for each in (*words, word) if each]
+
+
+def same_path(one: str, other: str) -> bool:
+    """Do both lead to the same file?"""
+    return bool(one and other) and os.path.realpath(one) == os.path.realpath(other)
+
+
+def try_to_connect(path: str) -> str:
+    """Why this process cannot connect to the socket; "" if it can."""
+    with contextlib.closing(socket.socket(socket.AF_UNIX)) as connection:
+        connection.settimeout(ctl.ANSWER_SECONDS)
+        try:
+            connection.connect(path)
+        except OSError as exc:
+            return exc.strerror or str(exc)
+    return ""
+
+
+def check_certificate(check: str, server: str, path: str, key: str, remedy: str) -> Findings:
+    """Is the certificate there, with its key, and has it not ended? Postfix and Dovecot read both files as root.
+
+    key: "" where it is not said which of several files holds what.
+    """
+    subject = f"{server}: the certificate in {path}"
+    restart = remedy.rpartition(", then ")[2]
+    why = why_not(path, os.R_OK) or (key and why_not(key, os.R_OK))
+    if why and os.geteuid() and not why.startswith("finds no"):
+        yield skipped(check, f"{server}: has it a certificate? This user {why}", AS_ROOT)
+        return
+    if why:
+        yield problem(check, f"{server} {why}, so no client can begin TLS", remedy)
+        return
+    if not key:
+        yield ok(check, f"{server} can read {path}")
+        return
+    try:
+        ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(path, key, password=lambda: "")
+        printed = run_program("openssl", "x509", "-noout", "-enddate", "-in", path)[0]
+        end = ssl.cert_time_to_seconds(printed.strip().partition("=")[2])
+    except (OSError, ValueError):
+        yield problem(check, f"{server}: {path} and {key} are not a certificate and its key", remedy)
+        return
+    except CommandFailed as exc:
+        yield skipped(check, f"{server}: until when is the certificate in {path} good? {exc}")
+        return
+    day, days = time.strftime("%Y-%m-%d", time.gmtime(end)), (end - time.time()) / 86400
+    if days < 0:
+        yield problem(check, f"{subject} ended on {day}, and clients refuse it", f"renew it, then {restart}")
+    elif days < LAST_DAYS:
+        yield warning(check, f"{subject} ends on {day}", f"renew it, then {restart}; does the job still run that does so?")
+    else:
+        yield ok(check, f"{subject} is good until {day}")
+
+
+# ---------------------------------------------------------------------------------------------------------------------------------
 # Configuration, database, daemon, sockets
 # ---------------------------------------------------------------------------------------------------------------------------------
 
@@ -931,7 +1042,6 @@ def check_cache_policy(providers: Optional[Sequence[Federation]]) -> Findings:
 # What postconf says of main.cf and of each smtpd of master.cf, where -o options take the place of main.cf's settings.
 # ---------------------------------------------------------------------------------------------------------------------------------
 
-SYSTEM_PATH = os.environ.get("PATH", os.defpath) + ":/usr/sbin:/sbin:/usr/local/sbin"
 ALWAYS_AT_RCPT = ("smtpd_relay_restrictions", "smtpd_recipient_restrictions")
 DELAYED_TO_RCPT = ("smtpd_client_restrictions", "smtpd_helo_restrictions", "smtpd_sender_restrictions")  # by smtpd_delay_reject
 LATER = ("smtpd_data_restrictions", "smtpd_end_of_data_restrictions")
@@ -948,80 +1058,7 @@ CLIENTS = {"lmtp": "lmtp", "smtp": "smtp", "relay": "smtp"}  # of Postfix's own 
 TO_DOVECOT = "lmtp:unix:private/dovecot-lmtp"
 FROM_DOVECOT = f"start Dovecot (if it does not start, see the findings about it), with this socket as in {EXAMPLES}/dovecot-2.3 or {EXAMPLES}/dovecot-2.4"
 UNTRIED = "Only Unix sockets are tried"
-LAST_DAYS = 7  # of a certificate: what renews it (certbot, from 30 days before its end on) has failed for weeks by then
 REWRITING = {"append_dot_mydomain": "no", "allow_percent_hack": "yes", "swap_bangpath": "yes", "allow_untrusted_routing": "no"}
-
-
-class CommandFailed(mailcloak.MailcloakError):
-    """A command of another program hangs or fails; is_there: there is such a command; has_refused: it ended by itself."""
-
-    def __init__(self, text: str, *, is_there: bool = True, has_refused: bool = False) -> None:
-        super().__init__(text)
-        self.is_there, self.has_refused = is_there, has_refused
-
-
-def run_program(name: str, *arguments: str, text: str = "", directory: str = "/", may_fail: bool = False) -> tuple[str, str]:
-    """Standard output and standard error of a command; the text is its input. It may fail without a word but warnings, or must not fail."""
-    program = shutil.which(name, path=SYSTEM_PATH)
-    if not program:
-        raise CommandFailed(f"there is no {name} in the PATH", is_there=False)
-    try:
-        result = subprocess.run(
-            [program, *arguments],
-            check=False,
-            capture_output=True,
-            encoding="utf-8",
-            errors="replace",
-            timeout=ctl.ANSWER_SECONDS,
-            input=text,
-            cwd=directory,
-            # with the last, doveconf does not look up the name of this host, for which it could wait until it is given up
-            env={**os.environ, "LC_ALL": "C", "PATH": SYSTEM_PATH, "DOVECOT_HOSTDOMAIN": "localhost"},
-        )
-    except subprocess.TimeoutExpired:
-        raise CommandFailed(f"{name} gave no answer within {ctl.ANSWER_SECONDS:.0f} s") from None
-    except OSError as exc:
-        raise CommandFailed(f"{name}: {exc.strerror}") from exc
-    said_lines = [line for line in result.stderr.strip().splitlines() if not (may_fail and ": warning: " in line)]
-    if result.returncode != 0 and (said_lines or not may_fail):
-        said = (said_lines or ["without a word"])[0]
-        raise CommandFailed(f"{name} failed: {said}", has_refused=True)
-    return result.stdout, result.stderr
-
-
-def check_certificate(check: str, server: str, path: str, key: str, remedy: str) -> Findings:
-    """Is the certificate there, with its key, and has it not ended? Postfix and Dovecot read both files as root.
-
-    key: "" where it is not said which of several files holds what.
-    """
-    subject = f"{server}: the certificate in {path}"
-    restart = remedy.rpartition(", then ")[2]
-    for why in filter(None, (why_not(path, os.R_OK), key and why_not(key, os.R_OK))):
-        if os.geteuid() and not why.startswith("finds no"):
-            yield skipped(check, f"{server}: has it a certificate? This user {why}", AS_ROOT)
-        else:
-            yield problem(check, f"{server} {why}, so no client can begin TLS", remedy)
-        return
-    if not key:
-        yield ok(check, f"{server} can read {path}")
-        return
-    try:
-        ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(path, key, password=lambda: "")
-        printed = run_program("openssl", "x509", "-noout", "-enddate", "-in", path)[0]
-        end = ssl.cert_time_to_seconds(printed.strip().partition("=")[2])
-    except (OSError, ValueError):
-        yield problem(check, f"{server}: {path} and {key} are not a certificate and its key", remedy)
-        return
-    except CommandFailed as exc:
-        yield skipped(check, f"{server}: until when is the certificate in {path} good? {exc}")
-        return
-    day, days = time.strftime("%Y-%m-%d", time.gmtime(end)), (end - time.time()) / 86400
-    if days < 0:
-        yield problem(check, f"{subject} ended on {day}, and clients refuse it", f"renew it, then {restart}")
-    elif days < LAST_DAYS:
-        yield warning(check, f"{subject} ends on {day}", f"renew it, then {restart}; does the job still run that does so?")
-    else:
-        yield ok(check, f"{subject} is good until {day}")
 
 
 class PostfixService(NamedTuple):
@@ -1172,19 +1209,6 @@ class Postfix:
                 yield word
 
 
-def split_list(text: str) -> list[str]:
-    """The words of a list of Postfix or Dovecot, separated by commas and white space; what stands in braces is one word."""
-    words, word, depth = [], "", 0
-    for character in text:
-        depth += (character == "{") - (character == "}")
-        if depth <= 0 and (character == "," or character.isspace()):
-            words.append(word)
-            word = ""
-        else:
-            word += character
-    return [each for each in (*words, word) if each]
-
-
 def read_policy_service(text: str) -> tuple[str, dict[str, str]]:
     """Endpoint and options behind check_policy_service: unix:PATH or { unix:PATH, name=value, { name = value } }."""
     words = split_list(text[1:-1]) if text.startswith("{") else [text]
@@ -1193,11 +1217,6 @@ def read_policy_service(text: str) -> tuple[str, dict[str, str]]:
         name, _, value = word.strip("{}").partition("=")
         options[name.strip()] = value.strip()
     return words[0] if words else "", options
-
-
-def same_path(one: str, other: str) -> bool:
-    """Do both lead to the same file?"""
-    return bool(one and other) and os.path.realpath(one) == os.path.realpath(other)
 
 
 @listed
@@ -1270,17 +1289,6 @@ def check_connection(postfix: Postfix, services: Sequence[PostfixService], path:
         yield problem("postfix-access", text, (start if is_down else "") or remedy)
     elif not untried:
         yield ok("postfix-access", f"user {user} can connect to {path}{' from its chroot' if chrooted else ''}")
-
-
-def try_to_connect(path: str) -> str:
-    """Why this process cannot connect to the socket; "" if it can."""
-    with contextlib.closing(socket.socket(socket.AF_UNIX)) as connection:
-        connection.settimeout(ctl.ANSWER_SECONDS)
-        try:
-            connection.connect(path)
-        except OSError as exc:
-            return exc.strerror or str(exc)
-    return ""
 
 
 def check_smtpd(host: Installation, sockets: mailcloak.SocketsConfig, postfix: Postfix, smtpd: PostfixService) -> Findings:
