@@ -46,7 +46,7 @@ The checks: what each looks at, and the remedy.
   postfix-timeout         does Postfix wait longer for mailcloak than mailcloak for Keycloak? timeout=30s
   postfix-aliases         does cleanup ask for aliases, directly and by the right name? virtual_alias_maps
   postfix-domains         does Postfix take mail for policy.domain, and not for unchecked domains? virtual_mailbox_domains
-  postfix-delivery        does what it takes reach a mailbox, and has master.cf what delivers? virtual_transport, or mailbox_transport
+  postfix-delivery        does what it takes reach a mailbox, and has master.cf what delivers? virtual_transport, mailbox_transport, transport_maps
   postfix-recipients      does a list of its own refuse users? virtual_mailbox_maps, local_recipient_maps
   postfix-relay           does each smtpd take mail for us, and relay for nobody else? smtpd_relay_restrictions, mynetworks
   postfix-login           can users and apps log in, by Dovecot? smtpd_sasl_auth_enable, smtpd_sasl_type
@@ -1512,12 +1512,12 @@ def check_domains(policy: mailcloak.PolicyConfig, postfix: Postfix) -> Findings:
     domains = sorted(policy.domain | ({policy.mailbox_domain} - {""}))
     try:
         lists = {name: postfix.find(name, domains) for name in CLASSES}
-        transports = postfix.find("transport_maps", domains)
+        transports = postfix.find("transport_maps", [key for domain in domains for key in transport_keys(domain)])
     except (CommandFailed, OSError) as exc:
         yield skipped("postfix-domains", f"does Postfix take mail for {', '.join(domains)}, and deliver it? {exc}")
         return
     found: list[Finding] = []
-    routes: dict[tuple[str, str], list[str]] = defaultdict(list)
+    routes: dict[tuple[str, str, str], list[str]] = defaultdict(list)
     for domain in domains:
         places = [name for name in CLASSES if domain in lists[name]]
         if places == ["mydestination", "relay_domains"]:  # as by default in an old Postfix; only the first counts
@@ -1531,10 +1531,12 @@ def check_domains(policy: mailcloak.PolicyConfig, postfix: Postfix) -> Findings:
             key = "mailbox_domain" if domain == policy.mailbox_domain else "domain"
             remedy = f"correct policy.{key}; if it is right, main.cf: add {domain} to virtual_mailbox_domains, then postfix reload"
         else:
-            transport = transports.get(domain, ":")
-            if transport.startswith(":"):
-                transport = postfix.value(postfix.service("trivial-rewrite"), CLASSES[places[0]][0])
-            routes[places[0], transport].append(domain)
+            setting = "transport_maps"
+            transport = next((transports[key] for key in transport_keys(domain) if key in transports), ":")
+            if transport.startswith(":"):  # also what stands in a table to say: as without it
+                setting = CLASSES[places[0]][0]
+                transport = postfix.value(postfix.service("trivial-rewrite"), setting)
+            routes[places[0], setting, transport].append(domain)
             continue
         found.append(problem("postfix-domains", text, remedy))
     unchecked = [
@@ -1546,13 +1548,18 @@ def check_domains(policy: mailcloak.PolicyConfig, postfix: Postfix) -> Findings:
     remedy = "add them to policy.domain, or take them out of virtual_mailbox_domains"
     found += about(unchecked, warning("postfix-domains", text, remedy))
     yield from found or [ok("postfix-domains", f"Postfix takes mail for {', '.join(domains)}")]
-    for (name, transport), handled in routes.items():
-        yield from check_route(postfix, name, transport, ", ".join(handled))
+    for (name, setting, transport), handled in routes.items():
+        yield from check_route(postfix, CLASSES[name][1], setting, transport, ", ".join(handled))
 
 
-def check_route(postfix: Postfix, name: str, transport: str, domains: str) -> Findings:
-    """Is the mail of a class of domains delivered, and is nobody refused by a list that Postfix has besides mailcloak?"""
-    setting, table = CLASSES[name]
+def transport_keys(domain: str) -> list[str]:
+    """What Postfix looks up in transport_maps for all addresses of a domain: the first that is there counts. Source: transport(5)."""
+    labels = domain.split(".")
+    return [domain, *(f".{'.'.join(labels[start:])}" for start in range(1, len(labels))), "*"]
+
+
+def check_route(postfix: Postfix, table: str, setting: str, transport: str, domains: str) -> Findings:
+    """Is mail for these domains delivered by what this setting names, and is nobody refused by a table besides mailcloak?"""
     service = postfix.services.get(f"{transport.partition(':')[0]}/unix")
     if service and service.command == "local":
         setting = "mailbox_transport"
@@ -1569,8 +1576,12 @@ def check_route(postfix: Postfix, name: str, transport: str, domains: str) -> Fi
         why["virtual"] = "virtual(8) delivers only to who is in virtual_mailbox_maps, which is empty"
     if command in why:
         text = f"{setting} = {transport}: mail for {domains} is lost or waits: {why[command]}"
-        remedy = add_client(transport) if not service else ""
-        yield problem("postfix-delivery", text, remedy or f"main.cf: {setting} = {TO_DOVECOT}, then postfix reload")
+        remedy = f"main.cf: {setting} = {TO_DOVECOT}, then postfix reload"
+        if setting == "transport_maps":
+            remedy = f"transport_maps: let {domains} lead to {TO_DOVECOT}, then postfix reload"
+        if not service:
+            remedy = add_client(transport) or remedy
+        yield problem("postfix-delivery", text, remedy)
     elif command == "virtual":
         yield skipped("postfix-delivery", f"has {mailboxes} a mailbox for each user? virtual(8) delivers to no other")
     elif service and (path := postfix.path_of(transport.partition(":")[2], service.chroot)):

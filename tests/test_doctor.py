@@ -1185,6 +1185,21 @@ def test_transport_of_a_single_domain_counts(ask_postfix, postfix, tmp_path):
     assert "= discard:: mail for d2.test is lost or waits: discard(8) throws it away" in found.text
 
 
+@real_postfix
+@pytest.mark.parametrize("pattern", ["d2.test", ".test", "*"])
+def test_transport_of_each_pattern_that_fits_counts_until_the_remedy_was_carried_out(ask_postfix, postfix, tmp_path, pattern):
+    """Source: TABLE SEARCH ORDER of transport(5)."""
+    table = tmp_path / "transport"
+    table.write_text(f"{pattern} discard:\nd1.test :\n")
+    postfix.set(transport_maps=f"texthash:{table}")
+    found = the_only(ask_postfix(), "problem", "postfix-delivery")
+    assert found.text == "transport_maps = discard:: mail for d2.test is lost or waits: discard(8) throws it away"
+    domain, transport = re.fullmatch(r"transport_maps: let (\S+) lead to (\S+), then postfix reload", found.remedy).groups()
+    lines = {pattern: "discard:", "d1.test": ":", domain: transport}
+    table.write_text("".join(f"{key} {value}\n" for key, value in lines.items()))
+    nothing(ask_postfix())
+
+
 def add_to_service(postfix, name, option):
     """Put an -o option behind the first line of a service in master.cf."""
     path = postfix.config / "master.cf"
