@@ -967,13 +967,13 @@ def look_up_named_users(host: Installation, reader: KeycloakReader, users: dict[
         ctl.show_progress(f"{done} of {len(missing)} users that aliases and apps name looked up ...")
         users.update(understand(host, reader, reader.find(username=username)))
     host.users_not_looked_up = set(missing[MAX_SINGLE_LOOKUPS:])
-    host.look_up_holders = functools.partial(find_holders, host, reader)
+    host.look_up_holders = functools.partial(look_up_holders, host, reader)
     looked_up, rest = min(len(missing), MAX_SINGLE_LOOKUPS), len(host.users_not_looked_up)
     text = f"more than can be read: the first {read_before} were looked at, and {looked_up} more that aliases and apps name"
     return skipped("keycloak-users", f"{text}; not {rest} others of these" if rest else text)
 
 
-def find_holders(host: Installation, reader: KeycloakReader, address: str) -> mailcloak.Users:
+def look_up_holders(host: Installation, reader: KeycloakReader, address: str) -> mailcloak.Users:
     """The users that Keycloak finds with this primary e-mail."""
     users = understand(host, reader, reader.find(email=address)).values()
     return tuple(user for user in users if user.email == address)
@@ -1000,7 +1000,7 @@ def check_canaries(host: Installation, reader: KeycloakReader) -> Findings:
     federations = host.federations | {provider.id for provider in providers or []}
     watched = set()
     for address in config.canary:
-        users = find_holders(host, reader, address)
+        users = look_up_holders(host, reader, address)
         if not any(user.enabled for user in users):
             text = f"canary {address} is missing or disabled, so no user counts as such, and unknown recipients get 451"
             remedy = "make or enable that user in Keycloak; or take the address out of keycloak.canary"
@@ -1533,7 +1533,7 @@ def check_domains(policy: mailcloak.PolicyConfig, postfix: Postfix) -> Findings:
         else:
             setting = "transport_maps"
             transport = next((transports[key] for key in transport_keys(domain) if key in transports), ":")
-            if transport.startswith(":"):  # also what stands in a table to say: as without it
+            if transport.startswith(":"):  # as a line "example.org :" says as well: that of the class
                 setting = CLASSES[places[0]][0]
                 transport = postfix.value(postfix.service("trivial-rewrite"), setting)
             routes[places[0], setting, transport].append(domain)
@@ -1805,33 +1805,31 @@ def check_mailboxes(settings: str) -> Findings:
 def check_names(host: Installation, dovecot: Dovecot) -> Findings:
     """Does mail arrive in the mailbox that its user reads? The user logs in by a claim of the token, mail comes for USERNAME@DOMAIN."""
     check = "dovecot-names"
-    found: list[Finding] = []
-    for place, claim in find_login_names(dovecot.settings):
-        named = [user for user in (host.users or {}).values() if user.email]
-        is_same = claim == "email" and bool(named) and all(user.email == user.username for user in named)
-        if claim != "preferred_username" and not is_same:
-            text = (
-                f"users read the mailbox that is named by their {claim}, and mail goes to the one that is named by their username"
-            )
-            remedy = f"{place}: username_attribute = preferred_username, then doveadm reload"
-            found.append(problem(check, text, remedy))
+    named = [user for user in (host.users or {}).values() if user.email]
+    good_claims = ["preferred_username"]
+    if named and all(user.email == user.username for user in named):
+        good_claims.append("email")
+    wrong = [(place, claim) for place, claim in find_login_names(dovecot.settings) if claim not in good_claims]
+    for place, claim in wrong:
+        text = f"users read the mailbox that is named by their {claim}, and mail goes to the one that is named by their username"
+        yield problem(check, text, f"{place}: username_attribute = preferred_username, then doveadm reload")
+    if wrong:  # first things first: with another claim, other mailboxes are right
+        return
     words = [word.strip() for word in re.sub(r"^%L?\{?|\}$", "", dovecot.delivery_format).split("|")]
     cuts = words[0] in ("n", "username") or "username" in words[1:]
-    if found:  # first things first: with another claim, other mailboxes are right
-        pass
-    elif not cuts and (words[0] not in ("u", "user") or set(words[1:]) - {"lower"}):
-        found.append(skipped(check, f"to which mailboxes does mail go with auth_username_format = {dovecot.delivery_format}?"))
-    elif host.users is None:
-        found.append(skipped(check, f"is the domain part of a mailbox's name? {NO_USERS}"))
-    else:
-        lost = [user.username for user in host.users.values() if user.receives and ("@" in user.username) == cuts]
-        text = "these users do not read the mailbox to which Dovecot delivers their mail, which is named without the domain"
-        other = '%{user | lower}" in 2.4, "%Lu" in 2.3'
-        if not cuts:
-            text = "these users do not read the mailbox to which Dovecot delivers their mail, which is named with the domain"
-            other = '%{user | username | lower}" in 2.4, "%Ln" in 2.3'
-        found += about(lost, problem(check, text, f'protocol lmtp {{ auth_username_format = "{other} }}, then doveadm reload'))
-    yield from found or [ok(check, "mail is delivered to the mailbox that its user reads")]
+    if not cuts and (words[0] not in ("u", "user") or set(words[1:]) - {"lower"}):
+        yield skipped(check, f"to which mailboxes does mail go with auth_username_format = {dovecot.delivery_format}?")
+        return
+    if host.users is None:
+        yield skipped(check, f"is the domain part of a mailbox's name? {NO_USERS}")
+        return
+    lost = [user.username for user in host.users.values() if user.receives and ("@" in user.username) == cuts]
+    named_how, other = "with", '%{user | username | lower}" in 2.4, "%Ln" in 2.3'
+    if cuts:
+        named_how, other = "without", '%{user | lower}" in 2.4, "%Lu" in 2.3'
+    text = f"these users do not read the mailbox to which Dovecot delivers their mail, which is named {named_how} the domain"
+    elsewhere = problem(check, text, f'protocol lmtp {{ auth_username_format = "{other} }}, then doveadm reload')
+    yield from about(lost, elsewhere) or [ok(check, "mail is delivered to the mailbox that its user reads")]
 
 
 def find_login_names(settings: str) -> Iterator[tuple[str, str]]:
