@@ -46,7 +46,7 @@ The checks: what each looks at, and the remedy.
   postfix-timeout         does Postfix wait longer for mailcloak than mailcloak for Keycloak? timeout=30s
   postfix-aliases         does cleanup ask for aliases, directly and by the right name? virtual_alias_maps
   postfix-domains         does Postfix take mail for policy.domain, and not for unchecked domains? virtual_mailbox_domains
-  postfix-delivery        does what it takes reach a mailbox, and has master.cf what delivers? virtual_transport, or mailbox_transport
+  postfix-delivery        does what it takes reach a mailbox, and has master.cf what delivers? virtual_transport, mailbox_transport, transport_maps
   postfix-recipients      does a list of its own refuse users? virtual_mailbox_maps, local_recipient_maps
   postfix-relay           does each smtpd take mail for us, and relay for nobody else? smtpd_relay_restrictions, mynetworks
   postfix-login           can users and apps log in, by Dovecot? smtpd_sasl_auth_enable, smtpd_sasl_type
@@ -110,7 +110,7 @@ import threading
 import time
 import urllib.parse
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from types import SimpleNamespace
 from typing import Any, NamedTuple, Optional
 
@@ -163,6 +163,14 @@ def problem(check: str, text: str, remedy: str) -> Finding:
     return Finding(check, "problem", text, remedy)
 
 
+def grouped(pairs: Iterable[tuple[str, str]]) -> dict[str, list[str]]:
+    """The second of each pair, by the first."""
+    groups: dict[str, list[str]] = defaultdict(list)
+    for key, value in pairs:
+        groups[key].append(value)
+    return dict(groups)
+
+
 def about(items: Sequence[str], finding: Finding) -> list[Finding]:
     """The finding, with the items that it speaks of behind its text; nothing where there are none."""
     return [finding._replace(text=f"{finding.text}: {ctl.shorten(items)}", items=tuple(items))] if items else []
@@ -213,6 +221,36 @@ class Installation:
         if self.look_up_holders:
             return self.look_up_holders(address)
         return tuple(user for user in self.users.values() if user.email == address)
+
+
+# ---------------------------------------------------------------------------------------------------------------------------------
+# The run of the checks
+# ---------------------------------------------------------------------------------------------------------------------------------
+
+Check = Callable[[Installation], Findings]
+CHECKS: list[Check] = []  # as they stand below: a check comes after those it needs, so the first problem is solved first
+
+
+def listed(check: Check) -> Check:
+    """Put a check into the list of those that run."""
+    CHECKS.append(check)
+    return check
+
+
+def run_checks(options: argparse.Namespace) -> Findings:
+    """What every check finds, as it comes."""
+    host = Installation(options)
+    for check in CHECKS:
+        yield from run_check(check, host)
+
+
+def run_check(check: Check, host: Installation) -> Findings:
+    """The findings of a check; a fault of the check itself is one more, and the next ones run."""
+    try:
+        yield from check(host)
+    except Exception as exc:
+        where = mailcloak.describe_exception(exc)
+        yield problem("doctor", f"{check.__name__} failed: {where}", "report this line; the other checks are not affected")
 
 
 # ---------------------------------------------------------------------------------------------------------------------------------
@@ -278,8 +316,8 @@ def why_not(path: str, mode: int) -> str:
     return ""
 
 
-def access_remedy(why: str, user: str, groups: Sequence[int], otherwise: str) -> str:
-    """What lets the user, who is in these groups, do what why_not() says is not allowed.
+def access_remedy(why: str, user: str, otherwise: str, *, groups: Sequence[int] = ()) -> str:
+    """What lets a process of the user, which has these groups besides the user's, do what why_not() says is not allowed.
 
     otherwise: the remedy for a path of other users and groups, with {path} in it, and {bit} for the letter of chmod.
     """
@@ -287,12 +325,13 @@ def access_remedy(why: str, user: str, groups: Sequence[int], otherwise: str) ->
     if not match:
         return "restore what is missing"
     path, bit = shlex.quote(match[2]), {"enter": "x", "read": "r", "write": "w"}[match[1]]
-    status = os.stat(match[2])
+    status, entry = os.stat(match[2]), pwd.getpwnam(user)
     if bit == "w" and os.statvfs(match[2]).f_flag & os.ST_RDONLY:
         return "mount its file system for writing, it is mounted read-only"
-    if status.st_uid == pwd.getpwnam(user).pw_uid:
+    if status.st_uid == entry.pw_uid:
         return f"chmod u+{bit} {path}"
-    if status.st_gid in groups and bit != "w":  # Dovecot is in the group too, and only reads
+    all_groups = (*os.getgrouplist(user, entry.pw_gid), *groups)
+    if status.st_gid in all_groups and bit != "w":  # Dovecot is in the group too, and only reads
         return f"chmod g+{bit} {path}"
     return otherwise.replace("{path}", path).replace("{bit}", bit)
 
@@ -300,7 +339,7 @@ def access_remedy(why: str, user: str, groups: Sequence[int], otherwise: str) ->
 def check_daemon_access(host: Installation, work: Callable[[], str], failure: Finding) -> list[Finding]:
     """The failure, with why the user that the daemon becomes may not do the work behind its text; nothing where it may.
 
-    The remedy of failure is the last argument of access_remedy().
+    The remedy of failure is the argument otherwise of access_remedy().
     """
     if host.daemon is None:
         return [skipped(failure.check, f"the user that the daemon becomes is not known: {NO_CONFIG}")]
@@ -308,8 +347,119 @@ def check_daemon_access(host: Installation, work: Callable[[], str], failure: Fi
     why, found = try_as(user, work, failure.check, "may the daemon use it?") if user else ("", [])
     if not why:
         return found
-    remedy = access_remedy(why, user, os.getgrouplist(user, pwd.getpwnam(user).pw_gid), failure.remedy)
+    remedy = access_remedy(why, user, failure.remedy)
     return [failure._replace(text=f"{failure.text}user {user}, which the daemon becomes, {why}", remedy=remedy)]
+
+
+# ---------------------------------------------------------------------------------------------------------------------------------
+# Other programs
+# What the checks of Postfix and those of Dovecot have in common.
+# ---------------------------------------------------------------------------------------------------------------------------------
+
+SYSTEM_PATH = os.environ.get("PATH", os.defpath) + ":/usr/sbin:/sbin:/usr/local/sbin"
+LAST_DAYS = 7  # of a certificate: what renews it (certbot, from 30 days before its end on) has failed for weeks by then
+
+
+class CommandFailed(mailcloak.MailcloakError):
+    """A command of another program hangs or fails; is_there: there is such a command; has_refused: it ended by itself."""
+
+    def __init__(self, text: str, *, is_there: bool = True, has_refused: bool = False) -> None:
+        super().__init__(text)
+        self.is_there, self.has_refused = is_there, has_refused
+
+
+def run_program(name: str, *arguments: str, text: str = "", directory: str = "/", may_fail: bool = False) -> tuple[str, str]:
+    """Standard output and standard error of a command; the text is its input. It may fail without a word but warnings, or must not fail."""
+    program = shutil.which(name, path=SYSTEM_PATH)
+    if not program:
+        raise CommandFailed(f"there is no {name} in the PATH", is_there=False)
+    try:
+        result = subprocess.run(
+            [program, *arguments],
+            check=False,
+            capture_output=True,
+            encoding="utf-8",
+            errors="replace",
+            timeout=ctl.ANSWER_SECONDS,
+            input=text,
+            cwd=directory,
+            # with the last, doveconf does not look up the name of this host, for which it could wait until it is given up
+            env={**os.environ, "LC_ALL": "C", "PATH": SYSTEM_PATH, "DOVECOT_HOSTDOMAIN": "localhost"},
+        )
+    except subprocess.TimeoutExpired:
+        raise CommandFailed(f"{name} gave no answer within {ctl.ANSWER_SECONDS:.0f} s") from None
+    except OSError as exc:
+        raise CommandFailed(f"{name}: {exc.strerror}") from exc
+    said_lines = [line for line in result.stderr.strip().splitlines() if not (may_fail and ": warning: " in line)]
+    if result.returncode != 0 and (said_lines or not may_fail):
+        said = (said_lines or ["without a word"])[0]
+        raise CommandFailed(f"{name} failed: {said}", has_refused=True)
+    return result.stdout, result.stderr
+
+
+def split_list(text: str) -> list[str]:
+    """The words of a list of Postfix or Dovecot, separated by commas and white space; what stands in braces is one word."""
+    words, word, depth = [], "", 0
+    for character in text:
+        depth += (character == "{") - (character == "}")
+        if depth <= 0 and (character == "," or character.isspace()):
+            words.append(word)
+            word = ""
+        else:
+            word += character
+    return [each for each in (*words, word) if each]
+
+
+def same_path(one: str, other: str) -> bool:
+    """Do both lead to the same file?"""
+    return bool(one and other) and os.path.realpath(one) == os.path.realpath(other)
+
+
+def try_to_connect(path: str) -> str:
+    """Why this process cannot connect to the socket; "" if it can."""
+    with contextlib.closing(socket.socket(socket.AF_UNIX)) as connection:
+        connection.settimeout(ctl.ANSWER_SECONDS)
+        try:
+            connection.connect(path)
+        except OSError as exc:
+            return exc.strerror or str(exc)
+    return ""
+
+
+def check_certificate(check: str, server: str, path: str, key: str, remedy: str) -> Findings:
+    """Is the certificate there, with its key, and has it not ended? Postfix and Dovecot read both files as root.
+
+    key: "" where it is not said which of several files holds what.
+    """
+    subject = f"{server}: the certificate in {path}"
+    restart = remedy.rpartition(", then ")[2]
+    why = why_not(path, os.R_OK) or (key and why_not(key, os.R_OK))
+    if why and os.geteuid() and not why.startswith("finds no"):
+        yield skipped(check, f"{server}: has it a certificate? This user {why}", AS_ROOT)
+        return
+    if why:
+        yield problem(check, f"{server} {why}, so no client can begin TLS", remedy)
+        return
+    if not key:
+        yield ok(check, f"{server} can read {path}")
+        return
+    try:
+        ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(path, key, password=lambda: "")
+        printed = run_program("openssl", "x509", "-noout", "-enddate", "-in", path)[0]
+        end = ssl.cert_time_to_seconds(printed.strip().partition("=")[2])
+    except (OSError, ValueError):
+        yield problem(check, f"{server}: {path} and {key} are not a certificate and its key", remedy)
+        return
+    except CommandFailed as exc:
+        yield skipped(check, f"{server}: until when is the certificate in {path} good? {exc}")
+        return
+    day, days = time.strftime("%Y-%m-%d", time.gmtime(end)), (end - time.time()) / 86400
+    if days < 0:
+        yield problem(check, f"{subject} ended on {day}, and clients refuse it", f"renew it, then {restart}")
+    elif days < LAST_DAYS:
+        yield warning(check, f"{subject} ends on {day}", f"renew it, then {restart}; does the job still run that does so?")
+    else:
+        yield ok(check, f"{subject} is good until {day}")
 
 
 # ---------------------------------------------------------------------------------------------------------------------------------
@@ -321,6 +471,7 @@ NEEDED_BYTES = 10 * 1024 * 1024  # that the disk of the database should have lef
 LOOPBACK = ("localhost", "127.0.0.1", "::1")
 
 
+@listed
 def check_config(host: Installation) -> Findings:
     """The file as the daemon reads it."""
     path = host.config_path
@@ -344,6 +495,7 @@ def check_config(host: Installation) -> Findings:
             yield warning("config", f"{each.key}: {each.text}", each.remedy or "change it in the configuration")
 
 
+@listed
 def check_config_files(host: Installation) -> Findings:
     """Who may read and change the configuration, the secret and the certificates."""
     keycloak = host.keycloak
@@ -391,6 +543,7 @@ def check_directory(directory: str, bits: int, check: str, path: str) -> list[Fi
     return [problem(check, f"others may put another file in place of {path}, since they can write {directory}", remedy)]
 
 
+@listed
 def check_database(host: Installation) -> Findings:
     """The file, opened as the programs open it, and read whole; what the daemon may do with it."""
     path = host.database_path
@@ -437,6 +590,7 @@ def check_database(host: Installation) -> Findings:
     yield from check_daemon_access(host, lambda: why_not(path, mode) or why_not(directory, mode), failure)
 
 
+@listed
 def check_replication(host: Installation) -> Findings:
     """The age of what the writer has published, or of what has come from it; nothing where there is one mail host alone."""
     found = ctl.read_replication(host.database_path, host.max_lag_seconds) if host.database_path else None
@@ -510,6 +664,7 @@ def check_damage(path: str, database: sqlite3.Connection) -> Findings:
         database.set_progress_handler(None, 0)
 
 
+@listed
 def check_daemon(host: Installation) -> Findings:
     """Is it running, is it this version, and does it work with what is on the disk now?"""
     if host.sockets is None:
@@ -569,6 +724,7 @@ def check_read_config(host: Installation, stats: dict[str, Any]) -> Findings:
         yield ok("daemon-config", "the daemon has read the configuration as it is now")
 
 
+@listed
 def check_sockets(host: Installation) -> Findings:
     """Both sockets: who owns them, and whether they answer."""
     if host.sockets is None:
@@ -611,11 +767,281 @@ def has_owner(status: os.stat_result, sockets: mailcloak.SocketsConfig) -> bool:
 
 
 # ---------------------------------------------------------------------------------------------------------------------------------
+# Keycloak
+# Asked directly, with a session and a token of our own: so it shows whether Keycloak or the daemon is at fault.
+# ---------------------------------------------------------------------------------------------------------------------------------
+
+PAGE_USERS = 500  # of one request; a brief record is about 500 bytes, and an answer may have a megabyte
+MAX_USERS = 20_000  # that are read; some 40 requests
+MAX_SINGLE_LOOKUPS = 200  # of users that aliases and apps name, where there are more users than MAX_USERS
+MAX_CLOCK_SECONDS = 60.0  # by which two clocks may differ
+MAX_TIME = 2**40  # in seconds since 1970; what is beyond is no time
+NEEDED_ROLES = {"view-users", "query-users", "query-groups"}  # the last two are part of the first
+READING_ROLES = NEEDED_ROLES | {"view-realm"}  # with which doctor can also read the cache policy of a federation
+NONSENSE = (ValueError, RecursionError, LookupError, TypeError, AttributeError)  # raised for JSON that is none, or has another form
+
+
+class Federation(NamedTuple):
+    """What the checks look at in a user federation of Keycloak."""
+
+    id: str
+    name: str
+    cache_policy: str
+
+
+class KeycloakReader:
+    """Requests to Keycloak, each given up after ctl.ANSWER_SECONDS. Raises DirectoryUnavailable."""
+
+    def __init__(self, config: mailcloak.KeycloakConfig) -> None:
+        self.config = config
+        self.api = mailcloak.KeycloakApi(config)
+        self._session = mailcloak.new_session(config.ca_file)
+        self._admin_url = f"{config.base_url}/admin/realms/{urllib.parse.quote(config.realm, safe='')}"
+
+    def ask(self, work: Callable[..., ctl.Result], *arguments: Any, **query: str) -> ctl.Result:
+        """What a method of the api returns or raises. Name resolution, which knows no deadline, is left behind in its thread."""
+        outcome: concurrent.futures.Future[ctl.Result] = concurrent.futures.Future()
+
+        def run() -> None:
+            try:
+                outcome.set_result(work(self._session, time.monotonic() + ctl.ANSWER_SECONDS, *arguments, **query))
+            except BaseException as exc:
+                outcome.set_exception(exc)
+
+        threading.Thread(target=run, daemon=True).start()
+        try:
+            return outcome.result(ctl.ANSWER_SECONDS + 1)
+        except concurrent.futures.TimeoutError:
+            raise mailcloak.DirectoryUnavailable(self.api.failure(f"no answer within {ctl.ANSWER_SECONDS + 1:.0f} s")) from None
+
+    def find(self, **query: str) -> list[dict[str, Any]]:
+        """The records of the users with exactly this username or e-mail."""
+        query.update(exact="true", briefRepresentation="true", max=str(mailcloak.MAX_DIRECTORY_MATCHES))
+        return self.ask(self.api.get_users, **query)
+
+    def federations(self) -> Optional[list[Federation]]:
+        """Those that are turned on; None where this client may not see them, or the answer makes no sense. Source: GET .../components."""
+        url, query = f"{self._admin_url}/components", {"type": "org.keycloak.storage.UserStorageProvider"}
+        status, body = self.ask(self.api.get, url, query)
+        if status != 200:
+            return None
+        try:
+            return [
+                Federation(str(each["id"]), clip(each["name"]), clip((config.get("cachePolicy") or ["DEFAULT"])[0]))
+                for each in json.loads(body)
+                if (config := each.get("config", {})).get("enabled") != ["false"]
+            ]
+        except NONSENSE:
+            return None
+
+
+def clip(name: Any) -> str:
+    """A name for a finding, though Keycloak may give it any length."""
+    return str(name)[: mailcloak.MAX_NAME_CHARS]
+
+
+@listed
+def check_keycloak(host: Installation) -> Findings:
+    """Token, role, clock, who may change an e-mail, canaries, and the users themselves."""
+    if host.static_users is not None:
+        pairs = host.static_users.items()
+        host.users = {name: mailcloak.User(name, mailcloak.normalise_address(text).text, True) for name, text in pairs}
+        yield ok("keycloak", f"{ctl.counted(host.users, 'user')} of static_users of the configuration take its place")
+        return
+    if host.keycloak is None:
+        yield skipped("keycloak", NO_CONFIG, FIX_CONFIG)
+        return
+    reader, check = KeycloakReader(host.keycloak), "keycloak-token"
+    try:
+        ctl.show_progress("asking Keycloak for a token ...")
+        claims = read_claims(reader.ask(reader.api.access_token).text)
+        who = f"{host.keycloak.base_url}, realm {host.keycloak.realm}, gives client {host.keycloak.client_id} a token"
+        yield ok("keycloak-token", who)
+        yield from check_clock(claims)
+        check = "keycloak-role"
+        sees_users = bool(reader.ask(reader.api.get_users, max="1"))
+        yield from check_roles(reader, find_roles(claims), sees_users)
+        if not sees_users:
+            return
+        check = "keycloak"
+        yield from check_email_edit(reader)
+        yield from list_users(host, reader)
+        yield from check_canaries(host, reader)
+    except mailcloak.DirectoryMisconfigured as exc:
+        yield problem(check, exc.text, exc.remedy)
+    except mailcloak.DirectoryUnavailable as exc:
+        remedy = exc.remedy or "look whether Keycloak runs, and whether keycloak.base_url can be reached from this host"
+        if check == "keycloak":  # it has answered until now
+            remedy = "run mailcloakctl doctor again; if it is so again, look at Keycloak's log"
+        yield problem(check, exc.text, remedy)
+
+
+def read_claims(token: str) -> dict[str, Any]:
+    """What a token of Keycloak says; nothing where it cannot be read. Source: RFC 7519, section 3."""
+    try:
+        return dict(json.loads(base64.urlsafe_b64decode(token.split(".")[1] + "===")))
+    except NONSENSE:
+        return {}
+
+
+def find_roles(claims: Mapping[str, Any]) -> Optional[set[str]]:
+    """The roles in realm-management that a token names; None where it names none."""
+    try:
+        roles = claims["resource_access"]["realm-management"]["roles"]
+        return {role for role in roles if re.fullmatch(r"[a-z-]{1,60}", role)}
+    except (LookupError, TypeError):
+        return None
+
+
+def check_roles(reader: KeycloakReader, roles: Optional[set[str]], sees_users: bool) -> Findings:
+    """May the client see users, and nothing more?"""
+    remedy = f"client {reader.config.client_id}, page Service accounts roles: the role view-users of realm-management, and no other"
+    if not sees_users:
+        yield problem("keycloak-role", "the token is good, but shows no user at all (query-users is not enough)", remedy)
+    elif roles is None:
+        yield skipped("keycloak-role", "the client sees users; may it do more? Its token does not name its roles")
+    else:
+        more = warning("keycloak-role", "the client may do more than see users", remedy)
+        yield from about(sorted(roles - READING_ROLES), more) or [ok("keycloak-role", "the client sees users, and may do no more")]
+
+
+def check_clock(claims: Mapping[str, Any]) -> Findings:
+    """Do Keycloak and this host agree what time it is? By the time at which a token was made just now (iat in RFC 7519)."""
+    made_at = claims.get("iat")
+    ahead = made_at - time.time() if isinstance(made_at, (int, float)) and 0 <= made_at <= MAX_TIME else None
+    if ahead is None:
+        yield skipped("keycloak-clock", "is Keycloak's clock that of this host? Its token does not say when it was made")
+    elif abs(ahead) > MAX_CLOCK_SECONDS:
+        lead = f"{ctl.shown_seconds(abs(ahead))} {'ahead of' if ahead > 0 else 'behind'}"
+        text = f"Keycloak's clock is {lead} this host's, so tokens and apps may count too long or not long enough"
+        yield warning("keycloak-clock", text, "set the clock that is wrong: timedatectl, chronyc tracking")
+    else:
+        yield ok("keycloak-clock", "the clocks of Keycloak and of this host agree")
+
+
+def check_email_edit(reader: KeycloakReader) -> Findings:
+    """Can a user take over an address by changing their e-mail?"""
+    if reader.config.require_verified_email:
+        yield ok("keycloak-email", "an e-mail counts only when Keycloak has verified it (require_verified_email)")
+        return
+    may_edit = reader.ask(reader.api.users_may_edit_email)
+    if may_edit is None:
+        yield skipped("keycloak-email", "may users change their own e-mail? The user profile of the realm cannot be read")
+    elif may_edit:
+        remedy = (
+            f"{EXAMPLES}/keycloak/setup email-by-administrators; or setup verify-email, with keycloak.require_verified_email: true"
+        )
+        yield problem("keycloak-email", "users may change their own e-mail and so take over any address that is free", remedy)
+    else:
+        yield ok("keycloak-email", "only administrators change a user's e-mail")
+
+
+def list_users(host: Installation, reader: KeycloakReader) -> Findings:
+    """Read the users page by page; where there are more than MAX_USERS, also those that aliases and apps name."""
+    users: dict[str, mailcloak.User] = {}
+    read, is_whole = 0, False
+    while read < MAX_USERS:
+        records = reader.ask(reader.api.get_users, first=str(read), max=str(PAGE_USERS), briefRepresentation="true")
+        known = len(users)
+        users.update(understand(host, reader, records))
+        read += len(records)
+        ctl.show_progress(f"{read} users of Keycloak read ...")
+        is_whole = len(records) < PAGE_USERS
+        if is_whole or len(users) == known:  # the latter: a server that gives the same page again
+            break
+    host.users, host.has_all_users = users, is_whole
+    if is_whole:
+        yield ok("keycloak-users", ctl.counted(users, "user"))
+    else:
+        yield look_up_named_users(host, reader, users)
+    unusable = problem("keycloak-users", "the daemon cannot use these users of Keycloak", "correct them in Keycloak")
+    yield from about(list(dict.fromkeys(host.unusable_users)), unusable)
+
+
+def look_up_named_users(host: Installation, reader: KeycloakReader, users: dict[str, mailcloak.User]) -> Finding:
+    """Add the users that aliases and apps name to those read; from now on a holder of an e-mail is looked up as well."""
+    named = {user for alias in (host.aliases or {}).values() if alias.enabled for user in alias.users}
+    named |= {app.owner for app in (host.apps or {}).values() if app.owner}
+    missing, read_before = sorted(named - set(users)), len(users)
+    for done, username in enumerate(missing[:MAX_SINGLE_LOOKUPS]):
+        ctl.show_progress(f"{done} of {len(missing)} users that aliases and apps name looked up ...")
+        users.update(understand(host, reader, reader.find(username=username)))
+    host.users_not_looked_up = set(missing[MAX_SINGLE_LOOKUPS:])
+    host.look_up_holders = functools.partial(look_up_holders, host, reader)
+    looked_up, rest = min(len(missing), MAX_SINGLE_LOOKUPS), len(host.users_not_looked_up)
+    text = f"more than can be read: the first {read_before} were looked at, and {looked_up} more that aliases and apps name"
+    return skipped("keycloak-users", f"{text}; not {rest} others of these" if rest else text)
+
+
+def look_up_holders(host: Installation, reader: KeycloakReader, address: str) -> mailcloak.Users:
+    """The users that Keycloak finds with this primary e-mail."""
+    users = understand(host, reader, reader.find(email=address)).values()
+    return tuple(user for user in users if user.email == address)
+
+
+def understand(host: Installation, reader: KeycloakReader, records: Sequence[dict[str, Any]]) -> dict[str, mailcloak.User]:
+    """The users by name, as the daemon understands Keycloak's records; host is told their federations, and what cannot be used."""
+    users = {}
+    for record in records:
+        try:
+            user = mailcloak.read_user(record, reader.config)
+        except mailcloak.DirectoryUnavailable as exc:
+            host.unusable_users.append(f"{clip(record.get('username'))} ({exc.text})")
+            continue
+        users[user.username] = user
+        if user.federation:
+            host.federations.add(user.federation)
+    return users
+
+
+def check_canaries(host: Installation, reader: KeycloakReader) -> Findings:
+    """Are the canaries there, is there one for each federation, and would it be noticed if they were gone?"""
+    config, providers = reader.config, reader.federations()
+    federations = host.federations | {provider.id for provider in providers or []}
+    watched = set()
+    for address in config.canary:
+        users = look_up_holders(host, reader, address)
+        if not any(user.enabled for user in users):
+            text = f"canary {address} is missing or disabled, so no user counts as such, and unknown recipients get 451"
+            remedy = "make or enable that user in Keycloak; or take the address out of keycloak.canary"
+            yield problem("keycloak-canary", text, remedy)
+        watched |= {user.federation for user in users if user.federation}
+    if not federations and providers is None and not host.has_all_users:
+        text = "is one needed? Not all users were read, and to read the federations the client needs view-realm"
+        yield skipped("keycloak-canary", text)
+    elif not federations:
+        good = "no federation was seen" if config.canary else "no user comes from a federation, so none is needed"
+        yield ok("keycloak-canary", good)
+    elif not config.canary:
+        text = "users come from a federation, and there is no canary: while it is down, mail to users that mailcloak has never seen is refused"
+        remedy = "keycloak.canary: the address of a user of the federation that always exists; and its cache policy in Keycloak: NO_CACHE"
+        yield warning("keycloak-canary", text, remedy)
+    elif not federations <= watched:
+        remedy = "keycloak.canary: one address of each federation that always exists"
+        yield warning("keycloak-canary", f"{len(federations - watched)} of {len(federations)} federations have no canary", remedy)
+    if config.canary and federations:
+        yield from check_cache_policy(providers)
+
+
+def check_cache_policy(providers: Optional[Sequence[Federation]]) -> Findings:
+    """Does Keycloak ask each federation for the canary every time, or answer from its own cache?"""
+    if providers is None:
+        text = "is the federation's cache policy in Keycloak NO_CACHE? A canary protects only then; to read it the client needs the role view-realm"
+        yield skipped("keycloak-cache-policy", text)
+        return
+    for _, name, policy in providers:
+        if policy != "NO_CACHE":
+            text = f"federation {name}: cache policy {policy}: while it is down, Keycloak still answers for the canary from its cache, so the canary protects no user"
+            yield warning("keycloak-cache-policy", text, f"Keycloak, User federation, {name}: Cache policy NO_CACHE")
+        else:
+            yield ok("keycloak-cache-policy", f"federation {name}: NO_CACHE, so it is noticed when a canary is gone")
+
+
+# ---------------------------------------------------------------------------------------------------------------------------------
 # Postfix
 # What postconf says of main.cf and of each smtpd of master.cf, where -o options take the place of main.cf's settings.
 # ---------------------------------------------------------------------------------------------------------------------------------
 
-SYSTEM_PATH = os.environ.get("PATH", os.defpath) + ":/usr/sbin:/sbin:/usr/local/sbin"
 ALWAYS_AT_RCPT = ("smtpd_relay_restrictions", "smtpd_recipient_restrictions")
 DELAYED_TO_RCPT = ("smtpd_client_restrictions", "smtpd_helo_restrictions", "smtpd_sender_restrictions")  # by smtpd_delay_reject
 LATER = ("smtpd_data_restrictions", "smtpd_end_of_data_restrictions")
@@ -632,90 +1058,7 @@ CLIENTS = {"lmtp": "lmtp", "smtp": "smtp", "relay": "smtp"}  # of Postfix's own 
 TO_DOVECOT = "lmtp:unix:private/dovecot-lmtp"
 FROM_DOVECOT = f"start Dovecot (if it does not start, see the findings about it), with this socket as in {EXAMPLES}/dovecot-2.3 or {EXAMPLES}/dovecot-2.4"
 UNTRIED = "Only Unix sockets are tried"
-LAST_DAYS = 7  # of a certificate: what renews it (certbot, from 30 days before its end on) has failed for weeks by then
 REWRITING = {"append_dot_mydomain": "no", "allow_percent_hack": "yes", "swap_bangpath": "yes", "allow_untrusted_routing": "no"}
-
-
-class CommandFailed(mailcloak.MailcloakError):
-    """A command of another program hangs or fails; is_there: there is such a command; has_refused: it ended by itself."""
-
-    def __init__(self, text: str, *, is_there: bool = True, has_refused: bool = False) -> None:
-        super().__init__(text)
-        self.is_there, self.has_refused = is_there, has_refused
-
-
-def run_program(name: str, *arguments: str, text: str = "", directory: str = "/", may_fail: bool = False) -> tuple[str, str]:
-    """Standard output and standard error of a command; the text is its input. It may fail without a word but warnings, or must not fail."""
-    program = shutil.which(name, path=SYSTEM_PATH)
-    if not program:
-        raise CommandFailed(f"there is no {name} in the PATH", is_there=False)
-    try:
-        result = subprocess.run(
-            [program, *arguments],
-            check=False,
-            capture_output=True,
-            encoding="utf-8",
-            errors="replace",
-            timeout=ctl.ANSWER_SECONDS,
-            input=text,
-            cwd=directory,
-            # with the last, doveconf does not look up the name of this host, for which it could wait until it is given up
-            env={**os.environ, "LC_ALL": "C", "PATH": SYSTEM_PATH, "DOVECOT_HOSTDOMAIN": "localhost"},
-        )
-    except subprocess.TimeoutExpired:
-        raise CommandFailed(f"{name} gave no answer within {ctl.ANSWER_SECONDS:.0f} s") from None
-    except OSError as exc:
-        raise CommandFailed(f"{name}: {exc.strerror}") from exc
-    said_lines = [line for line in result.stderr.strip().splitlines() if not (may_fail and ": warning: " in line)]
-    if result.returncode != 0 and (said_lines or not may_fail):
-        said = (said_lines or ["without a word"])[0]
-        raise CommandFailed(f"{name} failed: {said}", has_refused=True)
-    return result.stdout, result.stderr
-
-
-class Certificate(NamedTuple):
-    """What a server shows to its clients: PEM files."""
-
-    path: str
-    key: str  # "" where it is not said which of several files holds what
-
-
-def check_certificate(check: str, server: str, certificate: Certificate, remedy: str) -> Findings:
-    """Is it there, with its key, and has it not ended? Postfix and Dovecot read both as root."""
-    path, key = certificate
-    restart = remedy.rpartition(", then ")[2]
-    for why in filter(None, (why_not(path, os.R_OK), key and why_not(key, os.R_OK))):
-        if os.geteuid() and not why.startswith("finds no"):
-            yield skipped(check, f"{server}: has it a certificate? This user {why}", AS_ROOT)
-        else:
-            yield problem(check, f"{server} {why}, so no client can begin TLS", remedy)
-        return
-    if not key:
-        yield ok(check, f"{server} can read {path}")
-        return
-    try:
-        ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(path, key, password=lambda: "")
-        printed = run_program("openssl", "x509", "-noout", "-enddate", "-in", path)[0]
-        end = ssl.cert_time_to_seconds(printed.strip().partition("=")[2])
-    except (OSError, ValueError):
-        yield problem(check, f"{server}: {path} and {key} are not a certificate and its key", remedy)
-        return
-    except CommandFailed as exc:
-        yield skipped(check, f"{server}: until when is the certificate in {path} good? {exc}")
-        return
-    day, days = time.strftime("%Y-%m-%d", time.gmtime(end)), (end - time.time()) / 86400
-    if days < 0:
-        yield problem(
-            check, f"{server}: the certificate in {path} ended on {day}, and clients refuse it", f"renew it, then {restart}"
-        )
-    elif days < LAST_DAYS:
-        yield warning(
-            check,
-            f"{server}: the certificate in {path} ends on {day}",
-            f"renew it, then {restart}; does the job still run that does so?",
-        )
-    else:
-        yield ok(check, f"{server}: the certificate in {path} is good until {day}")
 
 
 class PostfixService(NamedTuple):
@@ -754,9 +1097,11 @@ class Postfix:
             match = re.fullmatch(r"(\S+/[a-z-]+)/(\S+) =(.*)", line)
             if match:
                 overrides[match[1]][match[2]] = match[3].strip()
+        is_old = self.main["compatibility_level"].partition(".")[0] in ("", "0")  # then "-" stands for y (COMPATIBILITY_README)
+        confined = ("y", "-") if is_old else ("y",)
         lines = [line.split() for line in self._postconf("-M").splitlines()]
         self.services = {
-            name: PostfixService(name, chroot == "y", command, overrides.get(name, {}))
+            name: PostfixService(name, chroot in confined, command, overrides.get(name, {}))
             for name, chroot, command in ((f"{words[0]}/{words[1]}", words[4], words[7]) for words in lines if len(words) >= 8)
         }
         self.smtpds = [service for service in self.services.values() if service.command == "smtpd"]
@@ -864,19 +1209,6 @@ class Postfix:
                 yield word
 
 
-def split_list(text: str) -> list[str]:
-    """The words of a list of Postfix, separated by commas and white space; what stands in braces is one word."""
-    words, word, depth = [], "", 0
-    for character in text:
-        depth += (character == "{") - (character == "}")
-        if depth <= 0 and (character == "," or character.isspace()):
-            words.append(word)
-            word = ""
-        else:
-            word += character
-    return [each for each in (*words, word) if each]
-
-
 def read_policy_service(text: str) -> tuple[str, dict[str, str]]:
     """Endpoint and options behind check_policy_service: unix:PATH or { unix:PATH, name=value, { name = value } }."""
     words = split_list(text[1:-1]) if text.startswith("{") else [text]
@@ -887,11 +1219,7 @@ def read_policy_service(text: str) -> tuple[str, dict[str, str]]:
     return words[0] if words else "", options
 
 
-def same_path(one: str, other: str) -> bool:
-    """Do both lead to the same file?"""
-    return bool(one and other) and os.path.realpath(one) == os.path.realpath(other)
-
-
+@listed
 def check_postfix(host: Installation) -> Findings:
     """Each instance of Postfix that was named, or the one that postconf finds."""
     if host.sockets is None or host.policy is None:
@@ -961,17 +1289,6 @@ def check_connection(postfix: Postfix, services: Sequence[PostfixService], path:
         yield problem("postfix-access", text, (start if is_down else "") or remedy)
     elif not untried:
         yield ok("postfix-access", f"user {user} can connect to {path}{' from its chroot' if chrooted else ''}")
-
-
-def try_to_connect(path: str) -> str:
-    """Why this process cannot connect to the socket; "" if it can."""
-    with contextlib.closing(socket.socket(socket.AF_UNIX)) as connection:
-        connection.settimeout(ctl.ANSWER_SECONDS)
-        try:
-            connection.connect(path)
-        except OSError as exc:
-            return exc.strerror or str(exc)
-    return ""
 
 
 def check_smtpd(host: Installation, sockets: mailcloak.SocketsConfig, postfix: Postfix, smtpd: PostfixService) -> Findings:
@@ -1108,21 +1425,21 @@ def check_smtpd_certificates(postfix: Postfix) -> Findings:
     """Can each smtpd that offers TLS begin it? One that cannot says so in its log alone, and no login without TLS is allowed."""
     check = "postfix-certificate"
     remedy = "main.cf: let smtpd_tls_cert_file and smtpd_tls_key_file name a certificate and its key, then postfix reload"
-    shown: dict[Certificate, str] = {}
+    shown: dict[tuple[str, str], str] = {}  # by certificate and key: who shows it to clients
     for smtpd in postfix.smtpds:
         is_forced = postfix.value(smtpd, "smtpd_tls_wrappermode") == "yes"
         is_forced = is_forced or postfix.value(smtpd, "smtpd_tls_security_level") in ("encrypt", "dane", "dane-only")
         chain = split_list(postfix.value(smtpd, "smtpd_tls_chain_files"))  # which takes the place of the others
-        found = [Certificate(path, path if len(chain) == 1 else "") for path in chain]
+        found = [(path, path if len(chain) == 1 else "") for path in chain]
         for names in () if chain else (("cert", "key"), ("eccert", "eckey"), ("dcert", "dkey")):
             path, key = (postfix.value(smtpd, f"smtpd_tls_{name}_file") for name in names)
-            found += [Certificate(path, key)] if path not in ("", "none") else []
+            found += [(path, key)] if path not in ("", "none") else []
         if is_forced and not found:
             yield problem(check, f"{smtpd.name} demands TLS and has no certificate, so nobody can use it", remedy)
         elif is_forced or postfix.value(smtpd, "smtpd_tls_security_level") == "may":
             shown.update((certificate, smtpd.name) for certificate in found if certificate not in shown)
-    for certificate, name in shown.items():
-        yield from check_certificate(check, name, certificate, remedy)
+    for (path, key), name in shown.items():
+        yield from check_certificate(check, name, path, key, remedy)
 
 
 def offers(mechanism_filter: Sequence[str], name: str) -> bool:
@@ -1195,12 +1512,12 @@ def check_domains(policy: mailcloak.PolicyConfig, postfix: Postfix) -> Findings:
     domains = sorted(policy.domain | ({policy.mailbox_domain} - {""}))
     try:
         lists = {name: postfix.find(name, domains) for name in CLASSES}
-        transports = postfix.find("transport_maps", domains)
+        transports = postfix.find("transport_maps", [key for domain in domains for key in transport_keys(domain)])
     except (CommandFailed, OSError) as exc:
         yield skipped("postfix-domains", f"does Postfix take mail for {', '.join(domains)}, and deliver it? {exc}")
         return
     found: list[Finding] = []
-    routes: dict[tuple[str, str], list[str]] = defaultdict(list)
+    routes: dict[tuple[str, str, str], list[str]] = defaultdict(list)
     for domain in domains:
         places = [name for name in CLASSES if domain in lists[name]]
         if places == ["mydestination", "relay_domains"]:  # as by default in an old Postfix; only the first counts
@@ -1214,10 +1531,12 @@ def check_domains(policy: mailcloak.PolicyConfig, postfix: Postfix) -> Findings:
             key = "mailbox_domain" if domain == policy.mailbox_domain else "domain"
             remedy = f"correct policy.{key}; if it is right, main.cf: add {domain} to virtual_mailbox_domains, then postfix reload"
         else:
-            transport = transports.get(domain, ":")
-            if transport.startswith(":"):
-                transport = postfix.value(postfix.service("trivial-rewrite"), CLASSES[places[0]][0])
-            routes[places[0], transport].append(domain)
+            setting = "transport_maps"
+            transport = next((transports[key] for key in transport_keys(domain) if key in transports), ":")
+            if transport.startswith(":"):  # as a line "example.org :" says as well: that of the class
+                setting = CLASSES[places[0]][0]
+                transport = postfix.value(postfix.service("trivial-rewrite"), setting)
+            routes[places[0], setting, transport].append(domain)
             continue
         found.append(problem("postfix-domains", text, remedy))
     unchecked = [
@@ -1229,13 +1548,18 @@ def check_domains(policy: mailcloak.PolicyConfig, postfix: Postfix) -> Findings:
     remedy = "add them to policy.domain, or take them out of virtual_mailbox_domains"
     found += about(unchecked, warning("postfix-domains", text, remedy))
     yield from found or [ok("postfix-domains", f"Postfix takes mail for {', '.join(domains)}")]
-    for (name, transport), handled in routes.items():
-        yield from check_route(postfix, name, transport, ", ".join(handled))
+    for (name, setting, transport), handled in routes.items():
+        yield from check_route(postfix, CLASSES[name][1], setting, transport, ", ".join(handled))
 
 
-def check_route(postfix: Postfix, name: str, transport: str, domains: str) -> Findings:
-    """Is the mail of a class of domains delivered, and is nobody refused by a list that Postfix has besides mailcloak?"""
-    setting, table = CLASSES[name]
+def transport_keys(domain: str) -> list[str]:
+    """What Postfix looks up in transport_maps for all addresses of a domain: the first that is there counts. Source: transport(5)."""
+    labels = domain.split(".")
+    return [domain, *(f".{'.'.join(labels[start:])}" for start in range(1, len(labels))), "*"]
+
+
+def check_route(postfix: Postfix, table: str, setting: str, transport: str, domains: str) -> Findings:
+    """Is mail for these domains delivered by what this setting names, and is nobody refused by a table besides mailcloak?"""
     service = postfix.services.get(f"{transport.partition(':')[0]}/unix")
     if service and service.command == "local":
         setting = "mailbox_transport"
@@ -1252,8 +1576,12 @@ def check_route(postfix: Postfix, name: str, transport: str, domains: str) -> Fi
         why["virtual"] = "virtual(8) delivers only to who is in virtual_mailbox_maps, which is empty"
     if command in why:
         text = f"{setting} = {transport}: mail for {domains} is lost or waits: {why[command]}"
-        remedy = add_client(transport) if not service else ""
-        yield problem("postfix-delivery", text, remedy or f"main.cf: {setting} = {TO_DOVECOT}, then postfix reload")
+        remedy = f"main.cf: {setting} = {TO_DOVECOT}, then postfix reload"
+        if setting == "transport_maps":
+            remedy = f"transport_maps: let {domains} lead to {TO_DOVECOT}, then postfix reload"
+        if not service:
+            remedy = add_client(transport) or remedy
+        yield problem("postfix-delivery", text, remedy)
     elif command == "virtual":
         yield skipped("postfix-delivery", f"has {mailboxes} a mailbox for each user? virtual(8) delivers to no other")
     elif service and (path := postfix.path_of(transport.partition(":")[2], service.chroot)):
@@ -1281,11 +1609,9 @@ def check_transports(postfix: Postfix) -> Findings:
     for service in postfix.services.values():
         if service.command in ("smtpd", "pickup"):
             uses.append((f"content_filter of {service.name}", postfix.value(service, "content_filter")))
-    missing: dict[str, list[str]] = defaultdict(list)
-    for place, transport in uses:
-        if transport and f"{transport.partition(':')[0]}/unix" not in postfix.services:
-            missing[transport.partition(":")[0]].append(place)
-    for name, places in missing.items():
+    for name, places in grouped((transport.partition(":")[0], place) for place, transport in uses if transport).items():
+        if f"{name}/unix" in postfix.services:
+            continue
         text = f"master.cf has no service {name}, and the mail waits that {' and '.join(places)} would send there"
         yield problem("postfix-delivery", text, add_client(name) or "add it to master.cf, or name another; then postfix reload")
 
@@ -1362,7 +1688,7 @@ class Dovecot:
         self.settings = run_program("doveconf", *self._where, "-n", "-P")[0]  # with URLs that hold a password, which are not shown
         if not self.settings:
             raise CommandFailed("doveconf says nothing")
-        self.mechanisms = set(re.split(r"[\s,]+", self._value("auth_mechanisms").lower())) - {""}
+        self.mechanisms = set(split_list(self._value("auth_mechanisms").lower()))
         self.auth_user, self.worker_user = self._user_of("auth"), self._user_of("auth-worker")
         self.worker_groups = self._value("service/auth-worker/extra_groups")
         self.delivery_format = self._value("auth_username_format", "-f", "protocol=lmtp")
@@ -1385,6 +1711,7 @@ class Dovecot:
         return "" if os.path.exists(path) else path
 
 
+@listed
 def check_dovecot(host: Installation) -> Findings:
     """Who may log in, and the passdb for apps: on this database, with a good query, and allowed to read."""
     try:
@@ -1478,33 +1805,31 @@ def check_mailboxes(settings: str) -> Findings:
 def check_names(host: Installation, dovecot: Dovecot) -> Findings:
     """Does mail arrive in the mailbox that its user reads? The user logs in by a claim of the token, mail comes for USERNAME@DOMAIN."""
     check = "dovecot-names"
-    found: list[Finding] = []
-    for place, claim in find_login_names(dovecot.settings):
-        named = [user for user in (host.users or {}).values() if user.email]
-        is_same = claim == "email" and bool(named) and all(user.email == user.username for user in named)
-        if claim != "preferred_username" and not is_same:
-            text = (
-                f"users read the mailbox that is named by their {claim}, and mail goes to the one that is named by their username"
-            )
-            remedy = f"{place}: username_attribute = preferred_username, then doveadm reload"
-            found.append(problem(check, text, remedy))
+    named = [user for user in (host.users or {}).values() if user.email]
+    good_claims = ["preferred_username"]
+    if named and all(user.email == user.username for user in named):
+        good_claims.append("email")
+    wrong = [(place, claim) for place, claim in find_login_names(dovecot.settings) if claim not in good_claims]
+    for place, claim in wrong:
+        text = f"users read the mailbox that is named by their {claim}, and mail goes to the one that is named by their username"
+        yield problem(check, text, f"{place}: username_attribute = preferred_username, then doveadm reload")
+    if wrong:  # first things first: with another claim, other mailboxes are right
+        return
     words = [word.strip() for word in re.sub(r"^%L?\{?|\}$", "", dovecot.delivery_format).split("|")]
     cuts = words[0] in ("n", "username") or "username" in words[1:]
-    if found:  # first things first: with another claim, other mailboxes are right
-        pass
-    elif not cuts and (words[0] not in ("u", "user") or set(words[1:]) - {"lower"}):
-        found.append(skipped(check, f"to which mailboxes does mail go with auth_username_format = {dovecot.delivery_format}?"))
-    elif host.users is None:
-        found.append(skipped(check, f"is the domain part of a mailbox's name? {NO_USERS}"))
-    else:
-        lost = [user.username for user in host.users.values() if user.receives and ("@" in user.username) == cuts]
-        text = "these users do not read the mailbox to which Dovecot delivers their mail, which is named without the domain"
-        other = '%{user | lower}" in 2.4, "%Lu" in 2.3'
-        if not cuts:
-            text = "these users do not read the mailbox to which Dovecot delivers their mail, which is named with the domain"
-            other = '%{user | username | lower}" in 2.4, "%Ln" in 2.3'
-        found += about(lost, problem(check, text, f'protocol lmtp {{ auth_username_format = "{other} }}, then doveadm reload'))
-    yield from found or [ok(check, "mail is delivered to the mailbox that its user reads")]
+    if not cuts and (words[0] not in ("u", "user") or set(words[1:]) - {"lower"}):
+        yield skipped(check, f"to which mailboxes does mail go with auth_username_format = {dovecot.delivery_format}?")
+        return
+    if host.users is None:
+        yield skipped(check, f"is the domain part of a mailbox's name? {NO_USERS}")
+        return
+    lost = [user.username for user in host.users.values() if user.receives and ("@" in user.username) == cuts]
+    named_how, other = "with", '%{user | username | lower}" in 2.4, "%Ln" in 2.3'
+    if cuts:
+        named_how, other = "without", '%{user | lower}" in 2.4, "%Lu" in 2.3'
+    text = f"these users do not read the mailbox to which Dovecot delivers their mail, which is named {named_how} the domain"
+    elsewhere = problem(check, text, f'protocol lmtp {{ auth_username_format = "{other} }}, then doveadm reload')
+    yield from about(lost, elsewhere) or [ok(check, "mail is delivered to the mailbox that its user reads")]
 
 
 def find_login_names(settings: str) -> Iterator[tuple[str, str]]:
@@ -1534,7 +1859,7 @@ def check_dovecot_certificate(settings: str) -> Findings:
         text = f"{names[0]} and {names[1]} of Dovecot 2.3 are a < and a path; without it the path itself is the certificate"
         yield problem(check, text, f"dovecot.conf: {names[0]} = <{path}, {names[1]} = <{key}, then doveadm reload")
     else:
-        yield from check_certificate(check, "Dovecot", Certificate(path, key), remedy)
+        yield from check_certificate(check, "Dovecot", path, key, remedy)
 
 
 def find_owners(settings: str) -> Iterator[tuple[str, str]]:
@@ -1573,16 +1898,12 @@ def check_mechanisms(host: Installation, offered: set[str]) -> Findings:
 
 def check_passdbs(settings: str) -> Findings:
     """Does anything else than a token or an app's token let somebody log in? mailcloak takes such a login for the user of that name."""
-    found: list[Finding] = []
     for head, passdb, _ in find_passdbs(settings):
         driver = passdb.get("driver") or head.partition(" ")[2]
-        mechanisms = {*re.split(r"[\s,]+", passdb.get("mechanisms", passdb.get("mechanisms_filter", "")).lower())} - {""}
+        mechanisms = set(split_list(passdb.get("mechanisms", passdb.get("mechanisms_filter", "")).lower()))
         if driver not in ("oauth2", "sql") and passdb.get("deny") != "yes" and not (mechanisms and mechanisms <= TOKENS):
             text = f"passdb {driver} lets others than apps log in by password, and mailcloak takes each for the user of that name"
-            found.append(
-                problem("dovecot-mechanisms", text, "take this passdb out of Dovecot's configuration, then doveadm reload")
-            )
-    yield from found
+            yield problem("dovecot-mechanisms", text, "take this passdb out of Dovecot's configuration, then doveadm reload")
 
 
 def find_passdbs(settings: str) -> Iterator[tuple[str, dict[str, str], str]]:
@@ -1645,17 +1966,14 @@ def check_trust(host: Installation, dovecot: Dovecot) -> Findings:
         if why.startswith(UNREACHED):
             yield skipped(check, f"{question} It gave {why}")
         elif why.startswith("may not"):
-            groups = os.getgrouplist(user, pwd.getpwnam(user).pw_gid)
-            yield problem(check, f"{text}: user {user} {why}", access_remedy(why, user, groups, "chmod o+{bit} {path}"))
-        elif why and ours and not same_path(ours, trust.file):
-            remedy = f"{place}: {trust.setting} = {ours}, as in keycloak.ca_file; then doveadm reload"
-            yield problem(check, f"{text}: {why}", remedy)
-        elif why and not ours and trust.file:
-            remedy = f"{place}: take {trust.setting} out, to trust what this host trusts; then doveadm reload"
-            yield problem(check, f"{text}: {why}", remedy)
+            yield problem(check, f"{text}: user {user} {why}", access_remedy(why, user, "chmod o+{bit} {path}"))
         elif why:
-            remedy = f"{place}: {trust.setting} = FILE with the certificate of its CA, as in keycloak.ca_file; then doveadm reload"
-            yield problem(check, f"{text}: {why}", remedy)
+            change = f"{trust.setting} = FILE with the certificate of its CA, as in keycloak.ca_file"
+            if ours and not same_path(ours, trust.file):
+                change = f"{trust.setting} = {ours}, as in keycloak.ca_file"
+            elif trust.file and not ours:
+                change = f"take {trust.setting} out, to trust what this host trusts"
+            yield problem(check, f"{text}: {why}", f"{place}: {change}; then doveadm reload")
         elif not untried:
             yield ok(check, f"Dovecot trusts the certificate of {server}")
 
@@ -1791,7 +2109,7 @@ def check_dovecot_access(host: Installation, path: str, user: str, groups: str) 
     if not user or user == "root":
         yield ok("dovecot-access", "Dovecot's auth-worker reads the database as root")
         return
-    names = [name for name in re.split(r"[\s,]+", groups) if name]
+    names = split_list(groups)
     missing = [name for name in names if not is_account(grp.getgrnam, name)]
     if missing:
         text = (
@@ -1811,281 +2129,10 @@ def check_dovecot_access(host: Installation, path: str, user: str, groups: str) 
         remedy = f"chgrp {group} {{path}}; chmod g+{{bit}} {{path}}"
         if group not in names:
             remedy = f"service auth-worker {{ extra_groups = {group} }}, the group of the database, then doveadm reload"
-        remedy = access_remedy(why, user, [*group_ids, *os.getgrouplist(user, pwd.getpwnam(user).pw_gid)], remedy)
+        remedy = access_remedy(why, user, remedy, groups=group_ids)
         yield problem("dovecot-access", f"Dovecot's auth-worker runs as user {user}, who {why}", remedy)
     elif not untried:
         yield ok("dovecot-access", f"Dovecot's auth-worker can read the database as user {user}")
-
-
-# ---------------------------------------------------------------------------------------------------------------------------------
-# Keycloak
-# Asked directly, with a session and a token of our own: so it shows whether Keycloak or the daemon is at fault.
-# ---------------------------------------------------------------------------------------------------------------------------------
-
-PAGE_USERS = 500  # of one request; a brief record is about 500 bytes, and an answer may have a megabyte
-MAX_USERS = 20_000  # that are read; some 40 requests
-MAX_SINGLE_LOOKUPS = 200  # of users that aliases and apps name, where there are more users than MAX_USERS
-MAX_CLOCK_SECONDS = 60.0  # by which two clocks may differ
-MAX_TIME = 2**40  # in seconds since 1970; what is beyond is no time
-NEEDED_ROLES = {"view-users", "query-users", "query-groups"}  # the last two are part of the first
-READING_ROLES = NEEDED_ROLES | {"view-realm"}  # with which doctor can also read the cache policy of a federation
-NONSENSE = (ValueError, RecursionError, LookupError, TypeError, AttributeError)  # raised for JSON that is none, or has another form
-
-
-class Federation(NamedTuple):
-    """What the checks look at in a user federation of Keycloak."""
-
-    id: str
-    name: str
-    cache_policy: str
-
-
-class KeycloakReader:
-    """Requests to Keycloak, each given up after ctl.ANSWER_SECONDS. Raises DirectoryUnavailable."""
-
-    def __init__(self, config: mailcloak.KeycloakConfig) -> None:
-        self.config = config
-        self.api = mailcloak.KeycloakApi(config)
-        self._session = mailcloak.new_session(config.ca_file)
-        self._admin_url = f"{config.base_url}/admin/realms/{urllib.parse.quote(config.realm, safe='')}"
-
-    def ask(self, work: Callable[..., ctl.Result], *arguments: Any, **query: str) -> ctl.Result:
-        """What a method of the api returns or raises. Name resolution, which knows no deadline, is left behind in its thread."""
-        outcome: concurrent.futures.Future[ctl.Result] = concurrent.futures.Future()
-
-        def run() -> None:
-            try:
-                outcome.set_result(work(self._session, time.monotonic() + ctl.ANSWER_SECONDS, *arguments, **query))
-            except BaseException as exc:
-                outcome.set_exception(exc)
-
-        threading.Thread(target=run, daemon=True).start()
-        try:
-            return outcome.result(ctl.ANSWER_SECONDS + 1)
-        except concurrent.futures.TimeoutError:
-            raise mailcloak.DirectoryUnavailable(self.api.failure(f"no answer within {ctl.ANSWER_SECONDS + 1:.0f} s")) from None
-
-    def find(self, **query: str) -> list[dict[str, Any]]:
-        """The records of the users with exactly this username or e-mail."""
-        return self.ask(
-            self.api.get_users,
-            **{"exact": "true", "briefRepresentation": "true", "max": str(mailcloak.MAX_DIRECTORY_MATCHES), **query},
-        )
-
-    def federations(self) -> Optional[list[Federation]]:
-        """Those that are turned on; None where this client may not see them, or the answer makes no sense. Source: GET .../components."""
-        url, query = f"{self._admin_url}/components", {"type": "org.keycloak.storage.UserStorageProvider"}
-        status, body = self.ask(self.api.get, url, query)
-        if status != 200:
-            return None
-        try:
-            return [
-                Federation(str(each["id"]), clip(each["name"]), clip((config.get("cachePolicy") or ["DEFAULT"])[0]))
-                for each in json.loads(body)
-                if (config := each.get("config", {})).get("enabled") != ["false"]
-            ]
-        except NONSENSE:
-            return None
-
-
-def clip(name: Any) -> str:
-    """A name for a finding, though Keycloak may give it any length."""
-    return str(name)[: mailcloak.MAX_NAME_CHARS]
-
-
-def check_keycloak(host: Installation) -> Findings:
-    """Token, role, clock, who may change an e-mail, canaries, and the users themselves."""
-    if host.static_users is not None:
-        pairs = host.static_users.items()
-        host.users = {name: mailcloak.User(name, mailcloak.normalise_address(text).text, True) for name, text in pairs}
-        yield ok("keycloak", f"{ctl.counted(host.users, 'user')} of static_users of the configuration take its place")
-        return
-    if host.keycloak is None:
-        yield skipped("keycloak", NO_CONFIG, FIX_CONFIG)
-        return
-    reader, check = KeycloakReader(host.keycloak), "keycloak-token"
-    try:
-        ctl.show_progress("asking Keycloak for a token ...")
-        claims = read_claims(reader.ask(reader.api.access_token).text)
-        who = f"{host.keycloak.base_url}, realm {host.keycloak.realm}, gives client {host.keycloak.client_id} a token"
-        yield ok("keycloak-token", who)
-        yield from check_clock(claims)
-        check = "keycloak-role"
-        sees_users = bool(reader.ask(reader.api.get_users, max="1"))
-        yield from check_roles(reader, find_roles(claims), sees_users)
-        if not sees_users:
-            return
-        check = "keycloak"
-        yield from check_email_edit(reader)
-        yield from list_users(host, reader)
-        yield from check_canaries(host, reader)
-    except mailcloak.DirectoryMisconfigured as exc:
-        yield problem(check, exc.text, exc.remedy)
-    except mailcloak.DirectoryUnavailable as exc:
-        remedy = exc.remedy or "look whether Keycloak runs, and whether keycloak.base_url can be reached from this host"
-        if check == "keycloak":  # it has answered until now
-            remedy = "run mailcloakctl doctor again; if it is so again, look at Keycloak's log"
-        yield problem(check, exc.text, remedy)
-
-
-def read_claims(token: str) -> dict[str, Any]:
-    """What a token of Keycloak says; nothing where it cannot be read. Source: RFC 7519, section 3."""
-    try:
-        return dict(json.loads(base64.urlsafe_b64decode(token.split(".")[1] + "===")))
-    except NONSENSE:
-        return {}
-
-
-def find_roles(claims: Mapping[str, Any]) -> Optional[set[str]]:
-    """The roles in realm-management that a token names; None where it names none."""
-    try:
-        roles = claims["resource_access"]["realm-management"]["roles"]
-        return {role for role in roles if re.fullmatch(r"[a-z-]{1,60}", role)}
-    except (LookupError, TypeError):
-        return None
-
-
-def check_roles(reader: KeycloakReader, roles: Optional[set[str]], sees_users: bool) -> Findings:
-    """May the client see users, and nothing more?"""
-    remedy = f"client {reader.config.client_id}, page Service accounts roles: the role view-users of realm-management, and no other"
-    if not sees_users:
-        yield problem("keycloak-role", "the token is good, but shows no user at all (query-users is not enough)", remedy)
-    elif roles is None:
-        yield skipped("keycloak-role", "the client sees users; may it do more? Its token does not name its roles")
-    else:
-        more = warning("keycloak-role", "the client may do more than see users", remedy)
-        yield from about(sorted(roles - READING_ROLES), more) or [ok("keycloak-role", "the client sees users, and may do no more")]
-
-
-def check_clock(claims: Mapping[str, Any]) -> Findings:
-    """Do Keycloak and this host agree what time it is? By the time at which a token was made just now (iat in RFC 7519)."""
-    made_at = claims.get("iat")
-    ahead = made_at - time.time() if isinstance(made_at, (int, float)) and 0 <= made_at <= MAX_TIME else None
-    if ahead is None:
-        yield skipped("keycloak-clock", "is Keycloak's clock that of this host? Its token does not say when it was made")
-    elif abs(ahead) > MAX_CLOCK_SECONDS:
-        lead = f"{ctl.shown_seconds(abs(ahead))} {'ahead of' if ahead > 0 else 'behind'}"
-        text = f"Keycloak's clock is {lead} this host's, so tokens and apps may count too long or not long enough"
-        yield warning("keycloak-clock", text, "set the clock that is wrong: timedatectl, chronyc tracking")
-    else:
-        yield ok("keycloak-clock", "the clocks of Keycloak and of this host agree")
-
-
-def check_email_edit(reader: KeycloakReader) -> Findings:
-    """Can a user take over an address by changing their e-mail?"""
-    if reader.config.require_verified_email:
-        yield ok("keycloak-email", "an e-mail counts only when Keycloak has verified it (require_verified_email)")
-        return
-    may_edit = reader.ask(reader.api.users_may_edit_email)
-    if may_edit is None:
-        yield skipped("keycloak-email", "may users change their own e-mail? The user profile of the realm cannot be read")
-    elif may_edit:
-        remedy = (
-            f"{EXAMPLES}/keycloak/setup email-by-administrators; or setup verify-email, with keycloak.require_verified_email: true"
-        )
-        yield problem("keycloak-email", "users may change their own e-mail and so take over any address that is free", remedy)
-    else:
-        yield ok("keycloak-email", "only administrators change a user's e-mail")
-
-
-def list_users(host: Installation, reader: KeycloakReader) -> Findings:
-    """Read the users page by page; where there are more than MAX_USERS, also those that aliases and apps name."""
-    users: dict[str, mailcloak.User] = {}
-    read, is_whole = 0, False
-    while read < MAX_USERS:
-        records = reader.ask(reader.api.get_users, first=str(read), max=str(PAGE_USERS), briefRepresentation="true")
-        known = len(users)
-        users.update(understand(host, reader, records))
-        read += len(records)
-        ctl.show_progress(f"{read} users of Keycloak read ...")
-        is_whole = len(records) < PAGE_USERS
-        if is_whole or len(users) == known:  # the latter: a server that gives the same page again
-            break
-    host.users, host.has_all_users = users, is_whole
-    if is_whole:
-        yield ok("keycloak-users", ctl.counted(users, "user"))
-    else:
-        yield look_up_named_users(host, reader, users)
-    unusable = problem("keycloak-users", "the daemon cannot use these users of Keycloak", "correct them in Keycloak")
-    yield from about(list(dict.fromkeys(host.unusable_users)), unusable)
-
-
-def look_up_named_users(host: Installation, reader: KeycloakReader, users: dict[str, mailcloak.User]) -> Finding:
-    """Add the users that aliases and apps name to those read; from now on a holder of an e-mail is looked up as well."""
-    named = {user for alias in (host.aliases or {}).values() if alias.enabled for user in alias.users}
-    named |= {app.owner for app in (host.apps or {}).values() if app.owner}
-    missing, read_before = sorted(named - set(users)), len(users)
-    for done, username in enumerate(missing[:MAX_SINGLE_LOOKUPS]):
-        ctl.show_progress(f"{done} of {len(missing)} users that aliases and apps name looked up ...")
-        users.update(understand(host, reader, reader.find(username=username)))
-    host.users_not_looked_up = set(missing[MAX_SINGLE_LOOKUPS:])
-
-    def find_holders(address: str) -> mailcloak.Users:
-        found = understand(host, reader, reader.find(email=address))
-        return tuple(user for user in found.values() if user.email == address)
-
-    host.look_up_holders = find_holders
-    looked_up, rest = min(len(missing), MAX_SINGLE_LOOKUPS), len(host.users_not_looked_up)
-    text = f"more than can be read: the first {read_before} were looked at, and {looked_up} more that aliases and apps name"
-    return skipped("keycloak-users", f"{text}; not {rest} others of these" if rest else text)
-
-
-def understand(host: Installation, reader: KeycloakReader, records: Sequence[dict[str, Any]]) -> dict[str, mailcloak.User]:
-    """The users by name, as the daemon understands Keycloak's records; host is told their federations, and what cannot be used."""
-    users = {}
-    for record in records:
-        try:
-            user = mailcloak.read_user(record, reader.config)
-        except mailcloak.DirectoryUnavailable as exc:
-            host.unusable_users.append(f"{clip(record.get('username'))} ({exc.text})")
-            continue
-        users[user.username] = user
-        if user.federation:
-            host.federations.add(user.federation)
-    return users
-
-
-def check_canaries(host: Installation, reader: KeycloakReader) -> Findings:
-    """Are the canaries there, is there one for each federation, and would it be noticed if they were gone?"""
-    config, providers = reader.config, reader.federations()
-    federations = host.federations | {provider.id for provider in providers or []}
-    watched = set()
-    for address in config.canary:
-        users = [user for user in understand(host, reader, reader.find(email=address)).values() if user.email == address]
-        if not any(user.enabled for user in users):
-            text = f"canary {address} is missing or disabled, so no user counts as such, and unknown recipients get 451"
-            remedy = "make or enable that user in Keycloak; or take the address out of keycloak.canary"
-            yield problem("keycloak-canary", text, remedy)
-        watched |= {user.federation for user in users if user.federation}
-    if not federations and providers is None and not host.has_all_users:
-        text = "is one needed? Not all users were read, and to read the federations the client needs view-realm"
-        yield skipped("keycloak-canary", text)
-    elif not federations:
-        good = "no federation was seen" if config.canary else "no user comes from a federation, so none is needed"
-        yield ok("keycloak-canary", good)
-    elif not config.canary:
-        text = "users come from a federation, and there is no canary: while it is down, mail to users that mailcloak has never seen is refused"
-        remedy = "keycloak.canary: the address of a user of the federation that always exists; and its cache policy in Keycloak: NO_CACHE"
-        yield warning("keycloak-canary", text, remedy)
-    elif not federations <= watched:
-        remedy = "keycloak.canary: one address of each federation that always exists"
-        yield warning("keycloak-canary", f"{len(federations - watched)} of {len(federations)} federations have no canary", remedy)
-    if config.canary and federations:
-        yield from check_cache_policy(providers)
-
-
-def check_cache_policy(providers: Optional[Sequence[Federation]]) -> Findings:
-    """Does Keycloak ask each federation for the canary every time, or answer from its own cache?"""
-    if providers is None:
-        text = "is the federation's cache policy in Keycloak NO_CACHE? A canary protects only then; to read it the client needs the role view-realm"
-        yield skipped("keycloak-cache-policy", text)
-        return
-    for _, name, policy in providers:
-        if policy != "NO_CACHE":
-            text = f"federation {name}: cache policy {policy}: while it is down, Keycloak still answers for the canary from its cache, so the canary protects no user"
-            yield warning("keycloak-cache-policy", text, f"Keycloak, User federation, {name}: Cache policy NO_CACHE")
-        else:
-            yield ok("keycloak-cache-policy", f"federation {name}: NO_CACHE, so it is noticed when a canary is gone")
 
 
 # ---------------------------------------------------------------------------------------------------------------------------------
@@ -2094,6 +2141,7 @@ def check_cache_policy(providers: Optional[Sequence[Federation]]) -> Findings:
 # ---------------------------------------------------------------------------------------------------------------------------------
 
 
+@listed
 def check_role_addresses(host: Installation) -> Findings:
     """postmaster@ and abuse@ of each of our domains."""
     facts: Any = SimpleNamespace(  # all that find_owner() asks for
@@ -2119,6 +2167,7 @@ def check_role_addresses(host: Installation) -> Findings:
             yield ok(local_part, f"users receive mail for {ctl.shorten(list(owners))}")
 
 
+@listed
 def check_aliases(host: Installation) -> Findings:
     """Aliases that lead nowhere, to no user, in circles, or past a user."""
     if host.aliases is None:
@@ -2151,18 +2200,15 @@ def check_stored_aliases(host: Installation, enabled: Mapping[str, Sequence[str]
     yield from about(outside, warning("alias-domain", "these aliases are not in policy.domain, so they lead nowhere", remedy))
     if not host.policy.mailbox_domain:
         mailboxes = {address: [ctl.mailbox_of(address, user) for user in users] for address, users in enabled.items()}
-        aliases_at: dict[str, list[str]] = defaultdict(list)  # a mailbox: what comes for it, and for it with an extension
-        for address in enabled:
-            for spelling in ctl.spellings_of(address, host.policy.recipient_delimiter):
-                aliases_at[spelling].append(address)
+        delimiters = host.policy.recipient_delimiter
+        # by mailbox: what comes for it, and for it with an extension
+        aliases_at = grouped((spelling, address) for address in enabled for spelling in ctl.spellings_of(address, delimiters))
         chains = [
             f"{address} -> {other} -> {', '.join(mailboxes[other])}"
             for address, users in enabled.items()
             for user, mailbox in zip(users, mailboxes[address])
-            for other in aliases_at[mailbox]
-            if mailbox != address
-            and mailboxes[other] != [mailbox]
-            and ctl.meets(address, user, other, host.policy.recipient_delimiter)
+            for other in aliases_at.get(mailbox, ())
+            if mailbox != address and mailboxes[other] != [mailbox] and ctl.meets(address, user, other, delimiters)
         ]
         text = "the mailbox of an alias is an alias itself, so the mail goes past its user"
         remedy = "mailcloakctl aliases add ADDRESS USERNAME --replace with the last user, or set policy.mailbox_domain"
@@ -2184,10 +2230,7 @@ def check_alias_users(host: Installation, enabled: Mapping[str, Sequence[str]]) 
     )
     yield from about(missing, warning("alias-user-missing", text.format("do not exist"), remedy))
     yield from about(disabled, warning("alias-user-disabled", text.format("are disabled"), remedy))
-    holders: dict[str, list[str]] = defaultdict(list)
-    for user in users.values():
-        if user.receives and user.email:
-            holders[user.email].append(user.username)
+    holders = grouped((user.email, user.username) for user in users.values() if user.receives and user.email)
     shadows = [
         f"{address} (alias of {', '.join(names)}, e-mail of {', '.join(holders[address])})"
         for address, names in enabled.items()
@@ -2197,6 +2240,7 @@ def check_alias_users(host: Installation, enabled: Mapping[str, Sequence[str]]) 
     yield from about(shadows, warning("alias-shadow", text, "mailcloakctl aliases del ADDRESS, unless this is intended"))
 
 
+@listed
 def check_users(host: Installation) -> Findings:
     """Users who cannot send, or with mail that would end in the mailbox of another user."""
     if host.users is None or host.policy is None:
@@ -2216,9 +2260,7 @@ def check_users(host: Installation) -> Findings:
 
 def find_odd_users(policy: mailcloak.PolicyConfig, users: Mapping[str, mailcloak.User], ours: Sequence[mailcloak.User]) -> Findings:
     """What is wrong with single users; ours: those with an e-mail in our domains."""
-    by_address: dict[str, list[str]] = defaultdict(list)
-    for user in ours:
-        by_address[user.email].append(user.username)
+    by_address = grouped((user.email, user.username) for user in ours)
     shared = [f"{address} ({', '.join(names)})" for address, names in by_address.items() if len(names) > 1]
     text = "several users have these e-mails, and none of them may send as that address"
     yield from about(shared, warning("primary-shared", text, "give all of them but one another e-mail in Keycloak"))
@@ -2256,6 +2298,7 @@ def check_mailbox_names(users: Mapping[str, mailcloak.User], ours: Sequence[mail
     yield from about(others, warning("mailbox-name", text, remedy))
 
 
+@listed
 def check_apps(host: Installation) -> Findings:
     """Apps that no longer count, or have the name of a user."""
     if host.apps is None:
@@ -2281,40 +2324,3 @@ def check_apps(host: Installation) -> Findings:
     elif host.apps:
         found.append(skipped("apps", f"do their owners exist, and is one called like a user? {NO_USERS}"))
     yield from found or [ok("apps", ctl.counted(enabled, "enabled app"))]
-
-
-# ---------------------------------------------------------------------------------------------------------------------------------
-# The order of the checks, and their run
-# ---------------------------------------------------------------------------------------------------------------------------------
-
-CHECKS: tuple[Callable[[Installation], Findings], ...] = (  # a check comes after those it needs: the first problem is solved first
-    check_config,
-    check_config_files,
-    check_database,
-    check_replication,
-    check_daemon,
-    check_sockets,
-    check_keycloak,
-    check_postfix,
-    check_dovecot,
-    check_role_addresses,
-    check_aliases,
-    check_users,
-    check_apps,
-)
-
-
-def run_checks(options: argparse.Namespace) -> Findings:
-    """What every check finds, as it comes."""
-    host = Installation(options)
-    for check in CHECKS:
-        yield from run_check(check, host)
-
-
-def run_check(check: Callable[[Installation], Findings], host: Installation) -> Findings:
-    """The findings of a check; a fault of the check itself is one more, and the next ones run."""
-    try:
-        yield from check(host)
-    except Exception as exc:
-        where = mailcloak.describe_exception(exc)
-        yield problem("doctor", f"{check.__name__} failed: {where}", "report this line; the other checks are not affected")

@@ -1185,6 +1185,21 @@ def test_transport_of_a_single_domain_counts(ask_postfix, postfix, tmp_path):
     assert "= discard:: mail for d2.test is lost or waits: discard(8) throws it away" in found.text
 
 
+@real_postfix
+@pytest.mark.parametrize("pattern", ["d2.test", ".test", "*"])
+def test_transport_of_each_pattern_that_fits_counts_until_the_remedy_was_carried_out(ask_postfix, postfix, tmp_path, pattern):
+    """Source: TABLE SEARCH ORDER of transport(5)."""
+    table = tmp_path / "transport"
+    table.write_text(f"{pattern} discard:\nd1.test :\n")
+    postfix.set(transport_maps=f"texthash:{table}")
+    found = the_only(ask_postfix(), "problem", "postfix-delivery")
+    assert found.text == "transport_maps = discard:: mail for d2.test is lost or waits: discard(8) throws it away"
+    domain, transport = re.fullmatch(r"transport_maps: let (\S+) lead to (\S+), then postfix reload", found.remedy).groups()
+    lines = {pattern: "discard:", "d1.test": ":", domain: transport}
+    table.write_text("".join(f"{key} {value}\n" for key, value in lines.items()))
+    nothing(ask_postfix())
+
+
 def add_to_service(postfix, name, option):
     """Put an -o option behind the first line of a service in master.cf."""
     path = postfix.config / "master.cf"
@@ -1398,6 +1413,19 @@ def test_socket_outside_the_queue_directory_is_a_problem_for_a_chroot_alone(site
         assert f"sockets: put both below {postfix.queue_directory}/private" in found[0].remedy
         postfix._run("postconf", "-F", "*/*/chroot=n")
         nothing(site.findings(mailcloakdoctor.check_postfix, **ask))
+
+
+@real_postfix
+@pytest.mark.parametrize(("level", "is_confined"), [("0", True), ("1", False), ("3.6", False)])
+def test_chroot_that_master_cf_leaves_open_is_one_below_compatibility_level_1(site, postfix, level, is_confined):
+    """Source: COMPATIBILITY_README of Postfix, chroot=y."""
+    postfix._run("postconf", "-F", "*/*/chroot=-")
+    postfix.set(compatibility_level=level)
+    with FakeDaemon(site.config):
+        for path in list(site.config["sockets"].values())[:2]:
+            os.chmod(path, 0o666)
+        found = named(site.findings(mailcloakdoctor.check_postfix, postfix_config=[str(postfix.config)]), "postfix-access")
+    assert ["where 127.0.0.1:" in each.text for each in found] == [is_confined, is_confined, False, False], found
 
 
 @real_postfix
