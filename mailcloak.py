@@ -173,6 +173,10 @@ SHUTDOWN_LOOKUP_SECONDS = 3.0  # after SIGTERM, lookups that still wait for Keyc
 SHUTDOWN_TOTAL_SECONDS = 3.8  # then connections that are left are cut off
 SHUTDOWN_SECONDS = 4.2  # then the program ends, though last-known.db may lack what was learned last
 
+LOAD_SECONDS = 0.2  # between two looks at how busy the daemon is
+BUSY_SHARE, CALM_SHARE = 0.5, 0.2  # of a processor: who uses more than the first is busy, until it uses less than the second
+CALM_SECONDS = 2.0  # for so long
+
 MIN_FROZEN_OBJECTS = 20_000  # that have survived a full pass of Python's collector; 100,000 users are about 200,000
 
 THREAD_STACK_BYTES = 4 * 1024 * 1024  # enough for json to reach Python's limit of recursion first, where the system has less
@@ -4718,6 +4722,7 @@ class Server(socketserver.ThreadingUnixStreamServer):
     def service_actions(self) -> None:
         """What serve_forever() calls after each look for a connection, at least every POLL_SECONDS."""
         self.looked_at = time.monotonic()
+        self.daemon.processors.look(self.looked_at, time.process_time())
 
     def get_request(self) -> tuple[socket.socket, Any]:
         """The next connection; raises OSError where there is none or no room, and the server then looks again."""
@@ -4999,6 +5004,45 @@ def allow_connections(wanted: int) -> int:
     return allowed
 
 
+class Processors:
+    """Keeps a busy daemon to one processor, and lets a calm one run wherever the system wants.
+
+    One thread at a time runs Python. When its lock goes to a thread on another processor, that processor is woken, which can take longer
+    than an answer, most of all in a virtual machine (bench/NOTES.md). A calm daemon seldom hands the lock over, and on one processor would
+    wait for other programs. Who gets too little of its processor counts as calm, and next time takes one by chance.
+    Source: sched_setaffinity(2), proc(5).
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()  # guards all below; who does not get it leaves the look to the thread that has it
+        self._allowed = os.sched_getaffinity(0)
+        self._keeps_to_one = False
+        self._looked_at, self._used = time.monotonic(), time.process_time()
+        self._busy_at = NEVER
+
+    def look(self, now: float, used: float) -> None:
+        """To be called several times a second, with time.monotonic() and the seconds of a processor that the daemon has used."""
+        if now < self._looked_at + LOAD_SECONDS or not self._lock.acquire(blocking=False):
+            return
+        share = (used - self._used) / (now - self._looked_at)
+        self._looked_at, self._used = now, used
+        if share > (CALM_SHARE if self._keeps_to_one else BUSY_SHARE):
+            self._busy_at = now
+        is_busy = now < self._busy_at + CALM_SECONDS
+        if is_busy != self._keeps_to_one:
+            self._keeps_to_one = is_busy
+            self._run_on({random.choice([*self._allowed])} if is_busy else self._allowed)  # noqa: S311  any will do
+        self._lock.release()
+
+    @staticmethod
+    def _run_on(processors: set[int]) -> None:
+        """All threads; those that begin later do as the thread that begins them. It is no fault where the system does not allow it."""
+        with contextlib.suppress(OSError):
+            for thread in os.listdir("/proc/self/task"):
+                with contextlib.suppress(ProcessLookupError):  # it has ended
+                    os.sched_setaffinity(int(thread), processors)
+
+
 def freeze_survivors(phase: str, info: Mapping[str, Any]) -> None:
     """One of gc.callbacks: what has survived a full pass of Python's collector is left out of later passes.
 
@@ -5041,6 +5085,7 @@ class Daemon:
         self._retired: list[Service] = []  # that a reload replaced, at most one
         self._retired_until = 0.0  # of time.monotonic(): its requests have ended by then
         self._watchdog_seconds = find_watchdog_seconds()
+        self.processors = Processors()
 
     def run(self) -> None:
         """Serve until a signal says stop; raises StartError if that cannot begin."""
