@@ -2122,114 +2122,77 @@ class Command(NamedTuple):
 
     run: Callable[[Context], Optional[int]]  # its exit code, None for 0
     help: str
-    example: str
+    example: str  # of its arguments and options
     arguments: Sequence[str]
     creates: bool = False  # may it make a database that is missing?
 
 
 COMMANDS: dict[str, dict[str, Command]] = {  # the verb is "" where there is none
     "aliases": {
-        "add": Command(
-            aliases_add, "let an address lead to a user", "aliases add info@example.org alice", ("address", "users"), True
-        ),
-        "add-user": Command(
-            aliases_add_user, "let an alias lead to further users", "aliases add-user info@example.org bob", ("address", "users")
-        ),
-        "remove-user": Command(
-            aliases_remove_user, "take users from an alias", "aliases remove-user info@example.org bob", ("address", "users")
-        ),
-        "list": Command(aliases_list, "show all aliases, or some", "aliases list *@example.org --disabled", ("[glob]",)),
-        "show": Command(aliases_show, "show one alias, and where it leads", "aliases show info@example.org", ("address",)),
+        "add": Command(aliases_add, "let an address lead to a user", "info@example.org alice", ("address", "users"), True),
+        "add-user": Command(aliases_add_user, "let an alias lead to further users", "info@example.org bob", ("address", "users")),
+        "remove-user": Command(aliases_remove_user, "take users from an alias", "info@example.org bob", ("address", "users")),
+        "list": Command(aliases_list, "show all aliases, or some", "*@example.org --disabled", ("[glob]",)),
+        "show": Command(aliases_show, "show one alias, and where it leads", "info@example.org", ("address",)),
         "move": Command(
-            from_data("aliases_move"),
-            "let all aliases of a user lead to another",
-            "aliases move alice bob",
-            ("old_user", "new_user"),
+            from_data("aliases_move"), "let all aliases of a user lead to another", "alice bob", ("old_user", "new_user")
         ),
-        "del": Command(delete, "delete aliases", "aliases del info@example.org", ("addresses",)),
-        "enable": Command(set_enabled, "let disabled aliases count again", "aliases enable info@example.org", ("addresses",)),
-        "disable": Command(
-            set_enabled, "keep aliases, but let them lead nowhere", "aliases disable info@example.org", ("addresses",)
-        ),
-        "export": Command(from_data("aliases_export"), "write all aliases to a file", "aliases export aliases.csv", ("[file]",)),
-        "import": Command(
-            from_data("aliases_import"), "add and change what a file says", "aliases import aliases.csv --dry-run", ("file",), True
-        ),
+        "del": Command(delete, "delete aliases", "info@example.org", ("addresses",)),
+        "enable": Command(set_enabled, "let disabled aliases count again", "info@example.org", ("addresses",)),
+        "disable": Command(set_enabled, "keep aliases, but let them lead nowhere", "info@example.org", ("addresses",)),
+        "export": Command(from_data("aliases_export"), "write all aliases to a file", "aliases.csv", ("[file]",)),
+        "import": Command(from_data("aliases_import"), "add and change what a file says", "aliases.csv --dry-run", ("file",), True),
         "sync": Command(
-            from_data("aliases_sync"),
-            "make the aliases equal to a file",
-            "aliases sync aliases.csv --missing disable",
-            ("file",),
-            True,
+            from_data("aliases_sync"), "make the aliases equal to a file", "aliases.csv --missing disable", ("file",), True
         ),
     },
     "apps": {
-        "add": Command(apps_add, "make an app, or give one a new token", "apps add printer --generate", ("app_id",), True),
-        "set": Command(
-            apps_set, "set owner or expiry, and leave the token as it is", "apps set printer --expires 90d", ("app_id",)
-        ),
-        "list": Command(apps_list, "show all apps and what they may send as", "apps list --unused 90d", ()),
-        "allow": Command(apps_allow, "let an app send as an address", "apps allow printer scan@example.org", ("app_id", "address")),
-        "disallow": Command(
-            apps_disallow, "take an address from an app", "apps disallow printer scan@example.org", ("app_id", "address")
-        ),
-        "del": Command(delete, "delete an app and its addresses", "apps del printer", ("app_id",)),
-        "enable": Command(set_enabled, "let a disabled app in again", "apps enable printer", ("app_id",)),
-        "disable": Command(set_enabled, "keep an app, but do not let it log in or send", "apps disable printer", ("app_id",)),
+        "add": Command(apps_add, "make an app, or give one a new token", "printer --generate", ("app_id",), True),
+        "set": Command(apps_set, "set owner or expiry, and leave the token as it is", "printer --expires 90d", ("app_id",)),
+        "list": Command(apps_list, "show all apps and what they may send as", "--unused 90d", ()),
+        "allow": Command(apps_allow, "let an app send as an address", "printer scan@example.org", ("app_id", "address")),
+        "disallow": Command(apps_disallow, "take an address from an app", "printer scan@example.org", ("app_id", "address")),
+        "del": Command(delete, "delete an app and its addresses", "printer", ("app_id",)),
+        "enable": Command(set_enabled, "let a disabled app in again", "printer", ("app_id",)),
+        "disable": Command(set_enabled, "keep an app, but do not let it log in or send", "printer", ("app_id",)),
     },
     "ask": {
-        "recipient": Command(
-            ask_recipient, "say whether mail for an address comes in, and why", "ask recipient info@example.org", ("address",)
-        ),
+        "recipient": Command(ask_recipient, "say whether mail for an address comes in, and why", "info@example.org", ("address",)),
         "sender": Command(
             ask_sender,
             "say whether a client may use a sender, and why",
-            "ask sender info@example.org --user alice --method XOAUTH2",
+            "info@example.org --user alice --method XOAUTH2",
             ("address",),
         ),
-        "alias": Command(ask_alias, "say where an address leads, and why", "ask alias info@example.org", ("address",)),
+        "alias": Command(ask_alias, "say where an address leads, and why", "info@example.org", ("address",)),
     },
     "backup": {
-        "": Command(
-            from_data("backup"), "copy the database to a file, and check the copy", "backup /var/backups/state.db", ("file",)
-        )
+        "": Command(from_data("backup"), "copy the database to a file, and check the copy", "/var/backups/state.db", ("file",))
     },
     "restore": {
-        "": Command(from_data("restore"), "make the database what a backup says", "restore /var/backups/state.db", ("file",), True)
+        "": Command(from_data("restore"), "make the database what a backup says", "/var/backups/state.db", ("file",), True)
     },
     "db": {
-        "check": Command(from_data("db_check"), "say what is wrong in the database", "db check --fix", ()),
+        "check": Command(from_data("db_check"), "say what is wrong in the database", "--fix", ()),
         "mirror": Command(
             from_data("mirror", "mailcloakmirror"),
             "make the database equal to that of another host",
-            "db mirror /var/lib/mailcloak-shared/shared.db --watch",
+            "/var/lib/mailcloak-shared/shared.db --watch",
             ("source",),
         ),
-        "promote": Command(
-            from_data("promote", "mailcloakmirror"), "make this host, which follows another, the writer", "db promote", ()
-        ),
+        "promote": Command(from_data("promote", "mailcloakmirror"), "make this host, which follows another, the writer", "", ()),
     },
     "migrate-from-go": {
         "": Command(
-            from_data("migrate_from_go"),
-            "take over the data of the Go program",
-            "migrate-from-go /srv/old-mailcloak/state.db",
-            ("file",),
-            True,
+            from_data("migrate_from_go"), "take over the data of the Go program", "/srv/old-mailcloak/state.db", ("file",), True
         )
     },
-    "status": {"": Command(show_status, "show what the daemon has answered so far, and how it is", "status --watch", ())},
-    "doctor": {"": Command(run_doctor, "check the whole installation, and say what to do next", "doctor", ())},
-    "flush": {"": Command(flush, "have the daemon forget which users it has cached", "flush alice@example.org", ("[address]",))},
+    "status": {"": Command(show_status, "show what the daemon has answered so far, and how it is", "--watch", ())},
+    "doctor": {"": Command(run_doctor, "check the whole installation, and say what to do next", "", ())},
+    "flush": {"": Command(flush, "have the daemon forget which users it has cached", "alice@example.org", ("[address]",))},
 }
-DATABASE_NOUNS = (
-    "aliases",
-    "apps",
-    "backup",
-    "restore",
-    "db",
-    "migrate-from-go",
-)  # those that use the database, and not the running daemon
+# those that use the database, and not the running daemon
+DATABASE_NOUNS = ("aliases", "apps", "backup", "restore", "db", "migrate-from-go")
 _ARGUMENT_HELP = {
     "address": "an e-mail address; for an app '<>' is the null sender",
     "addresses": "e-mail addresses; - for the lines of standard input",
@@ -2285,7 +2248,8 @@ def build_parser() -> ArgumentParser:
 
 def add_command(parsers: Any, common: argparse.ArgumentParser, noun: str, verb: str, command: Command) -> None:
     """Add the parser of one command to those of its noun, or to the nouns."""
-    epilog = f"example: mailcloakctl {command.example}"
+    example = " ".join(filter(None, (noun, verb, command.example)))
+    epilog = f"example: mailcloakctl {example}"
     parser = parsers.add_parser(verb or noun, help=command.help, description=f"{command.help}.", epilog=epilog, parents=[common])
     parser.set_defaults(noun=noun, verb=verb, parser=parser)
     if noun == "doctor":
