@@ -1474,9 +1474,11 @@ def find_faults(context: ctl.Context) -> Iterator[Fault]:
                 yield Fault(table, column, "this column is missing", restore_it)
     if lacks:
         return
-    for table, rowid, parent, _ in database.execute("PRAGMA foreign_key_check").fetchall():
-        (key,) = database.execute(f"SELECT {KEYS[table][0]} FROM {table} WHERE rowid = ?", (rowid,)).fetchone()  # noqa: S608
-        yield Fault(table, str(key), f"belongs to nothing in {parent}", "", ((f"DELETE FROM {table} WHERE rowid = ?", (rowid,)),))  # noqa: S608
+    for table in KEYS:
+        for _, rowid, parent, _ in database.execute(f"PRAGMA foreign_key_check({table})").fetchall():
+            (key,) = database.execute(f"SELECT {KEYS[table][0]} FROM {table} WHERE rowid = ?", (rowid,)).fetchone()  # noqa: S608
+            fixes = ((f"DELETE FROM {table} WHERE rowid = ?", (rowid,)),)  # noqa: S608
+            yield Fault(table, str(key), f"belongs to nothing in {parent}", "", fixes)
     yield from find_alias_faults(context)
     yield from find_app_faults(database)
     yield from find_sender_faults(database)
