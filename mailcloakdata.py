@@ -1126,16 +1126,63 @@ def write_lines(lines: Iterator[str], file: IO[bytes]) -> None:
 
 
 # ---------------------------------------------------------------------------------------------------------------------------------
+# Tables that are made equal to those of another file, which is attached as a schema of its own
+# Tables and columns are those of mailcloak.SCHEMA, whatever else is in a file: Litestream has tables of its own in shared.db.
+# ---------------------------------------------------------------------------------------------------------------------------------
+
+
+class Table(NamedTuple):
+    """A table of the schema."""
+
+    name: str
+    columns: list[str]
+    keys: list[str]  # the columns of its primary key
+
+
+@functools.cache
+def read_tables() -> tuple[Table, ...]:
+    """All tables of the schema, a parent before its child."""
+    with contextlib.closing(sqlite3.connect(":memory:")) as model:
+        model.executescript(mailcloak.SCHEMA)
+        names = [row[0] for row in model.execute("SELECT name FROM sqlite_master WHERE type = 'table' ORDER BY rowid")]
+        infos = {name: model.execute(f"PRAGMA table_info({name})").fetchall() for name in names}
+    return tuple(Table(name, [row[1] for row in info], [row[1] for row in info if row[5]]) for name, info in infos.items())
+
+
+def same_key(table: Table) -> str:
+    """Have the row "theirs" of the other file and our row "ours" the same key? As SQL."""
+    return " AND ".join(f"theirs.{key} = ours.{key}" for key in table.keys)
+
+
+def lacks(table: Table, schema: str) -> str:
+    """Has the other file no row with the key of our row "ours"? As SQL."""
+    return f"NOT EXISTS (SELECT 1 FROM {schema}.{table.name} AS theirs WHERE {same_key(table)})"  # noqa: S608
+
+
+def delete_rows(database: sqlite3.Connection, table: Table, schema: str) -> int:
+    """Delete the rows whose key the other file does not have; how many these were."""
+    return database.execute(f"DELETE FROM main.{table.name} AS ours WHERE {lacks(table, schema)}").rowcount  # noqa: S608
+
+
+def copy_rows(database: sqlite3.Connection, table: Table, rows: str) -> int:
+    """Write the rows that are new or differ; how many these were. rows: those of the other file, as a SELECT of all columns."""
+    name, columns, keys = table
+    others = [column for column in columns if column not in keys]
+    differs = " OR ".join([f"ours.{keys[0]} IS NULL", *(f"ours.{column} IS NOT theirs.{column}" for column in others)])
+    update = f"UPDATE SET {', '.join(f'{column} = excluded.{column}' for column in others)}" if others else "NOTHING"
+    return database.execute(
+        f"INSERT INTO main.{name} ({', '.join(columns)}) SELECT {', '.join(f'theirs.{column}' for column in columns)}"  # noqa: S608
+        f" FROM ({rows}) AS theirs LEFT JOIN main.{name} AS ours ON {same_key(table)} WHERE {differs}"
+        f" ON CONFLICT ({', '.join(keys)}) DO {update}"
+    ).rowcount
+
+
+# ---------------------------------------------------------------------------------------------------------------------------------
 # Backups
 # ---------------------------------------------------------------------------------------------------------------------------------
 
 BACKUP_PAGES = 5000  # copied at a time; between two of these steps others may write
-KEYS = {  # the tables with their keys, a parent before its child
-    "aliases": ("alias_email",),
-    "alias_targets": ("alias_email", "target"),
-    "apps": ("app_id",),
-    "app_from": ("app_id", "from_addr"),
-}
+NAMED = ("aliases", "apps")  # the tables whose rows are told
 PARENTS = {"alias_targets": "aliases", "app_from": "apps"}  # by the first column of the key
 
 
@@ -1341,12 +1388,13 @@ def bring_rows(database: sqlite3.Connection, path: str, *, dry_run: bool = False
             for statement in mailcloak.SCHEMA.split(";\n"):
                 database.execute(statement)
             database.execute(f"PRAGMA main.user_version = {mailcloak.SCHEMA_VERSION}")
+        named = [table for table in read_tables() if table.name in NAMED]
         gone, back = (
-            {table: [str(row[0]) for row in database.execute(select(table))] for table in ("aliases", "apps")}
+            {table.name: [str(row[0]) for row in database.execute(select(table))] for table in named}
             for select in (select_gone, select_back)
         )
-        changed = sum(delete_rows(database, table) for table in reversed(list(KEYS)))
-        changed += sum(copy_rows(database, table) for table in KEYS if has_table(database, table))
+        changed = sum(take_away(database, table) for table in reversed(read_tables()))
+        changed += sum(bring_table(database, table) for table in read_tables() if has_table(database, table))
         brought = Brought(changed, gone, back, count_names(database))
         if dry_run:
             raise _NotDone
@@ -1355,57 +1403,44 @@ def bring_rows(database: sqlite3.Connection, path: str, *, dry_run: bool = False
     return brought
 
 
-def select_gone(table: str) -> str:
+def select_gone(table: Table) -> str:
     """The names that the backup does not have, as a statement."""
-    return f"SELECT {KEYS[table][0]} FROM main.{table} AS ours WHERE {lacks(table)} ORDER BY 1"  # noqa: S608
+    return f"SELECT {table.keys[0]} FROM main.{table.name} AS ours WHERE {lacks(table, 'backup')} ORDER BY 1"  # noqa: S608
 
 
-def select_back(table: str) -> str:
+def select_back(table: Table) -> str:
     """The names that the backup has, enabled, and the database has not, or disabled, as a statement."""
-    key = KEYS[table][0]
-    ours = f"SELECT 1 FROM main.{table} AS ours WHERE ours.{key} = theirs.{key} AND ours.enabled = 1"  # noqa: S608
-    return f"SELECT {key} FROM backup.{table} AS theirs WHERE theirs.enabled = 1 AND NOT EXISTS ({ours}) ORDER BY 1"  # noqa: S608
+    ours = f"SELECT 1 FROM main.{table.name} AS ours WHERE {same_key(table)} AND ours.enabled = 1"  # noqa: S608
+    theirs = f"backup.{table.name} AS theirs WHERE theirs.enabled = 1"
+    return f"SELECT {table.keys[0]} FROM {theirs} AND NOT EXISTS ({ours}) ORDER BY 1"  # noqa: S608
 
 
 def count_names(database: sqlite3.Connection) -> dict[str, int]:
     """How many aliases and apps there are."""
-    return {table: int(database.execute(f"SELECT count(*) FROM main.{table}").fetchone()[0]) for table in ("aliases", "apps")}  # noqa: S608
+    return {name: int(database.execute(f"SELECT count(*) FROM main.{name}").fetchone()[0]) for name in NAMED}  # noqa: S608
 
 
-def has_table(database: sqlite3.Connection, table: str) -> bool:
+def has_table(database: sqlite3.Connection, table: Table) -> bool:
     """Has the backup this table? An older one may not."""
-    return bool(database.execute("SELECT 1 FROM backup.sqlite_master WHERE name = ?", (table,)).fetchone())
+    return bool(database.execute("SELECT 1 FROM backup.sqlite_master WHERE name = ?", (table.name,)).fetchone())
 
 
-def delete_rows(database: sqlite3.Connection, table: str) -> int:
-    """Delete the rows whose key the backup does not have; how many these were."""
+def take_away(database: sqlite3.Connection, table: Table) -> int:
+    """Delete the rows that the backup does not have; how many these were."""
     if not has_table(database, table):
-        return database.execute(f"DELETE FROM main.{table}").rowcount  # noqa: S608
-    return database.execute(f"DELETE FROM main.{table} AS ours WHERE {lacks(table)}").rowcount  # noqa: S608
+        return database.execute(f"DELETE FROM main.{table.name}").rowcount  # noqa: S608
+    return delete_rows(database, table, "backup")
 
 
-def lacks(table: str) -> str:
-    """Has the backup no row of the same key? As SQL, where "ours" is a row of the table."""
-    same = " AND ".join(f"theirs.{column} = ours.{column}" for column in KEYS[table])
-    return f"NOT EXISTS (SELECT 1 FROM backup.{table} AS theirs WHERE {same})"  # noqa: S608
-
-
-def copy_rows(database: sqlite3.Connection, table: str) -> int:
+def bring_table(database: sqlite3.Connection, table: Table) -> int:
     """Write the rows of the backup that differ; how many these were. A column that an older backup lacks has its default."""
-    defaults = {row[1]: row[4] or "NULL" for row in database.execute(f"PRAGMA main.table_info({table})")}
-    columns = list(defaults)
-    theirs = {row[1] for row in database.execute(f"PRAGMA backup.table_info({table})")}
-    values = [column if column in theirs else defaults[column] for column in columns]
-    others = [column for column in columns if column not in KEYS[table]]
-    new = [f"excluded.{column}" for column in others]
-    key, parent = KEYS[table][0], PARENTS.get(table)
-    orphans = f" WHERE {key} IN (SELECT {key} FROM backup.{parent})" if parent else " WHERE 1"  # noqa: S608
-    statement = (
-        f"INSERT INTO main.{table} ({', '.join(columns)}) SELECT {', '.join(values)} FROM backup.{table}{orphans}"  # noqa: S608
-        f" ON CONFLICT ({', '.join(KEYS[table])}) DO UPDATE SET {', '.join(map(' = '.join, zip(others, new)))}"
-        f" WHERE ({', '.join(others)}) IS NOT ({', '.join(new)})"
-    )
-    return database.execute(statement).rowcount
+    defaults = {row[1]: row[4] or "NULL" for row in database.execute(f"PRAGMA main.table_info({table.name})")}
+    theirs = {row[1] for row in database.execute(f"PRAGMA backup.table_info({table.name})")}
+    values = [column if column in theirs else f"{default} AS {column}" for column, default in defaults.items()]
+    key, parent = table.keys[0], PARENTS.get(table.name)
+    belongs = f"{key} IN (SELECT {key} FROM backup.{parent})" if parent else "1"  # noqa: S608
+    rows = f"SELECT {', '.join(values)} FROM backup.{table.name} WHERE {belongs}"  # noqa: S608
+    return copy_rows(database, table._replace(columns=list(defaults)), rows)
 
 
 # ---------------------------------------------------------------------------------------------------------------------------------
@@ -1464,21 +1499,19 @@ def find_faults(context: ctl.Context) -> Iterator[Fault]:
     if damage != ["ok"]:
         yield from (Fault("", context.path, text, restore_it) for text in damage)
         return
-    lacks = False
-    with contextlib.closing(sqlite3.connect(":memory:")) as model:
-        model.executescript(mailcloak.SCHEMA)
-        for table in KEYS:
-            wanted, found = ({row[1] for row in each.execute(f"PRAGMA table_info({table})")} for each in (model, database))
-            for column in sorted(wanted - found):
-                lacks = True
-                yield Fault(table, column, "this column is missing", restore_it)
-    if lacks:
+    is_short = False
+    for name, columns, _ in read_tables():
+        found = {row[1] for row in database.execute(f"PRAGMA table_info({name})")}
+        for column in sorted(set(columns) - found):
+            is_short = True
+            yield Fault(name, column, "this column is missing", restore_it)
+    if is_short:
         return
-    for table in KEYS:
-        for _, rowid, parent, _ in database.execute(f"PRAGMA foreign_key_check({table})").fetchall():
-            (key,) = database.execute(f"SELECT {KEYS[table][0]} FROM {table} WHERE rowid = ?", (rowid,)).fetchone()  # noqa: S608
-            fixes = ((f"DELETE FROM {table} WHERE rowid = ?", (rowid,)),)  # noqa: S608
-            yield Fault(table, str(key), f"belongs to nothing in {parent}", "", fixes)
+    for name, _, keys in read_tables():
+        for _, rowid, parent, _ in database.execute(f"PRAGMA foreign_key_check({name})").fetchall():
+            (key,) = database.execute(f"SELECT {keys[0]} FROM {name} WHERE rowid = ?", (rowid,)).fetchone()  # noqa: S608
+            fixes = ((f"DELETE FROM {name} WHERE rowid = ?", (rowid,)),)  # noqa: S608
+            yield Fault(name, str(key), f"belongs to nothing in {parent}", "", fixes)
     yield from find_alias_faults(context)
     yield from find_app_faults(database)
     yield from find_sender_faults(database)
