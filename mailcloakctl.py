@@ -754,6 +754,9 @@ ALL_TARGETS = (
 ALIAS_USERS = f"(SELECT alias_email, username FROM {ALL_TARGETS} WHERE external <> 1)"  # noqa: S608
 
 
+AliasChange = tuple[str, Optional[mailcloak.Alias], mailcloak.Alias]  # address, what is stored, what is to be
+
+
 class Stored(NamedTuple):
     """An alias to be stored."""
 
@@ -875,7 +878,9 @@ def change_alias(
     """
     options, address = context.options, read_address(context.options.address)
     stored = None if preview else patiently(lambda: find_alias(context.database, address))
-    check_with_keycloak(context, address, stored, preview() if preview else decide(address, stored))
+    wanted = preview() if preview else decide(address, stored)
+    if not stored or (stored.users, stored.external) != (wanted.users, wanted.external):
+        check_with_keycloak(context, f"{address} and its users", [(address, stored, wanted)])
     database = context.database
     with transaction(database):
         before = find_alias(database, address)
@@ -968,21 +973,25 @@ def refuse_names(context: Context, username: str) -> None:
         )
 
 
-def check_with_keycloak(context: Context, address: str, before: Optional[mailcloak.Alias], after: mailcloak.Alias) -> None:
-    """Ask the daemon what Keycloak says, before an alias is changed; of who gets its mail already, nothing is asked.
+def check_with_keycloak(context: Context, what: str, changes: Sequence[AliasChange]) -> None:
+    """Ask the daemon what Keycloak says, before aliases are changed; of who gets their mail already, nothing is asked.
 
-    Raises Refused if the address is the e-mail of somebody else; warns of new users who do not count.
+    Raises Refused if an address is the e-mail of somebody else; warns of new users who do not count.
     """
-    if before and (before.users, before.external) == (after.users, after.external):
-        return
-    users = [user for user in after.users if not before or user not in before.users]
+    new_users = [[user for user in after.users if not before or user not in before.users] for _, before, after in changes]
 
-    def ask() -> tuple[list[str], list[dict[str, str]]]:
-        return find_others(context, address, after.users), [ask_login(context, user) for user in users]
+    def ask() -> list[tuple[list[str], list[dict[str, str]]]]:
+        return [
+            (find_others(context, address, after.users), [ask_login(context, user) for user in users])
+            for (address, _, after), users in zip(changes, new_users)
+        ]
 
-    holders, logins = look_up(context, f"{address} and its users were", ask) or ([], [])
-    refuse_holders(context, address, holders)
-    for user, login in zip(users, logins):
+    answers = look_up(context, f"{what} were", ask) if changes else None
+    logins: dict[str, dict[str, str]] = {}
+    for (address, _, _), users, (others, states) in zip(changes, new_users, answers or ()):
+        refuse_holders(context, address, others)
+        logins.update(zip(users, states))
+    for user, login in logins.items():
         warn_of_login(user, login)
 
 

@@ -893,26 +893,8 @@ def ask_about(context: ctl.Context, elsewhere: Optional[list[Change]]) -> None:
             " mailcloakctl doctor does both for all aliases"
         )
         return
-
-    found: list[tuple[str, Sequence[str], list[str]]] = []  # address, all its users, the new ones
-    for change in elsewhere:
-        new = cast(mailcloak.Alias, change.new)
-        users = [user for user in new.users if user in change.new_targets]
-        found.append((change.address, new.users, users))
-
-    def ask() -> list[tuple[list[str], list[dict[str, str]]]]:
-        return [
-            (ctl.find_others(context, address, all_users), [ctl.ask_login(context, user) for user in users])
-            for address, all_users, users in found
-        ]
-
-    answers = ctl.look_up(context, f"{ctl.counted(found, 'alias', 'aliases')} were", ask) if found else None
-    logins: dict[str, dict[str, str]] = {}
-    for (address, _, users), (others, states) in zip(found, answers or ()):
-        ctl.refuse_holders(context, address, others)
-        logins.update(zip(users, states))
-    for username, login in logins.items():
-        ctl.warn_of_login(username, login)
+    changes = [(change.address, change.old, cast(mailcloak.Alias, change.new)) for change in elsewhere]
+    ctl.check_with_keycloak(context, ctl.counted(changes, "alias", "aliases"), changes)
 
 
 def write(
