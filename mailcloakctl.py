@@ -2150,9 +2150,9 @@ COMMANDS: dict[str, dict[str, Command]] = {  # the verb is "" where there is non
         "enable": Command(set_enabled, "let disabled aliases count again", "info@example.org", ("addresses",)),
         "disable": Command(set_enabled, "keep aliases, but let them lead nowhere", "info@example.org", ("addresses",)),
         "export": Command(from_data("aliases_export"), "write all aliases to a file", "aliases.csv", ("[file]",)),
-        "import": Command(from_data("aliases_import"), "add and change what a file says", "aliases.csv --dry-run", ("file",), True),
+        "import": Command(from_data("import_or_sync"), "add and change what a file says", "aliases.csv --dry-run", ("file",), True),
         "sync": Command(
-            from_data("aliases_sync"), "make the aliases equal to a file", "aliases.csv --missing disable", ("file",), True
+            from_data("import_or_sync"), "make the aliases equal to a file", "aliases.csv --missing disable", ("file",), True
         ),
     },
     "apps": {
@@ -2391,6 +2391,8 @@ def add_file_options(parser: argparse.ArgumentParser, verb: str) -> None:
         parser.add_argument("--external", action="store_true", help="also let aliases lead to addresses elsewhere")
         parser.add_argument("--force", action="store_true", help="also what aliases add would refuse without it")
         parser.add_argument("-v", "--verbose", action="store_true", help="say each change")
+    if verb == "import":
+        parser.set_defaults(missing="keep")
     if verb == "sync":
         parser.add_argument(
             "--missing",

@@ -793,14 +793,12 @@ def apply(database: sqlite3.Connection, changes: Iterable[Change]) -> None:
     changes = iter(changes)
     while batch := list(itertools.islice(changes, BATCH_ROWS)):
         database.executemany("DELETE FROM aliases WHERE alias_email = ?", [(each[0],) for each in batch if each[5] is None])
-        ctl.store_aliases(
-            database,
-            [
-                ctl.Stored(each[0], mailcloak.read_alias(each[5], each[6], each[7]), each[8] or None)
-                for each in batch
-                if each[5] is not None
-            ],
-        )
+        stored = [
+            ctl.Stored(each.address, mailcloak.read_alias(each.targets, each.enabled, each.receive_only), each.source or None)
+            for each in batch
+            if each.targets is not None
+        ]
+        ctl.store_aliases(database, stored)
 
 
 def prepare_commit(database: sqlite3.Connection) -> None:
@@ -826,33 +824,20 @@ class DryRun(Exception):
     """All was tried, and is to be taken back."""
 
 
-def aliases_import(context: ctl.Context) -> None:
-    """Add and change what the file says."""
-    make_so(context, "keep")
-
-
-def aliases_sync(context: ctl.Context) -> None:
-    """Make the aliases equal to the file."""
-    make_so(context, context.options.missing)
-
-
-def make_so(context: ctl.Context, missing: str) -> None:
+def import_or_sync(context: ctl.Context) -> None:
     """Read, compare, check, write, tell. Raises Refused, OverLimit; then nothing was changed."""
     options = context.options
     options.scope = ctl.read_domain(options.scope) if options.scope else ""
     options.source = options.source or ""
-    percent, form, source = (
-        read_share(options.max_change),
-        find_format(options.format, options.file, options.usernames),
-        Source(options.file),
-    )
+    percent = read_share(options.max_change)
+    form, source = find_format(options.format, options.file, options.usernames), Source(options.file)
     problems = Problems(source.name)
     with contextlib.closing(open_staging()) as staging:
         wanted = load(staging, context, source, form, problems)
         problems.stop(skip=options.skip_bad)
         database = find_database(context)
         version = data_version(database)
-        counts, stored = compare(staging, database, problems, missing, domain=options.scope, source=options.source)
+        counts, stored = compare(staging, database, problems, options.missing, domain=options.scope, source=options.source)
         problems.stop(skip=options.skip_bad)
         if is_over_limit(counts, stored, wanted, percent):
             if options.dry_run:
@@ -926,10 +911,7 @@ def tell(context: ctl.Context, staging: sqlite3.Connection, counts: dict[str, in
     """Print what was changed, or would be; note it in syslog where it was."""
     options = context.options
     warn_of_other_jobs(staging, dry_run=options.dry_run)
-
-    def show() -> None:
-        report(options, staging, counts, stored, skipped)
-
+    show = functools.partial(report, options, staging, counts, stored, skipped)
     if not counts or options.dry_run:
         show()
         return
@@ -1339,13 +1321,8 @@ def restore_into(context: ctl.Context, database: sqlite3.Connection, path: str) 
             ctl.say(f"restore: these {kind} {'would be' if dry_run else 'are'} there again, or enabled again: {ctl.shorten(names)}")
     would = "would be " if dry_run else ""
     text = f"{context.path} {would or 'is '}as {path}, {brought.changed} rows {would}changed"
-    values = {
-        "changed": bool(brought.changed) and not dry_run,
-        "dry_run": dry_run,
-        "rows": brought.changed,
-        "gone": brought.gone,
-        "back": brought.back,
-    }
+    changed = bool(brought.changed) and not dry_run
+    values = {"changed": changed, "dry_run": dry_run, "rows": brought.changed, "gone": brought.gone, "back": brought.back}
     tell_numbers(context, database, text, brought.numbers, **values)
 
 
@@ -1448,9 +1425,8 @@ def db_check(context: ctl.Context) -> int:
     if options.fix:
         with ctl.transaction(database):
             database.execute("PRAGMA defer_foreign_keys = ON")
-            while fixable := [
-                fault for fault in find_faults(context) if fault.fixes
-            ]:  # each correction makes one row right, or deletes it
+            # each correction makes one row right, or deletes it
+            while fixable := [fault for fault in find_faults(context) if fault.fixes]:
                 for fault in fixable:
                     for statement, values in fault.fixes:
                         database.execute(statement, values)
@@ -1575,18 +1551,14 @@ def find_app_faults(database: sqlite3.Connection) -> Iterator[Fault]:
         except ctl.Refused as exc:
             yield Fault("apps", ctl.shown_text(app_id), str(exc), "make it again, with mailcloakctl apps add and apps set")
             continue
+        fault = f"nobody can log in as it, since {right} is looked up"
         if right != app_id and right in ids:
-            yield Fault(
-                "apps",
-                app_id,
-                f"nobody can log in as it, since {right} is looked up",
-                f"there are two: mailcloakctl apps del {right}",
-            )
+            yield Fault("apps", app_id, fault, f"there are two: mailcloakctl apps del {right}")
         elif right != app_id:
             ids.add(right)
             apps, senders = (f"UPDATE {table} SET app_id = ? WHERE app_id = ?" for table in ("apps", "app_from"))  # noqa: S608
             fixes = ((apps, (right, app_id)), (senders, (right, app_id)))
-            yield Fault("apps", app_id, f"nobody can log in as it, since {right} is looked up", "", fixes)
+            yield Fault("apps", app_id, fault, "", fixes)
         elif name != owner:
             fixes = (("UPDATE apps SET owner = ? WHERE app_id = ?", (name, app_id)),)
             yield Fault("apps", app_id, f"the owner {owner!r} is stored for {name}", "", fixes)
@@ -1594,20 +1566,14 @@ def find_app_faults(database: sqlite3.Connection) -> Iterator[Fault]:
 
 def find_sender_faults(database: sqlite3.Connection) -> Iterator[Fault]:
     """Addresses of apps that are not as the daemon compares them."""
-    for app_id, sender, rowid in database.execute(
-        "SELECT app_id, from_addr, rowid FROM app_from ORDER BY app_id, from_addr"
-    ).fetchall():
+    select = "SELECT app_id, from_addr, rowid FROM app_from ORDER BY app_id, from_addr"
+    for app_id, sender, rowid in database.execute(select).fetchall():
         key = ctl.shown_text(f"{app_id} {sender}")
         try:
             right = sender if sender == "" else read_stored(ctl.read_sender, sender)
         except ctl.Refused:
-            yield Fault(
-                "app_from",
-                key,
-                "this is no address, so it allows nothing",
-                "",
-                (("DELETE FROM app_from WHERE rowid = ?", (rowid,)),),
-            )
+            delete = ("DELETE FROM app_from WHERE rowid = ?", (rowid,))
+            yield Fault("app_from", key, "this is no address, so it allows nothing", "", (delete,))
             continue
         if right != sender:
             fixes = (("UPDATE OR REPLACE app_from SET from_addr = ? WHERE rowid = ?", (right, rowid)),)
@@ -1830,15 +1796,8 @@ def tell_go(context: ctl.Context, staging: sqlite3.Connection, data: GoData, *, 
 
     def show() -> None:
         if options.json:
-            ctl.print_json(
-                {
-                    "changed": is_changed,
-                    "dry_run": options.dry_run,
-                    "aliases_added": added,
-                    "apps": len(data.apps),
-                    "domains": data.domains,
-                }
-            )
+            numbers = {"aliases_added": added, "apps": len(data.apps), "domains": data.domains}
+            ctl.print_json({"changed": is_changed, "dry_run": options.dry_run, **numbers})
             return
         would = " would be" if options.dry_run else ""
         print(
