@@ -989,19 +989,14 @@ def check_with_keycloak(context: Context, what: str, changes: Sequence[AliasChan
     answers = look_up(context, f"{what} were", ask) if changes else None
     logins: dict[str, dict[str, str]] = {}
     for (address, _, _), users, (others, states) in zip(changes, new_users, answers or ()):
-        refuse_holders(context, address, others)
+        if others and not context.options.force:
+            raise Refused(
+                f"aliases: {address} is the primary e-mail of {shorten(others)}, whose mail this alias would take;"
+                " name that user too, and both get it, or use --force"
+            )
         logins.update(zip(users, states))
     for user, login in logins.items():
         warn_of_login(user, login)
-
-
-def refuse_holders(context: Context, address: str, others: list[str]) -> None:
-    """Raise Refused if the address is the primary e-mail of others."""
-    if others and not context.options.force:
-        raise Refused(
-            f"aliases: {address} is the primary e-mail of {shorten(others)}, whose mail this alias would take;"
-            " name that user too, and both get it, or use --force"
-        )
 
 
 def find_others(context: Context, address: str, users: Sequence[str]) -> list[str]:
@@ -1866,12 +1861,9 @@ def status_fields(stats: dict[str, Any], log: str) -> Iterator[tuple[str, str, s
 def replication_fields(replication: Optional[dict[str, Any]]) -> Iterator[tuple[str, str, str]]:
     """The same for what read_replication() says; nothing where there is one host alone."""
     if replication and replication["role"] != "single":
-        late = replication["late"]
-        yield (
-            "several hosts",
-            describe_replication(replication) + (f"; {LATE_REMEDIES[replication['role']]}" if late else ""),
-            RED if late else "",
-        )
+        text, late = describe_replication(replication), replication["late"]
+        remedy = f"; {LATE_REMEDIES[replication['role']]}" if late else ""
+        yield "several hosts", text + remedy, RED if late else ""
 
 
 SERVICES = ("policy", "socketmap")

@@ -1244,7 +1244,7 @@ def check_backup(path: str) -> None:
     """Raise Refused for a file that is no whole database of mailcloak, or of a newer one."""
     try:
         os.stat(path)
-        with contextlib.closing(open_readonly(path)) as database:
+        with contextlib.closing(sqlite3.connect(readonly_uri(path), uri=True)) as database:
             check_whole(database, f"restore: {path!r}")
             version = database.execute("PRAGMA user_version").fetchone()[0]
             tables = {row[0] for row in database.execute("SELECT name FROM sqlite_master WHERE type = 'table'")}
@@ -1257,11 +1257,6 @@ def check_backup(path: str) -> None:
         raise ctl.Refused(text, "install the newer one first")
     if not version or not {"aliases", "apps", "app_from"} <= tables:
         raise ctl.Refused(f"restore: {path!r} is no database of mailcloak, name a file that backup has written")
-
-
-def open_readonly(path: str) -> sqlite3.Connection:
-    """A connection that changes nothing, for a file that nobody else uses; raises sqlite3.Error."""
-    return sqlite3.connect(readonly_uri(path), uri=True, isolation_level=None)
 
 
 def readonly_uri(path: str) -> str:
@@ -1335,14 +1330,10 @@ class Brought(NamedTuple):
     numbers: dict[str, int]  # how many of both there are then
 
 
-class _NotDone(Exception):
-    """Ends a transaction whose result is only to be told."""
-
-
 def bring_rows(database: sqlite3.Connection, path: str, *, dry_run: bool = False) -> Brought:
     """Write the rows of the backup that differ, in one transaction. Makes the tables where there are none."""
     attach(database, path, "backup")
-    with contextlib.suppress(_NotDone), ctl.transaction(database):
+    with contextlib.suppress(DryRun), ctl.transaction(database):
         if not database.execute("SELECT 1 FROM main.sqlite_master").fetchone():
             for statement in mailcloak.SCHEMA.split(";\n"):
                 database.execute(statement)
@@ -1356,7 +1347,7 @@ def bring_rows(database: sqlite3.Connection, path: str, *, dry_run: bool = False
         changed += sum(bring_table(database, table) for table in read_tables() if has_table(database, table))
         brought = Brought(changed, gone, back, count_names(database))
         if dry_run:
-            raise _NotDone
+            raise DryRun
         prepare_commit(database)
     database.execute("DETACH backup")
     return brought

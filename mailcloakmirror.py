@@ -195,16 +195,11 @@ def make_equal(database: sqlite3.Connection) -> int:
     for table in data.read_tables():
         rows = f"SELECT {', '.join(table.columns)} FROM source.{table.name} WHERE {has_key(table)}"  # noqa: S608
         changed += data.copy_rows(database, table, rows)
-        counts = {schema: count_rows(database, schema, table) for schema in ("main", "source")}
-        if counts["main"] != counts["source"]:  # all of SOURCE are here now
+        counts = f"SELECT (SELECT count(*) FROM main.{table.name}), (SELECT count(*) FROM ({rows}))"  # noqa: S608
+        ours, theirs = database.execute(counts).fetchone()
+        if ours != theirs:  # all of SOURCE are here now
             changed += data.delete_rows(database, table, "source")
     return changed
-
-
-def count_rows(database: sqlite3.Connection, schema: str, table: data.Table) -> int:
-    """How many rows of the table are to be brought, or of our own are there."""
-    where = f"WHERE {has_key(table)}" if schema == "source" else ""
-    return int(database.execute(f"SELECT count(*) FROM {schema}.{table.name} {where}").fetchone()[0])  # noqa: S608
 
 
 def has_rows(database: sqlite3.Connection) -> bool:
