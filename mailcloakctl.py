@@ -2401,12 +2401,11 @@ def take_late_argument(options: argparse.Namespace, rest: Sequence[str]) -> None
         near = mailcloak.near_miss(word.partition("=")[0], re.findall(r"--[a-z-]+", parser.format_help()))
         if near and word.startswith("--"):
             parser.error(f"unknown option {word.partition('=')[0]}{near}")
-    late = {"flush ": ("address", None), "aliases export": ("file", "-"), "aliases list": ("glob", None)}.get(
-        f"{options.noun} {options.verb}"
-    )
-    if late and getattr(options, late[0]) == late[1] and len(rest) == 1 and not rest[0].startswith("-"):
-        setattr(options, late[0], rest[0])
-        return
+    for argument in COMMANDS[options.noun][options.verb].arguments:
+        name, is_optional = argument.strip("[]"), argument.startswith("[")
+        if is_optional and getattr(options, name) == parser.get_default(name) and len(rest) == 1 and not rest[0].startswith("-"):
+            setattr(options, name, rest[0])
+            return
     if (options.noun, options.verb) != ("apps", "add"):
         parser.error("unrecognized arguments")
     if len(rest) > 1 or rest[0].startswith("-"):

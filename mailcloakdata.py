@@ -53,7 +53,7 @@ import tempfile
 import time
 import urllib.parse
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import IO, Any, NamedTuple, Optional, TypeVar, cast
+from typing import IO, Any, ClassVar, NamedTuple, Optional, TypeVar, cast
 
 import mailcloak
 import mailcloakctl as ctl
@@ -328,9 +328,8 @@ class Csv(Format):
     """Comma-separated values as Python's csv reads and writes them (RFC 4180), each alias on a line."""
 
     head = "alias,username,enabled\n"
-    columns: tuple[dict[str, int], ...] = (  # each name that a column may have, with its place in what read() returns
-        {"alias": 0, "alias_email": 0, "address": 0, "username": 1, "enabled": 2, "receive_only": 3},
-    )
+    # each name that a column may have, with its place in what read() returns
+    columns: ClassVar[dict[str, int]] = {"alias": 0, "alias_email": 0, "address": 0, "username": 1, "enabled": 2, "receive_only": 3}
     takes_other_columns = False
 
     def __init__(self, usernames: str) -> None:
@@ -370,7 +369,7 @@ class Csv(Format):
         if any("@" in field for field in fields):
             return [0, 1, 2]
         names = [field.strip().lower() for field in fields]
-        order = [self.columns[0].get(name) for name in names]
+        order = [self.columns.get(name) for name in names]
         found = [place for place in order if place is not None]
         unknown = [name for name, place in zip(names, order) if place is None and not self.takes_other_columns]
         if not {0, 1} <= set(found) or len(set(found)) != len(found) or unknown:
@@ -393,7 +392,7 @@ class PostfixAdmin(Csv):
     """What PostfixAdmin's list of aliases gives as CSV: its columns by their names or, in English, as they are shown."""
 
     head, holds_all = "address,goto,active\n", False
-    columns = ({"address": 0, "alias": 0, "goto": 1, "to": 1, "active": 2},)
+    columns: ClassVar[dict[str, int]] = {"address": 0, "alias": 0, "goto": 1, "to": 1, "active": 2}
     takes_other_columns = True
 
     def _read_targets(self, text: str, address: str) -> tuple[list[str], list[str]]:
