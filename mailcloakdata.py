@@ -1455,7 +1455,7 @@ def find_faults(context: ctl.Context) -> Iterator[Fault]:
             yield Fault(name, column, "this column is missing", restore_it)
     if is_short:
         return
-    for name, _, keys in read_tables():
+    for name, _, keys in reversed(read_tables()):
         for _, rowid, parent, _ in database.execute(f"PRAGMA foreign_key_check({name})").fetchall():
             (key,) = database.execute(f"SELECT {keys[0]} FROM {name} WHERE rowid = ?", (rowid,)).fetchone()  # noqa: S608
             fixes = ((f"DELETE FROM {name} WHERE rowid = ?", (rowid,)),)  # noqa: S608

@@ -176,7 +176,7 @@ def check_source(database: sqlite3.Connection, source: str, origin: Optional[ctl
         if version != mailcloak.SCHEMA_VERSION:
             why = f"it has schema version {version}, this mailcloak has {mailcloak.SCHEMA_VERSION}"
             raise refused(source, why, "install the same version on both hosts")
-        for name, columns, _ in data.read_tables():
+        for name, columns, _ in sorted(data.read_tables()):
             is_table = "SELECT 1 FROM source.sqlite_master WHERE name = ? AND type = 'table' AND rootpage > 0"
             if not database.execute(is_table, (name,)).fetchone():  # a view, whose rows may have no end, or a virtual table
                 raise refused(source, f"it has no table {name}")
