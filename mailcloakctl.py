@@ -123,7 +123,7 @@ class Context:
     """What a command works with, each part read at its first use: a command needs few of them."""
 
     def __init__(self, options: argparse.Namespace, *, create: bool) -> None:
-        self.options, self._create = options, create
+        self.options, self.creates = options, create
 
     @functools.cached_property
     def _configuration(self) -> tuple[dict[str, Any], list[mailcloak.Problem]]:
@@ -157,7 +157,7 @@ class Context:
     @functools.cached_property
     def database(self) -> sqlite3.Connection:
         """The database, opened at its first use: arguments are checked before, so that a refused command does not create it."""
-        return open_database(self.path, create=self._create)
+        return open_database(self.path, create=self.creates)
 
     def replication(self) -> Optional[dict[str, Any]]:
         """How the database stands to those of other mail hosts, as read_replication() says. Raises ConfigError."""
@@ -808,7 +808,7 @@ def aliases_add(context: Context) -> None:
             raise Refused(f"aliases: {address} leads to {shown_targets(before)}{receives} already, --replace changes that")
         return after
 
-    change_alias(context, decide, lambda: wanted)
+    change_alias(context, decide)
 
 
 def aliases_add_user(context: Context) -> None:
@@ -867,18 +867,12 @@ def read_external(context: Context, text: str) -> str:
     return address
 
 
-def change_alias(
-    context: Context,
-    decide: Callable[[str, Optional[mailcloak.Alias]], mailcloak.Alias],
-    preview: Optional[Callable[[], mailcloak.Alias]] = None,
-) -> None:
-    """Store what decide() makes of the alias that is there, and say so.
-
-    preview: gives the alias for a first look, where that needs no database, which may have to be made.
-    """
+def change_alias(context: Context, decide: Callable[[str, Optional[mailcloak.Alias]], mailcloak.Alias]) -> None:
+    """Store what decide() makes of the alias that is there, and say so."""
     options, address = context.options, read_address(context.options.address)
-    stored = None if preview else patiently(lambda: find_alias(context.database, address))
-    wanted = preview() if preview else decide(address, stored)
+    # aliases add may have to make the database, and does not do so before its arguments are looked up
+    stored = None if context.creates else patiently(lambda: find_alias(context.database, address))
+    wanted = decide(address, stored)
     if not stored or (stored.users, stored.external) != (wanted.users, wanted.external):
         check_with_keycloak(context, f"{address} and its users", [(address, stored, wanted)])
     database = context.database
@@ -887,7 +881,7 @@ def change_alias(
         after = decide(address, before)
         refuse_number(context, address, after)
         added = new_targets(before, after)
-        for target in added if not getattr(options, "force", False) else ():
+        for target in added if not options.force else ():
             refuse_chain(context, address, target)
         apps = [user for user in added if database.execute("SELECT 1 FROM apps WHERE app_id = ?", (user,)).fetchone()]
         if before != after:
@@ -898,12 +892,10 @@ def change_alias(
     now = "now leads" if before and before != after else "leads"
     text = f"aliases: {address} {now} to {targets}{', and only receives' if after.receive_only else ''}"
     if before:
-        lost = mailcloak.Alias(
-            tuple(user for user in before.users if user not in after.users),
-            enabled=True,
-            external=tuple(other for other in before.external if other not in after.external),
-        )
-        text += f", no longer to {shown_targets(lost)}" if lost.users or lost.external else ""
+        users = tuple(user for user in before.users if user not in after.users)
+        external = tuple(other for other in before.external if other not in after.external)
+        lost = shown_targets(before._replace(users=users, external=external))
+        text += f", no longer to {lost}" if lost else ""
     values = {"username": targets, "before": old}
     answer(context, [address] if before != after else [], text + (" already" if before == after else ""), **values)
     if not after.enabled:
