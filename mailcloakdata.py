@@ -962,20 +962,17 @@ def describe(change: Change) -> str:
 
 def print_as_json(head: dict[str, Any], changes: Iterable[Change]) -> None:
     """One object: the head, and "changes" with the old and the new value of each; one after the other, since they may be a million."""
+
+    def shown(alias: Optional[mailcloak.Alias], source: Optional[str]) -> Optional[dict[str, Any]]:
+        if alias is None:
+            return None
+        state = {"enabled": int(alias.enabled), "receive_only": alias.receive_only, "source": source or None}
+        return {"username": ctl.shown_targets(alias), **state}
+
     print(json.dumps(head)[:-1] + ', "changes": [', end="")
     separator = "\n  "
     for change in changes:
-        old, new = (
-            {
-                "username": ctl.shown_targets(alias),
-                "enabled": int(alias.enabled),
-                "receive_only": alias.receive_only,
-                "source": source or None,
-            }
-            if alias
-            else None
-            for alias, source in ((change.old, change.old_source), (change.new, change.source))
-        )
+        old, new = shown(change.old, change.old_source), shown(change.new, change.source)
         print(separator + json.dumps({"alias": change.address, "old": old, "new": new}), end="")
         separator = ",\n  "
     print("]}")
