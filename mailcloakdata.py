@@ -448,7 +448,7 @@ class Virtual(Format):
         for each, line in lines:
             if not line.strip() or line.lstrip().startswith("#"):
                 continue
-            if line[0].isspace():
+            if whole and line[0].isspace():
                 whole += line
                 if len(whole) > MAX_LINE_BYTES:
                     raise Unreadable(f"line {number} goes on for more than {MAX_LINE_BYTES} characters")
