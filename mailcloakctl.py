@@ -58,7 +58,7 @@ import sys
 import textwrap
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
-from typing import TYPE_CHECKING, Any, NamedTuple, Optional, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, Optional, TypeVar, Union
 
 sys.path.insert(0, os.path.dirname(os.path.realpath(__file__)))  # mailcloak.py lies beside this file, also behind a symlink
 
@@ -361,9 +361,10 @@ def real_paths(text: str) -> str:
     return text.replace("share/doc/mailcloak", documents)
 
 
-def counted(items: Sized, one: str, many: str = "") -> str:
-    """How many there are, in words."""
-    return f"{len(items)} {one if len(items) == 1 else many or one + 's'}"
+def counted(items: Union[Sized, int], one: str, many: str = "") -> str:
+    """How many there are, in words; items: they, or their number."""
+    number = items if isinstance(items, int) else len(items)
+    return f"{number} {one if number == 1 else many or one + 's'}"
 
 
 def shorten(items: Sequence[str]) -> str:
@@ -2003,7 +2004,7 @@ def flush(context: Context) -> None:
         return
     of = "" if key == "*" else f" of {key}"
     if forgotten:
-        say(f"flush: {forgotten} cached answer{'s' if forgotten != 1 else ''}{of} forgotten, Keycloak is asked again")
+        say(f"flush: {counted(forgotten, 'cached answer')}{of} forgotten, Keycloak is asked again")
     else:
         say(f"flush: nothing{of} was cached")
 

@@ -494,11 +494,6 @@ def find_format(name: Optional[str], path: str, usernames: str) -> Format:
 # ---------------------------------------------------------------------------------------------------------------------------------
 
 
-def in_words(count: int, one: str, many: str) -> str:
-    """How many there are."""
-    return f"{count} {one if count == 1 else many}"
-
-
 def watch(items: Iterable[Item], what: str, share: Callable[[], float] = lambda: 0.0) -> Iterator[Item]:
     """The items; on a terminal, how many there were and what share (0 to 1, 0 is unknown) that is, once it takes a while."""
     began = next_time = time.monotonic() + PROGRESS_SECONDS
@@ -577,7 +572,7 @@ class Problems:
         """Raise Refused if there were any, and they may not be left out."""
         if self.count and not skip:
             raise ctl.Refused(
-                f"aliases: {self.name}: {in_words(self.count, f'{self.unit} is', f'{self.unit}s are')} bad, nothing was changed; correct them, or leave them out with --skip-bad"
+                f"aliases: {self.name}: {ctl.counted(self.count, f'{self.unit} is', f'{self.unit}s are')} bad, nothing was changed; correct them, or leave them out with --skip-bad"
             )
 
 
@@ -745,7 +740,7 @@ def load(staging: sqlite3.Connection, context: ctl.Context, source: Source, form
         raise source.refuse(str(exc)) from None
     for domain, count in foreign.most_common(ctl.SHOWN_ITEMS):
         ctl.say(
-            f"warning: {in_words(count, 'alias', 'aliases')} in {domain}, which is not in policy.domain: such an alias leads nowhere"
+            f"warning: {ctl.counted(count, 'alias', 'aliases')} in {domain}, which is not in policy.domain: such an alias leads nowhere"
         )
     return int(staging.execute("SELECT count(*) FROM wanted").fetchone()[0])
 
@@ -932,7 +927,7 @@ def report(options: Any, staging: sqlite3.Connection, counts: dict[str, int], st
             print(ctl.shown_text(describe(change)))
     would = "would be " if options.dry_run else ""
     parts = [f"{number} {would}{word}" for word, number in numbers.items() if number]
-    skipped_part = [f"{in_words(skipped, 'bad line', 'bad lines')} left out"] if skipped else []
+    skipped_part = [f"{ctl.counted(skipped, 'bad line')} left out"] if skipped else []
     print(f"aliases: {', '.join([*(parts or ['nothing to change']), f'{unchanged} unchanged', *skipped_part])}")
 
 
@@ -1025,7 +1020,7 @@ def aliases_move(context: ctl.Context) -> None:
             ctl.refuse_chain(context, change.address, new)
     note("aliases: move", changes, old, {"change": len(changes)})
     addresses = [change.address for change in changes]
-    lead = in_words(len(changes), "alias now leads", "aliases now lead")
+    lead = ctl.counted(changes, "alias now leads", "aliases now lead")
     ctl.answer(context, addresses, f"aliases: {lead} to {new}: {ctl.shorten(addresses)}", username=new, before=old)
 
 
@@ -1156,7 +1151,7 @@ def tell_numbers(
         if context.options.json:
             ctl.print_json({**values, **numbers})
         else:
-            aliases, apps = in_words(numbers["aliases"], "alias", "aliases"), in_words(numbers["apps"], "app", "apps")
+            aliases, apps = ctl.counted(numbers["aliases"], "alias", "aliases"), ctl.counted(numbers["apps"], "app")
             print(f"{context.options.noun}: {text}: {aliases}, {apps}")
 
     ctl.print_done(show)
@@ -1787,9 +1782,7 @@ def tell_go(context: ctl.Context, staging: sqlite3.Connection, data: GoData, *, 
             ctl.print_json({"changed": is_changed, "dry_run": options.dry_run, **numbers})
             return
         would = " would be" if options.dry_run else ""
-        print(
-            f"migrate-from-go: {in_words(added, 'alias', 'aliases')}{would} added, {in_words(len(data.apps), 'app', 'apps')} in it"
-        )
+        print(f"migrate-from-go: {ctl.counted(added, 'alias', 'aliases')}{would} added, {ctl.counted(data.apps, 'app')} in it")
         print(f"migrate-from-go: policy.domain must list: {', '.join(data.domains) or '(no domain is enabled in it)'}")
         if options.new_config and not options.dry_run:
             print(
