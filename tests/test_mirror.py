@@ -39,13 +39,6 @@ wait_until = functools.partial(wait_seconds, seconds=30)  # for programs that st
 TABLES = {table.name: table for table in mailcloakdata.read_tables()}
 
 
-@pytest.fixture(autouse=True)
-def unblock_signals():
-    """mailcloakctl.commit() leaves them blocked, which processes that are started later would inherit."""
-    yield
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT, signal.SIGTERM, signal.SIGHUP})
-
-
 class Host(Ctl):
     """A mail host: its database, and the file that it publishes."""
 
