@@ -58,7 +58,7 @@ import sys
 import textwrap
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
-from typing import TYPE_CHECKING, Any, NamedTuple, Optional, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, Optional, TypeVar, Union
 
 sys.path.insert(0, os.path.dirname(os.path.realpath(__file__)))  # mailcloak.py lies beside this file, also behind a symlink
 
@@ -123,7 +123,7 @@ class Context:
     """What a command works with, each part read at its first use: a command needs few of them."""
 
     def __init__(self, options: argparse.Namespace, *, create: bool) -> None:
-        self.options, self._create = options, create
+        self.options, self.creates = options, create
 
     @functools.cached_property
     def _configuration(self) -> tuple[dict[str, Any], list[mailcloak.Problem]]:
@@ -157,7 +157,7 @@ class Context:
     @functools.cached_property
     def database(self) -> sqlite3.Connection:
         """The database, opened at its first use: arguments are checked before, so that a refused command does not create it."""
-        return open_database(self.path, create=self._create)
+        return open_database(self.path, create=self.creates)
 
     def replication(self) -> Optional[dict[str, Any]]:
         """How the database stands to those of other mail hosts, as read_replication() says. Raises ConfigError."""
@@ -361,9 +361,10 @@ def real_paths(text: str) -> str:
     return text.replace("share/doc/mailcloak", documents)
 
 
-def counted(items: Sized, one: str, many: str = "") -> str:
-    """How many there are, in words."""
-    return f"{len(items)} {one if len(items) == 1 else many or one + 's'}"
+def counted(items: Union[Sized, int], one: str, many: str = "") -> str:
+    """How many there are, in words; items: they, or their number."""
+    number = items if isinstance(items, int) else len(items)
+    return f"{number} {one if number == 1 else many or one + 's'}"
 
 
 def shorten(items: Sequence[str]) -> str:
@@ -754,6 +755,9 @@ ALL_TARGETS = (
 ALIAS_USERS = f"(SELECT alias_email, username FROM {ALL_TARGETS} WHERE external <> 1)"  # noqa: S608
 
 
+AliasChange = tuple[str, Optional[mailcloak.Alias], mailcloak.Alias]  # address, what is stored, what is to be
+
+
 class Stored(NamedTuple):
     """An alias to be stored."""
 
@@ -805,7 +809,7 @@ def aliases_add(context: Context) -> None:
             raise Refused(f"aliases: {address} leads to {shown_targets(before)}{receives} already, --replace changes that")
         return after
 
-    change_alias(context, decide, lambda: wanted)
+    change_alias(context, decide)
 
 
 def aliases_add_user(context: Context) -> None:
@@ -864,25 +868,21 @@ def read_external(context: Context, text: str) -> str:
     return address
 
 
-def change_alias(
-    context: Context,
-    decide: Callable[[str, Optional[mailcloak.Alias]], mailcloak.Alias],
-    preview: Optional[Callable[[], mailcloak.Alias]] = None,
-) -> None:
-    """Store what decide() makes of the alias that is there, and say so.
-
-    preview: gives the alias for a first look, where that needs no database, which may have to be made.
-    """
+def change_alias(context: Context, decide: Callable[[str, Optional[mailcloak.Alias]], mailcloak.Alias]) -> None:
+    """Store what decide() makes of the alias that is there, and say so."""
     options, address = context.options, read_address(context.options.address)
-    stored = None if preview else patiently(lambda: find_alias(context.database, address))
-    check_with_keycloak(context, address, stored, preview() if preview else decide(address, stored))
+    # aliases add may have to make the database, and does not do so before its arguments are looked up
+    stored = None if context.creates else patiently(lambda: find_alias(context.database, address))
+    wanted = decide(address, stored)
+    if not stored or (stored.users, stored.external) != (wanted.users, wanted.external):
+        check_with_keycloak(context, f"{address} and its users", [(address, stored, wanted)])
     database = context.database
     with transaction(database):
         before = find_alias(database, address)
         after = decide(address, before)
         refuse_number(context, address, after)
         added = new_targets(before, after)
-        for target in added if not getattr(options, "force", False) else ():
+        for target in added if not options.force else ():
             refuse_chain(context, address, target)
         apps = [user for user in added if database.execute("SELECT 1 FROM apps WHERE app_id = ?", (user,)).fetchone()]
         if before != after:
@@ -893,12 +893,10 @@ def change_alias(
     now = "now leads" if before and before != after else "leads"
     text = f"aliases: {address} {now} to {targets}{', and only receives' if after.receive_only else ''}"
     if before:
-        lost = mailcloak.Alias(
-            tuple(user for user in before.users if user not in after.users),
-            enabled=True,
-            external=tuple(other for other in before.external if other not in after.external),
-        )
-        text += f", no longer to {shown_targets(lost)}" if lost.users or lost.external else ""
+        users = tuple(user for user in before.users if user not in after.users)
+        external = tuple(other for other in before.external if other not in after.external)
+        lost = shown_targets(before._replace(users=users, external=external))
+        text += f", no longer to {lost}" if lost else ""
     values = {"username": targets, "before": old}
     answer(context, [address] if before != after else [], text + (" already" if before == after else ""), **values)
     if not after.enabled:
@@ -968,31 +966,30 @@ def refuse_names(context: Context, username: str) -> None:
         )
 
 
-def check_with_keycloak(context: Context, address: str, before: Optional[mailcloak.Alias], after: mailcloak.Alias) -> None:
-    """Ask the daemon what Keycloak says, before an alias is changed; of who gets its mail already, nothing is asked.
+def check_with_keycloak(context: Context, what: str, changes: Sequence[AliasChange]) -> None:
+    """Ask the daemon what Keycloak says, before aliases are changed; of who gets their mail already, nothing is asked.
 
-    Raises Refused if the address is the e-mail of somebody else; warns of new users who do not count.
+    Raises Refused if an address is the e-mail of somebody else; warns of new users who do not count.
     """
-    if before and (before.users, before.external) == (after.users, after.external):
-        return
-    users = [user for user in after.users if not before or user not in before.users]
+    new_users = [[user for user in after.users if not before or user not in before.users] for _, before, after in changes]
 
-    def ask() -> tuple[list[str], list[dict[str, str]]]:
-        return find_others(context, address, after.users), [ask_login(context, user) for user in users]
+    def ask() -> list[tuple[list[str], list[dict[str, str]]]]:
+        return [
+            (find_others(context, address, after.users), [ask_login(context, user) for user in users])
+            for (address, _, after), users in zip(changes, new_users)
+        ]
 
-    holders, logins = look_up(context, f"{address} and its users were", ask) or ([], [])
-    refuse_holders(context, address, holders)
-    for user, login in zip(users, logins):
+    answers = look_up(context, f"{what} were", ask) if changes else None
+    logins: dict[str, dict[str, str]] = {}
+    for (address, _, _), users, (others, states) in zip(changes, new_users, answers or ()):
+        if others and not context.options.force:
+            raise Refused(
+                f"aliases: {address} is the primary e-mail of {shorten(others)}, whose mail this alias would take;"
+                " name that user too, and both get it, or use --force"
+            )
+        logins.update(zip(users, states))
+    for user, login in logins.items():
         warn_of_login(user, login)
-
-
-def refuse_holders(context: Context, address: str, others: list[str]) -> None:
-    """Raise Refused if the address is the primary e-mail of others."""
-    if others and not context.options.force:
-        raise Refused(
-            f"aliases: {address} is the primary e-mail of {shorten(others)}, whose mail this alias would take;"
-            " name that user too, and both get it, or use --force"
-        )
 
 
 def find_others(context: Context, address: str, users: Sequence[str]) -> list[str]:
@@ -1857,12 +1854,9 @@ def status_fields(stats: dict[str, Any], log: str) -> Iterator[tuple[str, str, s
 def replication_fields(replication: Optional[dict[str, Any]]) -> Iterator[tuple[str, str, str]]:
     """The same for what read_replication() says; nothing where there is one host alone."""
     if replication and replication["role"] != "single":
-        late = replication["late"]
-        yield (
-            "several hosts",
-            describe_replication(replication) + (f"; {LATE_REMEDIES[replication['role']]}" if late else ""),
-            RED if late else "",
-        )
+        text, late = describe_replication(replication), replication["late"]
+        remedy = f"; {LATE_REMEDIES[replication['role']]}" if late else ""
+        yield "several hosts", text + remedy, RED if late else ""
 
 
 SERVICES = ("policy", "socketmap")
@@ -2010,7 +2004,7 @@ def flush(context: Context) -> None:
         return
     of = "" if key == "*" else f" of {key}"
     if forgotten:
-        say(f"flush: {forgotten} cached answer{'s' if forgotten != 1 else ''}{of} forgotten, Keycloak is asked again")
+        say(f"flush: {counted(forgotten, 'cached answer')}{of} forgotten, Keycloak is asked again")
     else:
         say(f"flush: nothing{of} was cached")
 
@@ -2122,114 +2116,77 @@ class Command(NamedTuple):
 
     run: Callable[[Context], Optional[int]]  # its exit code, None for 0
     help: str
-    example: str
+    example: str  # of its arguments and options
     arguments: Sequence[str]
     creates: bool = False  # may it make a database that is missing?
 
 
 COMMANDS: dict[str, dict[str, Command]] = {  # the verb is "" where there is none
     "aliases": {
-        "add": Command(
-            aliases_add, "let an address lead to a user", "aliases add info@example.org alice", ("address", "users"), True
-        ),
-        "add-user": Command(
-            aliases_add_user, "let an alias lead to further users", "aliases add-user info@example.org bob", ("address", "users")
-        ),
-        "remove-user": Command(
-            aliases_remove_user, "take users from an alias", "aliases remove-user info@example.org bob", ("address", "users")
-        ),
-        "list": Command(aliases_list, "show all aliases, or some", "aliases list *@example.org --disabled", ("[glob]",)),
-        "show": Command(aliases_show, "show one alias, and where it leads", "aliases show info@example.org", ("address",)),
+        "add": Command(aliases_add, "let an address lead to a user", "info@example.org alice", ("address", "users"), True),
+        "add-user": Command(aliases_add_user, "let an alias lead to further users", "info@example.org bob", ("address", "users")),
+        "remove-user": Command(aliases_remove_user, "take users from an alias", "info@example.org bob", ("address", "users")),
+        "list": Command(aliases_list, "show all aliases, or some", "*@example.org --disabled", ("[glob]",)),
+        "show": Command(aliases_show, "show one alias, and where it leads", "info@example.org", ("address",)),
         "move": Command(
-            from_data("aliases_move"),
-            "let all aliases of a user lead to another",
-            "aliases move alice bob",
-            ("old_user", "new_user"),
+            from_data("aliases_move"), "let all aliases of a user lead to another", "alice bob", ("old_user", "new_user")
         ),
-        "del": Command(delete, "delete aliases", "aliases del info@example.org", ("addresses",)),
-        "enable": Command(set_enabled, "let disabled aliases count again", "aliases enable info@example.org", ("addresses",)),
-        "disable": Command(
-            set_enabled, "keep aliases, but let them lead nowhere", "aliases disable info@example.org", ("addresses",)
-        ),
-        "export": Command(from_data("aliases_export"), "write all aliases to a file", "aliases export aliases.csv", ("[file]",)),
-        "import": Command(
-            from_data("aliases_import"), "add and change what a file says", "aliases import aliases.csv --dry-run", ("file",), True
-        ),
+        "del": Command(delete, "delete aliases", "info@example.org", ("addresses",)),
+        "enable": Command(set_enabled, "let disabled aliases count again", "info@example.org", ("addresses",)),
+        "disable": Command(set_enabled, "keep aliases, but let them lead nowhere", "info@example.org", ("addresses",)),
+        "export": Command(from_data("aliases_export"), "write all aliases to a file", "aliases.csv", ("[file]",)),
+        "import": Command(from_data("import_or_sync"), "add and change what a file says", "aliases.csv --dry-run", ("file",), True),
         "sync": Command(
-            from_data("aliases_sync"),
-            "make the aliases equal to a file",
-            "aliases sync aliases.csv --missing disable",
-            ("file",),
-            True,
+            from_data("import_or_sync"), "make the aliases equal to a file", "aliases.csv --missing disable", ("file",), True
         ),
     },
     "apps": {
-        "add": Command(apps_add, "make an app, or give one a new token", "apps add printer --generate", ("app_id",), True),
-        "set": Command(
-            apps_set, "set owner or expiry, and leave the token as it is", "apps set printer --expires 90d", ("app_id",)
-        ),
-        "list": Command(apps_list, "show all apps and what they may send as", "apps list --unused 90d", ()),
-        "allow": Command(apps_allow, "let an app send as an address", "apps allow printer scan@example.org", ("app_id", "address")),
-        "disallow": Command(
-            apps_disallow, "take an address from an app", "apps disallow printer scan@example.org", ("app_id", "address")
-        ),
-        "del": Command(delete, "delete an app and its addresses", "apps del printer", ("app_id",)),
-        "enable": Command(set_enabled, "let a disabled app in again", "apps enable printer", ("app_id",)),
-        "disable": Command(set_enabled, "keep an app, but do not let it log in or send", "apps disable printer", ("app_id",)),
+        "add": Command(apps_add, "make an app, or give one a new token", "printer --generate", ("app_id",), True),
+        "set": Command(apps_set, "set owner or expiry, and leave the token as it is", "printer --expires 90d", ("app_id",)),
+        "list": Command(apps_list, "show all apps and what they may send as", "--unused 90d", ()),
+        "allow": Command(apps_allow, "let an app send as an address", "printer scan@example.org", ("app_id", "address")),
+        "disallow": Command(apps_disallow, "take an address from an app", "printer scan@example.org", ("app_id", "address")),
+        "del": Command(delete, "delete an app and its addresses", "printer", ("app_id",)),
+        "enable": Command(set_enabled, "let a disabled app in again", "printer", ("app_id",)),
+        "disable": Command(set_enabled, "keep an app, but do not let it log in or send", "printer", ("app_id",)),
     },
     "ask": {
-        "recipient": Command(
-            ask_recipient, "say whether mail for an address comes in, and why", "ask recipient info@example.org", ("address",)
-        ),
+        "recipient": Command(ask_recipient, "say whether mail for an address comes in, and why", "info@example.org", ("address",)),
         "sender": Command(
             ask_sender,
             "say whether a client may use a sender, and why",
-            "ask sender info@example.org --user alice --method XOAUTH2",
+            "info@example.org --user alice --method XOAUTH2",
             ("address",),
         ),
-        "alias": Command(ask_alias, "say where an address leads, and why", "ask alias info@example.org", ("address",)),
+        "alias": Command(ask_alias, "say where an address leads, and why", "info@example.org", ("address",)),
     },
     "backup": {
-        "": Command(
-            from_data("backup"), "copy the database to a file, and check the copy", "backup /var/backups/state.db", ("file",)
-        )
+        "": Command(from_data("backup"), "copy the database to a file, and check the copy", "/var/backups/state.db", ("file",))
     },
     "restore": {
-        "": Command(from_data("restore"), "make the database what a backup says", "restore /var/backups/state.db", ("file",), True)
+        "": Command(from_data("restore"), "make the database what a backup says", "/var/backups/state.db", ("file",), True)
     },
     "db": {
-        "check": Command(from_data("db_check"), "say what is wrong in the database", "db check --fix", ()),
+        "check": Command(from_data("db_check"), "say what is wrong in the database", "--fix", ()),
         "mirror": Command(
             from_data("mirror", "mailcloakmirror"),
             "make the database equal to that of another host",
-            "db mirror /var/lib/mailcloak-shared/shared.db --watch",
+            "/var/lib/mailcloak-shared/shared.db --watch",
             ("source",),
         ),
-        "promote": Command(
-            from_data("promote", "mailcloakmirror"), "make this host, which follows another, the writer", "db promote", ()
-        ),
+        "promote": Command(from_data("promote", "mailcloakmirror"), "make this host, which follows another, the writer", "", ()),
     },
     "migrate-from-go": {
         "": Command(
-            from_data("migrate_from_go"),
-            "take over the data of the Go program",
-            "migrate-from-go /srv/old-mailcloak/state.db",
-            ("file",),
-            True,
+            from_data("migrate_from_go"), "take over the data of the Go program", "/srv/old-mailcloak/state.db", ("file",), True
         )
     },
-    "status": {"": Command(show_status, "show what the daemon has answered so far, and how it is", "status --watch", ())},
-    "doctor": {"": Command(run_doctor, "check the whole installation, and say what to do next", "doctor", ())},
-    "flush": {"": Command(flush, "have the daemon forget which users it has cached", "flush alice@example.org", ("[address]",))},
+    "status": {"": Command(show_status, "show what the daemon has answered so far, and how it is", "--watch", ())},
+    "doctor": {"": Command(run_doctor, "check the whole installation, and say what to do next", "", ())},
+    "flush": {"": Command(flush, "have the daemon forget which users it has cached", "alice@example.org", ("[address]",))},
 }
-DATABASE_NOUNS = (
-    "aliases",
-    "apps",
-    "backup",
-    "restore",
-    "db",
-    "migrate-from-go",
-)  # those that use the database, and not the running daemon
+# those that use the database, and not the running daemon
+DATABASE_NOUNS = ("aliases", "apps", "backup", "restore", "db", "migrate-from-go")
 _ARGUMENT_HELP = {
     "address": "an e-mail address; for an app '<>' is the null sender",
     "addresses": "e-mail addresses; - for the lines of standard input",
@@ -2285,7 +2242,8 @@ def build_parser() -> ArgumentParser:
 
 def add_command(parsers: Any, common: argparse.ArgumentParser, noun: str, verb: str, command: Command) -> None:
     """Add the parser of one command to those of its noun, or to the nouns."""
-    epilog = f"example: mailcloakctl {command.example}"
+    example = " ".join(filter(None, (noun, verb, command.example)))
+    epilog = f"example: mailcloakctl {example}"
     parser = parsers.add_parser(verb or noun, help=command.help, description=f"{command.help}.", epilog=epilog, parents=[common])
     parser.set_defaults(noun=noun, verb=verb, parser=parser)
     if noun == "doctor":
@@ -2418,6 +2376,8 @@ def add_file_options(parser: argparse.ArgumentParser, verb: str) -> None:
         parser.add_argument("--external", action="store_true", help="also let aliases lead to addresses elsewhere")
         parser.add_argument("--force", action="store_true", help="also what aliases add would refuse without it")
         parser.add_argument("-v", "--verbose", action="store_true", help="say each change")
+    if verb == "import":
+        parser.set_defaults(missing="keep")
     if verb == "sync":
         parser.add_argument(
             "--missing",
@@ -2434,12 +2394,11 @@ def take_late_argument(options: argparse.Namespace, rest: Sequence[str]) -> None
         near = mailcloak.near_miss(word.partition("=")[0], re.findall(r"--[a-z-]+", parser.format_help()))
         if near and word.startswith("--"):
             parser.error(f"unknown option {word.partition('=')[0]}{near}")
-    late = {"flush ": ("address", None), "aliases export": ("file", "-"), "aliases list": ("glob", None)}.get(
-        f"{options.noun} {options.verb}"
-    )
-    if late and getattr(options, late[0]) == late[1] and len(rest) == 1 and not rest[0].startswith("-"):
-        setattr(options, late[0], rest[0])
-        return
+    for argument in COMMANDS[options.noun][options.verb].arguments:
+        name, is_optional = argument.strip("[]"), argument.startswith("[")
+        if is_optional and getattr(options, name) == parser.get_default(name) and len(rest) == 1 and not rest[0].startswith("-"):
+            setattr(options, name, rest[0])
+            return
     if (options.noun, options.verb) != ("apps", "add"):
         parser.error("unrecognized arguments")
     if len(rest) > 1 or rest[0].startswith("-"):

@@ -53,7 +53,7 @@ import tempfile
 import time
 import urllib.parse
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import IO, Any, NamedTuple, Optional, TypeVar, cast
+from typing import IO, Any, ClassVar, NamedTuple, Optional, TypeVar, cast
 
 import mailcloak
 import mailcloakctl as ctl
@@ -328,9 +328,8 @@ class Csv(Format):
     """Comma-separated values as Python's csv reads and writes them (RFC 4180), each alias on a line."""
 
     head = "alias,username,enabled\n"
-    columns: tuple[dict[str, int], ...] = (  # each name that a column may have, with its place in what read() returns
-        {"alias": 0, "alias_email": 0, "address": 0, "username": 1, "enabled": 2, "receive_only": 3},
-    )
+    # each name that a column may have, with its place in what read() returns
+    columns: ClassVar[dict[str, int]] = {"alias": 0, "alias_email": 0, "address": 0, "username": 1, "enabled": 2, "receive_only": 3}
     takes_other_columns = False
 
     def __init__(self, usernames: str) -> None:
@@ -370,7 +369,7 @@ class Csv(Format):
         if any("@" in field for field in fields):
             return [0, 1, 2]
         names = [field.strip().lower() for field in fields]
-        order = [self.columns[0].get(name) for name in names]
+        order = [self.columns.get(name) for name in names]
         found = [place for place in order if place is not None]
         unknown = [name for name, place in zip(names, order) if place is None and not self.takes_other_columns]
         if not {0, 1} <= set(found) or len(set(found)) != len(found) or unknown:
@@ -393,7 +392,7 @@ class PostfixAdmin(Csv):
     """What PostfixAdmin's list of aliases gives as CSV: its columns by their names or, in English, as they are shown."""
 
     head, holds_all = "address,goto,active\n", False
-    columns = ({"address": 0, "alias": 0, "goto": 1, "to": 1, "active": 2},)
+    columns: ClassVar[dict[str, int]] = {"address": 0, "alias": 0, "goto": 1, "to": 1, "active": 2}
     takes_other_columns = True
 
     def _read_targets(self, text: str, address: str) -> tuple[list[str], list[str]]:
@@ -449,7 +448,7 @@ class Virtual(Format):
         for each, line in lines:
             if not line.strip() or line.lstrip().startswith("#"):
                 continue
-            if line[0].isspace():
+            if whole and line[0].isspace():
                 whole += line
                 if len(whole) > MAX_LINE_BYTES:
                     raise Unreadable(f"line {number} goes on for more than {MAX_LINE_BYTES} characters")
@@ -493,11 +492,6 @@ def find_format(name: Optional[str], path: str, usernames: str) -> Format:
 # ---------------------------------------------------------------------------------------------------------------------------------
 # Files
 # ---------------------------------------------------------------------------------------------------------------------------------
-
-
-def in_words(count: int, one: str, many: str) -> str:
-    """How many there are."""
-    return f"{count} {one if count == 1 else many}"
 
 
 def watch(items: Iterable[Item], what: str, share: Callable[[], float] = lambda: 0.0) -> Iterator[Item]:
@@ -578,7 +572,7 @@ class Problems:
         """Raise Refused if there were any, and they may not be left out."""
         if self.count and not skip:
             raise ctl.Refused(
-                f"aliases: {self.name}: {in_words(self.count, f'{self.unit} is', f'{self.unit}s are')} bad, nothing was changed; correct them, or leave them out with --skip-bad"
+                f"aliases: {self.name}: {ctl.counted(self.count, f'{self.unit} is', f'{self.unit}s are')} bad, nothing was changed; correct them, or leave them out with --skip-bad"
             )
 
 
@@ -746,7 +740,7 @@ def load(staging: sqlite3.Connection, context: ctl.Context, source: Source, form
         raise source.refuse(str(exc)) from None
     for domain, count in foreign.most_common(ctl.SHOWN_ITEMS):
         ctl.say(
-            f"warning: {in_words(count, 'alias', 'aliases')} in {domain}, which is not in policy.domain: such an alias leads nowhere"
+            f"warning: {ctl.counted(count, 'alias', 'aliases')} in {domain}, which is not in policy.domain: such an alias leads nowhere"
         )
     return int(staging.execute("SELECT count(*) FROM wanted").fetchone()[0])
 
@@ -793,14 +787,12 @@ def apply(database: sqlite3.Connection, changes: Iterable[Change]) -> None:
     changes = iter(changes)
     while batch := list(itertools.islice(changes, BATCH_ROWS)):
         database.executemany("DELETE FROM aliases WHERE alias_email = ?", [(each[0],) for each in batch if each[5] is None])
-        ctl.store_aliases(
-            database,
-            [
-                ctl.Stored(each[0], mailcloak.read_alias(each[5], each[6], each[7]), each[8] or None)
-                for each in batch
-                if each[5] is not None
-            ],
-        )
+        stored = [
+            ctl.Stored(each.address, mailcloak.read_alias(each.targets, each.enabled, each.receive_only), each.source or None)
+            for each in batch
+            if each.targets is not None
+        ]
+        ctl.store_aliases(database, stored)
 
 
 def prepare_commit(database: sqlite3.Connection) -> None:
@@ -826,33 +818,20 @@ class DryRun(Exception):
     """All was tried, and is to be taken back."""
 
 
-def aliases_import(context: ctl.Context) -> None:
-    """Add and change what the file says."""
-    make_so(context, "keep")
-
-
-def aliases_sync(context: ctl.Context) -> None:
-    """Make the aliases equal to the file."""
-    make_so(context, context.options.missing)
-
-
-def make_so(context: ctl.Context, missing: str) -> None:
+def import_or_sync(context: ctl.Context) -> None:
     """Read, compare, check, write, tell. Raises Refused, OverLimit; then nothing was changed."""
     options = context.options
     options.scope = ctl.read_domain(options.scope) if options.scope else ""
     options.source = options.source or ""
-    percent, form, source = (
-        read_share(options.max_change),
-        find_format(options.format, options.file, options.usernames),
-        Source(options.file),
-    )
+    percent = read_share(options.max_change)
+    form, source = find_format(options.format, options.file, options.usernames), Source(options.file)
     problems = Problems(source.name)
     with contextlib.closing(open_staging()) as staging:
         wanted = load(staging, context, source, form, problems)
         problems.stop(skip=options.skip_bad)
         database = find_database(context)
         version = data_version(database)
-        counts, stored = compare(staging, database, problems, missing, domain=options.scope, source=options.source)
+        counts, stored = compare(staging, database, problems, options.missing, domain=options.scope, source=options.source)
         problems.stop(skip=options.skip_bad)
         if is_over_limit(counts, stored, wanted, percent):
             if options.dry_run:
@@ -893,26 +872,8 @@ def ask_about(context: ctl.Context, elsewhere: Optional[list[Change]]) -> None:
             " mailcloakctl doctor does both for all aliases"
         )
         return
-
-    found: list[tuple[str, Sequence[str], list[str]]] = []  # address, all its users, the new ones
-    for change in elsewhere:
-        new = cast(mailcloak.Alias, change.new)
-        users = [user for user in new.users if user in change.new_targets]
-        found.append((change.address, new.users, users))
-
-    def ask() -> list[tuple[list[str], list[dict[str, str]]]]:
-        return [
-            (ctl.find_others(context, address, all_users), [ctl.ask_login(context, user) for user in users])
-            for address, all_users, users in found
-        ]
-
-    answers = ctl.look_up(context, f"{ctl.counted(found, 'alias', 'aliases')} were", ask) if found else None
-    logins: dict[str, dict[str, str]] = {}
-    for (address, _, users), (others, states) in zip(found, answers or ()):
-        ctl.refuse_holders(context, address, others)
-        logins.update(zip(users, states))
-    for username, login in logins.items():
-        ctl.warn_of_login(username, login)
+    changes = [(change.address, change.old, cast(mailcloak.Alias, change.new)) for change in elsewhere]
+    ctl.check_with_keycloak(context, ctl.counted(changes, "alias", "aliases"), changes)
 
 
 def write(
@@ -944,10 +905,7 @@ def tell(context: ctl.Context, staging: sqlite3.Connection, counts: dict[str, in
     """Print what was changed, or would be; note it in syslog where it was."""
     options = context.options
     warn_of_other_jobs(staging, dry_run=options.dry_run)
-
-    def show() -> None:
-        report(options, staging, counts, stored, skipped)
-
+    show = functools.partial(report, options, staging, counts, stored, skipped)
     if not counts or options.dry_run:
         show()
         return
@@ -969,7 +927,7 @@ def report(options: Any, staging: sqlite3.Connection, counts: dict[str, int], st
             print(ctl.shown_text(describe(change)))
     would = "would be " if options.dry_run else ""
     parts = [f"{number} {would}{word}" for word, number in numbers.items() if number]
-    skipped_part = [f"{in_words(skipped, 'bad line', 'bad lines')} left out"] if skipped else []
+    skipped_part = [f"{ctl.counted(skipped, 'bad line')} left out"] if skipped else []
     print(f"aliases: {', '.join([*(parts or ['nothing to change']), f'{unchanged} unchanged', *skipped_part])}")
 
 
@@ -999,20 +957,17 @@ def describe(change: Change) -> str:
 
 def print_as_json(head: dict[str, Any], changes: Iterable[Change]) -> None:
     """One object: the head, and "changes" with the old and the new value of each; one after the other, since they may be a million."""
+
+    def shown(alias: Optional[mailcloak.Alias], source: Optional[str]) -> Optional[dict[str, Any]]:
+        if alias is None:
+            return None
+        state = {"enabled": int(alias.enabled), "receive_only": alias.receive_only, "source": source or None}
+        return {"username": ctl.shown_targets(alias), **state}
+
     print(json.dumps(head)[:-1] + ', "changes": [', end="")
     separator = "\n  "
     for change in changes:
-        old, new = (
-            {
-                "username": ctl.shown_targets(alias),
-                "enabled": int(alias.enabled),
-                "receive_only": alias.receive_only,
-                "source": source or None,
-            }
-            if alias
-            else None
-            for alias, source in ((change.old, change.old_source), (change.new, change.source))
-        )
+        old, new = shown(change.old, change.old_source), shown(change.new, change.source)
         print(separator + json.dumps({"alias": change.address, "old": old, "new": new}), end="")
         separator = ",\n  "
     print("]}")
@@ -1065,7 +1020,7 @@ def aliases_move(context: ctl.Context) -> None:
             ctl.refuse_chain(context, change.address, new)
     note("aliases: move", changes, old, {"change": len(changes)})
     addresses = [change.address for change in changes]
-    lead = in_words(len(changes), "alias now leads", "aliases now lead")
+    lead = ctl.counted(changes, "alias now leads", "aliases now lead")
     ctl.answer(context, addresses, f"aliases: {lead} to {new}: {ctl.shorten(addresses)}", username=new, before=old)
 
 
@@ -1126,16 +1081,63 @@ def write_lines(lines: Iterator[str], file: IO[bytes]) -> None:
 
 
 # ---------------------------------------------------------------------------------------------------------------------------------
+# Tables that are made equal to those of another file, which is attached as a schema of its own
+# Tables and columns are those of mailcloak.SCHEMA, whatever else is in a file: Litestream has tables of its own in shared.db.
+# ---------------------------------------------------------------------------------------------------------------------------------
+
+
+class Table(NamedTuple):
+    """A table of the schema."""
+
+    name: str
+    columns: list[str]
+    keys: list[str]  # the columns of its primary key
+
+
+@functools.cache
+def read_tables() -> tuple[Table, ...]:
+    """All tables of the schema, a parent before its child."""
+    with contextlib.closing(sqlite3.connect(":memory:")) as model:
+        model.executescript(mailcloak.SCHEMA)
+        names = [row[0] for row in model.execute("SELECT name FROM sqlite_master WHERE type = 'table' ORDER BY rowid")]
+        infos = {name: model.execute(f"PRAGMA table_info({name})").fetchall() for name in names}
+    return tuple(Table(name, [row[1] for row in info], [row[1] for row in info if row[5]]) for name, info in infos.items())
+
+
+def same_key(table: Table) -> str:
+    """Have the row "theirs" of the other file and our row "ours" the same key? As SQL."""
+    return " AND ".join(f"theirs.{key} = ours.{key}" for key in table.keys)
+
+
+def lacks(table: Table, schema: str) -> str:
+    """Has the other file no row with the key of our row "ours"? As SQL."""
+    return f"NOT EXISTS (SELECT 1 FROM {schema}.{table.name} AS theirs WHERE {same_key(table)})"  # noqa: S608
+
+
+def delete_rows(database: sqlite3.Connection, table: Table, schema: str) -> int:
+    """Delete the rows whose key the other file does not have; how many these were."""
+    return database.execute(f"DELETE FROM main.{table.name} AS ours WHERE {lacks(table, schema)}").rowcount  # noqa: S608
+
+
+def copy_rows(database: sqlite3.Connection, table: Table, rows: str) -> int:
+    """Write the rows that are new or differ; how many these were. rows: those of the other file, as a SELECT of all columns."""
+    name, columns, keys = table
+    others = [column for column in columns if column not in keys]
+    differs = " OR ".join([f"ours.{keys[0]} IS NULL", *(f"ours.{column} IS NOT theirs.{column}" for column in others)])
+    update = f"UPDATE SET {', '.join(f'{column} = excluded.{column}' for column in others)}" if others else "NOTHING"
+    return database.execute(
+        f"INSERT INTO main.{name} ({', '.join(columns)}) SELECT {', '.join(f'theirs.{column}' for column in columns)}"  # noqa: S608
+        f" FROM ({rows}) AS theirs LEFT JOIN main.{name} AS ours ON {same_key(table)} WHERE {differs}"
+        f" ON CONFLICT ({', '.join(keys)}) DO {update}"
+    ).rowcount
+
+
+# ---------------------------------------------------------------------------------------------------------------------------------
 # Backups
 # ---------------------------------------------------------------------------------------------------------------------------------
 
 BACKUP_PAGES = 5000  # copied at a time; between two of these steps others may write
-KEYS = {  # the tables with their keys, a parent before its child
-    "aliases": ("alias_email",),
-    "alias_targets": ("alias_email", "target"),
-    "apps": ("app_id",),
-    "app_from": ("app_id", "from_addr"),
-}
+NAMED = ("aliases", "apps")  # the tables whose rows are told
 PARENTS = {"alias_targets": "aliases", "app_from": "apps"}  # by the first column of the key
 
 
@@ -1149,7 +1151,7 @@ def tell_numbers(
         if context.options.json:
             ctl.print_json({**values, **numbers})
         else:
-            aliases, apps = in_words(numbers["aliases"], "alias", "aliases"), in_words(numbers["apps"], "app", "apps")
+            aliases, apps = ctl.counted(numbers["aliases"], "alias", "aliases"), ctl.counted(numbers["apps"], "app")
             print(f"{context.options.noun}: {text}: {aliases}, {apps}")
 
     ctl.print_done(show)
@@ -1233,7 +1235,7 @@ def check_backup(path: str) -> None:
     """Raise Refused for a file that is no whole database of mailcloak, or of a newer one."""
     try:
         os.stat(path)
-        with contextlib.closing(open_readonly(path)) as database:
+        with contextlib.closing(sqlite3.connect(readonly_uri(path), uri=True)) as database:
             check_whole(database, f"restore: {path!r}")
             version = database.execute("PRAGMA user_version").fetchone()[0]
             tables = {row[0] for row in database.execute("SELECT name FROM sqlite_master WHERE type = 'table'")}
@@ -1246,11 +1248,6 @@ def check_backup(path: str) -> None:
         raise ctl.Refused(text, "install the newer one first")
     if not version or not {"aliases", "apps", "app_from"} <= tables:
         raise ctl.Refused(f"restore: {path!r} is no database of mailcloak, name a file that backup has written")
-
-
-def open_readonly(path: str) -> sqlite3.Connection:
-    """A connection that changes nothing, for a file that nobody else uses; raises sqlite3.Error."""
-    return sqlite3.connect(readonly_uri(path), uri=True, isolation_level=None)
 
 
 def readonly_uri(path: str) -> str:
@@ -1310,13 +1307,8 @@ def restore_into(context: ctl.Context, database: sqlite3.Connection, path: str) 
             ctl.say(f"restore: these {kind} {'would be' if dry_run else 'are'} there again, or enabled again: {ctl.shorten(names)}")
     would = "would be " if dry_run else ""
     text = f"{context.path} {would or 'is '}as {path}, {brought.changed} rows {would}changed"
-    values = {
-        "changed": bool(brought.changed) and not dry_run,
-        "dry_run": dry_run,
-        "rows": brought.changed,
-        "gone": brought.gone,
-        "back": brought.back,
-    }
+    changed = bool(brought.changed) and not dry_run
+    values = {"changed": changed, "dry_run": dry_run, "rows": brought.changed, "gone": brought.gone, "back": brought.back}
     tell_numbers(context, database, text, brought.numbers, **values)
 
 
@@ -1329,83 +1321,67 @@ class Brought(NamedTuple):
     numbers: dict[str, int]  # how many of both there are then
 
 
-class _NotDone(Exception):
-    """Ends a transaction whose result is only to be told."""
-
-
 def bring_rows(database: sqlite3.Connection, path: str, *, dry_run: bool = False) -> Brought:
     """Write the rows of the backup that differ, in one transaction. Makes the tables where there are none."""
     attach(database, path, "backup")
-    with contextlib.suppress(_NotDone), ctl.transaction(database):
+    with contextlib.suppress(DryRun), ctl.transaction(database):
         if not database.execute("SELECT 1 FROM main.sqlite_master").fetchone():
             for statement in mailcloak.SCHEMA.split(";\n"):
                 database.execute(statement)
             database.execute(f"PRAGMA main.user_version = {mailcloak.SCHEMA_VERSION}")
+        named = [table for table in read_tables() if table.name in NAMED]
         gone, back = (
-            {table: [str(row[0]) for row in database.execute(select(table))] for table in ("aliases", "apps")}
+            {table.name: [str(row[0]) for row in database.execute(select(table))] for table in named}
             for select in (select_gone, select_back)
         )
-        changed = sum(delete_rows(database, table) for table in reversed(list(KEYS)))
-        changed += sum(copy_rows(database, table) for table in KEYS if has_table(database, table))
+        changed = sum(take_away(database, table) for table in reversed(read_tables()))
+        changed += sum(bring_table(database, table) for table in read_tables() if has_table(database, table))
         brought = Brought(changed, gone, back, count_names(database))
         if dry_run:
-            raise _NotDone
+            raise DryRun
         prepare_commit(database)
     database.execute("DETACH backup")
     return brought
 
 
-def select_gone(table: str) -> str:
+def select_gone(table: Table) -> str:
     """The names that the backup does not have, as a statement."""
-    return f"SELECT {KEYS[table][0]} FROM main.{table} AS ours WHERE {lacks(table)} ORDER BY 1"  # noqa: S608
+    return f"SELECT {table.keys[0]} FROM main.{table.name} AS ours WHERE {lacks(table, 'backup')} ORDER BY 1"  # noqa: S608
 
 
-def select_back(table: str) -> str:
+def select_back(table: Table) -> str:
     """The names that the backup has, enabled, and the database has not, or disabled, as a statement."""
-    key = KEYS[table][0]
-    ours = f"SELECT 1 FROM main.{table} AS ours WHERE ours.{key} = theirs.{key} AND ours.enabled = 1"  # noqa: S608
-    return f"SELECT {key} FROM backup.{table} AS theirs WHERE theirs.enabled = 1 AND NOT EXISTS ({ours}) ORDER BY 1"  # noqa: S608
+    ours = f"SELECT 1 FROM main.{table.name} AS ours WHERE {same_key(table)} AND ours.enabled = 1"  # noqa: S608
+    theirs = f"backup.{table.name} AS theirs WHERE theirs.enabled = 1"
+    return f"SELECT {table.keys[0]} FROM {theirs} AND NOT EXISTS ({ours}) ORDER BY 1"  # noqa: S608
 
 
 def count_names(database: sqlite3.Connection) -> dict[str, int]:
     """How many aliases and apps there are."""
-    return {table: int(database.execute(f"SELECT count(*) FROM main.{table}").fetchone()[0]) for table in ("aliases", "apps")}  # noqa: S608
+    return {name: int(database.execute(f"SELECT count(*) FROM main.{name}").fetchone()[0]) for name in NAMED}  # noqa: S608
 
 
-def has_table(database: sqlite3.Connection, table: str) -> bool:
+def has_table(database: sqlite3.Connection, table: Table) -> bool:
     """Has the backup this table? An older one may not."""
-    return bool(database.execute("SELECT 1 FROM backup.sqlite_master WHERE name = ?", (table,)).fetchone())
+    return bool(database.execute("SELECT 1 FROM backup.sqlite_master WHERE name = ?", (table.name,)).fetchone())
 
 
-def delete_rows(database: sqlite3.Connection, table: str) -> int:
-    """Delete the rows whose key the backup does not have; how many these were."""
+def take_away(database: sqlite3.Connection, table: Table) -> int:
+    """Delete the rows that the backup does not have; how many these were."""
     if not has_table(database, table):
-        return database.execute(f"DELETE FROM main.{table}").rowcount  # noqa: S608
-    return database.execute(f"DELETE FROM main.{table} AS ours WHERE {lacks(table)}").rowcount  # noqa: S608
+        return database.execute(f"DELETE FROM main.{table.name}").rowcount  # noqa: S608
+    return delete_rows(database, table, "backup")
 
 
-def lacks(table: str) -> str:
-    """Has the backup no row of the same key? As SQL, where "ours" is a row of the table."""
-    same = " AND ".join(f"theirs.{column} = ours.{column}" for column in KEYS[table])
-    return f"NOT EXISTS (SELECT 1 FROM backup.{table} AS theirs WHERE {same})"  # noqa: S608
-
-
-def copy_rows(database: sqlite3.Connection, table: str) -> int:
+def bring_table(database: sqlite3.Connection, table: Table) -> int:
     """Write the rows of the backup that differ; how many these were. A column that an older backup lacks has its default."""
-    defaults = {row[1]: row[4] or "NULL" for row in database.execute(f"PRAGMA main.table_info({table})")}
-    columns = list(defaults)
-    theirs = {row[1] for row in database.execute(f"PRAGMA backup.table_info({table})")}
-    values = [column if column in theirs else defaults[column] for column in columns]
-    others = [column for column in columns if column not in KEYS[table]]
-    new = [f"excluded.{column}" for column in others]
-    key, parent = KEYS[table][0], PARENTS.get(table)
-    orphans = f" WHERE {key} IN (SELECT {key} FROM backup.{parent})" if parent else " WHERE 1"  # noqa: S608
-    statement = (
-        f"INSERT INTO main.{table} ({', '.join(columns)}) SELECT {', '.join(values)} FROM backup.{table}{orphans}"  # noqa: S608
-        f" ON CONFLICT ({', '.join(KEYS[table])}) DO UPDATE SET {', '.join(map(' = '.join, zip(others, new)))}"
-        f" WHERE ({', '.join(others)}) IS NOT ({', '.join(new)})"
-    )
-    return database.execute(statement).rowcount
+    defaults = {row[1]: row[4] or "NULL" for row in database.execute(f"PRAGMA main.table_info({table.name})")}
+    theirs = {row[1] for row in database.execute(f"PRAGMA backup.table_info({table.name})")}
+    values = [column if column in theirs else f"{default} AS {column}" for column, default in defaults.items()]
+    key, parent = table.keys[0], PARENTS.get(table.name)
+    belongs = f"{key} IN (SELECT {key} FROM backup.{parent})" if parent else "1"  # noqa: S608
+    rows = f"SELECT {', '.join(values)} FROM backup.{table.name} WHERE {belongs}"  # noqa: S608
+    return copy_rows(database, table._replace(columns=list(defaults)), rows)
 
 
 # ---------------------------------------------------------------------------------------------------------------------------------
@@ -1431,9 +1407,8 @@ def db_check(context: ctl.Context) -> int:
     if options.fix:
         with ctl.transaction(database):
             database.execute("PRAGMA defer_foreign_keys = ON")
-            while fixable := [
-                fault for fault in find_faults(context) if fault.fixes
-            ]:  # each correction makes one row right, or deletes it
+            # each correction makes one row right, or deletes it
+            while fixable := [fault for fault in find_faults(context) if fault.fixes]:
                 for fault in fixable:
                     for statement, values in fault.fixes:
                         database.execute(statement, values)
@@ -1464,19 +1439,19 @@ def find_faults(context: ctl.Context) -> Iterator[Fault]:
     if damage != ["ok"]:
         yield from (Fault("", context.path, text, restore_it) for text in damage)
         return
-    lacks = False
-    with contextlib.closing(sqlite3.connect(":memory:")) as model:
-        model.executescript(mailcloak.SCHEMA)
-        for table in KEYS:
-            wanted, found = ({row[1] for row in each.execute(f"PRAGMA table_info({table})")} for each in (model, database))
-            for column in sorted(wanted - found):
-                lacks = True
-                yield Fault(table, column, "this column is missing", restore_it)
-    if lacks:
+    is_short = False
+    for name, columns, _ in read_tables():
+        found = {row[1] for row in database.execute(f"PRAGMA table_info({name})")}
+        for column in sorted(set(columns) - found):
+            is_short = True
+            yield Fault(name, column, "this column is missing", restore_it)
+    if is_short:
         return
-    for table, rowid, parent, _ in database.execute("PRAGMA foreign_key_check").fetchall():
-        (key,) = database.execute(f"SELECT {KEYS[table][0]} FROM {table} WHERE rowid = ?", (rowid,)).fetchone()  # noqa: S608
-        yield Fault(table, str(key), f"belongs to nothing in {parent}", "", ((f"DELETE FROM {table} WHERE rowid = ?", (rowid,)),))  # noqa: S608
+    for name, _, keys in reversed(read_tables()):
+        for _, rowid, parent, _ in database.execute(f"PRAGMA foreign_key_check({name})").fetchall():
+            (key,) = database.execute(f"SELECT {keys[0]} FROM {name} WHERE rowid = ?", (rowid,)).fetchone()  # noqa: S608
+            fixes = ((f"DELETE FROM {name} WHERE rowid = ?", (rowid,)),)  # noqa: S608
+            yield Fault(name, str(key), f"belongs to nothing in {parent}", "", fixes)
     yield from find_alias_faults(context)
     yield from find_app_faults(database)
     yield from find_sender_faults(database)
@@ -1558,18 +1533,14 @@ def find_app_faults(database: sqlite3.Connection) -> Iterator[Fault]:
         except ctl.Refused as exc:
             yield Fault("apps", ctl.shown_text(app_id), str(exc), "make it again, with mailcloakctl apps add and apps set")
             continue
+        fault = f"nobody can log in as it, since {right} is looked up"
         if right != app_id and right in ids:
-            yield Fault(
-                "apps",
-                app_id,
-                f"nobody can log in as it, since {right} is looked up",
-                f"there are two: mailcloakctl apps del {right}",
-            )
+            yield Fault("apps", app_id, fault, f"there are two: mailcloakctl apps del {right}")
         elif right != app_id:
             ids.add(right)
             apps, senders = (f"UPDATE {table} SET app_id = ? WHERE app_id = ?" for table in ("apps", "app_from"))  # noqa: S608
             fixes = ((apps, (right, app_id)), (senders, (right, app_id)))
-            yield Fault("apps", app_id, f"nobody can log in as it, since {right} is looked up", "", fixes)
+            yield Fault("apps", app_id, fault, "", fixes)
         elif name != owner:
             fixes = (("UPDATE apps SET owner = ? WHERE app_id = ?", (name, app_id)),)
             yield Fault("apps", app_id, f"the owner {owner!r} is stored for {name}", "", fixes)
@@ -1577,20 +1548,14 @@ def find_app_faults(database: sqlite3.Connection) -> Iterator[Fault]:
 
 def find_sender_faults(database: sqlite3.Connection) -> Iterator[Fault]:
     """Addresses of apps that are not as the daemon compares them."""
-    for app_id, sender, rowid in database.execute(
-        "SELECT app_id, from_addr, rowid FROM app_from ORDER BY app_id, from_addr"
-    ).fetchall():
+    select = "SELECT app_id, from_addr, rowid FROM app_from ORDER BY app_id, from_addr"
+    for app_id, sender, rowid in database.execute(select).fetchall():
         key = ctl.shown_text(f"{app_id} {sender}")
         try:
             right = sender if sender == "" else read_stored(ctl.read_sender, sender)
         except ctl.Refused:
-            yield Fault(
-                "app_from",
-                key,
-                "this is no address, so it allows nothing",
-                "",
-                (("DELETE FROM app_from WHERE rowid = ?", (rowid,)),),
-            )
+            delete = ("DELETE FROM app_from WHERE rowid = ?", (rowid,))
+            yield Fault("app_from", key, "this is no address, so it allows nothing", "", (delete,))
             continue
         if right != sender:
             fixes = (("UPDATE OR REPLACE app_from SET from_addr = ? WHERE rowid = ?", (right, rowid)),)
@@ -1813,20 +1778,11 @@ def tell_go(context: ctl.Context, staging: sqlite3.Connection, data: GoData, *, 
 
     def show() -> None:
         if options.json:
-            ctl.print_json(
-                {
-                    "changed": is_changed,
-                    "dry_run": options.dry_run,
-                    "aliases_added": added,
-                    "apps": len(data.apps),
-                    "domains": data.domains,
-                }
-            )
+            numbers = {"aliases_added": added, "apps": len(data.apps), "domains": data.domains}
+            ctl.print_json({"changed": is_changed, "dry_run": options.dry_run, **numbers})
             return
         would = " would be" if options.dry_run else ""
-        print(
-            f"migrate-from-go: {in_words(added, 'alias', 'aliases')}{would} added, {in_words(len(data.apps), 'app', 'apps')} in it"
-        )
+        print(f"migrate-from-go: {ctl.counted(added, 'alias', 'aliases')}{would} added, {ctl.counted(data.apps, 'app')} in it")
         print(f"migrate-from-go: policy.domain must list: {', '.join(data.domains) or '(no domain is enabled in it)'}")
         if options.new_config and not options.dry_run:
             print(

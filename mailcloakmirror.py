@@ -21,13 +21,12 @@ written, in one transaction. A refused SOURCE changes nothing.
 The origin (mailcloakctl.Origin) says who the writer is, its epoch and the serial of its last change. Each promotion is a new epoch. A
 writer that comes back has an older one, and is refused until somebody says --adopt.
 
-Contents: the schema, one look (bring the rows, follow, publish), staying, the verbs.
+Contents: the rows of a table, one look (bring the rows, follow, publish), staying, the verbs.
 """
 
 from __future__ import annotations
 
 import contextlib
-import functools
 import hashlib
 import itertools
 import os
@@ -38,7 +37,7 @@ import sqlite3
 import stat
 import time
 from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple, Optional
+from typing import Any, Optional
 
 import mailcloak
 import mailcloakctl as ctl
@@ -48,7 +47,6 @@ WATCH_SECONDS = 0.2  # between two looks at the times of SOURCE
 RETRY_SECONDS = 2.0  # before a SOURCE that was refused is looked at again, though its times are the same
 RESERVED_SERIALS = 86_400  # how many the writer's database notes ahead: as many seconds as until it is written again
 RENEW_SECONDS = 10  # how often the writer says that its rows are still the same: silence is no stall then
-BATCH_ROWS = 1000
 
 ORIGIN = """
 CREATE TABLE IF NOT EXISTS main.origin (
@@ -58,30 +56,12 @@ CREATE TABLE IF NOT EXISTS main.origin (
 )"""
 
 # ---------------------------------------------------------------------------------------------------------------------------------
-# The schema
-# Tables and columns are those of mailcloak.SCHEMA, whatever else is in a file: Litestream has tables of its own in shared.db.
+# The rows of a table
+# A row without a key is nobody's, and is not brought.
 # ---------------------------------------------------------------------------------------------------------------------------------
 
 
-class Table(NamedTuple):
-    """A table of the schema. A row without a key is nobody's, and is not brought."""
-
-    name: str
-    columns: list[str]
-    keys: list[str]  # the columns of its primary key
-
-
-@functools.cache
-def read_tables() -> tuple[Table, ...]:
-    """All tables of the schema."""
-    with contextlib.closing(sqlite3.connect(":memory:")) as model:
-        model.executescript(mailcloak.SCHEMA)
-        names = [row[0] for row in model.execute("SELECT name FROM sqlite_master WHERE type = 'table' ORDER BY name")]
-        infos = {name: model.execute(f"PRAGMA table_info({name})").fetchall() for name in names}
-    return tuple(Table(name, [row[1] for row in info], [row[1] for row in info if row[5]]) for name, info in infos.items())
-
-
-def has_key(table: Table) -> str:
+def has_key(table: data.Table) -> str:
     """The condition that a row has a key."""
     return " AND ".join(f"{key} IS NOT NULL" for key in table.keys)
 
@@ -89,12 +69,12 @@ def has_key(table: Table) -> str:
 def digest_of(database: sqlite3.Connection, schema: str, origin: ctl.Origin) -> str:
     """A digest of all rows and of whose they are, which is the same wherever the same rows are."""
     digest = hashlib.blake2b(repr((origin.writer, origin.host, origin.epoch, origin.serial)).encode(), digest_size=16)
-    for table in read_tables():
+    for table in sorted(data.read_tables()):
         row = " || ".join(f"quote({column})" for column in table.columns)
         select = f"SELECT CAST({row} AS BLOB) FROM {schema}.{table.name} WHERE {has_key(table)} ORDER BY {', '.join(table.keys)}"  # noqa: S608
         rows = data.rows_of(database, select)
         digest.update(table.name.encode())
-        while batch := list(itertools.islice(rows, BATCH_ROWS)):
+        while batch := list(itertools.islice(rows, data.BATCH_ROWS)):
             digest.update(b"".join(row[0] for row in batch))
     return digest.hexdigest()
 
@@ -196,7 +176,7 @@ def check_source(database: sqlite3.Connection, source: str, origin: Optional[ctl
         if version != mailcloak.SCHEMA_VERSION:
             why = f"it has schema version {version}, this mailcloak has {mailcloak.SCHEMA_VERSION}"
             raise refused(source, why, "install the same version on both hosts")
-        for name, columns, _ in read_tables():
+        for name, columns, _ in sorted(data.read_tables()):
             is_table = "SELECT 1 FROM source.sqlite_master WHERE name = ? AND type = 'table' AND rootpage > 0"
             if not database.execute(is_table, (name,)).fetchone():  # a view, whose rows may have no end, or a virtual table
                 raise refused(source, f"it has no table {name}")
@@ -212,44 +192,20 @@ def check_source(database: sqlite3.Connection, source: str, origin: Optional[ctl
 def make_equal(database: sqlite3.Connection) -> int:
     """Write the rows of the schema "source" that differ; how many these were. In a transaction that has begun."""
     changed = 0
-    for table in read_tables():
-        changed += copy_rows(database, table)
-        counts = {schema: count_rows(database, schema, table) for schema in ("main", "source")}
-        if counts["main"] != counts["source"]:  # all of SOURCE are here now
-            changed += delete_rows(database, table)
+    for table in data.read_tables():
+        rows = f"SELECT {', '.join(table.columns)} FROM source.{table.name} WHERE {has_key(table)}"  # noqa: S608
+        changed += data.copy_rows(database, table, rows)
+        counts = f"SELECT (SELECT count(*) FROM main.{table.name}), (SELECT count(*) FROM ({rows}))"  # noqa: S608
+        ours, theirs = database.execute(counts).fetchone()
+        if ours != theirs:  # all of SOURCE are here now
+            changed += data.delete_rows(database, table, "source")
     return changed
-
-
-def count_rows(database: sqlite3.Connection, schema: str, table: Table) -> int:
-    """How many rows of the table are to be brought, or of our own are there."""
-    where = f"WHERE {has_key(table)}" if schema == "source" else ""
-    return int(database.execute(f"SELECT count(*) FROM {schema}.{table.name} {where}").fetchone()[0])  # noqa: S608
-
-
-def delete_rows(database: sqlite3.Connection, table: Table) -> int:
-    """Delete the rows that SOURCE does not have; how many these were."""
-    same = " AND ".join(f"theirs.{key} = ours.{key}" for key in table.keys)
-    theirs = f"SELECT 1 FROM source.{table.name} AS theirs WHERE {same}"  # noqa: S608
-    return database.execute(f"DELETE FROM main.{table.name} AS ours WHERE NOT EXISTS ({theirs})").rowcount  # noqa: S608
-
-
-def copy_rows(database: sqlite3.Connection, table: Table) -> int:
-    """Write the rows that are new or differ; how many these were."""
-    name, columns, keys = table
-    others = [column for column in columns if column not in keys]
-    same = " AND ".join(f"theirs.{key} = ours.{key}" for key in keys)
-    differs = " OR ".join([f"ours.{keys[0]} IS NULL", *(f"ours.{column} IS NOT theirs.{column}" for column in others)])
-    update = f"UPDATE SET {', '.join(f'{column} = excluded.{column}' for column in others)}" if others else "NOTHING"
-    return database.execute(
-        f"INSERT INTO main.{name} ({', '.join(columns)}) SELECT {', '.join(f'theirs.{column}' for column in columns)}"  # noqa: S608
-        f" FROM (SELECT * FROM source.{name} WHERE {has_key(table)}) AS theirs LEFT JOIN main.{name} AS ours ON {same} WHERE {differs}"
-        f" ON CONFLICT ({', '.join(keys)}) DO {update}"
-    ).rowcount
 
 
 def has_rows(database: sqlite3.Connection) -> bool:
     """Are any of our own there?"""
-    return any(database.execute(f"SELECT 1 FROM main.{table.name} LIMIT 1").fetchone() for table in read_tables())  # noqa: S608
+    names = [table.name for table in data.read_tables()]
+    return any(database.execute(f"SELECT 1 FROM main.{name} LIMIT 1").fetchone() for name in names)  # noqa: S608
 
 
 def write_origin(database: sqlite3.Connection, origin: ctl.Origin) -> None:

@@ -294,6 +294,13 @@ def short_directory():
         shutil.rmtree(path, ignore_errors=True)
 
 
+@pytest.fixture(autouse=True)
+def unblock_signals():
+    """mailcloakctl.commit() leaves them blocked, which processes that are started later would inherit."""
+    yield
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT, signal.SIGTERM, signal.SIGHUP})
+
+
 @pytest.fixture
 def short_dir():
     """A short_directory() for one test."""

@@ -488,6 +488,15 @@ def test_damage_of_an_index_is_found(ctl):
     assert {(table, remedy) for table, _, remedy in faults(ctl, code=1)} == {("-", "mailcloakctl restore brings back a backup")}
 
 
+def test_check_leaves_the_tables_of_other_programs_alone(ctl):
+    with contextlib.closing(sqlite3.connect(ctl.path)) as database, database:
+        database.execute("CREATE TABLE notes (note TEXT, alias_email TEXT REFERENCES aliases)")
+        database.execute("INSERT INTO notes VALUES ('of an alias that is gone', 'gone@d1.test')")
+    assert ctl("db", "check", "--fix").stdout == "db: nothing is wrong: 2 aliases, 1 app\n"
+    with contextlib.closing(sqlite3.connect(ctl.path)) as database:
+        assert database.execute("SELECT count(*) FROM notes").fetchall() == [(1,)]
+
+
 def test_check_by_the_rules_of_the_configuration(static_daemon):
     static_daemon.ctl("aliases", "add", "info@d1.test", "bob+x")
     result = run_ctl("--config", static_daemon.config_path, "db", "check", check=False)

@@ -229,6 +229,11 @@ def test_line_of_virtual_goes_on_in_lines_that_begin_with_a_space():
     assert joined == [(1, "info@d1.test  alice@d1.test"), (5, "sales@d1.test bob@d1.test")]
 
 
+def test_first_line_of_virtual_that_begins_with_a_space_has_its_number(ctl):
+    result = ctl("aliases", "import", write(ctl, "# of the shop\n  info@d1.test alice\n"), "--format", "virtual", check=False)
+    assert "line 2: its target 'alice' has no domain" in result.stderr
+
+
 def test_csv_of_postfixadmin_is_read_as_it_exports_it(ctl):
     """A mark of byte order, an empty line, columns in English and more of them than are needed."""
     text = '\ufeff\nAlias,To,"Last modified",Active\ninfo@d1.test,alice@d1.test,"2026-01-01 10:00:00",1\nsales@d1.test,bob@d1.test,-,0\n'

@@ -29,20 +29,14 @@ from test_mailcloakctl import Ctl
 
 import mailcloak
 import mailcloakctl
+import mailcloakdata
 import mailcloakdoctor
 import mailcloakmirror
 from mailcloakctl import Origin
 from mailcloakmirror import why_refused
 
 wait_until = functools.partial(wait_seconds, seconds=30)  # for programs that start, on a machine with other work
-TABLES = {table.name: table for table in mailcloakmirror.read_tables()}
-
-
-@pytest.fixture(autouse=True)
-def unblock_signals():
-    """mailcloakctl.commit() leaves them blocked, which processes that are started later would inherit."""
-    yield
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT, signal.SIGTERM, signal.SIGHUP})
+TABLES = {table.name: table for table in mailcloakdata.read_tables()}
 
 
 class Host(Ctl):
@@ -339,7 +333,7 @@ CREATE TABLE only_keys (a TEXT, b TEXT, PRIMARY KEY (a, b));
 """
     schema = mailcloak.SCHEMA.replace("    username    TEXT NOT NULL,", "    username    TEXT NOT NULL, team TEXT,", 1) + later
     monkeypatch.setattr(mailcloak, "SCHEMA", schema)
-    mailcloakmirror.read_tables.cache_clear()
+    mailcloakdata.read_tables.cache_clear()
     try:
         state, shared, own = (str(tmp_path / name) for name in ("state.db", "shared.db", "own.db"))
         mailcloak.prepare_database(state, 5)
@@ -364,7 +358,7 @@ CREATE TABLE only_keys (a TEXT, b TEXT, PRIMARY KEY (a, b));
             ]
             assert database.execute("SELECT alias_email, team FROM aliases").fetchall() == [("b@d1.test", "hr")]
     finally:
-        mailcloakmirror.read_tables.cache_clear()
+        mailcloakdata.read_tables.cache_clear()
 
 
 def test_writer_waits_for_the_end_of_a_look_before_it_begins_so_that_no_reader_waits_for_the_writer(writer, monkeypatch):
