@@ -62,10 +62,13 @@ def test_signal_ends_a_command_whose_statement_has_no_end(ctl):
         database.execute(f"CREATE VIEW aliases ({columns}) AS {endless}")
     command = [sys.executable, ROOT / "mailcloakctl.py", "--db", ctl.path, "aliases", "list"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
-        time.sleep(1.5)
-        assert process.poll() is None
-        process.terminate()
-        _, said = process.communicate(timeout=20)
+        try:
+            time.sleep(1.5)
+            assert process.poll() is None
+            process.terminate()
+            _, said = process.communicate(timeout=20)
+        finally:
+            process.kill()  # it would fill the disk
     assert "Traceback" not in said
     assert process.returncode == 1, said
 
