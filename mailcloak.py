@@ -108,7 +108,7 @@ __version__ = "0.1.0"
 
 # ---------------------------------------------------------------------------------------------------------------------------------
 # 1. Constants, errors, text for the log
-# "Not found" is never an exception. Any thread enters; nothing here waits. At the end: three system calls that keep Python's lock.
+# "Not found" is never an exception. Any thread enters; nothing here waits. At the end: functions of the C library, called with Python's lock.
 # ---------------------------------------------------------------------------------------------------------------------------------
 
 DEFAULT_CONFIG_PATH = "/etc/mailcloak/config.yaml"
@@ -179,6 +179,7 @@ CALM_SECONDS = 2.0  # for so long
 
 MIN_FROZEN_OBJECTS = 20_000  # that have survived a full pass of Python's collector; 100,000 users are about 200,000
 
+MAX_ARENAS = 2  # of the C library, for memory; as many as it likes would keep some 20 MiB more for 500 connections
 THREAD_STACK_BYTES = 4 * 1024 * 1024  # enough for json to reach Python's limit of recursion first, where the system has less
 
 EXIT_OK, EXIT_FAILED, EXIT_USAGE, EXIT_CONFIG = 0, 1, 64, 78  # the last two from sysexits.h
@@ -293,6 +294,9 @@ _pread = call_with_lock("pread64", *_pread_arguments) or call_with_lock("pread",
 
 _send_at_once = call_with_lock("send", ctypes.c_int, ctypes.c_char_p, ctypes.c_size_t, ctypes.c_int)
 _SEND_FLAGS = socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL
+
+_mallopt = call_with_lock("mallopt", ctypes.c_int, ctypes.c_int)  # musl has none
+_M_ARENA_MAX = -8  # mallopt(3)
 
 # ---------------------------------------------------------------------------------------------------------------------------------
 # 2. Addresses
@@ -3325,6 +3329,11 @@ class Known(NamedTuple):
         return tuple(person for person in self.people if person.has(self.question))
 
     @property
+    def meaning(self) -> set[tuple[Any, ...]]:
+        """All but the times."""
+        return {(person.user, person.standing, person.shares_email) for person in self.people}
+
+    @property
     def is_doubted(self) -> bool:
         """Is a user in doubt who has the name? Or, where nobody has it now, one who lost it to another user?"""
         here = self.here
@@ -3380,6 +3389,10 @@ class UserStore:
             if self._people.get(entry[place]) is not person:
                 return False
         return True
+
+    def says_the_same(self, known: Known) -> bool:
+        """Is it still so who has the name and what counts of them, though it may have been asked for again?"""
+        return self.holds(known) or self.look(known.question).meaning == known.meaning
 
     def learn(self, question: Question, answer: Answer) -> tuple[Optional[Known], list[tuple[Person, Person]]]:
         """Take in what Keycloak said, for all questions at once: what is cached now, and (before, after) of whoever has changed.
@@ -4333,8 +4346,8 @@ class Service:
             action = decide(facts)
             deadline = facts.deadline
             # Again where an earlier look-up's finding was no longer so at a later one: the user may have lost the right since.
-            holds = all(self.store.holds(known) for found in facts.found for known in found.known)
-            if holds and not facts.is_torn:
+            is_same = all(self.store.says_the_same(known) for found in facts.found for known in found.known)
+            if is_same and not facts.is_torn:
                 break
             version = self.database.version()
         self.recalled.keep(question, action, facts)
@@ -5091,6 +5104,8 @@ class Daemon:
         """Serve until a signal says stop; raises StartError if that cannot begin."""
         signal.pthread_sigmask(signal.SIG_BLOCK, self.SIGNALS)  # before any thread: each inherits it, and only sigwait() sees them
         threading.stack_size(THREAD_STACK_BYTES)
+        if _mallopt:
+            _mallopt(_M_ARENA_MAX, MAX_ARENAS)
         for warning in self._config.warnings:
             log.warning("%s", warning)
         listeners = take_over_sockets()  # by the component that serves it
