@@ -4736,7 +4736,8 @@ class Server(socketserver.ThreadingUnixStreamServer):
     def service_actions(self) -> None:
         """What serve_forever() calls after each look for a connection, at least every POLL_SECONDS."""
         self.looked_at = time.monotonic()
-        self.daemon.processors.look(self.looked_at, time.process_time())
+        if self.component == PolicyHandler.component:  # one of the two
+            self.daemon.processors.look(self.looked_at, time.process_time())
 
     def get_request(self) -> tuple[socket.socket, Any]:
         """The next connection; raises OSError where there is none or no room, and the server then looks again."""
@@ -5019,42 +5020,48 @@ def allow_connections(wanted: int) -> int:
 
 
 class Processors:
-    """Keeps a busy daemon to one processor, and lets a calm one run wherever the system wants.
+    """Keeps a busy daemon to one processor, and lets a calm one run wherever it may.
 
     One thread at a time runs Python. When its lock goes to a thread on another processor, that processor is woken, which can take longer
     than an answer, most of all in a virtual machine (bench/NOTES.md). A calm daemon seldom hands the lock over, and on one processor would
-    wait for other programs. Who gets too little of its processor counts as calm, and next time takes one by chance.
-    Source: sched_setaffinity(2), proc(5).
+    wait for other programs. Who gets too little of its processor counts as calm, and next time takes one by chance. A thread that somebody
+    else has moved (taskset(1)) is left there. Source: sched_setaffinity(2), proc(5).
     """
 
     def __init__(self) -> None:
-        self._lock = threading.Lock()  # guards all below; who does not get it leaves the look to the thread that has it
-        self._allowed = os.sched_getaffinity(0)
-        self._keeps_to_one = False
         self._looked_at, self._used = time.monotonic(), time.process_time()
         self._busy_at = NEVER
+        self._allowed: set[int] = set()  # where the threads ran before
+        self._kept: set[int] = set()  # the processor that they keep to now; empty for none
 
     def look(self, now: float, used: float) -> None:
-        """To be called several times a second, with time.monotonic() and the seconds of a processor that the daemon has used."""
-        if now < self._looked_at + LOAD_SECONDS or not self._lock.acquire(blocking=False):
+        """For one thread, several times a second: time.monotonic(), and the seconds of a processor that the daemon has used so far."""
+        if now < self._looked_at + LOAD_SECONDS:
             return
         share = (used - self._used) / (now - self._looked_at)
         self._looked_at, self._used = now, used
-        if share > (CALM_SHARE if self._keeps_to_one else BUSY_SHARE):
+        if share > (CALM_SHARE if self._kept else BUSY_SHARE):
             self._busy_at = now
         is_busy = now < self._busy_at + CALM_SECONDS
-        if is_busy != self._keeps_to_one:
-            self._keeps_to_one = is_busy
-            self._run_on({random.choice([*self._allowed])} if is_busy else self._allowed)  # noqa: S311  any will do
-        self._lock.release()
+        with contextlib.suppress(OSError):  # where the system does not allow it, or not now: tried again at the next look
+            if is_busy and not self._kept:
+                self._allowed = os.sched_getaffinity(0)
+                if len(self._allowed) > 1:
+                    one = {random.choice([*self._allowed])}  # noqa: S311  any will do
+                    self._move(self._allowed, one)
+                    self._kept = one
+            elif self._kept and not is_busy:
+                self._move(self._kept, self._allowed)
+                self._kept = set()
 
     @staticmethod
-    def _run_on(processors: set[int]) -> None:
-        """All threads; those that begin later do as the thread that begins them. It is no fault where the system does not allow it."""
-        with contextlib.suppress(OSError):
-            for thread in os.listdir("/proc/self/task"):
+    def _move(before: set[int], after: set[int]) -> None:
+        """Let the threads that may run on these processors run on those; a thread that begins meanwhile does as the one that began it."""
+        for _ in range(3):
+            for thread in map(int, os.listdir("/proc/self/task")):
                 with contextlib.suppress(ProcessLookupError):  # it has ended
-                    os.sched_setaffinity(int(thread), processors)
+                    if os.sched_getaffinity(thread) == before:
+                        os.sched_setaffinity(thread, after)
 
 
 def freeze_survivors(phase: str, info: Mapping[str, Any]) -> None:
