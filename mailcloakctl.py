@@ -872,10 +872,11 @@ def change_alias(context: Context, decide: Callable[[str, Optional[mailcloak.Ali
     """Store what decide() makes of the alias that is there, and say so."""
     options, address = context.options, read_address(context.options.address)
     # aliases add may have to make the database, and does not do so before its arguments are looked up
-    stored = None if context.creates else patiently(lambda: find_alias(context.database, address))
+    is_new = context.creates and not os.path.exists(context.path)
+    stored = None if is_new else patiently(lambda: find_alias(context.database, address))
     wanted = decide(address, stored)
     if not stored or (stored.users, stored.external) != (wanted.users, wanted.external):
-        check_with_keycloak(context, f"{address} and its users", [(address, stored, wanted)])
+        check_with_keycloak(context, f"{address} and its users were", [(address, stored, wanted)])
     database = context.database
     with transaction(database):
         before = find_alias(database, address)
@@ -969,7 +970,8 @@ def refuse_names(context: Context, username: str) -> None:
 def check_with_keycloak(context: Context, what: str, changes: Sequence[AliasChange]) -> None:
     """Ask the daemon what Keycloak says, before aliases are changed; of who gets their mail already, nothing is asked.
 
-    Raises Refused if an address is the e-mail of somebody else; warns of new users who do not count.
+    what: that were asked about, with its verb. Raises Refused if an address is the e-mail of somebody else; warns of new users who do not
+    count.
     """
     new_users = [[user for user in after.users if not before or user not in before.users] for _, before, after in changes]
 
@@ -979,12 +981,14 @@ def check_with_keycloak(context: Context, what: str, changes: Sequence[AliasChan
             for (address, _, after), users in zip(changes, new_users)
         ]
 
-    answers = look_up(context, f"{what} were", ask) if changes else None
+    answers = look_up(context, what, ask) if changes else None
     logins: dict[str, dict[str, str]] = {}
-    for (address, _, _), users, (others, states) in zip(changes, new_users, answers or ()):
-        if others and not context.options.force:
+    for (address, before, _), users, (others, states) in zip(changes, new_users, answers or ()):
+        only_removes = before and before.enabled and not users  # who did not get the mail before loses nothing
+        losers = [user for user in others if user in before.users] if before and only_removes else others
+        if losers and not context.options.force:
             raise Refused(
-                f"aliases: {address} is the primary e-mail of {shorten(others)}, whose mail this alias would take;"
+                f"aliases: {address} is the primary e-mail of {shorten(losers)}, whose mail this alias would take;"
                 " name that user too, and both get it, or use --force"
             )
         logins.update(zip(users, states))

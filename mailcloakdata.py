@@ -873,7 +873,7 @@ def ask_about(context: ctl.Context, elsewhere: Optional[list[Change]]) -> None:
         )
         return
     changes = [(change.address, change.old, cast(mailcloak.Alias, change.new)) for change in elsewhere]
-    ctl.check_with_keycloak(context, ctl.counted(changes, "alias", "aliases"), changes)
+    ctl.check_with_keycloak(context, ctl.counted(changes, "alias was", "aliases were"), changes)
 
 
 def write(
@@ -1107,6 +1107,11 @@ def read_tables() -> tuple[Table, ...]:
 def same_key(table: Table) -> str:
     """Have the row "theirs" of the other file and our row "ours" the same key? As SQL."""
     return " AND ".join(f"theirs.{key} = ours.{key}" for key in table.keys)
+
+
+def has_key(table: Table) -> str:
+    """Has the row a key? As SQL; a table of another program may have rows without."""
+    return " AND ".join(f"{key} IS NOT NULL" for key in table.keys)
 
 
 def lacks(table: Table, schema: str) -> str:
@@ -1352,7 +1357,7 @@ def select_gone(table: Table) -> str:
 def select_back(table: Table) -> str:
     """The names that the backup has, enabled, and the database has not, or disabled, as a statement."""
     ours = f"SELECT 1 FROM main.{table.name} AS ours WHERE {same_key(table)} AND ours.enabled = 1"  # noqa: S608
-    theirs = f"backup.{table.name} AS theirs WHERE theirs.enabled = 1"
+    theirs = f"backup.{table.name} AS theirs WHERE theirs.enabled = 1 AND {has_key(table)}"
     return f"SELECT {table.keys[0]} FROM {theirs} AND NOT EXISTS ({ours}) ORDER BY 1"  # noqa: S608
 
 
@@ -1377,11 +1382,11 @@ def bring_table(database: sqlite3.Connection, table: Table) -> int:
     """Write the rows of the backup that differ; how many these were. A column that an older backup lacks has its default."""
     defaults = {row[1]: row[4] or "NULL" for row in database.execute(f"PRAGMA main.table_info({table.name})")}
     theirs = {row[1] for row in database.execute(f"PRAGMA backup.table_info({table.name})")}
-    values = [column if column in theirs else f"{default} AS {column}" for column, default in defaults.items()]
+    values = [column if column in theirs else f"{defaults[column]} AS {column}" for column in table.columns]
     key, parent = table.keys[0], PARENTS.get(table.name)
     belongs = f"{key} IN (SELECT {key} FROM backup.{parent})" if parent else "1"  # noqa: S608
-    rows = f"SELECT {', '.join(values)} FROM backup.{table.name} WHERE {belongs}"  # noqa: S608
-    return copy_rows(database, table._replace(columns=list(defaults)), rows)
+    rows = f"SELECT {', '.join(values)} FROM backup.{table.name} WHERE {belongs} AND {has_key(table)}"  # noqa: S608
+    return copy_rows(database, table, rows)
 
 
 # ---------------------------------------------------------------------------------------------------------------------------------
@@ -1507,7 +1512,9 @@ def misspelled(database: sqlite3.Connection, address: str, right: str) -> Iterat
     """The fault of an alias that is not stored in the form in which it is looked up."""
     fault = f"is stored in a form that is never looked up: {right} is"
     this, other = (ctl.find_alias(database, each) for each in (address, right))
-    if not other:
+    # another program's table may compare without regard to capitals, and find this alias once more
+    is_there = database.execute("SELECT 1 FROM aliases WHERE alias_email = ? COLLATE BINARY", (right,)).fetchone()
+    if not other or not is_there:
         update = ("UPDATE OR IGNORE aliases SET alias_email = ? WHERE alias_email = ?", (right, address))
         # not those of another one with the same right form, which was corrected before
         gone = "NOT EXISTS (SELECT 1 FROM aliases WHERE aliases.alias_email = alias_targets.alias_email)"

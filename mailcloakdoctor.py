@@ -1135,6 +1135,10 @@ class Postfix:
                     hits = dict.fromkeys(re.sub("#.*", "", file.read()).lower().split(), pattern)
             elif ":" in pattern:  # proxy: would need a Postfix that runs; a relative path is one in the queue directory
                 table = pattern[len("proxy:") :] if pattern.startswith("proxy:") else pattern
+                if re.match("(regexp|pcre):", table) and any(
+                    "@" in key for key in keys
+                ):  # they are asked for whole addresses alone
+                    rest = [key for key in rest if "@" in key]
                 arguments, directory = (*self._where, "-q", "-", table), self.main["queue_directory"]
                 rows = run_program("postmap", *arguments, text="\n".join(rest), directory=directory, may_fail=True)[0]
                 hits = {key: value for key, _, value in (row.partition("\t") for row in rows.splitlines())}
@@ -1555,7 +1559,7 @@ def check_domains(policy: mailcloak.PolicyConfig, postfix: Postfix) -> Findings:
 def transport_keys(domain: str) -> list[str]:
     """What Postfix looks up in transport_maps for all addresses of a domain: the first that is there counts. Source: transport(5)."""
     labels = domain.split(".")
-    return [domain, *(f".{'.'.join(labels[start:])}" for start in range(1, len(labels))), "*"]
+    return [f"mailcloak-doctor@{domain}", domain, *(f".{'.'.join(labels[start:])}" for start in range(1, len(labels))), "*"]
 
 
 def check_route(postfix: Postfix, table: str, setting: str, transport: str, domains: str) -> Findings:

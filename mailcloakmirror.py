@@ -61,17 +61,14 @@ CREATE TABLE IF NOT EXISTS main.origin (
 # ---------------------------------------------------------------------------------------------------------------------------------
 
 
-def has_key(table: data.Table) -> str:
-    """The condition that a row has a key."""
-    return " AND ".join(f"{key} IS NOT NULL" for key in table.keys)
-
-
 def digest_of(database: sqlite3.Connection, schema: str, origin: ctl.Origin) -> str:
     """A digest of all rows and of whose they are, which is the same wherever the same rows are."""
     digest = hashlib.blake2b(repr((origin.writer, origin.host, origin.epoch, origin.serial)).encode(), digest_size=16)
     for table in sorted(data.read_tables()):
         row = " || ".join(f"quote({column})" for column in table.columns)
-        select = f"SELECT CAST({row} AS BLOB) FROM {schema}.{table.name} WHERE {has_key(table)} ORDER BY {', '.join(table.keys)}"  # noqa: S608
+        select = (
+            f"SELECT CAST({row} AS BLOB) FROM {schema}.{table.name} WHERE {data.has_key(table)} ORDER BY {', '.join(table.keys)}"  # noqa: S608
+        )
         rows = data.rows_of(database, select)
         digest.update(table.name.encode())
         while batch := list(itertools.islice(rows, data.BATCH_ROWS)):
@@ -193,7 +190,7 @@ def make_equal(database: sqlite3.Connection) -> int:
     """Write the rows of the schema "source" that differ; how many these were. In a transaction that has begun."""
     changed = 0
     for table in data.read_tables():
-        rows = f"SELECT {', '.join(table.columns)} FROM source.{table.name} WHERE {has_key(table)}"  # noqa: S608
+        rows = f"SELECT {', '.join(table.columns)} FROM source.{table.name} WHERE {data.has_key(table)}"  # noqa: S608
         changed += data.copy_rows(database, table, rows)
         counts = f"SELECT (SELECT count(*) FROM main.{table.name}), (SELECT count(*) FROM ({rows}))"  # noqa: S608
         ours, theirs = database.execute(counts).fetchone()

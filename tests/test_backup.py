@@ -259,6 +259,21 @@ def test_restore_makes_a_database_that_is_lost(ctl, copy, lost):
     assert ctl("db", "check").stdout == "db: nothing is wrong: 2 aliases, 1 app\n"
 
 
+def test_restore_leaves_columns_and_rows_of_other_programs_alone(ctl, copy):
+    """A column that only the database has, with a space in its name, and rows of the backup that have no key."""
+    with contextlib.closing(sqlite3.connect(ctl.path)) as database, database:
+        database.execute('ALTER TABLE aliases ADD COLUMN "my note" TEXT')
+        database.execute("""UPDATE aliases SET "my note" = 'kept'""")
+        database.execute("UPDATE aliases SET username = 'carol' WHERE alias_email = 'sales@d1.test'")
+    with contextlib.closing(sqlite3.connect(copy)) as database, database:
+        database.execute("INSERT INTO aliases (alias_email, username) VALUES (NULL, 'bob')")
+    for changed in (1, 0):
+        result = ctl("restore", copy)
+        assert f"{changed} rows changed" in result.stdout
+        assert "None" not in result.stdout + result.stderr
+    assert ctl.rows('SELECT username, "my note" FROM aliases ORDER BY 1') == [("alice", "kept"), ("bob", "kept")]
+
+
 def test_restore_of_an_older_version_fills_the_columns_that_it_lacks(ctl, copy):
     with contextlib.closing(sqlite3.connect(copy)) as database, database:
         database.execute("CREATE TABLE older AS SELECT app_id, secret_hash, enabled, created_at FROM apps")
@@ -498,6 +513,17 @@ def test_check_leaves_the_tables_of_other_programs_alone(ctl):
     assert ctl("db", "check", "--fix").stdout == "db: nothing is wrong: 2 aliases, 1 app\n"
     with contextlib.closing(sqlite3.connect(ctl.path)) as database:
         assert database.execute("SELECT count(*) FROM notes").fetchall() == [(1,)]
+
+
+def test_check_keeps_an_alias_that_is_found_once_more_without_regard_to_capitals(ctl):
+    schema = mailcloak.SCHEMA.replace("alias_email TEXT PRIMARY KEY", "alias_email TEXT COLLATE NOCASE PRIMARY KEY", 1)
+    path = ctl.path.parent / "other.db"
+    with contextlib.closing(sqlite3.connect(path)) as database:
+        database.executescript(f"{schema}PRAGMA user_version = {mailcloak.SCHEMA_VERSION};")
+        database.execute("INSERT INTO aliases (alias_email, username) VALUES ('Info@d1.test', 'alice')")
+        database.commit()
+    Ctl(path)("db", "check", "--fix", check=False)
+    assert Ctl(path).rows("SELECT alias_email, username FROM aliases") == [("info@d1.test", "alice")]
 
 
 def test_check_by_the_rules_of_the_configuration(static_daemon):

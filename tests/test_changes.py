@@ -65,6 +65,17 @@ def test_alias_that_takes_another_users_mail_in_other_ways_is_refused(change, ke
     assert change("aliases", "add", address, "alice", "--replace", "--force")[0] == 0
 
 
+def test_alias_that_takes_no_more_of_another_users_mail_than_before_is_no_question(change):
+    assert change("aliases", "add", "bob@d1.test", "alice", "carol", "--force")[0] == 0
+    assert change("aliases", "add", "bob@d1.test", "alice", "carol") == (0, "aliases: bob@d1.test leads to alice, carol already\n")
+    code, said = change("aliases", "remove-user", "bob@d1.test", "carol")
+    assert (code, said) == (0, "aliases: bob@d1.test now leads to alice, no longer to carol\n")
+    assert change("aliases", "add-user", "bob@d1.test", "bob")[0] == 0
+    code, said = change("aliases", "remove-user", "bob@d1.test", "bob")
+    assert code == 1
+    assert "is the primary e-mail of bob, whose mail this alias would take" in said
+
+
 def test_alias_of_an_address_whose_holder_is_in_the_grace_is_refused_unless_force(change, keycloak):
     change.daemon.ask(recipient="bob@d1.test")
     keycloak.users.remove(keycloak.user("bob"))

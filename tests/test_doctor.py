@@ -1200,6 +1200,24 @@ def test_transport_of_each_pattern_that_fits_counts_until_the_remedy_was_carried
     nothing(ask_postfix())
 
 
+@real_postfix
+@pytest.mark.parametrize(
+    ("pattern", "is_lost"),
+    [("/@d2\\.test$/", True), ("/^d2\\.test$/", False), ("/^\\*$/", False)],
+    ids=["address", "domain", "star"],
+)
+def test_transport_of_a_regular_expression_is_that_of_whole_addresses(ask_postfix, postfix, tmp_path, pattern, is_lost):
+    """Source: REGULAR EXPRESSION TABLES of transport(5)."""
+    table = tmp_path / "transport"
+    table.write_text(f"{pattern} discard:\n")
+    postfix.set(transport_maps=f"regexp:{table}")
+    found = ask_postfix()
+    if is_lost:
+        assert "mail for d2.test is lost or waits" in the_only(found, "problem", "postfix-delivery").text
+    else:
+        nothing(found)
+
+
 def add_to_service(postfix, name, option):
     """Put an -o option behind the first line of a service in master.cf."""
     path = postfix.config / "master.cf"
