@@ -177,7 +177,6 @@ LOAD_SECONDS = 0.2  # between two looks at how busy the daemon is
 BUSY_SHARE, CALM_SHARE = 0.5, 0.2  # of a processor: who uses more than the first is busy, until it uses less than the second
 CALM_SECONDS = 2.0  # for so long
 
-FULL_PASS_COUNT = 2  # after more passes of Python's collector over what is younger, one over all; Python's own is 10
 MIN_FROZEN_OBJECTS = 20_000  # that have survived a full pass of Python's collector; 100,000 users are about 200,000
 
 MAX_ARENAS = 2  # of the C library, for memory; as many as it likes would keep some 20 MiB more for 500 connections
@@ -5126,7 +5125,6 @@ class Daemon:
             self.max_connections = allow_connections(self.max_connections)
             import_http()
             gc.callbacks.append(freeze_survivors)
-            gc.set_threshold(*gc.get_threshold()[:2], FULL_PASS_COUNT)
             drop_privileges(self._config.daemon.user)
             self._open_database()
         except MailcloakError:
