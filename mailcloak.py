@@ -173,10 +173,6 @@ SHUTDOWN_LOOKUP_SECONDS = 3.0  # after SIGTERM, lookups that still wait for Keyc
 SHUTDOWN_TOTAL_SECONDS = 3.8  # then connections that are left are cut off
 SHUTDOWN_SECONDS = 4.2  # then the program ends, though last-known.db may lack what was learned last
 
-LOAD_SECONDS = 0.2  # between two looks at how busy the daemon is
-BUSY_SHARE, CALM_SHARE = 0.5, 0.2  # of a processor: who uses more than the first is busy, until it uses less than the second
-CALM_SECONDS = 2.0  # for so long
-
 MIN_FROZEN_OBJECTS = 20_000  # that have survived a full pass of Python's collector; 100,000 users are about 200,000
 
 MAX_ARENAS = 2  # of the C library, for memory; as many as it likes would keep some 20 MiB more for 500 connections
@@ -4735,8 +4731,6 @@ class Server(socketserver.ThreadingUnixStreamServer):
     def service_actions(self) -> None:
         """What serve_forever() calls after each look for a connection, at least every POLL_SECONDS."""
         self.looked_at = time.monotonic()
-        if self.component == PolicyHandler.component:  # one of the two
-            self.daemon.processors.look(self.looked_at, time.process_time())
 
     def get_request(self) -> tuple[socket.socket, Any]:
         """The next connection; raises OSError where there is none or no room, and the server then looks again."""
@@ -5018,51 +5012,6 @@ def allow_connections(wanted: int) -> int:
     return allowed
 
 
-class Processors:
-    """Keeps a busy daemon to one processor, and lets a calm one run wherever it may.
-
-    One thread at a time runs Python. When its lock goes to a thread on another processor, that processor is woken, which can take longer
-    than an answer, most of all in a virtual machine (bench/NOTES.md). A calm daemon seldom hands the lock over, and on one processor would
-    wait for other programs. Who gets too little of its processor counts as calm, and next time takes one by chance. A thread that somebody
-    else has moved (taskset(1)) is left there. Source: sched_setaffinity(2), proc(5).
-    """
-
-    def __init__(self) -> None:
-        self._looked_at, self._used = time.monotonic(), time.process_time()
-        self._busy_at = NEVER
-        self._allowed: set[int] = set()  # where the threads ran before
-        self._kept: set[int] = set()  # the processor that they keep to now; empty for none
-
-    def look(self, now: float, used: float) -> None:
-        """For one thread, several times a second: time.monotonic(), and the seconds of a processor that the daemon has used so far."""
-        if now < self._looked_at + LOAD_SECONDS:
-            return
-        share = (used - self._used) / (now - self._looked_at)
-        self._looked_at, self._used = now, used
-        if share > (CALM_SHARE if self._kept else BUSY_SHARE):
-            self._busy_at = now
-        is_busy = now < self._busy_at + CALM_SECONDS
-        with contextlib.suppress(OSError):  # where the system does not allow it, or not now: tried again at the next look
-            if is_busy and not self._kept:
-                self._allowed = os.sched_getaffinity(0)
-                if len(self._allowed) > 1:
-                    one = {random.choice([*self._allowed])}  # noqa: S311  any will do
-                    self._move(self._allowed, one)
-                    self._kept = one
-            elif self._kept and not is_busy:
-                self._move(self._kept, self._allowed)
-                self._kept = set()
-
-    @staticmethod
-    def _move(before: set[int], after: set[int]) -> None:
-        """Let the threads that may run on these processors run on those; a thread that begins meanwhile does as the one that began it."""
-        for _ in range(3):
-            for thread in map(int, os.listdir("/proc/self/task")):
-                with contextlib.suppress(ProcessLookupError):  # it has ended
-                    if os.sched_getaffinity(thread) == before:
-                        os.sched_setaffinity(thread, after)
-
-
 def freeze_survivors(phase: str, info: Mapping[str, Any]) -> None:
     """One of gc.callbacks: what has survived a full pass of Python's collector is left out of later passes.
 
@@ -5105,7 +5054,6 @@ class Daemon:
         self._retired: list[Service] = []  # that a reload replaced, at most one
         self._retired_until = 0.0  # of time.monotonic(): its requests have ended by then
         self._watchdog_seconds = find_watchdog_seconds()
-        self.processors = Processors()
 
     def run(self) -> None:
         """Serve until a signal says stop; raises StartError if that cannot begin."""

@@ -120,7 +120,7 @@ def test_unit_explains_what_systemd_finds_fault_with(units):
     faults = {entry["name"]: float(entry["exposure"]) for entry in json.loads(result.stdout) if float(entry["exposure"] or 0)}
     assert faults, result.stdout
     assert [name for name in faults if not re.search(rf"{re.escape(name)}(,| {{2,}})", comments)] == []
-    assert sum(faults.values()) <= 1.7  # 0.2 for sched_setaffinity, the only system call of @resources that is allowed
+    assert sum(faults.values()) <= 1.6
 
 
 # ---- the sandbox: what the daemon does is among what the unit lets it do
@@ -170,8 +170,7 @@ def test_daemon_uses_no_system_call_that_its_unit_forbids(activated, keycloak, u
     launching, _, text = trace.read_text(errors="replace").rpartition('"/launched"')
     used, used_before = (set(re.findall(r"^\d+ +(\w+)\(", part, re.MULTILINE)) for part in (text, launching))
     assert {"accept4", "prlimit64"} <= used
-    when_busy = {"sched_setaffinity"}
-    assert used | when_busy | used_before - {"setgroups", "setresgid", "setresuid"} <= allowed_system_calls(UNITS / unit)
+    assert used | used_before - {"setgroups", "setresgid", "setresuid"} <= allowed_system_calls(UNITS / unit)
     families = set(re.findall(r"\bsocket\((AF_\w+)", text))
     assert families - set(setting(SERVICE, "RestrictAddressFamilies").split()) == set()
 
