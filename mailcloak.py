@@ -108,7 +108,7 @@ __version__ = "0.1.0"
 
 # ---------------------------------------------------------------------------------------------------------------------------------
 # 1. Constants, errors, text for the log
-# "Not found" is never an exception. Any thread enters; nothing here waits. At the end: functions of the C library, called with Python's lock.
+# "Not found" is never an exception. Any thread enters; nothing here waits. At the end: three system calls that keep Python's lock.
 # ---------------------------------------------------------------------------------------------------------------------------------
 
 DEFAULT_CONFIG_PATH = "/etc/mailcloak/config.yaml"
@@ -175,7 +175,6 @@ SHUTDOWN_SECONDS = 4.2  # then the program ends, though last-known.db may lack w
 
 MIN_FROZEN_OBJECTS = 20_000  # that have survived a full pass of Python's collector; 100,000 users are about 200,000
 
-MAX_ARENAS = 2  # of the C library, for memory; as many as it likes would keep some 20 MiB more for 500 connections
 THREAD_STACK_BYTES = 4 * 1024 * 1024  # enough for json to reach Python's limit of recursion first, where the system has less
 
 EXIT_OK, EXIT_FAILED, EXIT_USAGE, EXIT_CONFIG = 0, 1, 64, 78  # the last two from sysexits.h
@@ -290,9 +289,6 @@ _pread = call_with_lock("pread64", *_pread_arguments) or call_with_lock("pread",
 
 _send_at_once = call_with_lock("send", ctypes.c_int, ctypes.c_char_p, ctypes.c_size_t, ctypes.c_int)
 _SEND_FLAGS = socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL
-
-_mallopt = call_with_lock("mallopt", ctypes.c_int, ctypes.c_int)  # musl has none
-_M_ARENA_MAX = -8  # mallopt(3)
 
 # ---------------------------------------------------------------------------------------------------------------------------------
 # 2. Addresses
@@ -5059,8 +5055,6 @@ class Daemon:
         """Serve until a signal says stop; raises StartError if that cannot begin."""
         signal.pthread_sigmask(signal.SIG_BLOCK, self.SIGNALS)  # before any thread: each inherits it, and only sigwait() sees them
         threading.stack_size(THREAD_STACK_BYTES)
-        if _mallopt:
-            _mallopt(_M_ARENA_MAX, MAX_ARENAS)
         for warning in self._config.warnings:
             log.warning("%s", warning)
         listeners = take_over_sockets()  # by the component that serves it

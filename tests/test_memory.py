@@ -9,12 +9,9 @@ import re
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import pytest
 from conftest import ROOT, Daemon, wait_until
-
-import mailcloak
 
 NUMBERS = itertools.count()
 
@@ -167,20 +164,6 @@ threading.Thread(target=count, daemon=True).start()
     daemon.start().wait_for_log("frozen")
     assert int(re.search(r"frozen (\d+)", daemon.log())[1]) > 10_000
     assert daemon.stop() == 0
-
-
-def test_threads_share_the_arenas_of_the_c_library(static_daemon):
-    """Of glibc: each but the first begins where 64 MiB do (HEAP_MAX_SIZE of its arena.c). Without a limit there are eight a processor."""
-    clients = [static_daemon.policy() for _ in range(30)]
-    for client in clients * 3:
-        assert client.ask(recipient="alice@d1.test") == "DUNNO"
-    maps = Path(f"/proc/{static_daemon.process.pid}/maps").read_text()
-    heaps = [
-        start
-        for start in re.findall(r"^([0-9a-f]+)-[0-9a-f]+ rw-p 00000000 00:00 0 *$", maps, re.MULTILINE)
-        if int(start, 16) % 2**26 == 0
-    ]
-    assert 1 <= len(heaps) <= mailcloak.MAX_ARENAS  # two threads that begin one at the same time make one more
 
 
 @pytest.mark.parametrize("what", ["found", "nobody", "away", "in the grace", "database"])
