@@ -123,7 +123,9 @@ MAX_ROUTES = 20  # hosts in one address, such as c!b!user@a
 MAX_SOCKET_PATH_BYTES = 107  # unix(7): sun_path holds 108 bytes, a terminating NUL included
 MAX_LOG_LINE_BYTES = 4096  # what is beyond is cut off
 MAX_LOG_LINES_WAITING = 4000  # to be written; beyond, lines are lost
+MAX_LOGGED_CHARS = 2000  # of a request that waits for its line to be made; a longer one is not kept for that
 MAX_LOG_LINES_AT_ONCE = 200  # in one system call
+LOG_GATHER_SECONDS = 0.005  # a line waits this long for others: to wake a thread for each would cost more than the line
 LOG_END_SECONDS = 0.7  # how long the program's end waits for the log
 LISTEN_BACKLOG = 1024  # a full backlog fails Postfix's non-blocking connect at once; the kernel caps it at net.core.somaxconn
 RECEIVE_BYTES = 16 * 1024  # one recv; takes any whole request
@@ -182,6 +184,7 @@ EXIT_OK, EXIT_FAILED, EXIT_USAGE, EXIT_CONFIG = 0, 1, 64, 78  # the last two fro
 log = logging.getLogger("mailcloak")
 
 Clock = Callable[[], float]  # time.monotonic, or a test's
+Text = Union[str, Callable[[], str]]  # of a line of the log, or what makes it
 Deadline = float  # of time.monotonic()
 
 
@@ -256,6 +259,14 @@ def escape_for_log(text: str) -> str:
     if text.isprintable() and not _TO_BE_ESCAPED.search(text):
         return text
     return "".join(f"\\x{ord(c):02x}" if c in ' <>"\\' else c if c.isprintable() else ascii(c)[1:-1] for c in text)
+
+
+def escape_all_for_log(*texts: str) -> Sequence[str]:
+    """The same for several, mostly with one look at all of them."""
+    together = "".join(texts)
+    if len(together) <= 300 and together.isprintable() and not _TO_BE_ESCAPED.search(together):
+        return texts
+    return [escape_for_log(text) for text in texts]
 
 
 def describe_exception(exc: BaseException) -> str:
@@ -4605,9 +4616,8 @@ class Handler(socketserver.BaseRequestHandler):
             if level == logging.ERROR and self.server.service.note_error(action.text):
                 level = logging.INFO
             if log.isEnabledFor(level):
-                elapsed_ms = (time.monotonic() - started) * 1000
-                event = self.describe(request, action)
-                log.log(level, "%s: %s reason=%s elapsed_ms=%.0f", self.component, event, action.reason, elapsed_ms)
+                line = functools.partial(self._line, request, action, (time.monotonic() - started) * 1000)
+                self.server.daemon.log_line(level, line if len(request[-1]) <= MAX_LOGGED_CHARS else line())
         except Exception as exc:  # the edge: whatever went wrong, the answer is "try later", never a permission
             log.error("%s: internal error %s", self.component, describe_exception(exc))
             action = self.internal_error
@@ -4627,8 +4637,11 @@ class Handler(socketserver.BaseRequestHandler):
         raise NotImplementedError
 
     def describe(self, request: Any, action: Action) -> str:
-        """What happened, for the log: an event and its key=value pairs."""
+        """What happened, for the log: an event and its key=value pairs. The log's thread calls it."""
         raise NotImplementedError
+
+    def _line(self, request: Any, action: Action, elapsed_ms: float) -> str:
+        return f"{self.component}: {self.describe(request, action)} reason={action.reason} elapsed_ms={elapsed_ms:.0f}"
 
 
 class PolicyHandler(Handler):
@@ -4647,12 +4660,13 @@ class PolicyHandler(Handler):
 
     def describe(self, request: PolicyRequest, action: Action) -> str:
         event = {"5": "reject", "4": "defer"}.get(action.text[0], "accept")
-        state, recipient, sender = map(escape_for_log, (request.protocol_state, request.recipient, request.sender))
-        client = escape_for_log(find_attribute(request.text, "\nclient_address="))
+        client, queue_id = (find_attribute(request.text, f"\n{name}=") for name in ("client_address", "queue_id"))
+        state, recipient, sender, client, queue_id, sasl_username = escape_all_for_log(
+            request.protocol_state, request.recipient, request.sender, client, queue_id, request.sasl_username
+        )
         line = f"{event} state={state} recipient=<{recipient}> sender=<{sender}> client={client}"
-        for name, value in (("queue_id", find_attribute(request.text, "\nqueue_id=")), ("sasl_username", request.sasl_username)):
-            line += f" {name}={escape_for_log(value)}" if value else ""
-        return line
+        line += f" queue_id={queue_id}" if queue_id else ""
+        return line + (f" sasl_username={sasl_username}" if sasl_username else "")
 
 
 class SocketmapHandler(Handler):
@@ -5039,8 +5053,9 @@ class Daemon:
 
     SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
-    def __init__(self, config: Config) -> None:
+    def __init__(self, config: Config, log_line: Callable[[int, Text], None]) -> None:
         self._config = config
+        self.log_line = log_line  # of a decision, as QueuedLog.put()
         self.max_connections = config.daemon.max_connections  # to each socket
         self._servers: list[Server] = []
         self._socket_files: dict[str, Optional[tuple[int, int]]] = {}  # path and identity of those that we made
@@ -5280,17 +5295,26 @@ def _parse_arguments(argv: Optional[Sequence[str]]) -> argparse.Namespace:
     return options
 
 
+class Line(NamedTuple):
+    """A line of the log."""
+
+    level: int
+    at: float  # seconds since 1970
+    text: Text
+    stands_for: int = 1  # lines
+
+
 class QueuedLog(logging.Handler):
     """The log, written by a thread of its own: a slow disk, a full pipe or a syslog that hangs keeps no answer waiting.
 
-    What waits to be written is bounded: lines are lost beyond that, and counted.
+    The thread also makes the text of a decision's line: many one after another take less time than each beside its answer
+    (bench/NOTES.md). What waits to be written is bounded: lines are lost beyond that, and counted.
     """
 
-    def __init__(self, write: Callable[[Sequence[tuple[int, str]]], None]) -> None:
+    def __init__(self, write: Callable[[Sequence[Line]], None]) -> None:
         super().__init__()
         self._write_lines = write
-        # (level, line, for how many lines it stands)
-        self._lines: queue.SimpleQueue[Union[tuple[int, str, int], threading.Event]] = queue.SimpleQueue()
+        self._lines: queue.SimpleQueue[Union[Line, threading.Event]] = queue.SimpleQueue()
         self._lost = 0  # for which there was no room; no lock: it may miss one in a great many
         self._failed = 0  # that could not be written
         threading.Thread(target=self._write, name="log", daemon=True).start()
@@ -5301,22 +5325,22 @@ class QueuedLog(logging.Handler):
 
     def handle(self, record: logging.LogRecord) -> bool:
         """What logging calls, which would take the lock."""
-        self.emit(record)
+        self.put(record.levelno, record.getMessage())
         return True
 
-    def emit(self, record: logging.LogRecord) -> None:
-        """Leave the line to the thread."""
+    def put(self, level: int, text: Text) -> None:
+        """Leave a line to the thread."""
         if self._lines.qsize() >= MAX_LOG_LINES_WAITING:
             self._lost += 1
             return
         lost, self._lost = self._lost, 0
         if lost:
             self._lines.put(self._tell(lost))
-        self._lines.put((record.levelno, self.format(record), 1))
+        self._lines.put(Line(level, time.time(), text))
 
-    def _tell(self, lost: int) -> tuple[int, str, int]:
-        text = f"daemon: {lost} lines of the log were lost, it took no more"
-        return logging.WARNING, self.format(logging.LogRecord(log.name, logging.WARNING, "", 0, text, (), None)), lost
+    @staticmethod
+    def _tell(lost: int) -> Line:
+        return Line(logging.WARNING, time.time(), f"daemon: {lost} lines of the log were lost, it took no more", lost)
 
     def flush(self) -> None:
         """Wait until what waits now is written, for LOG_END_SECONDS at the most; logging does so at the program's end."""
@@ -5326,24 +5350,47 @@ class QueuedLog(logging.Handler):
 
     def _write(self) -> None:
         while True:
-            waiting = [self._lines.get()]
-            while not self._lines.empty() and len(waiting) < MAX_LOG_LINES_AT_ONCE:
-                waiting.append(self._lines.get())
-            lines = [each for each in waiting if isinstance(each, tuple)]
-            if lines and self._failed:
-                lines.insert(0, self._tell(self._failed))
-                self._failed = 0
-            try:
-                self._write_lines([line[:2] for line in lines])
-            except Exception:  # the disk is full, or nobody will ever read it
-                self._failed += sum(line[2] for line in lines)
-            for each in waiting:
-                if isinstance(each, threading.Event):
-                    each.set()
+            self._write_some([self._lines.get()])
+
+    def _write_some(self, waiting: list[Union[Line, threading.Event]]) -> None:
+        """Write these, and what comes while they wait."""
+        if self._lines.qsize() < MAX_LOG_LINES_AT_ONCE:
+            time.sleep(LOG_GATHER_SECONDS)
+        while not self._lines.empty() and len(waiting) < MAX_LOG_LINES_AT_ONCE:
+            waiting.append(self._lines.get())
+        lines = [each for each in waiting if isinstance(each, Line)]
+        if lines and self._failed:
+            lines.insert(0, self._tell(self._failed))
+            self._failed = 0
+        try:
+            self._write_lines(lines)
+        except Exception:  # the disk is full, or nobody will ever read it
+            self._failed += sum(line.stands_for for line in lines)
+        for each in waiting:
+            if isinstance(each, threading.Event):
+                each.set()
 
 
-def _write_to_stderr(lines: Sequence[tuple[int, str]]) -> None:
-    data = b"".join(line.encode("utf-8", "backslashreplace")[: MAX_LOG_LINE_BYTES - 1] + b"\n" for _, line in lines)
+@functools.lru_cache(maxsize=1)
+def _shown_second(second: int) -> str:
+    return time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(second))
+
+
+def _text_of(line: Line) -> str:
+    return f"{logging.getLevelName(line.level)} {line.text if isinstance(line.text, str) else line.text()}"
+
+
+def _write_to_stderr(lines: Sequence[Line]) -> None:
+    _write_texts([f"{_shown_second(int(line.at))},{int(line.at % 1 * 1000):03} {_text_of(line)}" for line in lines])
+
+
+def _write_to_journal(lines: Sequence[Line]) -> None:
+    """Standard error as systemd reads it, with the priority before each line. Source: sd-daemon(3)."""
+    _write_texts([f"<{_priority(line.level)}>{_text_of(line)}" for line in lines])
+
+
+def _write_texts(texts: Sequence[str]) -> None:
+    data = b"".join(text.encode("utf-8", "backslashreplace")[: MAX_LOG_LINE_BYTES - 1] + b"\n" for text in texts)
     while data:
         try:
             data = data[os.write(2, data) :]
@@ -5351,14 +5398,9 @@ def _write_to_stderr(lines: Sequence[tuple[int, str]]) -> None:
             select.select([], [2], [])
 
 
-def _write_to_journal(lines: Sequence[tuple[int, str]]) -> None:
-    """Standard error as systemd reads it, with the priority before each line. Source: sd-daemon(3)."""
-    _write_to_stderr([(level, f"<{_priority(level)}>{line}") for level, line in lines])
-
-
-def _write_to_syslog(lines: Sequence[tuple[int, str]]) -> None:
-    for level, line in lines:
-        syslog.syslog(_priority(level), line)
+def _write_to_syslog(lines: Sequence[Line]) -> None:
+    for line in lines:
+        syslog.syslog(_priority(line.level), _text_of(line))
 
 
 def _priority(level: int) -> int:
@@ -5376,7 +5418,7 @@ def _to_journal() -> bool:
     return os.environ.get("JOURNAL_STREAM") == f"{status.st_dev}:{status.st_ino}"
 
 
-def configure_logging(config: DaemonConfig) -> None:
+def configure_logging(config: DaemonConfig) -> QueuedLog:
     """Log to stderr, each line with its time, or to syslog or the journal, which have their own; raises StartError without a syslog."""
     write = _write_to_journal if _to_journal() else _write_to_stderr
     if config.log == "syslog":
@@ -5385,16 +5427,14 @@ def configure_logging(config: DaemonConfig) -> None:
         syslog.openlog("mailcloak", syslog.LOG_PID, syslog.LOG_MAIL)
         write = _write_to_syslog
     handler = QueuedLog(write)
-    handler.setFormatter(logging.Formatter(f"{'%(asctime)s ' if write is _write_to_stderr else ''}%(levelname)s %(message)s"))
     for level in (logging.DEBUG, logging.INFO, logging.WARNING, logging.ERROR):
         logging.addLevelName(level, logging.getLevelName(level).lower())
-    # What no line shows is not looked up for each of them (Python's Logging HOWTO, Optimization).
-    logging._srcfile, logging.logThreads, logging.logProcesses, logging.logMultiprocessing = None, False, False, False
     log.addHandler(handler)
     log.propagate = False
     for library in ("urllib3", "requests"):  # keep them from handlers of the root logger: urllib3 logs headers of the server
         logging.getLogger(library).propagate = False
     log.setLevel(config.log_level)
+    return handler
 
 
 def main(argv: Optional[Sequence[str]] = None) -> int:
@@ -5412,8 +5452,7 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
         print(*config.warnings, *postfix_warnings(config), f"config: {config.path}: good", sep="\n", file=sys.stderr)
         return EXIT_OK
     try:
-        configure_logging(config.daemon)
-        Daemon(config).run()
+        Daemon(config, configure_logging(config.daemon).put).run()
     except StartError as exc:
         log.error("%s", exc)  # without a handler yet, logging writes it to stderr
         return EXIT_FAILED

@@ -36,6 +36,8 @@ os.environ.pop("PYTHONDONTWRITEBYTECODE", None)  # with it each run of mailcloak
 from ctl_server import CtlServer  # noqa: E402
 from keycloak_stand_in import KeycloakStandIn  # noqa: E402
 
+import mailcloak  # noqa: E402
+
 MAY_LACK = {"litestream", "moto"}  # also with CI set: not every machine reaches the Go module proxy
 # What a test marked real(NAME) needs: the programs, and the packages that bring them.
 REAL_SERVERS = {
@@ -483,10 +485,13 @@ class Daemon:
         return self.log_path.read_text(errors="replace") if self.log_path.exists() else ""
 
     def await_log(self):
-        """A thread of the daemon writes the log: all is written when none of them has work."""
-        end = time.monotonic() + 1
-        while self.process and self._is_at_work() and time.monotonic() < end:
+        """A thread of the daemon writes the log: all is written when none has had work for longer than it gathers lines."""
+        looked_at = worked_at = time.monotonic()
+        end = looked_at + 1
+        while self.process and looked_at < min(end, worked_at + 2 * mailcloak.LOG_GATHER_SECONDS):
             time.sleep(0.001)
+            looked_at = time.monotonic()
+            worked_at = looked_at if self._is_at_work() else worked_at
 
     def _is_at_work(self):
         return any(status.rpartition(b")")[2].split()[0] in (b"R", b"D") for status in read_of_threads(self.process.pid, "stat"))

@@ -676,6 +676,22 @@ def test_log_that_nobody_reads_makes_nobody_wait(make_daemon, kind):
         assert daemon.process.wait(10) == 0
 
 
+def test_line_that_cannot_be_made_is_counted_and_the_next_is_written():
+    """The text of a decision's line is made by the log's thread, which must not end where that fails."""
+    script = """
+import mailcloak
+log = mailcloak.configure_logging(mailcloak.DaemonConfig(user=""))
+log.put(20, lambda: 1 / 0)
+log.flush()
+log.put(30, lambda: "policy: made later")
+log.flush()
+"""
+    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, timeout=20, check=True)
+    lost, made = done.stderr.splitlines()
+    assert lost.endswith(" warning daemon: 1 lines of the log were lost, it took no more")
+    assert re.fullmatch(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d,\d{3} warning policy: made later", made)
+
+
 @root_only
 def test_syslog_that_hangs_makes_nobody_wait(make_daemon, short_dir):
     path = short_dir / "dev-log"

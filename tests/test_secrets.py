@@ -697,7 +697,7 @@ def test_no_object_that_holds_a_secret_shows_it(echoing, tmp_path):
     directory = service.directory._source
     directory._api._token = mailcloak.Token(TOKEN, math.inf, 0.0)
     try:
-        objects = [config, config.keycloak, service, service.directory, directory, directory._api, mailcloak.Daemon(config)]
+        objects = [config, config.keycloak, service, service.directory, directory, directory._api, mailcloak.Daemon(config, print)]
         objects += [mailcloak.LiveFacts(service), directory.outage, service.saved, service.store, service.recalled]
         for thing in objects:
             assert_hidden(f"{thing} {thing!r} {[thing]} {thing:}", SECRET, TOKEN)
