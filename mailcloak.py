@@ -2225,6 +2225,14 @@ class Database:
     A row that was read is remembered with the file's version, and counts while the file has that version.
     """
 
+    # Each gives one row, also where there is no such alias or app.
+    FIND_ALIAS = f"SELECT alias_email IS NULL, {ALIAS_COLUMNS} FROM (SELECT 1) LEFT JOIN aliases ON alias_email = ?"  # noqa: S608
+    FIND_APP = (
+        "SELECT app_id IS NULL, enabled, expires_at, CAST(COALESCE(owner, '') AS TEXT),"
+        " EXISTS (SELECT 1 FROM app_from WHERE app_id = apps.app_id AND from_addr = ? AND enabled = 1)"
+        " FROM (SELECT 1) LEFT JOIN apps ON app_id = ?"
+    )
+
     def __init__(self, path: str) -> None:
         self._path = path
         self._path_bytes = os.fsencode(path)
@@ -2240,18 +2248,12 @@ class Database:
 
     def find_alias(self, address: str, version: Optional[Version] = None) -> Optional[Alias]:
         """The alias of this exact, normalised address. version: what version() said for this question, None to ask it."""
-        statement = f"SELECT alias_email IS NULL, {ALIAS_COLUMNS} FROM (SELECT 1) LEFT JOIN aliases ON alias_email = ?"  # noqa: S608
-        is_missing, targets, *others = self._row(statement, (address,), version)
+        is_missing, targets, *others = self._row(self.FIND_ALIAS, (address,), version)
         return None if is_missing else read_alias(self._text(targets, "aliases", address), *others)
 
     def find_app(self, app_id: str, sender: Optional[str], version: Optional[Version] = None) -> Optional[App]:
         """The app, and whether the normalised sender ("" is <>, None is never) is in its list; None if no app has that id."""
-        statement = (
-            "SELECT app_id IS NULL, enabled, expires_at, CAST(COALESCE(owner, '') AS TEXT),"
-            " EXISTS (SELECT 1 FROM app_from WHERE app_id = apps.app_id AND from_addr = ? AND enabled = 1)"
-            " FROM (SELECT 1) LEFT JOIN apps ON app_id = ?"
-        )
-        is_missing, enabled, expires_at, owner, may_send = self._row(statement, (sender, app_id), version)
+        is_missing, enabled, expires_at, owner, may_send = self._row(self.FIND_APP, (sender, app_id), version)
         if is_missing:
             return None
         is_expired = expires_at is not None and not (isinstance(expires_at, int) and time.time() < expires_at)
@@ -3383,14 +3385,15 @@ class UserStore:
                 self._people.move_to_end(person.user.key)
             return known
 
-    def holds(self, known: Known) -> bool:
-        """Is this still what is cached for the question? No lock, and no use noted: each step is one look at a dict."""
-        entry = self._entry(known.question)
-        if entry[0] != known.asked_at or len(entry) != 1 + len(known.people):
-            return False
-        for place, person in enumerate(known.people, 1):  # noqa: SIM110  all() of a generator takes twice as long
-            if self._people.get(entry[place]) is not person:
+    def holds(self, *known: Known) -> bool:
+        """Is this still what is cached for these questions? No lock, and no use noted: each step is one look at a dict."""
+        for each in known:
+            entry = self._entry(each.question)
+            if entry[0] != each.asked_at or len(entry) != 1 + len(each.people):
                 return False
+            for place, person in enumerate(each.people, 1):
+                if self._people.get(entry[place]) is not person:
+                    return False
         return True
 
     def says_the_same(self, known: Known) -> bool:
@@ -3987,14 +3990,9 @@ class UserDirectory:
         former = [person for person in self._store.look(question).people if not person.has(question)]
         return any(person.has(name) for person in former for name in names)
 
-    def holds(self, found: Found) -> bool:
+    def holds(self, known: Sequence[Known], good_until: float) -> bool:
         """Would the same be found now in the cache, and is it not yet to be asked for again?"""
-        if self._clock() >= found.good_until:
-            return False
-        for known in found.known:  # noqa: SIM110  all() of a generator takes twice as long
-            if not self._store.holds(known):
-                return False
-        return True
+        return self._clock() < good_until and self._store.holds(*known)
 
     def forget(self, address: Optional[str]) -> int:
         """Forget the users with this login or address (with its extension or without), on disk too; None: everybody.
@@ -4247,7 +4245,8 @@ class Recalled(NamedTuple):
 
     action: Action
     version: Optional[Version]  # of the database
-    found: Sequence[Found]  # in the directory
+    known: Sequence[Known]  # in the directory
+    good_until: float  # of what was found there, as in Found
     expires_at: float  # of an app, in seconds since 1970; inf: never
 
 
@@ -4264,15 +4263,12 @@ class RecalledAnswers:
 
     def recall(self, question: tuple[str, ...], version: Optional[Version]) -> Optional[Action]:
         """The answer, if it holds."""
-        known = self._answers.get(question)
-        if known is None or known.version != version:
+        kept = self._answers.get(question)
+        if kept is None or kept.version != version or not self._directory.holds(kept.known, kept.good_until):
             return None
-        for found in known.found:
-            if not self._directory.holds(found):
-                return None
-        if known.expires_at < math.inf and time.time() >= known.expires_at:
+        if kept.expires_at < math.inf and time.time() >= kept.expires_at:
             return None
-        return known.action
+        return kept.action
 
     def keep(self, question: tuple[str, ...], action: Action, facts: LiveFacts) -> None:
         """Keep the answer that was made from these facts, if it can be compared with them later, and is not too long."""
@@ -4280,8 +4276,10 @@ class RecalledAnswers:
             return
         if len(facts.found) > MAX_RECALLED_FACTS:
             return
-        if all(found.good_until > -math.inf for found in facts.found):
-            recalled = Recalled(action, facts.version, tuple(facts.found), facts.expires_at)
+        good_until = min((found.good_until for found in facts.found), default=math.inf)
+        if good_until > -math.inf:
+            known = tuple(known for found in facts.found for known in found.known)
+            recalled = Recalled(action, facts.version, known, good_until, facts.expires_at)
             self._answers.put(question, recalled, is_lasting=action.text.startswith(("DUNNO", "OK")))
 
     def __len__(self) -> int:
