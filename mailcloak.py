@@ -3397,8 +3397,11 @@ class UserStore:
         return True
 
     def says_the_same(self, known: Known) -> bool:
-        """Is it still so who has the name and what counts of them, though it may have been asked for again?"""
-        return self.holds(known) or self.look(known.question).meaning == known.meaning
+        """Is it still so who has the name and what counts of them, though it may have been asked for again, or pushed out?"""
+        if self.holds(known):
+            return True
+        now = self.look(known.question)
+        return now.meaning == known.meaning or (not now.people and now.asked_at == NEVER)
 
     def learn(self, question: Question, answer: Answer) -> tuple[Optional[Known], list[tuple[Person, Person]]]:
         """Take in what Keycloak said, for all questions at once: what is cached now, and (before, after) of whoever has changed.

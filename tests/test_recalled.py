@@ -108,6 +108,19 @@ def test_answer_is_given_though_users_are_asked_for_again_all_the_time(make_serv
     assert ask(service, sender("info@d1.test", "alice@d1.test", "PLAIN")) == "DUNNO"
 
 
+@pytest.mark.parametrize("max_entries", [1, 2, 5])
+def test_answer_about_more_users_than_the_cache_holds_is_given(make_service, max_entries):
+    """Each user who is looked up pushes out another one, which does not change who that is."""
+    names = [f"user{number}" for number in range(6)]
+    service = make_service({name: f"{name}@d1.test" for name in names}, cache_max_entries=max_entries)
+    add_alias(service, username=names[0])
+    for name in names[1:]:
+        write(service, "INSERT INTO alias_targets VALUES ('info@d1.test', ?, 0)", name)
+    assert ask(service, sender("info@d1.test", names[0], "PLAIN")) == "DUNNO"
+    assert ask(service, alias("info@d1.test")) == "OK " + ",".join(f"{name}@d1.test" for name in names)
+    assert ask(service, mailcloak.PolicyRequest("RCPT", "", "user1@d1.test", "user2@d1.test", "user2", "PLAIN")) == "DUNNO"
+
+
 def ask(service, request):
     kind = mailcloak.SocketmapHandler if isinstance(request, mailcloak.SocketmapQuery) else mailcloak.PolicyHandler
     handler = kind.__new__(kind)  # without a connection
