@@ -76,7 +76,7 @@ SHARED_KEYCLOAK, GROUPS = "keycloak", "groups"  # what pytest-xdist's workers sh
 
 
 def pytest_addoption(parser):
-    parser.addoption("--long", action="store_true", help="also run the tests that take minutes, as with CI set")
+    parser.addoption("--long", action="store_true", help="also run the tests that take long, as with CI set")
     parser.addoption("--every-python", action="store_true", help="run the modules alone that are worth running on each Python")
 
 
@@ -167,7 +167,7 @@ def pytest_xdist_make_scheduler(config, log):
 
 
 def _leave_out(config, items):
-    """Take out what cannot run here, or takes minutes; where CI is set everything stays, and fails where something is lacking."""
+    """Take out what cannot run here, or takes long; where CI is set everything stays, and fails where something is lacking."""
     config.left_out = []
     if config.getoption("--every-python"):
         other = [item for item in items if item.module.__name__.removeprefix("test_") not in EVERY_PYTHON]
@@ -183,7 +183,7 @@ def _leave_out(config, items):
             kept.append(item)
             continue
         if not lacks and item.get_closest_marker("long") and not config.getoption("--long"):
-            lacks = "long", "takes minutes: pytest --long, or set CI"
+            lacks = "long", "takes long: make test PYTEST_OPTIONS=--long, or set CI"
         if lacks:
             config.left_out.append((f"needs {lacks[0]}: {lacks[1]}", item.nodeid))
         (deselected if lacks else kept).append(item)

@@ -215,6 +215,7 @@ def test_user_in_the_grace_is_deferred_in_every_failure_mode(make_daemon, keyclo
     assert sum("reason=in-grace" in line for line in lines) == 11
 
 
+@pytest.mark.long
 def test_start_of_the_grace_outlives_a_restart(make_daemon, keycloak):
     for name in ("alice", "bob"):
         keycloak.add_user(name, f"{name}@d1.test")

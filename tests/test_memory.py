@@ -113,7 +113,9 @@ def growth(daemon, keycloak, what):
     return tuple(after - before for before, after in zip(*found))
 
 
-@pytest.mark.parametrize("what", STEPS)
+@pytest.mark.parametrize(
+    "what", ["question", *(pytest.param(what, marks=pytest.mark.long) for what in STEPS if what != "question")]
+)
 def test_what_comes_and_goes_leaves_nothing(keycloak, short_dir, make_config, what):
     daemon = make_counted(keycloak, short_dir, make_config).launch()
     try:
@@ -131,6 +133,7 @@ LEAKS = {
 }
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("what", STEPS)
 def test_some_bytes_left_behind_are_found(keycloak, short_dir, make_config, tmp_path, what):
     text = (ROOT / "mailcloak.py").read_text(encoding="utf-8")

@@ -120,6 +120,7 @@ def count_log(daemon, text):
     return daemon.log().count(text)
 
 
+@pytest.mark.long
 @pytest.mark.real("postfix", "root")
 def test_keycloak_stopped_and_killed_under_load_loses_no_mail_and_refuses_none(mortal_keycloak, mail_daemon, postfix):
     assert refusal_code(postfix, "stranger@d1.test") == 550

@@ -224,6 +224,7 @@ def mail_daemon(postfix, keycloak):
         yield instance
 
 
+@pytest.mark.long
 @pytest.mark.real("postfix", "root")
 def test_killed_and_restarted_under_load_postfix_delivers_every_message(postfix, mail_daemon, capsys):
     started = time.monotonic()

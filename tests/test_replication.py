@@ -261,6 +261,7 @@ def test_writer_that_is_killed_in_a_change_publishes_none_of_it(hosts):
         assert {row[0] for row in host.rows()} == {row[0] for row in before} | {"after@d1.test"}
 
 
+@pytest.mark.long
 def test_stall_of_litestream_shows_and_ends_with_an_empty_copy(hosts):
     writer, followers = hosts
     stalled, other = followers[:2]
@@ -279,6 +280,7 @@ def test_stall_of_litestream_shows_and_ends_with_an_empty_copy(hosts):
     wait_until(lambda: not stalled_age()["late"], seconds=30, what="the end of the warning")
 
 
+@pytest.mark.long
 def test_changes_that_are_lost_with_the_writer_are_those_of_the_seconds_that_readme_says():
     (said,) = re.findall(r"the changes of its last (\d+) seconds", (ROOT / "README.md").read_text())
     losses = loss.measure(3)

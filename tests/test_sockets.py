@@ -390,6 +390,7 @@ def test_swapped_socket_path_gains_nothing_while_sockets_are_made(folder):
     assert_nothing_was_gained(folder, report)
 
 
+@pytest.mark.long
 @pytest.mark.real("root")
 def test_swapped_socket_path_gains_nothing_while_the_daemon_starts_and_stops(make_daemon, folder):
     daemon = daemon_with_two_users(make_daemon, folder.path)
