@@ -694,7 +694,7 @@ def fetch_rows(context: Context, table: str, column: str, keys: Sequence[str]) -
 
 
 def note_change(event: str, key: str, **values: Any) -> None:
-    """A line in syslog (facility mail) for a change that was made: by whom it was made, the old value and the new one; never a token."""
+    """A line in syslog (facility mail) for a change that was made: who made it, the old value and the new one; never a token."""
     import syslog
 
     values = {**values, "uid": os.getuid(), "sudo_user": os.environ.get("SUDO_USER")}

@@ -163,7 +163,7 @@ def shares_of(taken: Taken, errand: Errand, port: str, of: str = "smtp") -> list
 
 
 def check_postfix(instance: Any) -> None:
-    """See that each port asks whom it should ask: the mail goes where that server says."""
+    """See that each port asks the server it should ask: the mail goes where that server says."""
     found = {}
     for port in PORTS:
         (delivery,) = instance.deliveries(instance.send(OUTSIDE, f"1info@{DOMAIN}", port=port))

@@ -465,7 +465,7 @@ ROWS = [
     _token("alias-that-leads-elsewhere-by-email", "frank@elsewhere.test", "out@d1.test", NOT_OWNED),
     _map("alias-of-several", "alias both@d1.test", "OK alice@d1.test,bob@d1.test"),
     _map("alias-of-several-tagged", "alias both+x@d1.test", "OK alice+x@d1.test,bob+x@d1.test"),
-    _map("alias-of-several-of-whom-one-was-never-seen", "alias unheard@d1.test", "OK alice@d1.test,unheard@d1.test"),
+    _map("alias-of-several-one-of-which-was-never-seen", "alias unheard@d1.test", "OK alice@d1.test,unheard@d1.test"),
     _map("alias-of-several-one-left", "alias leaver@d1.test", "OK alice@d1.test"),
     _map("alias-of-several-all-left", "alias left@d1.test", "TEMP all users have left"),
     _map("alias-of-several-and-elsewhere", "alias mixed@d1.test", "OK alice@d1.test,alice@elsewhere.test,jo@elsewhere.test"),

@@ -123,7 +123,7 @@ def mixed(*numbers: int) -> int:
 
 
 def turning_alias(index: int, commit: int) -> Optional[str]:
-    """Whom the alias leads to; "" for a disabled one, None for none."""
+    """Which user the alias leads to; "" for a disabled one, None for none."""
     return (KNOWN[0], KNOWN[1], "", None)[mixed(index, commit) % 4]
 
 

@@ -122,7 +122,7 @@ def test_missing_file_is_created_with_its_schema_and_a_warning(static_daemon):
 
 
 @pytest.mark.parametrize("fault", ["missing", "empty"])
-def test_lost_file_of_a_daemon_that_has_run_is_not_made_anew(make_daemon, keycloak, fault):
+def test_lost_file_of_a_daemon_that_has_run_is_not_made_again(make_daemon, keycloak, fault):
     """A new one would say of each alias that there is none: mail for it would be refused for good."""
     keycloak.add_user("alice", "alice@d1.test")
     daemon = make_daemon(keycloak=keycloak.config()).start()

@@ -714,7 +714,7 @@ def test_file_that_is_lost_or_broken_is_a_temporary_failure_until_it_is_back(dae
     assert_change_counts_at_once(daemon, kept)
 
 
-def test_deleted_file_is_not_made_anew_by_questions_reloads_or_lists(daemon, kept):
+def test_deleted_file_is_not_made_again_by_questions_reloads_or_lists(daemon, kept):
     backup = daemon.directory / "backup"
     os.rename(daemon.database, backup)
     daemon.reload()
@@ -799,7 +799,7 @@ def start_as_nobody(make_daemon):
 
 @root_only
 @pytest.mark.parametrize("what", ["file", "directory"])
-def test_file_that_its_user_may_not_read_is_a_temporary_failure_until_he_may(make_daemon, what):
+def test_file_that_its_user_may_not_read_is_a_temporary_failure_until_the_user_may(make_daemon, what):
     daemon = start_as_nobody(make_daemon)
     kept = Kept(daemon)
     assert kept.ask_twice() == GOOD
@@ -819,7 +819,7 @@ def test_file_that_its_user_may_not_read_is_a_temporary_failure_until_he_may(mak
 
 
 @root_only
-def test_file_that_root_restored_as_his_own_is_a_temporary_failure_until_it_is_given_back(make_daemon):
+def test_file_that_root_restored_as_its_own_is_a_temporary_failure_until_it_is_given_back(make_daemon):
     daemon = start_as_nobody(make_daemon)
     kept = Kept(daemon)
     assert kept.ask_twice() == GOOD

@@ -93,7 +93,7 @@ def test_database_that_is_gone_is_not_made_by_a_worker_that_could_write_it(useri
         pytest.param("info+tag@d1.test", "alice+tag@d1.test", id="tagged-alias"),
     ],
 )
-def test_recipient_with_an_owner_gets_the_message_in_his_mailbox(host, recipient, delivered_to):
+def test_message_for_a_recipient_with_an_owner_is_in_the_owners_mailbox(host, recipient, delivered_to):
     with host.postfix.smtp() as client:
         received = host.read("alice", send(client, "x@elsewhere.test", recipient))
     assert received.delivered_to == delivered_to
@@ -117,7 +117,7 @@ def test_message_from_outside_is_refused(host, sender, recipient, answer, named)
 
 
 @pytest.mark.parametrize("mechanism", TOKEN_MECHANISMS)
-def test_user_with_a_token_sends_as_an_address_of_his_own_and_as_no_other(host, mechanism):
+def test_user_with_a_token_sends_as_an_own_address_and_as_no_other(host, mechanism):
     with host.logged_in(mechanism, "alice") as client:
         received = host.read("bob", send(client, "info@d1.test", "bob@d1.test"), mechanism)
         assert refusal(client, "bob@d1.test", "bob@d1.test") == expected(NOT_OWNED, "bob@d1.test")
@@ -245,7 +245,7 @@ def changed_host(userinfo):
         pytest.param("sales@d1.test", "erin@d2.test", "erin@d1.test", id="alias-in-another-domain"),
     ],
 )
-def test_user_whose_username_is_his_address_receives_and_nobody_else_does(changed_host, recipient, username, other):
+def test_user_whose_username_is_the_own_address_receives_and_nobody_else_does(changed_host, recipient, username, other):
     assert_only_one_receives(changed_host, recipient, username, other)
 
 

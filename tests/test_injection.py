@@ -335,17 +335,17 @@ def test_user_whose_name_is_a_wildcard_is_that_user_alone(keycloak_daemon, keycl
     token = {"protocol_state": "MAIL", "sasl_method": "XOAUTH2"}
     for wild in WILD_NAMES:
         answers = {
-            "mail to him": keycloak_daemon.ask(recipient=f"{wild}@d1.test"),
-            "he as himself": keycloak_daemon.ask(sender=f"{wild}@d1.test", sasl_username=wild, **token),
-            "he as alice": keycloak_daemon.ask(sender="alice@d1.test", sasl_username=wild, **token),
-            "alice as him": keycloak_daemon.ask(sender=f"{wild}@d1.test", sasl_username="alice", **token),
+            "mail to the user": keycloak_daemon.ask(recipient=f"{wild}@d1.test"),
+            "the user as the own name": keycloak_daemon.ask(sender=f"{wild}@d1.test", sasl_username=wild, **token),
+            "the user as alice": keycloak_daemon.ask(sender="alice@d1.test", sasl_username=wild, **token),
+            "alice as the user": keycloak_daemon.ask(sender=f"{wild}@d1.test", sasl_username="alice", **token),
             "alice as herself": keycloak_daemon.ask(sender="alice@d1.test", sasl_username="alice", **token),
         }
         assert answers == {
-            "mail to him": "DUNNO",
-            "he as himself": "DUNNO",
-            "he as alice": NOT_OWNED,
-            "alice as him": NOT_OWNED,
+            "mail to the user": "DUNNO",
+            "the user as the own name": "DUNNO",
+            "the user as alice": NOT_OWNED,
+            "alice as the user": NOT_OWNED,
             "alice as herself": "DUNNO",
         }, wild
 

@@ -294,7 +294,7 @@ def test_user_who_is_just_being_imported_is_found_by_asking_again(canary_daemon,
     assert canary_daemon.ask(recipient="newcomer@d1.test") == "DUNNO"
 
 
-def test_user_whom_a_storage_called_disabled_just_before_it_came_back_is_found_by_asking_again(canary_daemon, keycloak):
+def test_user_called_disabled_by_a_storage_just_before_it_came_back_is_found_by_asking_again(canary_daemon, keycloak):
     keycloak.add_user("newcomer", "newcomer@d1.test", federationLink="ldap")
     original, asked = keycloak.search, []
 

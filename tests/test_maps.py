@@ -195,7 +195,7 @@ def test_flush_forgets_a_user_in_memory_and_on_disk(make_daemon, keycloak):
 
 
 @pytest.mark.parametrize("name", ["alice", "ALICE", "alice@d1.test", "alice+shop@d1.test"])
-def test_flush_of_any_name_of_a_user_forgets_all_of_him(make_daemon, keycloak, name):
+def test_flush_of_any_name_of_a_user_forgets_all_of_the_user(make_daemon, keycloak, name):
     for username in ("alice", "bob"):
         keycloak.add_user(username, f"{username}@d1.test")
     daemon = make_daemon(keycloak=keycloak.config()).start()

@@ -1142,7 +1142,7 @@ def test_host_alone_has_a_role_and_no_line(tmp_path, late_at_60):
     assert mailcloakctl.read_replication(str(tmp_path / "absent.db"), 60) is None
 
 
-def test_follower_says_whom_it_follows_and_how_old_that_is(writer, follower, late_at_60):
+def test_follower_says_which_host_it_follows_and_how_old_that_is(writer, follower, late_at_60):
     config, name = late_at_60(follower.path), os.uname().nodename
     set_age(follower.path, 20)
     (finding,) = doctor_says(config)

@@ -146,7 +146,7 @@ def test_negative_answer_never_serves_in_an_outage(plain):
         cached.find_holders("stranger@d1.test")
 
 
-def test_user_who_came_back_after_an_outage_is_asked_for_anew(plain):
+def test_user_who_came_back_after_an_outage_is_asked_for_again(plain):
     cached, directory, clock = plain
     cached.find_holders("alice@d1.test")
     directory.down = True
@@ -193,7 +193,7 @@ def test_user_found_gone_is_refused_as_sender_in_an_outage(plain):
     with pytest.raises(mailcloak.DirectoryUnavailable):
         cached.find_holders("alice@d1.test")
     with pytest.raises(mailcloak.DirectoryUnavailable):
-        cached.find_login("stranger")  # of whom nothing was ever known
+        cached.find_login("stranger")  # nothing was ever known of this one
 
 
 @pytest.mark.parametrize("down", [False, True], ids=["keycloak-answers", "outage"])
@@ -248,7 +248,7 @@ def test_alias_alone_does_not_make_a_sender_in_an_outage(make_daemon, keycloak):
     keycloak.stop()
     time.sleep(0.3)
     assert daemon.ask(**by_alice) == "DUNNO"
-    assert daemon.ask(**by_bob) == DEFER  # he has not logged in before
+    assert daemon.ask(**by_bob) == DEFER  # bob has not logged in before
     assert daemon.ask(recipient="sales@d1.test") == "DUNNO"
 
 
@@ -537,7 +537,7 @@ def test_daemon_restarted_in_an_outage_still_knows_everyone(make_daemon, keycloa
     assert known(daemon) == {"alice"}
 
 
-def test_saved_user_is_asked_about_anew_after_a_restart_when_keycloak_answers(make_daemon, keycloak):
+def test_saved_user_is_asked_about_again_after_a_restart_when_keycloak_answers(make_daemon, keycloak):
     daemon = short_daemon(make_daemon, keycloak, cache_ttl_seconds=1000).start()
     assert daemon.ask(recipient="alice@d1.test") == "DUNNO"
     daemon.stop()
@@ -802,7 +802,7 @@ def test_file_that_cannot_be_read_from_the_start_is_one_line(tmp_path, caplog):
 
 
 def test_nobody_is_refused_for_good_while_the_file_cannot_be_read_at_the_start(tmp_path):
-    """It may know a user whom Keycloak does not find just now."""
+    """It may know a user who is not found by Keycloak just now."""
     path, clock = tmp_path / "last-known.db", Clock()
     save(path, "mail", [BOB], clock)
     with contextlib.closing(sqlite3.connect(path, isolation_level=None)) as database:
@@ -1006,7 +1006,7 @@ def test_what_is_learned_of_a_user_while_a_mistyped_realm_is_corrected_is_known(
     assert "the disk is slow" not in daemon.log()
 
 
-def test_users_for_whom_there_is_no_room_at_the_start_do_not_come_back(tmp_path):
+def test_users_without_room_at_the_start_do_not_come_back(tmp_path):
     path, clock = tmp_path / "last-known.db", Clock()
     users = [mailcloak.User(f"u{number}", f"u{number}@d1.test", True, user_id=f"id{number}") for number in range(10)]
     save(path, "mail", users, clock)
@@ -1032,7 +1032,7 @@ def test_damaged_file_that_cannot_be_removed_is_one_line(tmp_path, caplog, monke
     saved.close()
 
 
-def test_only_what_was_said_anew_of_a_user_is_waited_for(tmp_path):
+def test_only_what_is_news_of_a_user_is_waited_for(tmp_path):
     """A refusal that is on the disk already costs no second write, though the time of the look goes there too."""
     path, clock = tmp_path / "last-known.db", Clock()
     save(path, "mail", [BOB], clock)

@@ -238,7 +238,7 @@ def test_login_after_thirty_in_a_minute_from_one_address_is_deferred_and_other_a
     ],
 )
 @pytest.mark.parametrize("sender", [pytest.param("x@elsewhere.test", id="foreign-sender"), pytest.param("", id="null-sender")])
-def test_recipient_with_an_owner_gets_the_message_in_his_mailbox(host, sender, recipient, username, delivered_to):
+def test_message_for_a_recipient_with_an_owner_is_in_the_owners_mailbox(host, sender, recipient, username, delivered_to):
     with host.postfix.smtp() as client:
         received = host.read(username, send(client, sender, recipient))
     assert received.delivered_to.lower() == delivered_to
@@ -295,7 +295,7 @@ def copies(host, marker):
 
 @pytest.mark.parametrize("mechanism", TOKEN_MECHANISMS)
 @pytest.mark.parametrize("sender", ["alice@d1.test", "Alice@D1.TEST", "info@d1.test", "alice+tag@d1.test", "info+tag@d1.test", ""])
-def test_user_with_a_token_sends_as_an_address_of_his_own(host, mechanism, sender):
+def test_user_with_a_token_sends_as_an_own_address(host, mechanism, sender):
     with host.logged_in(mechanism, "alice") as client:
         received = host.read("bob", send(client, sender, "bob@d1.test"), mechanism)
     assert received.text.startswith(f"Return-Path: <{sender}>")
@@ -445,7 +445,7 @@ def test_password_of_an_app_with_the_name_of_a_user_is_no_token(scram_host, mech
 
 
 @pytest.mark.parametrize("mechanism", TOKEN_MECHANISMS)
-def test_user_with_the_name_of_an_app_is_himself(scram_host, mechanism):
+def test_user_with_the_name_of_an_app_stays_that_user(scram_host, mechanism):
     with scram_host.logged_in(mechanism, "alice") as client:
         assert refusal(client, "alice@d1.test", "bob@d1.test") is None
         assert refusal(client, "scan@d1.test", "bob@d1.test") == expected(NOT_OWNED, "scan@d1.test")
@@ -623,7 +623,7 @@ def one_mailbox_host(real_keycloak, realm):
         pytest.param("smith+tag@d2.test", "+tag", id="tagged-alias"),
     ],
 )
-def test_every_address_of_a_user_leads_to_his_one_mailbox(one_mailbox_host, recipient, tag):
+def test_every_address_of_a_user_leads_to_the_one_mailbox(one_mailbox_host, recipient, tag):
     with one_mailbox_host.postfix.smtp() as client:
         received = one_mailbox_host.read("c.smith", send(client, "x@elsewhere.test", recipient))
     assert received.delivered_to == f"c.smith{tag}@mailbox.internal"
@@ -634,7 +634,7 @@ def test_mailbox_domain_takes_nothing_from_outside(one_mailbox_host):
 
 
 @pytest.mark.parametrize("sender", ["carol@d1.test", "carol+tag@d1.test", "smith@d2.test"])
-def test_user_sends_as_each_of_his_addresses_with_a_mailbox_domain(one_mailbox_host, sender):
+def test_user_sends_as_each_own_address_with_a_mailbox_domain(one_mailbox_host, sender):
     with one_mailbox_host.logged_in("XOAUTH2", "c.smith") as client:
         assert refusal(client, sender, "bob@d1.test") is None
         assert refusal(client, "c.smith@d1.test", "bob@d1.test") == expected(NOT_OWNED, "c.smith@d1.test")
@@ -673,12 +673,12 @@ def assert_only_one_receives(host, recipient, username, other):
         pytest.param("sales@d1.test", "erin@d2.test", "erin@d1.test", id="alias-in-another-domain"),
     ],
 )
-def test_user_whose_username_is_his_address_receives_and_nobody_else_does(by_address_host, recipient, username, other):
+def test_user_whose_username_is_the_own_address_receives_and_nobody_else_does(by_address_host, recipient, username, other):
     assert_only_one_receives(by_address_host, recipient, username, other)
 
 
 @pytest.mark.parametrize("mechanism", TOKEN_MECHANISMS)
-def test_user_whose_username_is_his_address_sends_as_it_and_as_his_aliases_alone(by_address_host, mechanism):
+def test_user_whose_username_is_the_own_address_sends_as_it_and_as_own_aliases_alone(by_address_host, mechanism):
     with by_address_host.logged_in(mechanism, "erin@d2.test") as client:
         assert refusal(client, "erin@d2.test", "erin@d1.test") is None
         assert refusal(client, "sales@d1.test", "erin@d1.test") is None
@@ -719,9 +719,7 @@ def test_setup_says_that_the_realm_does_not_exist(real_keycloak, realm):
         pytest.param("verify-email", True, 204, False, id="verified-e-mail"),
     ],
 )
-def test_user_who_gives_himself_an_address_has_it_only_on_a_stock_realm(
-    real_keycloak, step, require_verified_email, status, stolen
-):
+def test_user_who_takes_an_address_has_it_only_on_a_stock_realm(real_keycloak, step, require_verified_email, status, stolen):
     name = f"theft-{step}-{require_verified_email}".lower()
     client, account = service_client("mailcloak", SECRET, "view-users")
     real_keycloak.create_realm(name, [user("mallory", "mallory@d1.test"), user("bob", "bob@d1.test"), account], [client])

@@ -225,7 +225,7 @@ def answers_for(seconds, question):
 
 
 @pytest.mark.real("slapd")
-def test_ldap_away_without_canaries_nobody_whom_the_daemon_has_seen_is_refused(start_daemon, realm):
+def test_ldap_away_without_canaries_nobody_the_daemon_has_seen_is_refused(start_daemon, realm):
     daemon = start_daemon()
     assert ask(daemon, "seen-plain", "local") == ask_senders(daemon, "seen-plain", "local") == ["DUNNO"] * 2
     assert ask(daemon, "stranger") == [REJECT]

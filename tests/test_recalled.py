@@ -432,7 +432,7 @@ def test_new_fact_counts_for_a_recalled_answer_though_it_was_learnt_by_another_q
     assert [ask(service, each) for each in (by_name, by_email)] == [mailcloak.SENDER_NOT_OWNED] * 2
 
 
-def test_recalled_answer_is_made_anew_in_the_last_part_of_its_facts_life(make_service, keycloak):
+def test_recalled_answer_is_made_again_in_the_last_part_of_its_facts_life(make_service, keycloak):
     """So that they are asked for again in the background, and nobody waits."""
     keycloak.add_user("alice", "alice@d1.test")
     service = make_service(cache_ttl_seconds=5)

@@ -189,7 +189,7 @@ def test_answer_that_was_asked_for_before_a_flush_does_not_come_back():
         state.ask(Question("sender", "", "alice"))
 
 
-def test_user_of_whom_the_look_up_of_the_sender_shows_the_loss_does_not_send_once_more():
+def test_user_whose_loss_the_look_up_of_the_sender_shows_does_not_send_once_more():
     with model() as state:
         state.ask(Question("sender", "", "alice"))
         state.change(0, ("state", "locked"))
@@ -218,7 +218,7 @@ def read_file(state):
     state.write_file()
 
 
-def test_user_whom_keycloak_calls_disabled_before_the_file_could_be_read_is_in_the_grace_afterwards():
+def test_user_called_disabled_by_keycloak_before_the_file_could_be_read_is_in_the_grace_afterwards():
     with model() as state:
         state.ask_all_of_login("carol")
         start_without_file(state)

@@ -143,7 +143,7 @@ class World:
         return User(account.username, email, enabled and account.state == "enabled", is_locked, account.federation, account.user_id)
 
     def answer(self, question: tuple[str, str], moment: Moment, is_spared: Any = lambda key: False) -> tuple[User, ...]:
-        """Whom Keycloak names at that moment; it does not lie about those who are spared."""
+        """The users that Keycloak names at that moment; it does not lie about those who are spared."""
         found = []
         for account in moment.accounts:
             spared = is_spared(account.user_id or account.username)
@@ -267,11 +267,11 @@ class Oracle:
         self.heard[key] = [*entries, Heard(at, record, lost, shares, seconds, has_faded)]
 
     def save(self, is_bad: Any = lambda key: False) -> None:
-        """All is written. is_bad: says of whom the file has a row without sense."""
+        """All is written. is_bad: of these users the file has a row without sense."""
         self.saved = {key: entries for key, entries in self.heard.items() if not is_bad(key)}
 
     def restart(self, *, can_read: bool = True) -> None:
-        """What was saved is known; who confirmed whom is not."""
+        """What was saved is known; who confirmed a user is not."""
         self.heard, self.witnesses, self.asked = dict(self.saved), [], {}
         self.unread, self.answers = None, []
         if not can_read:
@@ -361,7 +361,7 @@ class Oracle:
         return self.standing(key) == "there" and self.heard[key][-1].at > since
 
     def usable(self, login: str, since: float) -> Optional[User]:
-        """The user whom the login proves."""
+        """The user that the login proves."""
         (key, user), *more = [*self.logins(login).items()] or [("", None)]
         if user and not more and self.is_usable(key, since) and user.enabled and user.email:
             return user if login == user.username or self.unnamed.get(login, 0.0) > since else None
@@ -573,7 +573,7 @@ class Oracle:
         if question.login.lower() in APPS and address != APP_SENDER:
             return ""
         if question.user and not self.logins(question.user) and self.is_open("username", question.user, surely=True):
-            return "refused in an outage, though the login went to somebody whom Keycloak was not asked for"
+            return "refused in an outage, though the login went to a user that Keycloak was not asked for"
         if question.user and self.is_bad(question.user):
             return ""
         if user and not ALIASES.get(address, ("", 0))[1] and self.is_open("email", address, surely=True):
