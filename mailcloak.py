@@ -1806,147 +1806,18 @@ def sqlite_fault(exc: BaseException) -> str:
     return next((fault for text, fault in texts.items() if text in describe_sqlite(exc)), "")
 
 
-class _OwnersCursor(sqlite3.Cursor):
-    """Of an OwnersConnection."""
-
-    connection: OwnersConnection
-
-    def execute(self, *arguments: Any) -> _OwnersCursor:
-        with acting_as(*self.connection.owner):
-            super().execute(*arguments)
-        return self
-
-    def executemany(self, *arguments: Any) -> _OwnersCursor:
-        with acting_as(*self.connection.owner):
-            super().executemany(*arguments)
-        return self
-
-    def executescript(self, *arguments: Any) -> _OwnersCursor:
-        with acting_as(*self.connection.owner):
-            super().executescript(*arguments)
-        return self
-
-
-class OwnersConnection(sqlite3.Connection):
-    """One of root whose statements run as the user who owns the way to the file, for a program with one thread.
-
-    That user could put a journal beside the file: SQLite rolls it back before it reads, and deletes the file that it names. Source: the
-    SQLite database file format, section 3, "super-journal".
-    """
-
-    owner = (0, 0)  # uid, gid
-
-    def cursor(self, factory: Any = None) -> Any:
-        return super().cursor(_OwnersCursor)
-
-    def execute(self, *arguments: Any) -> Any:
-        return self.cursor().execute(*arguments)
-
-    def executemany(self, *arguments: Any) -> Any:
-        return self.cursor().executemany(*arguments)
-
-    def executescript(self, *arguments: Any) -> Any:
-        return self.cursor().executescript(*arguments)
-
-    def backup(self, *arguments: Any, **options: Any) -> None:
-        with acting_as(*self.owner):
-            super().backup(*arguments, **options)
-
-    def attach(self, uri: str, name: str) -> None:
-        """ATTACH a file that only root may read."""
-        self.execute("SELECT 1 FROM main.sqlite_master").fetchall()  # so that nothing is read of the own file now
-        super().cursor().execute(f"ATTACH ? AS {name}", (uri,))
-
-    def close(self) -> None:
-        with acting_as(*self.owner):
-            super().close()
-
-
-def connect_database(path: str, busy_seconds: float, *, as_owner: bool = False) -> sqlite3.Connection:
+def connect_database(path: str, busy_seconds: float, factory: type[sqlite3.Connection] = sqlite3.Connection) -> sqlite3.Connection:
     """A connection to an existing file, in autocommit mode; raises one of SQLITE_ERRORS, as each use of it does.
 
     Opened for writing even to read: only then can SQLite roll back the journal that a killed writer left behind. SQLite falls back
     to reading by itself where the file may not be written. The connection may be closed, though not used, by another thread.
-    as_owner: where root opens a file of another user, see OwnersConnection and owner_on_the_way().
     """
     uri = f"file:{urllib.parse.quote(os.fsencode(path))}?mode=rw"
-    try:
-        owner = owner_on_the_way(path) if as_owner and os.geteuid() == 0 else (0, 0)
-    except OSError as exc:
-        raise sqlite3.OperationalError(exc.strerror) from exc
-    factory = OwnersConnection if owner[0] else sqlite3.Connection
-    with acting_as(*owner) if owner[0] else contextlib.nullcontext():
-        connection = sqlite3.connect(
-            uri, uri=True, timeout=busy_seconds, isolation_level=None, check_same_thread=False, factory=factory
-        )
-    if isinstance(connection, OwnersConnection):
-        connection.owner = owner
+    connection = sqlite3.connect(
+        uri, uri=True, timeout=busy_seconds, isolation_level=None, check_same_thread=False, factory=factory
+    )
     connection.execute("PRAGMA foreign_keys = ON")
     return connection
-
-
-@contextlib.contextmanager
-def acting_as(uid: int, gid: int) -> Iterator[None]:
-    """For a moment, create files as another user, in no further groups; only root can."""
-    with contextlib.ExitStack() as stack:
-        if uid and os.geteuid() == 0:
-            stack.callback(os.setgroups, os.getgroups())
-            os.setgroups([gid])
-        stack.callback(os.setegid, os.getegid())
-        os.setegid(gid)
-        stack.callback(os.seteuid, os.geteuid())
-        os.seteuid(uid)
-        yield
-
-
-NOBODYS_GROUP = 65534  # of a user who is not known on this host
-MAX_LINKS = 40  # as the kernel follows; source: path_resolution(7)
-
-
-def _ids_of(status: os.stat_result) -> tuple[int, int]:
-    """(uid, gid) of the owner, with the group of the file only if the owner is in it."""
-    try:
-        entry = pwd.getpwuid(status.st_uid)
-    except KeyError:
-        return status.st_uid, NOBODYS_GROUP
-    is_member = status.st_gid in os.getgrouplist(entry.pw_name, entry.pw_gid)
-    return status.st_uid, status.st_gid if is_member else entry.pw_gid
-
-
-def owner_on_the_way(path: str) -> tuple[int, int]:
-    """(uid, gid) of the user who decides what root finds by this path: of the first directory or link on the way that is not root's.
-
-    Root's own where nobody else could put another file there, or a journal beside it. Raises PermissionError where several users could.
-    """
-    place, names, links = "/", os.path.abspath(path).split("/"), 0
-    while names and os.path.isdir(place):
-        name = names.pop(0)
-        if name in ("", "."):
-            continue
-        status, found = os.stat(place), os.path.join(place, name)
-        if status.st_uid:
-            return _ids_of(status)
-        if status.st_mode & (stat.S_IWOTH | stat.S_IWGRP):  # with an ACL, the bit of the group is set where any user may write
-            if not names or not status.st_mode & stat.S_ISVTX:  # in a sticky one nobody replaces what is another's
-                raise PermissionError(errno.EPERM, f"root uses no database below {place}, which others may write")
-            with contextlib.suppress(FileNotFoundError):
-                there = os.lstat(found)
-                if there.st_uid:
-                    return _ids_of(there)
-        if os.path.islink(found):
-            place, names, links = "/", os.path.join(place, os.readlink(found)).split("/") + names, links + 1
-            if links > MAX_LINKS:
-                raise OSError(errno.ELOOP, os.strerror(errno.ELOOP))
-        else:
-            place = os.path.dirname(place) if name == ".." else found
-    return 0, 0
-
-
-def acting_as_owner_of(path: str) -> contextlib.AbstractContextManager[None]:
-    """As root, use a file as the user who could put another one in its place; raises OSError."""
-    if os.geteuid() != 0:
-        return contextlib.nullcontext()
-    return acting_as(*owner_on_the_way(path))
 
 
 def create_database_file(path: str, mode: int = 0o640) -> bool:
@@ -2001,23 +1872,18 @@ def prepare_database(path: str, busy_seconds: float, *, create: bool = True) -> 
     if create and not os.path.lexists(path):
         if os.path.exists(last_known_path(path)):
             raise _lost_database(path, "missing, though a daemon has run on it")
-        try:
-            as_owner = acting_as_owner_of(path)
-        except OSError as exc:
-            raise StartError(f"sqlite.path: {path!r} cannot be created: {exc.strerror}") from exc
-        with as_owner:
-            if _create_database(path):
-                return "created"
+        if _create_database(path):
+            return "created"
     try:
         if os.stat(path).st_size == 0:  # somebody has emptied it
             raise _lost_database(path, "empty")
-        with contextlib.closing(connect_database(path, busy_seconds, as_owner=True)) as connection:
+        with contextlib.closing(connect_database(path, busy_seconds)) as connection:
             version = connection.execute("PRAGMA user_version").fetchone()[0]
-        if version > SCHEMA_VERSION:
-            raise StartError(
-                f"sqlite.path: {path!r} has schema version {version}, this mailcloak knows {SCHEMA_VERSION}: install a newer one"
-            )
-        copy = _migrate_as_owner(path, busy_seconds) if version < SCHEMA_VERSION else ""
+            if version > SCHEMA_VERSION:
+                raise StartError(
+                    f"sqlite.path: {path!r} has schema version {version}, this mailcloak knows {SCHEMA_VERSION}: install a newer one"
+                )
+            copy = _migrate(connection, path) if version < SCHEMA_VERSION else ""
     except (*SQLITE_ERRORS, OSError) as exc:
         raise DatabaseUnavailable(f"database: {path!r}: {describe_sqlite(exc)}") from exc
     return f"migrated to schema version {SCHEMA_VERSION}, the file as it was is {copy}" if copy else ""
@@ -2048,12 +1914,6 @@ def _create_database(path: str) -> bool:
     finally:
         os.unlink(new)
     return True
-
-
-def _migrate_as_owner(path: str, busy_seconds: float) -> str:
-    """The same by a connection of the directory's owner: root would also write a file of its own that a link leads to."""
-    with acting_as_owner_of(path), contextlib.closing(connect_database(path, busy_seconds)) as connection:
-        return _migrate(connection, path)
 
 
 def _migrate(connection: sqlite3.Connection, path: str) -> str:
@@ -3334,9 +3194,11 @@ class Known(NamedTuple):
         return tuple(person for person in self.people if person.has(self.question))
 
     @property
-    def meaning(self) -> set[tuple[Any, ...]]:
-        """All but the times."""
-        return {(person.user, person.standing, person.shares_email) for person in self.people}
+    def meaning(self) -> tuple[Any, ...]:
+        """What an answer depends on: not the times, nor the ids, which a server may make up for each answer."""
+        here = {(*person.user[:4], person.standing, person.shares_email) for person in self.here}
+        renamed = {(person.user.username, person.standing) for person in self.people if not person.has(self.question)}
+        return here, {each for each in renamed if each[0]}, self.is_doubted
 
     @property
     def is_doubted(self) -> bool:
@@ -4917,6 +4779,20 @@ def bind_socket(path: str, key: str, sockets: SocketsConfig) -> socket.socket:
             return _make_socket(path, uid, gid, sockets.socket_mode)
         except OSError as exc:
             raise StartError(f"{key}: {path!r} cannot be made: {exc.strerror or exc}{_socket_hint(exc, path)}") from exc
+
+
+@contextlib.contextmanager
+def acting_as(uid: int, gid: int) -> Iterator[None]:
+    """For a moment, create files as another user, in no further groups; only root can."""
+    with contextlib.ExitStack() as stack:
+        if uid and os.geteuid() == 0:
+            stack.callback(os.setgroups, os.getgroups())
+            os.setgroups([gid])
+        stack.callback(os.setegid, os.getegid())
+        os.setegid(gid)
+        stack.callback(os.seteuid, os.geteuid())
+        os.seteuid(uid)
+        yield
 
 
 def _make_socket(path: str, uid: int, gid: int, mode: int) -> socket.socket:

@@ -63,6 +63,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Optional, TypeVar, Union
 sys.path.insert(0, os.path.dirname(os.path.realpath(__file__)))  # mailcloak.py lies beside this file, also behind a symlink
 
 import mailcloak
+import mailcloakowner
 
 if TYPE_CHECKING:
     import mailcloakdoctor
@@ -523,7 +524,7 @@ def read_replication(path: str, max_lag_seconds: float) -> Optional[dict[str, An
     clocks that differ: a time in the future would hide a stall until then.
     """
     try:
-        with contextlib.closing(mailcloak.connect_database(path, ROLE_SECONDS, as_owner=True)) as database:
+        with contextlib.closing(mailcloakowner.connect(path, ROLE_SECONDS)) as database:
             origin = find_origin(database)
     except mailcloak.SQLITE_ERRORS:
         return None
@@ -545,8 +546,8 @@ def find_published(origin: Origin, path: str) -> Optional[Origin]:
     """The origin in the file that the writer publishes; None where there is none of this writer. path: of the database that names it."""
     with contextlib.suppress(*mailcloak.SQLITE_ERRORS, OSError):
         with (
-            mailcloak.acting_as_owner_of(path),
-            contextlib.closing(mailcloak.connect_database(origin.file, ROLE_SECONDS, as_owner=True)) as database,
+            mailcloakowner.acting_as_owner_of(path),
+            contextlib.closing(mailcloakowner.connect(origin.file, ROLE_SECONDS)) as database,
         ):
             published = find_origin(database)
         if published and (published.writer, published.epoch) == (origin.writer, origin.epoch):
@@ -615,10 +616,10 @@ def open_database(path: str, *, create: bool) -> sqlite3.Connection:
     except OSError as exc:
         raise Refused(f"database {path!r}: {exc.strerror}", database_remedy(exc, path)) from exc
     try:
-        done = patiently(lambda: mailcloak.prepare_database(path, INTERRUPT_SECONDS, create=create))
+        done = patiently(lambda: mailcloakowner.prepare(path, INTERRUPT_SECONDS, create=create))
         if done:
             say(f"database {path} {done}")
-        database = mailcloak.connect_database(path, INTERRUPT_SECONDS, as_owner=True)
+        database = mailcloakowner.connect(path, INTERRUPT_SECONDS)
     except mailcloak.StartError as exc:
         raise Refused(str(exc), database_remedy(exc, path) if mailcloak.sqlite_fault(exc) else "") from exc
     except mailcloak.DatabaseUnavailable as exc:

@@ -57,6 +57,7 @@ from typing import IO, Any, ClassVar, NamedTuple, Optional, TypeVar, cast
 
 import mailcloak
 import mailcloakctl as ctl
+import mailcloakowner
 
 MAX_LINE_BYTES = 262_144  # of a line of a file; an alias with 1,000 targets takes less than half of it
 MAX_ASKED = 100  # changed aliases that are looked up in Keycloak one by one, and that get a line of their own in syslog
@@ -1214,7 +1215,7 @@ def restore(context: ctl.Context) -> None:
         elif not os.path.lexists(target):
             restore_new(context, path)
         elif os.stat(target).st_size == 0:  # SQLite takes it for a database without tables
-            with contextlib.closing(mailcloak.connect_database(target, ctl.INTERRUPT_SECONDS, as_owner=True)) as database:
+            with contextlib.closing(mailcloakowner.connect(target, ctl.INTERRUPT_SECONDS)) as database:
                 restore_into(context, database, path)
         else:
             restore_into(context, context.database, path)
@@ -1262,7 +1263,7 @@ def readonly_uri(path: str) -> str:
 
 def attach(database: sqlite3.Connection, path: str, name: str) -> None:
     """Have the file as a schema of this name, for reading alone, though perhaps only root may read it."""
-    if isinstance(database, mailcloak.OwnersConnection):
+    if isinstance(database, mailcloakowner.OwnersConnection):
         database.attach(readonly_uri(path), name)
     else:
         database.execute(f"ATTACH ? AS {name}", (readonly_uri(path),))
@@ -1282,7 +1283,7 @@ def make_database(rows: sqlite3.Connection, target: str, *, wal: bool = False) -
     new = f"{target}.restored-{os.getpid()}"
     try:
         os.stat(os.path.dirname(target))
-        as_owner = mailcloak.acting_as_owner_of(new)
+        as_owner = mailcloakowner.acting_as_owner_of(new)
     except OSError as exc:
         raise ctl.Refused(f"database {target!r}: {exc.strerror}", ctl.database_remedy(exc, target)) from exc
     mailcloak.create_database_file(new)
@@ -1638,7 +1639,7 @@ def copy_of_go(path: str) -> Iterator[sqlite3.Connection]:
     """A connection to a copy of the database, with what its -wal has; raises Refused."""
     with contextlib.ExitStack() as stack:
         try:
-            with mailcloak.acting_as_owner_of(path):
+            with mailcloakowner.acting_as_owner_of(path):
                 # as the owner, who could lead to a file of root's otherwise
                 copy = os.path.join(stack.enter_context(tempfile.TemporaryDirectory(prefix="mailcloak-")), "go.db")
                 for suffix in ("", "-wal", "-journal"):
@@ -1646,7 +1647,7 @@ def copy_of_go(path: str) -> Iterator[sqlite3.Connection]:
                         shutil.copyfile(path + suffix, copy + suffix)
         except OSError as exc:
             raise ctl.Refused(f"migrate-from-go: {path!r} cannot be read: {exc.strerror}") from exc
-        database = stack.enter_context(contextlib.closing(mailcloak.connect_database(copy, 0, as_owner=True)))
+        database = stack.enter_context(contextlib.closing(mailcloakowner.connect(copy, 0)))
         database.text_factory = lambda data: data.decode("utf-8", "surrogateescape")
         try:
             check_whole(database, f"migrate-from-go: {path!r}")

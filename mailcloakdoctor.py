@@ -116,6 +116,7 @@ from typing import Any, NamedTuple, Optional
 
 import mailcloak
 import mailcloakctl as ctl  # for what it has of output, and for the questions to the running daemon
+import mailcloakowner
 
 # ---------------------------------------------------------------------------------------------------------------------------------
 # Findings
@@ -563,7 +564,7 @@ def check_database(host: Installation) -> Findings:
         yield make("database", f"{path}: {exc.strerror}", remedy)
         return
     try:
-        with contextlib.closing(mailcloak.connect_database(path, ctl.ANSWER_SECONDS, as_owner=True)) as database:
+        with contextlib.closing(mailcloakowner.connect(path, ctl.ANSWER_SECONDS)) as database:
             yield from read_database(host, database)
     except mailcloak.SQLITE_ERRORS as exc:
         if os.geteuid() != 0 and not os.access(path, os.R_OK | os.W_OK):

@@ -42,6 +42,7 @@ from typing import Any, Optional
 import mailcloak
 import mailcloakctl as ctl
 import mailcloakdata as data
+import mailcloakowner
 
 WATCH_SECONDS = 0.2  # between two looks at the times of SOURCE
 RETRY_SECONDS = 2.0  # before a SOURCE that was refused is looked at again, though its times are the same
@@ -122,7 +123,7 @@ def open_target(path: str, *, wal: bool) -> Iterator[sqlite3.Connection]:
         database.executescript(f"{mailcloak.SCHEMA}; PRAGMA user_version = {mailcloak.SCHEMA_VERSION}")
         yield database
         if os.path.lexists(path):  # somebody has emptied it
-            with contextlib.closing(mailcloak.connect_database(path, ctl.INTERRUPT_SECONDS, as_owner=True)) as empty:
+            with contextlib.closing(mailcloakowner.connect(path, ctl.INTERRUPT_SECONDS)) as empty:
                 ctl.patiently(lambda: database.backup(empty))
         else:
             data.make_database(database, path, wal=wal)
@@ -138,7 +139,7 @@ def attached(database: sqlite3.Connection, source: str) -> Iterator[None]:
         if status.st_size == 0:
             raise refused(source, "it is empty")
         # for writing: only then can SQLite roll back the journal of a killed writer, and make the -shm file of WAL mode
-        first = mailcloak.connect_database(source, ctl.INTERRUPT_SECONDS, as_owner=True)
+        first = mailcloakowner.connect(source, ctl.INTERRUPT_SECONDS)
     except OSError as exc:
         raise refused(source, exc.strerror or str(exc)) from exc
     except mailcloak.SQLITE_ERRORS as exc:
@@ -246,13 +247,13 @@ def follow_again(path: str, source: str) -> int:
     new, kept = f"{path}.again-{os.getpid()}", f"{path}.damaged"
     try:
         changed = follow(new, source, thorough=True)
-        with mailcloak.acting_as_owner_of(path):
+        with mailcloakowner.acting_as_owner_of(path):
             with contextlib.suppress(FileNotFoundError):
                 os.unlink(kept)
             os.link(path, kept)
             os.replace(new, path)
     finally:
-        with contextlib.suppress(FileNotFoundError), mailcloak.acting_as_owner_of(path):
+        with contextlib.suppress(FileNotFoundError), mailcloakowner.acting_as_owner_of(path):
             os.unlink(new)
     ctl.say(f"db: mirror: {path} was damaged, and is made again; the damaged one is {kept}")
     return changed
@@ -261,7 +262,7 @@ def follow_again(path: str, source: str) -> int:
 def is_damaged(path: str) -> bool:
     """Does SQLite find damage in it? One that it does not take for a database may be any file, and counts as none."""
     try:
-        with contextlib.closing(mailcloak.connect_database(path, ctl.INTERRUPT_SECONDS, as_owner=True)) as database:
+        with contextlib.closing(mailcloakowner.connect(path, ctl.INTERRUPT_SECONDS)) as database:
             return str(database.execute("PRAGMA quick_check(1)").fetchone()[0]) != "ok"
     except mailcloak.SQLITE_ERRORS as exc:
         return "malformed" in mailcloak.describe_sqlite(exc)

@@ -25,6 +25,7 @@ from fcntl import ioctl
 from pathlib import Path
 from typing import NamedTuple
 
+import hypothesis
 import pytest
 import yaml
 
@@ -37,6 +38,9 @@ from ctl_server import CtlServer  # noqa: E402
 from keycloak_stand_in import KeycloakStandIn  # noqa: E402
 
 import mailcloak  # noqa: E402
+
+hypothesis.settings.register_profile("untimed", deadline=None)  # a busy machine is no mistake
+hypothesis.settings.load_profile("untimed")
 
 MAY_LACK = {"litestream", "moto"}  # also with CI set: not every machine reaches the Go module proxy
 # What a test marked real(NAME) needs: the programs, and the packages that bring them.

@@ -18,6 +18,7 @@ import pytest
 from conftest import ROOT
 
 import mailcloak
+import mailcloakowner
 
 INTERNAL = "451 4.3.0 Temporary internal error"
 
@@ -417,7 +418,7 @@ def test_root_writes_nothing_into_a_database_of_its_own_to_which_the_owner_of_th
     path = directory / "state.db"
     path.symlink_to(roots)
     with pytest.raises(mailcloak.DatabaseUnavailable, match="readonly"):
-        mailcloak.prepare_database(str(path), 2)
+        mailcloakowner.prepare(str(path), 2)
     with contextlib.closing(sqlite3.connect(roots)) as database:
         assert database.execute("SELECT name FROM sqlite_master").fetchall() == [("other",)]
 
@@ -447,7 +448,7 @@ def test_root_gives_away_no_file_that_a_link_in_the_directory_names(short_dir, m
 
     monkeypatch.setattr(mailcloak, "create_database_file", create_and_swap)
     with pytest.raises(mailcloak.DatabaseUnavailable):
-        mailcloak.prepare_database(path, 2)
+        mailcloakowner.prepare(path, 2)
     status = secret.stat()
     assert (status.st_uid, status.st_mode & 0o777, secret.read_text()) == (0, 0o600, "secret")
     monkeypatch.undo()

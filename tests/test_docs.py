@@ -182,7 +182,7 @@ def test_licence_is_mit():
         'PROVIDED "AS IS", WITHOUT WARRANTY',
     ):
         assert part in text
-    for program in ("mailcloak.py", "mailcloakctl.py", "mailcloakdata.py", "mailcloakmirror.py"):
+    for program in ("mailcloak.py", "mailcloakctl.py", "mailcloakdata.py", "mailcloakmirror.py", "mailcloakowner.py"):
         assert "MIT licence" in "".join((ROOT / program).read_text(encoding="utf-8").splitlines()[:2])
 
 

@@ -2910,7 +2910,7 @@ def test_check_that_fails_itself_does_not_end_the_others(site, capsys, monkeypat
 def test_doctor_whose_file_is_missing_says_so_and_the_other_commands_work(site, tmp_path):
     """As after a copy by hand of the two other files."""
     site.write_config()
-    for name in ("mailcloak.py", "mailcloakctl.py"):
+    for name in ("mailcloak.py", "mailcloakctl.py", "mailcloakowner.py"):
         shutil.copy(ROOT / name, tmp_path)
 
     def run(*words):

@@ -38,6 +38,7 @@ BELOW_PREFIX = {
     "share/mailcloak/mailcloakctl.py",
     "share/mailcloak/mailcloakdata.py",
     "share/mailcloak/mailcloakmirror.py",
+    "share/mailcloak/mailcloakowner.py",
     "share/mailcloak/mailcloakdoctor.py",
     "share/mailcloak/schema.sql",
     "share/mailcloak/without-sockets.conf",
@@ -94,7 +95,14 @@ def test_programs_name_their_interpreter_and_modules_are_as_they_were(installed)
     directory, prefix, _ = installed
     for name in ("mailcloak", "mailcloakctl"):
         assert text(directory / prefix[1:] / "sbin" / name).startswith(f"#!{sys.executable}\n")
-    for name in ("mailcloak.py", "mailcloakctl.py", "mailcloakdata.py", "mailcloakdoctor.py", "mailcloakmirror.py"):
+    for name in (
+        "mailcloak.py",
+        "mailcloakctl.py",
+        "mailcloakdata.py",
+        "mailcloakdoctor.py",
+        "mailcloakmirror.py",
+        "mailcloakowner.py",
+    ):
         assert text(directory / prefix[1:] / "share/mailcloak" / name) == text(ROOT / name)
 
 
@@ -136,7 +144,7 @@ def in_place(tmp_path_factory):
 def test_modules_are_compiled_where_they_will_run_and_not_in_a_package(in_place, installed):
     """A package compiles after it was unpacked: only there the time of a module, which Python compares, and its reader are known."""
     compiled = {path.name.partition(".")[0]: path for path in (in_place / "share/mailcloak/__pycache__").glob("*.pyc")}
-    assert set(compiled) == {"mailcloak", "mailcloakctl", "mailcloakdata", "mailcloakdoctor", "mailcloakmirror"}
+    assert set(compiled) == {"mailcloak", "mailcloakctl", "mailcloakdata", "mailcloakdoctor", "mailcloakmirror", "mailcloakowner"}
     assert marshal.loads(compiled["mailcloak"].read_bytes()[16:]).co_filename == f"{in_place}/share/mailcloak/mailcloak.py"
     _, prefix, said = installed
     assert f"-m compileall -q {prefix}/share/mailcloak" in said
@@ -199,7 +207,14 @@ def test_manual_pages_name_files_that_were_installed(installed):
 
 def test_messages_name_samples_where_they_were_installed(installed):
     directory, prefix, _ = installed
-    for name in ("mailcloak.py", "mailcloakctl.py", "mailcloakdata.py", "mailcloakdoctor.py", "mailcloakmirror.py"):
+    for name in (
+        "mailcloak.py",
+        "mailcloakctl.py",
+        "mailcloakdata.py",
+        "mailcloakdoctor.py",
+        "mailcloakmirror.py",
+        "mailcloakowner.py",
+    ):
         code = text(ROOT / name)
         for path in re.findall(r"share/doc/mailcloak/[\w./-]*\w", code):
             assert (directory / prefix[1:] / path).exists(), f"{name}: {path}"
@@ -439,7 +454,14 @@ def test_prefix_that_cannot_be_one_is_refused(tmp_path, prefix):
 def imported_packages():
     """The modules that the programs import and that Python does not bring."""
     imported = set()
-    for name in ("mailcloak.py", "mailcloakctl.py", "mailcloakdata.py", "mailcloakdoctor.py", "mailcloakmirror.py"):
+    for name in (
+        "mailcloak.py",
+        "mailcloakctl.py",
+        "mailcloakdata.py",
+        "mailcloakdoctor.py",
+        "mailcloakmirror.py",
+        "mailcloakowner.py",
+    ):
         for node in ast.walk(ast.parse(text(ROOT / name))):
             if isinstance(node, (ast.Import, ast.ImportFrom)):
                 names = [node.module] if isinstance(node, ast.ImportFrom) else [each.name for each in node.names]

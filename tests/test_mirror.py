@@ -770,7 +770,7 @@ def with_keys(path):
     return {name: [row for row in rows if None not in [row[place] for place in places[name]]] for name, rows in found.items()}
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(contents(), contents())
 def test_any_rows_become_those_of_any_others(wanted, there):
     with tempfile.TemporaryDirectory(dir="/dev/shm") as folder:
@@ -804,7 +804,7 @@ class Model:
 STEP = st.tuples(st.sampled_from(["change", "publish", "apply", "adopt", "promote"]), st.integers(0, 2), st.integers(0, 2))
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.lists(STEP, max_size=25))
 def test_any_order_of_publishing_following_and_promoting_is_as_an_oracle_says(steps):
     with tempfile.TemporaryDirectory(dir="/dev/shm") as folder:

@@ -13,6 +13,7 @@ import subprocess
 import sys
 import threading
 import time
+import uuid
 from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
@@ -106,6 +107,17 @@ def test_answer_is_given_though_users_are_asked_for_again_all_the_time(make_serv
     add_alias(service, username="alice")
     assert ask(service, sender("alice@d1.test", "alice", "PLAIN")) == "DUNNO"
     assert ask(service, sender("info@d1.test", "alice@d1.test", "PLAIN")) == "DUNNO"
+
+
+def test_answer_is_given_though_users_have_a_new_id_in_each_answer(make_service, keycloak, monkeypatch):
+    """As some user storages may make it up: each look-up then takes the user of another one for somebody else."""
+    keycloak.add_user("alice", "alice@d1.test")
+    search = keycloak.search
+    monkeypatch.setattr(keycloak, "search", lambda query: [{**user, "id": str(uuid.uuid4())} for user in search(query)])
+    service = make_service()
+    for method in ("PLAIN", "XOAUTH2"):
+        assert ask(service, sender("alice@d1.test", "alice", method)) == "DUNNO"
+    assert len(keycloak.searches) <= 4
 
 
 @pytest.mark.parametrize("max_entries", [1, 2, 5])

@@ -17,6 +17,7 @@ import yaml
 from conftest import ROOT, run_ctl, short_directory
 
 import mailcloak
+import mailcloakowner
 
 pytestmark = pytest.mark.real("root")
 
@@ -135,7 +136,7 @@ def test_links_in_a_circle_are_no_way(tmp_path):
     result = run_as_root("--db", tmp_path / "a" / "state.db", "aliases", "list")
     assert (result.returncode, "Too many levels of symbolic links" in result.stderr) == (1, True), result.stderr
     with pytest.raises(OSError, match="Too many levels"):
-        mailcloak.owner_on_the_way(str(tmp_path / "a" / "state.db"))
+        mailcloakowner.owner_on_the_way(str(tmp_path / "a" / "state.db"))
 
 
 def test_file_that_the_owner_names_as_published_is_read_as_the_owner(theirs, tmp_path):
@@ -204,9 +205,12 @@ def test_root_acts_as_who_could_put_another_file_in_its_place(layout, owner):
                 place = real
         if owner is None:
             with pytest.raises(PermissionError):
-                mailcloak.owner_on_the_way(str(place / "state.db"))
+                mailcloakowner.owner_on_the_way(str(place / "state.db"))
         else:
-            assert mailcloak.owner_on_the_way(str(place / "state.db")) == (pwd.getpwnam(owner).pw_uid, pwd.getpwnam(owner).pw_gid)
+            assert mailcloakowner.owner_on_the_way(str(place / "state.db")) == (
+                pwd.getpwnam(owner).pw_uid,
+                pwd.getpwnam(owner).pw_gid,
+            )
 
 
 def test_commands_of_root_work_on_a_database_of_another_user(theirs, tmp_path):

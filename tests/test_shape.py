@@ -24,7 +24,7 @@ SECTIONS = (
     "Process",
     "main",
 )
-PROGRAMS = ("mailcloak.py", "mailcloakctl.py", "mailcloakdata.py", "mailcloakdoctor.py", "mailcloakmirror.py")
+PROGRAMS = ("mailcloak.py", "mailcloakctl.py", "mailcloakdata.py", "mailcloakdoctor.py", "mailcloakmirror.py", "mailcloakowner.py")
 LONGEST_FUNCTION = 60
 DECISION_BEFORE_LINE = 700
 

@@ -26,7 +26,7 @@ from user_model import (
 
 import mailcloak
 
-FAST = settings(deadline=None, suppress_health_check=list(HealthCheck))
+FAST = settings(suppress_health_check=list(HealthCheck))
 
 
 def always_the_same(machine, number=0):
