@@ -163,6 +163,8 @@ MAX_USES_CHARS = 8_388_608  # of last-used.json, with some 100 for each app; mor
 DATABASE_KEPT_CONNECTIONS = 64  # beyond, a thread's connection ends with its question; each takes about 150 KiB
 DATABASE_CACHE_KIB = 400  # of pages that a connection keeps; SQLite's own limit is 2,000
 DATABASE_BUSY_SECONDS = 2.0  # how long a question waits for a writer's lock
+DATABASE_TURNS = 16  # threads that ask SQLite at a time; more take Python's lock from each other, and each needs a connection
+DATABASE_TURN_SECONDS = 1.0  # how long a thread waits for its turn; then it asks all the same
 MAX_REMEMBERED_ROWS = 20_000  # each about 400 bytes
 MAX_RECALLED_ANSWERS = 20_000  # each about 800 bytes
 MAX_RECALLED_FACTS = 8  # of one answer; only that of an alias with many users has more
@@ -184,7 +186,7 @@ EXIT_OK, EXIT_FAILED, EXIT_USAGE, EXIT_CONFIG = 0, 1, 64, 78  # the last two fro
 log = logging.getLogger("mailcloak")
 
 Clock = Callable[[], float]  # time.monotonic, or a test's
-Text = Union[str, Callable[[], str]]  # of a line of the log, or what makes it
+LineText = Union[str, Callable[[], str]]  # of a line of the log, or what makes it
 Deadline = float  # of time.monotonic()
 
 
@@ -2101,6 +2103,7 @@ class Database:
         self._rows: LruMap[tuple[Version, Any]] = LruMap(MAX_REMEMBERED_ROWS)  # by statement and parameters
         self._file: Optional[_VersionFile] = None  # of the file that has the path now
         self._last: Optional[Version] = None  # what version() said: 40,000 rows and answers need not have one each
+        self._turns = threading.BoundedSemaphore(DATABASE_TURNS)
         self._lock = threading.Lock()  # guards the three below
         self._connections = 0  # that are open, of all threads
         self._fails = False  # for one line in the log when it begins and one when it ends
@@ -2236,6 +2239,14 @@ class Database:
 
     def _ask(self, statement: str, parameters: tuple[Optional[str], ...], version: Optional[Version]) -> Any:
         """The one row of the statement from SQLite; version: of the file a moment ago."""
+        has_turn = self._turns.acquire(timeout=DATABASE_TURN_SECONDS)
+        try:
+            return self._ask_at_once(statement, parameters, version)
+        finally:
+            if has_turn:
+                self._turns.release()
+
+    def _ask_at_once(self, statement: str, parameters: tuple[Optional[str], ...], version: Optional[Version]) -> Any:
         local = self._local
         try:
             cursor = self._connection(version).execute(statement, parameters)
@@ -3202,9 +3213,13 @@ class Known(NamedTuple):
 
     @property
     def is_doubted(self) -> bool:
-        """Is a user in doubt who has the name? Or, where nobody has it now, one who lost it to another user?"""
+        """Is a user in doubt who has the name? Or, where it is nobody's who receives mail, one who lost it to another user?
+
+        An e-mail may have several users, so that one who is disabled does not show that it is no longer another one's.
+        """
         here = self.here
-        lost = [person for person in self.people if not here and not getattr(person.user, self.question[0])]
+        is_taken = any(person.user.receives or self.question[0] == "username" for person in here)
+        lost = [person for person in self.people if not is_taken and not getattr(person.user, self.question[0])]
         return any(person.standing == DOUBTED for person in (*here, *lost))
 
     @property
@@ -4930,7 +4945,7 @@ class Daemon:
 
     SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
-    def __init__(self, config: Config, log_line: Callable[[int, Text], None]) -> None:
+    def __init__(self, config: Config, log_line: Callable[[int, LineText], None]) -> None:
         self._config = config
         self.log_line = log_line  # of a decision, as QueuedLog.put()
         self.max_connections = config.daemon.max_connections  # to each socket
@@ -5177,7 +5192,7 @@ class Line(NamedTuple):
 
     level: int
     at: float  # seconds since 1970
-    text: Text
+    text: LineText
     stands_for: int = 1  # lines
 
 
@@ -5205,7 +5220,7 @@ class QueuedLog(logging.Handler):
         self.put(record.levelno, record.getMessage())
         return True
 
-    def put(self, level: int, text: Text) -> None:
+    def put(self, level: int, text: LineText) -> None:
         """Leave a line to the thread."""
         if self._lines.qsize() >= MAX_LOG_LINES_WAITING:
             self._lost += 1

@@ -560,6 +560,18 @@ def test_shared_email_is_nobodys_in_an_outage_after_one_of_its_users_was_forgott
     assert mailcloak.judge_login([store.look(("username", "xen"))], -math.inf).counts == "there"
 
 
+def test_email_that_a_hidden_user_lost_to_one_who_is_disabled_now_may_still_be_the_hidden_ones():
+    """Keycloak shows the other one alone while LDAP is down; both have the e-mail."""
+    store, question = store_of(10), ("email", "a@d1.test")
+    hidden, other = X._replace(email="a@d1.test", federation="ldap"), Y._replace(email="a@d1.test")
+    learn(store, ("username", "xen"), hidden)
+    assert mailcloak.judge_holders([learn(store, question, other, at=1)], None).counts == "there"
+    disabled = other._replace(enabled=False)
+    assert mailcloak.judge_holders([learn(store, question, disabled, at=2)], None).counts == "doubted"
+    named = learn(store, ("username", "yan"), disabled, at=3)
+    assert mailcloak.judge_login([named], None) == mailcloak.Verdict(mailcloak.Login("", "disabled"), "absent")
+
+
 def test_email_that_somebody_else_turns_out_to_share_is_a_right_that_was_lost():
     store = store_of(10)
     question, mine = ("email", "xen@d1.test"), X
