@@ -1,7 +1,7 @@
 # mailcloakdoctor: the checks of mailcloakctl doctor. MIT licence, see LICENSE.
 """Check a whole installation of mailcloak: what "mailcloakctl doctor" runs, and nothing else loads.
 
-A check changes nothing, and waits for nothing longer than mailcloakctl.ANSWER_SECONDS. What it finds has one of four states:
+A check changes nothing, and waits for nothing longer than mailcloakcommon.ANSWER_SECONDS. What it finds has one of four states:
   ok        looked at, and good
   skipped   could not be looked at, and why; with a remedy it counts as a warning, without one there is nothing to do about it
   warning   works, but not as it should, or not for long; exit code 1
@@ -115,7 +115,8 @@ from types import SimpleNamespace
 from typing import Any, NamedTuple, Optional
 
 import mailcloak
-import mailcloakctl as ctl  # for what it has of output, and for the questions to the running daemon
+import mailcloakask
+import mailcloakcommon as common
 
 # ---------------------------------------------------------------------------------------------------------------------------------
 # Findings
@@ -133,7 +134,7 @@ class Finding(NamedTuple):
 
 
 Findings = Iterator[Finding]
-EXAMPLES = ctl.real_paths("share/doc/mailcloak/examples")
+EXAMPLES = common.real_paths("share/doc/mailcloak/examples")
 MAIN_CF, MASTER_CF = f"{EXAMPLES}/postfix/main.cf", f"{EXAMPLES}/postfix/master.cf"
 AS_ROOT = "run mailcloakctl doctor as root"
 FIX_CONFIG = "fix the configuration first"
@@ -173,7 +174,7 @@ def grouped(pairs: Iterable[tuple[str, str]]) -> dict[str, list[str]]:
 
 def about(items: Sequence[str], finding: Finding) -> list[Finding]:
     """The finding, with the items that it speaks of behind its text; nothing where there are none."""
-    return [finding._replace(text=f"{finding.text}: {ctl.shorten(items)}", items=tuple(items))] if items else []
+    return [finding._replace(text=f"{finding.text}: {common.shorten(items)}", items=tuple(items))] if items else []
 
 
 # ---------------------------------------------------------------------------------------------------------------------------------
@@ -292,10 +293,10 @@ def try_as(
         os._exit(0)
     os.close(writer)
     try:
-        if select.select([reader], [], [], ctl.ANSWER_SECONDS)[0]:
+        if select.select([reader], [], [], common.ANSWER_SECONDS)[0]:
             return os.read(reader, 4096).decode(), []
         os.kill(child, signal.SIGKILL)
-        return f"no answer within {ctl.ANSWER_SECONDS:.0f} s", []
+        return f"no answer within {common.ANSWER_SECONDS:.0f} s", []
     finally:
         os.close(reader)
         os.waitpid(child, 0)
@@ -380,14 +381,14 @@ def run_program(name: str, *arguments: str, text: str = "", directory: str = "/"
             capture_output=True,
             encoding="utf-8",
             errors="replace",
-            timeout=ctl.ANSWER_SECONDS,
+            timeout=common.ANSWER_SECONDS,
             input=text,
             cwd=directory,
             # with the last, doveconf does not look up the name of this host, for which it could wait until it is given up
             env={**os.environ, "LC_ALL": "C", "PATH": SYSTEM_PATH, "DOVECOT_HOSTDOMAIN": "localhost"},
         )
     except subprocess.TimeoutExpired:
-        raise CommandFailed(f"{name} gave no answer within {ctl.ANSWER_SECONDS:.0f} s") from None
+        raise CommandFailed(f"{name} gave no answer within {common.ANSWER_SECONDS:.0f} s") from None
     except OSError as exc:
         raise CommandFailed(f"{name}: {exc.strerror}") from exc
     said_lines = [line for line in result.stderr.strip().splitlines() if not (may_fail and ": warning: " in line)]
@@ -418,7 +419,7 @@ def same_path(one: str, other: str) -> bool:
 def try_to_connect(path: str) -> str:
     """Why this process cannot connect to the socket; "" if it can."""
     with contextlib.closing(socket.socket(socket.AF_UNIX)) as connection:
-        connection.settimeout(ctl.ANSWER_SECONDS)
+        connection.settimeout(common.ANSWER_SECONDS)
         try:
             connection.connect(path)
         except OSError as exc:
@@ -530,7 +531,7 @@ def check_owner(host: Installation, path: str) -> list[Finding]:
     trusted = [0, os.geteuid()]
     with contextlib.suppress(KeyError):  # there is no such user; config-access reports it
         trusted.append(pwd.getpwnam((host.daemon.user if host.daemon else "") or "root").pw_uid)
-    text = f"{path} belongs to {ctl.owner_name(path)}, who can change it"
+    text = f"{path} belongs to {common.owner_name(path)}, who can change it"
     return [] if uid in trusted else [problem("config-mode", text, f"chown root {shlex.quote(path)}")]
 
 
@@ -563,15 +564,15 @@ def check_database(host: Installation) -> Findings:
         yield make("database", f"{path}: {exc.strerror}", remedy)
         return
     try:
-        with contextlib.closing(mailcloak.connect_database(path, ctl.ANSWER_SECONDS, as_owner=True)) as database:
+        with contextlib.closing(mailcloak.connect_database(path, common.ANSWER_SECONDS, as_owner=True)) as database:
             yield from read_database(host, database)
     except mailcloak.SQLITE_ERRORS as exc:
         if os.geteuid() != 0 and not os.access(path, os.R_OK | os.W_OK):
             yield skipped("database", f"this user may not use {path}", AS_ROOT)
         else:
-            yield problem("database", f"{path}: {mailcloak.describe_sqlite(exc)}", ctl.database_remedy(exc, path))
+            yield problem("database", f"{path}: {mailcloak.describe_sqlite(exc)}", common.database_remedy(exc, path))
     if os.path.islink(path):
-        yield warning("database-mode", f"who may use the file that {path} leads to was not looked at", ctl.LINK_REMEDY)
+        yield warning("database-mode", f"who may use the file that {path} leads to was not looked at", common.LINK_REMEDY)
         return
     if status.st_mode & 0o002:
         yield problem("database-mode", f"every user of this host can change {path}", f"chmod o-rwx {shlex.quote(path)}")
@@ -593,14 +594,14 @@ def check_database(host: Installation) -> Findings:
 @listed
 def check_replication(host: Installation) -> Findings:
     """The age of what the writer has published, or of what has come from it; nothing where there is one mail host alone."""
-    found = ctl.read_replication(host.database_path, host.max_lag_seconds) if host.database_path else None
+    found = common.read_replication(host.database_path, host.max_lag_seconds) if host.database_path else None
     if not found or found["role"] == "single":
         yield from check_unused_copy(host, is_readable=found is not None)
         return
-    text = ctl.describe_replication(found)
+    text = common.describe_replication(found)
     if found["late"]:
         limit = f"replication.max_lag_seconds is {host.max_lag_seconds:g}"
-        yield warning("replication", f"{text}; {limit}", ctl.LATE_REMEDIES[found["role"]])
+        yield warning("replication", f"{text}; {limit}", common.LATE_REMEDIES[found["role"]])
     else:
         yield ok("replication", text)
 
@@ -637,11 +638,13 @@ def read_database(host: Installation, database: sqlite3.Connection) -> Findings:
     database.row_factory = sqlite3.Row
     apps = [{"owner": None, "expires_at": None, **row} for row in database.execute("SELECT * FROM apps ORDER BY app_id")]
     database.row_factory = None
-    host.apps = {str(row["app_id"]): mailcloak.App(ctl.shown_state(row), False, str(row["owner"] or "").lower()) for row in apps}
+    host.apps = {str(row["app_id"]): mailcloak.App(common.shown_state(row), False, str(row["owner"] or "").lower()) for row in apps}
     damage = list(check_damage(path, database))
     yield from damage
     if version == mailcloak.SCHEMA_VERSION and not any(finding.state == "problem" for finding in damage):
-        yield ok("database", f"{path} has {ctl.counted(host.aliases, 'alias', 'aliases')} and {ctl.counted(host.apps, 'app')}")
+        yield ok(
+            "database", f"{path} has {common.counted(host.aliases, 'alias', 'aliases')} and {common.counted(host.apps, 'app')}"
+        )
     if database.execute("PRAGMA journal_mode").fetchone()[0] == "wal":
         text = f"{path} is in WAL mode: Dovecot cannot read it as an ordinary user while no other program has it open"
         remedy = f"stop the daemon, then sqlite3 {shlex.quote(path)} 'PRAGMA journal_mode = DELETE'; Dovecot 2.4 needs sqlite_readonly = yes, or it brings WAL back"
@@ -652,14 +655,14 @@ def read_database(host: Installation, database: sqlite3.Connection) -> Findings:
 
 def check_damage(path: str, database: sqlite3.Connection) -> Findings:
     """Search the whole file for damage, as far as there is time."""
-    deadline = time.monotonic() + ctl.ANSWER_SECONDS
+    deadline = time.monotonic() + common.ANSWER_SECONDS
     database.set_progress_handler(lambda: time.monotonic() > deadline, 10_000)
     try:
         damage = str(database.execute("PRAGMA quick_check(1)").fetchone()[0])
         if damage != "ok":
             yield problem("database", f"{path} is damaged: {damage}", "restore it from a backup")
     except sqlite3.OperationalError as exc:
-        yield skipped("database", f"{path} was not searched for damage to its end, within {ctl.ANSWER_SECONDS:.0f} s: {exc}")
+        yield skipped("database", f"{path} was not searched for damage to its end, within {common.ANSWER_SECONDS:.0f} s: {exc}")
     finally:
         database.set_progress_handler(None, 0)
 
@@ -670,32 +673,34 @@ def check_daemon(host: Installation) -> Findings:
     if host.sockets is None:
         yield skipped("daemon", "the configuration does not say where its sockets are", FIX_CONFIG)
         return
-    daemon = ctl.RunningDaemon(host.sockets, ctl.ANSWER_SECONDS, ctl.where_log(host.daemon))
+    daemon = mailcloakask.RunningDaemon(host.sockets, common.ANSWER_SECONDS, mailcloakask.where_log(host.daemon))
     try:
         yield from daemon.ask_json("stats", "*", lambda stats: list(check_stats(host, stats)))
-    except ctl.OtherVersion as exc:
+    except mailcloakask.OtherVersion as exc:
         yield warning("daemon", exc.text, "restart the daemon")
-    except ctl.Refused as exc:
+    except common.Refused as exc:
         yield no_answer("daemon", exc)
 
 
 def check_stats(host: Installation, stats: dict[str, Any]) -> Findings:
     """What the daemon says of itself."""
-    yield ok("daemon", f"it runs: version {stats['version']}, pid {stats['pid']}, up {ctl.shown_seconds(stats['uptime_seconds'])}")
+    yield ok(
+        "daemon", f"it runs: version {stats['version']}, pid {stats['pid']}, up {common.shown_seconds(stats['uptime_seconds'])}"
+    )
     yield from check_read_config(host, stats)
     used = stats["database"]
     if not used["works"]:
-        remedy = f"{SEE_FINDINGS} about the database, and at its log ({ctl.where_log(host.daemon)})"
+        remedy = f"{SEE_FINDINGS} about the database, and at its log ({mailcloakask.where_log(host.daemon)})"
         yield problem("daemon-database", "the daemon cannot use the database", remedy)
     elif host.database_path and used["path"] != host.database_path:
         yield warning("daemon-database", f"the daemon uses {used['path']}", f"reload it, so that it uses {host.database_path}")
     keycloak = stats["keycloak"]
     if keycloak and keycloak["state"] == "away":
-        text = f"for the daemon Keycloak is {ctl.describe_keycloak(keycloak)[0]}"
+        text = f"for the daemon Keycloak is {mailcloakask.describe_keycloak(keycloak)[0]}"
         yield problem("daemon-keycloak", text, f"{SEE_FINDINGS} about Keycloak")
 
 
-def no_answer(check: str, exc: ctl.Refused) -> Finding:
+def no_answer(check: str, exc: common.Refused) -> Finding:
     """Why the daemon did not answer; where this user may not ask, nothing was looked at."""
     return skipped(check, exc.text, AS_ROOT) if isinstance(exc.__cause__, PermissionError) else problem(check, exc.text, exc.remedy)
 
@@ -708,7 +713,7 @@ def check_read_config(host: Installation, stats: dict[str, Any]) -> Findings:
         yield warning("daemon-config", f"the daemon reads {stats['config']}, not {path}", remedy)
         return
     if reload and not reload["ok"]:
-        text = f"the reload of {ctl.shown_time(reload['at'])} was refused, the configuration of before is in force"
+        text = f"the reload of {common.shown_time(reload['at'])} was refused, the configuration of before is in force"
         yield problem("daemon-config", text, "fix the configuration, and reload the daemon")
         return
     try:
@@ -717,7 +722,7 @@ def check_read_config(host: Installation, stats: dict[str, Any]) -> Findings:
         yield skipped("daemon-config", f"{path}: {exc.strerror}", AS_ROOT if isinstance(exc, PermissionError) else "")
         return
     if changed_at > (reload["at"] if reload else stats["started_at"]):
-        text = f"{path} was changed at {ctl.shown_time(changed_at)}, after the daemon read it"
+        text = f"{path} was changed at {common.shown_time(changed_at)}, after the daemon read it"
         remedy = "reload the daemon (rc-service mailcloak reload, systemctl reload mailcloak); sockets and daemon need a restart"
         yield warning("daemon-config", text, remedy)
     else:
@@ -731,7 +736,7 @@ def check_sockets(host: Installation) -> Findings:
         yield skipped("socket-policy", NO_CONFIG)
         yield skipped("socket-aliases", NO_CONFIG)
         return
-    daemon = ctl.RunningDaemon(host.sockets, ctl.ANSWER_SECONDS, ctl.where_log(host.daemon))
+    daemon = mailcloakask.RunningDaemon(host.sockets, common.ANSWER_SECONDS, mailcloakask.where_log(host.daemon))
     for check, path in (("socket-policy", host.sockets.policy_socket), ("socket-aliases", host.sockets.socketmap_socket)):
         try:
             status = os.lstat(path)
@@ -747,7 +752,7 @@ def check_sockets(host: Installation) -> Findings:
         try:
             is_policy = check == "socket-policy"
             answer = daemon.ask_policy(protocol_state="CONNECT") if is_policy else daemon.ask_map("alias", "no-domain")[0]
-        except ctl.Refused as exc:
+        except common.Refused as exc:
             yield no_answer(check, exc)
             continue
         if answer not in ("DUNNO", "NOTFOUND"):
@@ -790,7 +795,7 @@ class Federation(NamedTuple):
 
 
 class KeycloakReader:
-    """Requests to Keycloak, each given up after ctl.ANSWER_SECONDS. Raises DirectoryUnavailable."""
+    """Requests to Keycloak, each given up after common.ANSWER_SECONDS. Raises DirectoryUnavailable."""
 
     def __init__(self, config: mailcloak.KeycloakConfig) -> None:
         self.config = config
@@ -798,21 +803,21 @@ class KeycloakReader:
         self._session = mailcloak.new_session(config.ca_file)
         self._admin_url = f"{config.base_url}/admin/realms/{urllib.parse.quote(config.realm, safe='')}"
 
-    def ask(self, work: Callable[..., ctl.Result], *arguments: Any, **query: str) -> ctl.Result:
+    def ask(self, work: Callable[..., common.Result], *arguments: Any, **query: str) -> common.Result:
         """What a method of the api returns or raises. Name resolution, which knows no deadline, is left behind in its thread."""
-        outcome: concurrent.futures.Future[ctl.Result] = concurrent.futures.Future()
+        outcome: concurrent.futures.Future[common.Result] = concurrent.futures.Future()
 
         def run() -> None:
             try:
-                outcome.set_result(work(self._session, time.monotonic() + ctl.ANSWER_SECONDS, *arguments, **query))
+                outcome.set_result(work(self._session, time.monotonic() + common.ANSWER_SECONDS, *arguments, **query))
             except BaseException as exc:
                 outcome.set_exception(exc)
 
         threading.Thread(target=run, daemon=True).start()
         try:
-            return outcome.result(ctl.ANSWER_SECONDS + 1)
+            return outcome.result(common.ANSWER_SECONDS + 1)
         except concurrent.futures.TimeoutError:
-            raise mailcloak.DirectoryUnavailable(self.api.failure(f"no answer within {ctl.ANSWER_SECONDS + 1:.0f} s")) from None
+            raise mailcloak.DirectoryUnavailable(self.api.failure(f"no answer within {common.ANSWER_SECONDS + 1:.0f} s")) from None
 
     def find(self, **query: str) -> list[dict[str, Any]]:
         """The records of the users with exactly this username or e-mail."""
@@ -846,14 +851,14 @@ def check_keycloak(host: Installation) -> Findings:
     if host.static_users is not None:
         pairs = host.static_users.items()
         host.users = {name: mailcloak.User(name, mailcloak.normalise_address(text).text, True) for name, text in pairs}
-        yield ok("keycloak", f"{ctl.counted(host.users, 'user')} of static_users of the configuration take its place")
+        yield ok("keycloak", f"{common.counted(host.users, 'user')} of static_users of the configuration take its place")
         return
     if host.keycloak is None:
         yield skipped("keycloak", NO_CONFIG, FIX_CONFIG)
         return
     reader, check = KeycloakReader(host.keycloak), "keycloak-token"
     try:
-        ctl.show_progress("asking Keycloak for a token ...")
+        common.show_progress("asking Keycloak for a token ...")
         claims = read_claims(reader.ask(reader.api.access_token).text)
         who = f"{host.keycloak.base_url}, realm {host.keycloak.realm}, gives client {host.keycloak.client_id} a token"
         yield ok("keycloak-token", who)
@@ -912,7 +917,7 @@ def check_clock(claims: Mapping[str, Any]) -> Findings:
     if ahead is None:
         yield skipped("keycloak-clock", "is Keycloak's clock that of this host? Its token does not say when it was made")
     elif abs(ahead) > MAX_CLOCK_SECONDS:
-        lead = f"{ctl.shown_seconds(abs(ahead))} {'ahead of' if ahead > 0 else 'behind'}"
+        lead = f"{common.shown_seconds(abs(ahead))} {'ahead of' if ahead > 0 else 'behind'}"
         text = f"Keycloak's clock is {lead} this host's, so tokens and apps may count too long or not long enough"
         yield warning("keycloak-clock", text, "set the clock that is wrong: timedatectl, chronyc tracking")
     else:
@@ -945,13 +950,13 @@ def list_users(host: Installation, reader: KeycloakReader) -> Findings:
         known = len(users)
         users.update(understand(host, reader, records))
         read += len(records)
-        ctl.show_progress(f"{read} users of Keycloak read ...")
+        common.show_progress(f"{read} users of Keycloak read ...")
         is_whole = len(records) < PAGE_USERS
         if is_whole or len(users) == known:  # the latter: a server that gives the same page again
             break
     host.users, host.has_all_users = users, is_whole
     if is_whole:
-        yield ok("keycloak-users", ctl.counted(users, "user"))
+        yield ok("keycloak-users", common.counted(users, "user"))
     else:
         yield look_up_named_users(host, reader, users)
     unusable = problem("keycloak-users", "the daemon cannot use these users of Keycloak", "correct them in Keycloak")
@@ -964,7 +969,7 @@ def look_up_named_users(host: Installation, reader: KeycloakReader, users: dict[
     named |= {app.owner for app in (host.apps or {}).values() if app.owner}
     missing, read_before = sorted(named - set(users)), len(users)
     for done, username in enumerate(missing[:MAX_SINGLE_LOOKUPS]):
-        ctl.show_progress(f"{done} of {len(missing)} users that aliases and apps name looked up ...")
+        common.show_progress(f"{done} of {len(missing)} users that aliases and apps name looked up ...")
         users.update(understand(host, reader, reader.find(username=username)))
     host.users_not_looked_up = set(missing[MAX_SINGLE_LOOKUPS:])
     host.look_up_holders = functools.partial(look_up_holders, host, reader)
@@ -1239,7 +1244,7 @@ def check_postfix(host: Installation) -> Findings:
             else:
                 yield skipped("postfix", exc.text, "install Postfix, or name the folder of its main.cf with --postfix-config")
             continue
-        yield ok("postfix", f"{postfix.directory} has {ctl.counted(postfix.smtpds, 'smtpd service')}")
+        yield ok("postfix", f"{postfix.directory} has {common.counted(postfix.smtpds, 'smtpd service')}")
         yield from check_running(postfix)
         if not postfix.smtpds:
             text = f"{postfix.directory}/master.cf has no smtpd: no mail comes in"
@@ -1740,7 +1745,7 @@ def check_dovecot(host: Installation) -> Findings:
     if not queries:
         if host.apps:
             remedy = f"take the passdb from {SQL_SAMPLES}"
-            yield warning("dovecot", f"Dovecot has no SQLite passdb, so {ctl.counted(host.apps, 'app')} cannot log in", remedy)
+            yield warning("dovecot", f"Dovecot has no SQLite passdb, so {common.counted(host.apps, 'app')} cannot log in", remedy)
         elif host.apps is None:
             yield skipped("dovecot", f"Dovecot asks no SQLite database; are there apps that would need one? {NO_DATABASE}")
         else:
@@ -1998,7 +2003,7 @@ def try_certificate(url: str, trust: Trust) -> str:
     except OSError:
         return f"there is no certificate in {trust.file}"
     try:
-        with socket.create_connection((server.hostname or "", server.port or 443), ctl.ANSWER_SECONDS) as connection:
+        with socket.create_connection((server.hostname or "", server.port or 443), common.ANSWER_SECONDS) as connection:
             context.wrap_socket(connection, server_hostname=server.hostname).close()
     except ssl.SSLCertVerificationError as exc:
         return exc.verify_message
@@ -2161,14 +2166,14 @@ def check_role_addresses(host: Installation) -> Findings:
         missing = [address for address, owner in owners.items() if owner == "nobody"]
         unknown = [address for address, owner in owners.items() if owner == "directory-unavailable"]
         if missing:
-            text = f"no user receives mail for {ctl.shorten(missing)}; {source}"
+            text = f"no user receives mail for {common.shorten(missing)}; {source}"
             remedy = f"mailcloakctl aliases {'enable' if missing[0] in host.aliases else 'add'} {missing[0]}"
             remedy += "" if missing[0] in host.aliases else " USERNAME"
             yield warning(local_part, text, remedy)._replace(items=tuple(missing))
         if unknown:
-            yield skipped(local_part, f"does a user have {ctl.shorten(unknown)}? {NO_USERS}")
+            yield skipped(local_part, f"does a user have {common.shorten(unknown)}? {NO_USERS}")
         if not missing and not unknown:
-            yield ok(local_part, f"users receive mail for {ctl.shorten(list(owners))}")
+            yield ok(local_part, f"users receive mail for {common.shorten(list(owners))}")
 
 
 @listed
@@ -2187,7 +2192,7 @@ def check_aliases(host: Installation) -> Findings:
     elif host.users_not_looked_up:
         yield skipped("aliases", f"do all their users exist? {len(host.users_not_looked_up)} were not looked up")
     elif host.policy and not found:
-        yield ok("aliases", f"{ctl.counted(enabled, 'enabled alias', 'enabled aliases')}, each leading to a user")
+        yield ok("aliases", f"{common.counted(enabled, 'enabled alias', 'enabled aliases')}, each leading to a user")
 
 
 def check_stored_aliases(host: Installation, enabled: Mapping[str, Sequence[str]]) -> Findings:
@@ -2203,16 +2208,16 @@ def check_stored_aliases(host: Installation, enabled: Mapping[str, Sequence[str]
     remedy = "policy.domain, if the domain is ours; else mailcloakctl aliases del ADDRESS"
     yield from about(outside, warning("alias-domain", "these aliases are not in policy.domain, so they lead nowhere", remedy))
     if not host.policy.mailbox_domain:
-        mailboxes = {address: [ctl.mailbox_of(address, user) for user in users] for address, users in enabled.items()}
+        mailboxes = {address: [common.mailbox_of(address, user) for user in users] for address, users in enabled.items()}
         delimiters = host.policy.recipient_delimiter
         # by mailbox: what comes for it, and for it with an extension
-        aliases_at = grouped((spelling, address) for address in enabled for spelling in ctl.spellings_of(address, delimiters))
+        aliases_at = grouped((spelling, address) for address in enabled for spelling in common.spellings_of(address, delimiters))
         chains = [
             f"{address} -> {other} -> {', '.join(mailboxes[other])}"
             for address, users in enabled.items()
             for user, mailbox in zip(users, mailboxes[address])
             for other in aliases_at.get(mailbox, ())
-            if mailbox != address and mailboxes[other] != [mailbox] and ctl.meets(address, user, other, delimiters)
+            if mailbox != address and mailboxes[other] != [mailbox] and common.meets(address, user, other, delimiters)
         ]
         text = "the mailbox of an alias is an alias itself, so the mail goes past its user"
         remedy = "mailcloakctl aliases add ADDRESS USERNAME --replace with the last user, or set policy.mailbox_domain"
@@ -2256,7 +2261,7 @@ def check_users(host: Installation) -> Findings:
         text = f"none of the {len(users)} users of Keycloak has an e-mail in policy.domain, so only aliases receive mail"
         yield problem("users", text, "look for a typing error in policy.domain, or give the users e-mails in it")
         return
-    good = ok("users", f"{ctl.counted(ours, 'user')} with an e-mail in policy.domain, each with a mailbox of their own")
+    good = ok("users", f"{common.counted(ours, 'user')} with an e-mail in policy.domain, each with a mailbox of their own")
     if not host.has_all_users:
         good = skipped("users", f"nothing is wrong with the {len(users)} that were read; not all were")
     yield from list(find_odd_users(policy, users, ours)) or [good]
@@ -2327,4 +2332,4 @@ def check_apps(host: Installation) -> Findings:
         found += about(disabled, warning("app-owner-disabled", text.format("are disabled"), remedy))
     elif host.apps:
         found.append(skipped("apps", f"do their owners exist, and is one called like a user? {NO_USERS}"))
-    yield from found or [ok("apps", ctl.counted(enabled, "enabled app"))]
+    yield from found or [ok("apps", common.counted(enabled, "enabled app"))]

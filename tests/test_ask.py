@@ -17,6 +17,8 @@ from conftest import USERS, Daemon, as_nobody, config_in, run_ctl, running, shor
 from keycloak_stand_in import KeycloakStandIn
 
 import mailcloak
+import mailcloakask
+import mailcloakcommon
 import mailcloakctl
 
 EXPLAINED = {
@@ -114,7 +116,7 @@ def fake(config_path):
 @pytest.fixture
 def ctl(config_path, capsys, monkeypatch):
     """The command in this process: (exit code, standard output, standard error)."""
-    monkeypatch.setattr(mailcloakctl, "ANSWER_SECONDS", 1.0)
+    monkeypatch.setattr(mailcloakcommon, "ANSWER_SECONDS", 1.0)
 
     def ctl(*arguments):
         code = mailcloakctl.main(["--config", str(config_path), *arguments])
@@ -287,7 +289,7 @@ STEPS = {
 
 @pytest.mark.parametrize(("step", "shown"), STEPS.values(), ids=STEPS)
 def test_step_in_words(step, shown):
-    assert mailcloakctl.describe_step({"age_seconds": None, "error": "", **step}) == shown
+    assert mailcloakask.describe_step({"age_seconds": None, "error": "", **step}) == shown
 
 
 def test_rule_and_change_are_the_daemons(fake, ctl):

@@ -19,6 +19,7 @@ from test_data import cron_lines, run_job
 from test_mailcloakctl import Ctl
 
 import mailcloak
+import mailcloakctl
 import mailcloakdata
 
 TABLES = ("aliases", "apps", "app_from")
@@ -151,7 +152,7 @@ def test_backup_while_others_write_is_one_state_of_the_database(ctl, monkeypatch
     try:
         for number in range(3):
             path = str(ctl.path.parent / f"{number}.db")
-            assert mailcloakdata.ctl.main(["--db", str(ctl.path), "backup", path]) == 0
+            assert mailcloakctl.main(["--db", str(ctl.path), "backup", path]) == 0
     finally:
         done.set()
         writer.join()
@@ -541,4 +542,4 @@ def test_username_that_was_stored_by_force_is_no_fault(static_daemon):
 
 def test_module_that_is_missing_says_so(ctl, monkeypatch):
     monkeypatch.setitem(sys.modules, "mailcloakdata", None)
-    assert mailcloakdata.ctl.main(["--db", str(ctl.path), "db", "check"]) == 1
+    assert mailcloakctl.main(["--db", str(ctl.path), "db", "check"]) == 1

@@ -36,6 +36,8 @@ from test_ask import FakeDaemon
 from test_status import STATS
 
 import mailcloak
+import mailcloakask
+import mailcloakcommon
 import mailcloakctl
 import mailcloakdoctor
 
@@ -171,7 +173,7 @@ def keycloak_site(short_dir, make_config, realm):
 
 @pytest.fixture(autouse=True)
 def no_long_waits(monkeypatch):
-    monkeypatch.setattr(mailcloakctl, "ANSWER_SECONDS", 5.0)
+    monkeypatch.setattr(mailcloakcommon, "ANSWER_SECONDS", 5.0)
 
 
 # ---- the configuration
@@ -469,7 +471,7 @@ def test_database_that_was_not_read_holds_neither_aliases_nor_apps_that_are_good
 def test_database_too_big_to_be_searched_for_damage_is_not_said_to_be_whole(site, monkeypatch):
     for number in range(3000):
         site.insert("aliases", alias_email=f"{number}@d1.test", username="alice")
-    monkeypatch.setattr(mailcloakctl, "ANSWER_SECONDS", 0.0)
+    monkeypatch.setattr(mailcloakcommon, "ANSWER_SECONDS", 0.0)
     found = site.findings(mailcloakdoctor.check_database)
     assert "was not searched for damage to its end" in skipped_checks(found)["database"]
 
@@ -706,7 +708,7 @@ def test_configuration_that_was_reloaded_after_its_change_is_no_finding(running)
 
 def test_daemon_that_hangs_is_given_up(running, monkeypatch):
     findings, _, fake = running
-    monkeypatch.setattr(mailcloakctl, "ANSWER_SECONDS", 0.5)
+    monkeypatch.setattr(mailcloakcommon, "ANSWER_SECONDS", 0.5)
     fake.policy = "hang"
     started = time.monotonic()
     found = findings(mailcloakdoctor.check_sockets)
@@ -743,7 +745,7 @@ def test_finding_that_sends_to_the_log_says_where_it_is(running, site, tmp_path,
     settings.write_text('# settings\nmailcloak_log="/srv/log/mailcloak"\n')
     by_systemd = "journalctl -u mailcloak" if os.path.isdir("/run/systemd/system") else ""
     for path, expected in ((tmp_path / "absent", "/var/log/mailcloak.log, or"), (settings, "/srv/log/mailcloak)")):
-        monkeypatch.setattr(mailcloakctl, "OPENRC_SETTINGS", str(path))
+        monkeypatch.setattr(mailcloakask, "OPENRC_SETTINGS", str(path))
         assert (by_systemd or expected) in the_only(findings(), "problem", "daemon-database").remedy
         remedy = named(findings(mailcloakdoctor.check_sockets), "socket-policy")[0].remedy
         assert f"its log ({by_systemd or expected}" in remedy
@@ -1507,7 +1509,7 @@ def test_program_that_hangs_is_given_up(site, monkeypatch, tmp_path):
     program.write_text("#!/bin/sh\nexec sleep 60\n")
     program.chmod(0o755)
     monkeypatch.setattr(mailcloakdoctor, "SYSTEM_PATH", f"{tmp_path}:/bin:/usr/bin")
-    monkeypatch.setattr(mailcloakctl, "ANSWER_SECONDS", 0.5)
+    monkeypatch.setattr(mailcloakcommon, "ANSWER_SECONDS", 0.5)
     found = the_only(site.findings(mailcloakdoctor.check_postfix), "skipped", "postfix")
     assert "postconf gave no answer within" in found.text
 
@@ -2331,7 +2333,7 @@ def test_keycloak_that_is_not_well(keycloak_site, realm, mistake, state, check, 
 
 
 def test_keycloak_that_hangs_is_given_up(keycloak_site, realm, monkeypatch):
-    monkeypatch.setattr(mailcloakctl, "ANSWER_SECONDS", 0.5)
+    monkeypatch.setattr(mailcloakcommon, "ANSWER_SECONDS", 0.5)
     for fault in ("stall", "drip"):
         realm.fault = fault
         started = time.monotonic()
@@ -2340,7 +2342,7 @@ def test_keycloak_that_hangs_is_given_up(keycloak_site, realm, monkeypatch):
 
 
 def test_name_resolution_that_hangs_is_given_up(keycloak_site, monkeypatch):
-    monkeypatch.setattr(mailcloakctl, "ANSWER_SECONDS", 0.5)
+    monkeypatch.setattr(mailcloakcommon, "ANSWER_SECONDS", 0.5)
     monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: time.sleep(8) or [])
     started = time.monotonic()
     assert "no answer within" in the_only(ask_keycloak(keycloak_site), "problem", "keycloak-token").text
@@ -2508,7 +2510,7 @@ def test_of_too_many_users_those_are_looked_up_that_aliases_and_apps_name(keyclo
 
 @pytest.mark.real("keycloak")
 def test_real_keycloak_is_understood(short_dir, make_config, real_keycloak, monkeypatch):
-    monkeypatch.setattr(mailcloakctl, "ANSWER_SECONDS", 20.0)
+    monkeypatch.setattr(mailcloakcommon, "ANSWER_SECONDS", 20.0)
     monkeypatch.setattr(mailcloakdoctor, "PAGE_USERS", 5)
     users = [real_user(f"u{number:02}", f"u{number:02}@d1.test") for number in range(12)]
     clients, accounts = zip(
@@ -2908,9 +2910,9 @@ def test_check_that_fails_itself_does_not_end_the_others(site, capsys, monkeypat
 
 
 def test_doctor_whose_file_is_missing_says_so_and_the_other_commands_work(site, tmp_path):
-    """As after a copy by hand of the two other files."""
+    """As after a copy by hand of the files that every command needs."""
     site.write_config()
-    for name in ("mailcloak.py", "mailcloakctl.py"):
+    for name in ("mailcloak.py", "mailcloakcommon.py", "mailcloakctl.py"):
         shutil.copy(ROOT / name, tmp_path)
 
     def run(*words):

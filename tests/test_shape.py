@@ -6,7 +6,7 @@ import ast
 import re
 
 import pytest
-from conftest import ROOT
+from conftest import MODULES, ROOT
 
 import mailcloak
 
@@ -24,7 +24,6 @@ SECTIONS = (
     "Process",
     "main",
 )
-PROGRAMS = ("mailcloak.py", "mailcloakctl.py", "mailcloakdata.py", "mailcloakdoctor.py", "mailcloakmirror.py")
 LONGEST_FUNCTION = 60
 DECISION_BEFORE_LINE = 700
 
@@ -117,13 +116,13 @@ def test_decision_stands_before_all_machinery():
     assert line < DECISION_BEFORE_LINE
 
 
-@pytest.mark.parametrize("name", PROGRAMS)
+@pytest.mark.parametrize("name", MODULES)
 def test_no_function_is_too_long_to_be_seen_at_once(name):
     functions = [node for node in ast.walk(ast.parse(read(name))) if isinstance(node, ast.FunctionDef)]
     assert [node.name for node in functions if node.end_lineno - node.lineno >= LONGEST_FUNCTION] == []
 
 
-@pytest.mark.parametrize("name", PROGRAMS)
+@pytest.mark.parametrize("name", MODULES)
 def test_every_public_function_and_class_says_what_it_is(name):
     nodes = [node for node in ast.parse(read(name)).body if isinstance(node, (ast.FunctionDef, ast.ClassDef))]
     assert [node.name for node in nodes if not node.name.startswith("_") and not ast.get_docstring(node)] == []
