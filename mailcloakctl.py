@@ -25,8 +25,8 @@ stopped it. ask: 0 whatever the answer was. doctor: 0 all is well, 1 there are w
 or its command line is wrong.
 
 In this file: what changes single aliases and apps, and the command line. mailcloakcommon.py beside it has what all commands share. The
-others are loaded by the commands that need them: mailcloakask.py asks the daemon, mailcloakdoctor.py has the checks of doctor,
-mailcloakdata.py works with files of aliases and with backups, mailcloakmirror.py keeps the databases of several mail hosts equal.
+others are loaded by the commands that need them: mailcloakask.py asks the daemon, mailcloakdata.py works with files of aliases and with
+backups, mailcloakmirror.py keeps the databases of several mail hosts equal, mailcloakdoctor.py explains and runs the checks of doctor.
 
 Contents: aliases and apps (enable, disable, del), aliases, apps, the command line.
 """
@@ -40,10 +40,8 @@ if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is not signal.SIG_
 
 import argparse
 import base64
-import collections
 import contextlib
 import datetime
-import functools
 import io
 import json
 import os
@@ -51,15 +49,12 @@ import re
 import sys
 import time
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple, Optional
+from typing import Any, NamedTuple, Optional
 
 sys.path.insert(0, os.path.dirname(os.path.realpath(__file__)))  # the modules lie beside this file, also behind a symlink
 
 import mailcloak
 import mailcloakcommon as common
-
-if TYPE_CHECKING:
-    import mailcloakdoctor
 
 GENERATED_TOKEN_BYTES = 32
 GENERATED_ITERATIONS = 4096  # 256 random bits cannot be guessed, however fast a guess is checked
@@ -625,72 +620,6 @@ def require_app(context: common.Context, app_id: str) -> None:
 
 
 # ---------------------------------------------------------------------------------------------------------------------------------
-# doctor
-# ---------------------------------------------------------------------------------------------------------------------------------
-
-
-# Of a finding, each with its colour, the worst last.
-STATES = {"ok": common.GREEN, "skipped": common.YELLOW, "warning": common.YELLOW, "problem": common.RED}
-
-
-def run_doctor(context: common.Context) -> int:
-    """Print what the checks find, and what to do next; 0 all is well, 1 there are warnings, 2 there are problems, 3 it could not run.
-
-    Only this command loads mailcloakdoctor.py, which has the checks. A reader who goes away changes neither the checks nor the code.
-    """
-    try:
-        doctor = common.load("mailcloakdoctor")
-    except common.Refused as exc:
-        common.say(f"mailcloakctl: doctor: {exc}")
-        return common.EXIT_NOT_RUN
-    findings: list[mailcloakdoctor.Finding] = []
-    errors: list[Optional[OSError]] = []
-    try:
-        for finding in doctor.run_checks(context.options):
-            common.show_progress("")
-            findings.append(finding)
-            if not context.options.json:
-                errors.append(common.try_to_print(functools.partial(print_finding, finding)))
-        common.show_progress("")
-        if context.options.json:
-            rows = [{**finding._asdict(), "items": list(finding.items)} for finding in findings]
-            errors.append(common.try_to_print(functools.partial(common.print_json, rows)))
-        else:
-            errors.append(common.try_to_print(functools.partial(print_summary, findings, doctor.SEE_FINDINGS)))
-    except KeyboardInterrupt:
-        common.say("mailcloakctl: doctor: interrupted, not all was checked")
-        return common.EXIT_NOT_RUN
-    for error in errors:
-        if error and not isinstance(error, BrokenPipeError):
-            common.say(f"mailcloakctl: doctor: the findings could not be printed: {error.strerror or error}, send them elsewhere")
-            return common.EXIT_NOT_RUN
-    states = {finding.state for finding in findings if finding.remedy}
-    return 2 if "problem" in states else 1 if states else 0
-
-
-def print_finding(finding: mailcloakdoctor.Finding) -> None:
-    """One finding as a row of the table, its remedy below."""
-    width = common.terminal_width()
-    first, *rest = common.hang(f"{finding.state:<8} {finding.check:<22} ", finding.text, width)
-    rest += common.hang(" " * 32 + "-> ", finding.remedy, width) if finding.remedy else []
-    print("\n".join([common.paint(first[:8], STATES[finding.state]) + first[8:].rstrip(), *rest]))
-
-
-def print_summary(findings: Sequence[mailcloakdoctor.Finding], see_findings: str) -> None:
-    """How many findings there are of each state, and the remedy to begin with; not one that begins with see_findings, if possible."""
-    counts = collections.Counter(finding.state for finding in findings)
-    plural = {state: "s" if counts[state] > 1 and state in ("warning", "problem") else "" for state in STATES}
-    totals = ", ".join(f"{counts[state]} {state}{plural[state]}" for state in reversed(STATES) if counts[state])
-    print("\n" + common.paint(totals, common.BOLD))
-    wrong = [finding for finding in findings if finding.remedy]
-    first = min(wrong, key=lambda finding: (finding.state != "problem", finding.remedy.startswith(see_findings)), default=None)
-    if first:
-        common.print_field("next", f"{first.check}: {first.remedy}; then mailcloakctl doctor again")
-    else:
-        common.print_field("next", "nothing; mailcloakctl ask recipient ADDRESS shows what becomes of mail for an address")
-
-
-# ---------------------------------------------------------------------------------------------------------------------------------
 # The command line
 # ---------------------------------------------------------------------------------------------------------------------------------
 
@@ -703,6 +632,21 @@ def in_module(module: str, name: str) -> Callable[[common.Context], Optional[int
         return code
 
     return run
+
+
+DOCTOR_MODULES = ("mailcloakask", "mailcloakfindings", "mailcloakpostfix", "mailcloakdovecot", "mailcloakdoctor")
+
+
+def run_doctor(context: common.Context) -> int:
+    """Run the checks; where a file of theirs is missing or cut, they did not run."""
+    try:
+        for module in DOCTOR_MODULES:  # each after those that it needs itself, so that the right one is named
+            doctor = common.load(module)
+    except common.Refused as exc:
+        common.say(f"mailcloakctl: doctor: {exc}")
+        return common.EXIT_NOT_RUN
+    code: int = doctor.run_doctor(context)
+    return code
 
 
 class Command(NamedTuple):

@@ -540,6 +540,10 @@ def test_username_that_was_stored_by_force_is_no_fault(static_daemon):
     assert result.stdout == "db: nothing is wrong: 1 alias, 0 apps\n"
 
 
-def test_module_that_is_missing_says_so(ctl, monkeypatch):
-    monkeypatch.setitem(sys.modules, "mailcloakdata", None)
-    assert mailcloakctl.main(["--db", str(ctl.path), "db", "check"]) == 1
+@pytest.mark.parametrize(
+    ("module", "command"), [("mailcloakdata", "db check"), ("mailcloakmirror", "db promote"), ("mailcloakask", "status")]
+)
+def test_module_that_is_missing_says_so(ctl, monkeypatch, capsys, module, command):
+    monkeypatch.setitem(sys.modules, module, None)
+    assert mailcloakctl.main(["--db", str(ctl.path), *command.split()]) == 1
+    assert capsys.readouterr().err.startswith(f"mailcloakctl: {ROOT / module}.py cannot be loaded: ")

@@ -961,7 +961,8 @@ def test_command_starts_without_the_modules_that_only_others_need(filled):
     program = """if True:
         import sys, mailcloakctl
         mailcloakctl.main(sys.argv[1:])
-        rare = "difflib email getpass hashlib http idna mailcloakask mailcloakdata mailcloakdoctor mailcloakmirror requests ssl subprocess unicodedata urllib3"
+        mine = "mailcloakask mailcloakdata mailcloakdoctor mailcloakdovecot mailcloakfindings mailcloakmirror mailcloakpostfix"
+        rare = mine + " difflib email getpass hashlib http idna requests ssl subprocess unicodedata urllib3"
         print(*(set(rare.split()) & set(sys.modules)), file=sys.stderr)"""
     command = [sys.executable, "-c", program, "--db", str(filled.path), "aliases", "list"]
     result = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True, cwd=ROOT)

@@ -33,6 +33,7 @@ import mailcloakcommon
 import mailcloakctl
 import mailcloakdata
 import mailcloakdoctor
+import mailcloakfindings
 import mailcloakmirror
 from mailcloakcommon import Origin
 from mailcloakmirror import why_refused
@@ -1130,7 +1131,7 @@ def late_at_60(make_config):
 
 def doctor_says(config):
     options = argparse.Namespace(config=config, db=None, postfix_config=None, dovecot_config=None, json=False)
-    return list(mailcloakdoctor.check_replication(mailcloakdoctor.Installation(options)))
+    return list(mailcloakdoctor.check_replication(mailcloakfindings.Installation(options)))
 
 
 def test_host_alone_has_a_role_and_no_line(tmp_path, late_at_60):

@@ -25,6 +25,7 @@ SECTIONS = (
     "main",
 )
 LONGEST_FUNCTION = 60
+LONGEST_FILES = {"mailcloakctl.py": 1500, "mailcloakdoctor.py": 1450}
 DECISION_BEFORE_LINE = 700
 
 
@@ -120,6 +121,11 @@ def test_decision_stands_before_all_machinery():
 def test_no_function_is_too_long_to_be_seen_at_once(name):
     functions = [node for node in ast.walk(ast.parse(read(name))) if isinstance(node, ast.FunctionDef)]
     assert [node.name for node in functions if node.end_lineno - node.lineno >= LONGEST_FUNCTION] == []
+
+
+@pytest.mark.parametrize("name", LONGEST_FILES)
+def test_file_is_not_too_long_to_be_known(name):
+    assert len(read(name).splitlines()) <= LONGEST_FILES[name]
 
 
 @pytest.mark.parametrize("name", MODULES)
