@@ -7,8 +7,8 @@
   status                   the daemon's statistics, as text, with --json or --prometheus; --watch shows them again and again
   flush [ADDRESS]          lets the daemon forget which users it has cached
 
-An answer is the daemon's own, over the two sockets that Postfix asks too. The reasons come from its map "explain", the statistics from
-"stats"; it answers both only to root, to its own user and to the sockets' owner.
+An answer is the daemon's own, over the two sockets that Postfix asks too. The statistics are its map "stats", for all who may connect.
+The reasons are "explain", and "flush" forgets: both are for root, for the daemon's own user and for the sockets' owner.
 
 Contents: the running daemon, ask, status and flush.
 """

@@ -42,6 +42,7 @@ import argparse
 import base64
 import contextlib
 import datetime
+import functools
 import io
 import json
 import os
@@ -634,6 +635,9 @@ def in_module(module: str, name: str) -> Callable[[common.Context], Optional[int
     return run
 
 
+from_ask = functools.partial(in_module, "mailcloakask")
+from_data = functools.partial(in_module, "mailcloakdata")
+from_mirror = functools.partial(in_module, "mailcloakmirror")
 DOCTOR_MODULES = ("mailcloakask", "mailcloakfindings", "mailcloakpostfix", "mailcloakdovecot", "mailcloakdoctor")
 
 
@@ -667,28 +671,15 @@ COMMANDS: dict[str, dict[str, Command]] = {  # the verb is "" where there is non
         "list": Command(aliases_list, "show all aliases, or some", "*@example.org --disabled", ("[glob]",)),
         "show": Command(aliases_show, "show one alias, and where it leads", "info@example.org", ("address",)),
         "move": Command(
-            in_module("mailcloakdata", "aliases_move"),
-            "let all aliases of a user lead to another",
-            "alice bob",
-            ("old_user", "new_user"),
+            from_data("aliases_move"), "let all aliases of a user lead to another", "alice bob", ("old_user", "new_user")
         ),
         "del": Command(delete, "delete aliases", "info@example.org", ("addresses",)),
         "enable": Command(set_enabled, "let disabled aliases count again", "info@example.org", ("addresses",)),
         "disable": Command(set_enabled, "keep aliases, but let them lead nowhere", "info@example.org", ("addresses",)),
-        "export": Command(in_module("mailcloakdata", "aliases_export"), "write all aliases to a file", "aliases.csv", ("[file]",)),
-        "import": Command(
-            in_module("mailcloakdata", "import_or_sync"),
-            "add and change what a file says",
-            "aliases.csv --dry-run",
-            ("file",),
-            True,
-        ),
+        "export": Command(from_data("aliases_export"), "write all aliases to a file", "aliases.csv", ("[file]",)),
+        "import": Command(from_data("import_or_sync"), "add and change what a file says", "aliases.csv --dry-run", ("file",), True),
         "sync": Command(
-            in_module("mailcloakdata", "import_or_sync"),
-            "make the aliases equal to a file",
-            "aliases.csv --missing disable",
-            ("file",),
-            True,
+            from_data("import_or_sync"), "make the aliases equal to a file", "aliases.csv --missing disable", ("file",), True
         ),
     },
     "apps": {
@@ -703,66 +694,41 @@ COMMANDS: dict[str, dict[str, Command]] = {  # the verb is "" where there is non
     },
     "ask": {
         "recipient": Command(
-            in_module("mailcloakask", "ask_recipient"),
-            "say whether mail for an address comes in, and why",
-            "info@example.org",
-            ("address",),
+            from_ask("ask_recipient"), "say whether mail for an address comes in, and why", "info@example.org", ("address",)
         ),
         "sender": Command(
-            in_module("mailcloakask", "ask_sender"),
+            from_ask("ask_sender"),
             "say whether a client may use a sender, and why",
             "info@example.org --user alice --method XOAUTH2",
             ("address",),
         ),
-        "alias": Command(
-            in_module("mailcloakask", "ask_alias"), "say where an address leads, and why", "info@example.org", ("address",)
-        ),
+        "alias": Command(from_ask("ask_alias"), "say where an address leads, and why", "info@example.org", ("address",)),
     },
     "backup": {
-        "": Command(
-            in_module("mailcloakdata", "backup"),
-            "copy the database to a file, and check the copy",
-            "/var/backups/state.db",
-            ("file",),
-        )
+        "": Command(from_data("backup"), "copy the database to a file, and check the copy", "/var/backups/state.db", ("file",))
     },
     "restore": {
-        "": Command(
-            in_module("mailcloakdata", "restore"), "make the database what a backup says", "/var/backups/state.db", ("file",), True
-        )
+        "": Command(from_data("restore"), "make the database what a backup says", "/var/backups/state.db", ("file",), True)
     },
     "db": {
-        "check": Command(in_module("mailcloakdata", "db_check"), "say what is wrong in the database", "--fix", ()),
+        "check": Command(from_data("db_check"), "say what is wrong in the database", "--fix", ()),
         "mirror": Command(
-            in_module("mailcloakmirror", "mirror"),
+            from_mirror("mirror"),
             "make the database equal to that of another host",
             "/var/lib/mailcloak-shared/shared.db --watch",
             ("source",),
         ),
-        "promote": Command(in_module("mailcloakmirror", "promote"), "make this host, which follows another, the writer", "", ()),
+        "promote": Command(from_mirror("promote"), "make this host, which follows another, the writer", "", ()),
     },
     "migrate-from-go": {
         "": Command(
-            in_module("mailcloakdata", "migrate_from_go"),
-            "take over the data of the Go program",
-            "/srv/old-mailcloak/state.db",
-            ("file",),
-            True,
+            from_data("migrate_from_go"), "take over the data of the Go program", "/srv/old-mailcloak/state.db", ("file",), True
         )
     },
-    "status": {
-        "": Command(
-            in_module("mailcloakask", "show_status"), "show what the daemon has answered so far, and how it is", "--watch", ()
-        )
-    },
+    "status": {"": Command(from_ask("show_status"), "show what the daemon has answered so far, and how it is", "--watch", ())},
     "doctor": {"": Command(run_doctor, "check the whole installation, and say what to do next", "", ())},
     "flush": {
-        "": Command(
-            in_module("mailcloakask", "flush"),
-            "have the daemon forget which users it has cached",
-            "alice@example.org",
-            ("[address]",),
-        )
+        "": Command(from_ask("flush"), "have the daemon forget which users it has cached", "alice@example.org", ("[address]",))
     },
 }
 # those that use the database, and not the running daemon
