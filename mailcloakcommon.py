@@ -207,7 +207,7 @@ def read_app_id(text: str) -> str:
 
 # ---------------------------------------------------------------------------------------------------------------------------------
 # Output
-# Standard output belongs to lists and generated tokens; what is said to people goes to standard error.
+# say() writes to standard error. Standard output belongs to what was asked for: lists, findings, generated tokens, and JSON.
 # ---------------------------------------------------------------------------------------------------------------------------------
 
 
