@@ -63,7 +63,7 @@ lint: $(VENV)/lint.stamp
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
-	$(VENV)/bin/vermin --target=3.9- --violations --eval-annotations --no-tips --no-parse-comments mailcloak.py mailcloakctl.py mailcloakdoctor.py mailcloakdata.py mailcloakmirror.py mailcloakowner.py
+	$(VENV)/bin/vermin --target=3.9- --violations --eval-annotations --no-tips --no-parse-comments mailcloak*.py
 	for script in install openrc/mailcloak.initd examples/litestream/*.initd tests/fuzz/run tests/real/package packaging/debian/mailcloak.p* packaging/alpine/*; do \
 		sh -n $$script || exit 1; done
 	for script in completions/*.bash tests/real/debian packaging/gentoo/*/*/*.ebuild; do bash -n $$script || exit 1; done

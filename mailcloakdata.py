@@ -56,7 +56,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import IO, Any, ClassVar, NamedTuple, Optional, TypeVar, cast
 
 import mailcloak
-import mailcloakctl as ctl
+import mailcloakcommon as common
 import mailcloakowner
 
 MAX_LINE_BYTES = 262_144  # of a line of a file; an alias with 1,000 targets takes less than half of it
@@ -129,7 +129,7 @@ class Change(NamedTuple):
     @property
     def new_targets(self) -> list[str]:
         """Who gets mail for the address now, and did not before."""
-        return ctl.new_targets(self.old, self.new) if self.new else []
+        return common.new_targets(self.old, self.new) if self.new else []
 
 
 KINDS = {
@@ -284,7 +284,7 @@ def write_mailboxes(row: Row, usernames: str) -> str:
     raise ValueError(f"its username {users[0] if users else ''!r} cannot stand there")
 
 
-class Unreadable(ctl.Refused):
+class Unreadable(common.Refused):
     """The file as a whole cannot be read in this format."""
 
 
@@ -357,7 +357,7 @@ class Csv(Format):
                 return None
         if not self._least <= len(fields) <= len(self._order):
             raise ValueError(
-                f"it has {ctl.counted(fields, 'field')}, expected {len(self._order)}; several users are separated by semicolons"
+                f"it has {common.counted(fields, 'field')}, expected {len(self._order)}; several users are separated by semicolons"
             )
         found = ["", "", "1", ""]
         for place, field in zip(self._order, fields):
@@ -484,7 +484,7 @@ def find_format(name: Optional[str], path: str, usernames: str) -> Format:
     if not name:
         name = "csv" if path == "-" else os.path.splitext(path)[1][1:]
         if name not in FORMATS:
-            raise ctl.Refused(
+            raise common.Refused(
                 f"aliases: the name {path!r} does not say which format this is, name it with --format {'|'.join(FORMATS)}"
             )
     return FORMATS[name](usernames)
@@ -502,11 +502,11 @@ def watch(items: Iterable[Item], what: str, share: Callable[[], float] = lambda:
     for count, item in enumerate(items, 1):
         if not count % PROGRESS_ITEMS and time.monotonic() > next_time:
             seconds, done = time.monotonic() - began, share()
-            left = f", {ctl.shown_seconds(seconds / done * (1 - done))} left" if done else ""
-            ctl.show_progress(f"aliases: {what}: {count:,}, {count / seconds:,.0f} a second{left}")
+            left = f", {common.shown_seconds(seconds / done * (1 - done))} left" if done else ""
+            common.show_progress(f"aliases: {what}: {count:,}, {count / seconds:,.0f} a second{left}")
             next_time += PROGRESS_SECONDS / 2
         yield item
-    ctl.show_progress("")
+    common.show_progress("")
 
 
 class Source:
@@ -535,9 +535,9 @@ class Source:
         """How much of the file has been read, from 0 to 1; 0 where its size is not known."""
         return self._bytes / self._size if self._size else 0.0
 
-    def refuse(self, text: str) -> ctl.Refused:
+    def refuse(self, text: str) -> common.Refused:
         """The error for the whole file."""
-        return ctl.Refused(f"aliases: {self.name}: {text}; nothing was changed")
+        return common.Refused(f"aliases: {self.name}: {text}; nothing was changed")
 
     @staticmethod
     def _state(status: os.stat_result) -> tuple[int, ...]:
@@ -565,15 +565,15 @@ class Problems:
 
     def report(self, number: int, reason: str) -> None:
         """Say what is wrong with a line."""
-        ctl.show_progress("")
-        ctl.say(f"aliases: {self.name}: {self.unit} {number}: {reason}")
+        common.show_progress("")
+        common.say(f"aliases: {self.name}: {self.unit} {number}: {reason}")
         self.count += 1
 
     def stop(self, *, skip: bool) -> None:
         """Raise Refused if there were any, and they may not be left out."""
         if self.count and not skip:
-            raise ctl.Refused(
-                f"aliases: {self.name}: {ctl.counted(self.count, f'{self.unit} is', f'{self.unit}s are')} bad, nothing was changed; correct them, or leave them out with --skip-bad"
+            raise common.Refused(
+                f"aliases: {self.name}: {common.counted(self.count, f'{self.unit} is', f'{self.unit}s are')} bad, nothing was changed; correct them, or leave them out with --skip-bad"
             )
 
 
@@ -594,7 +594,7 @@ def read_aliases(
                 yield (*check(line), line[3], line[4], number)
         except Unreadable:
             raise
-        except (ValueError, ctl.Refused) as exc:
+        except (ValueError, common.Refused) as exc:
             report(number, str(exc).removeprefix("aliases: "))
 
 
@@ -674,7 +674,7 @@ def reading(database: sqlite3.Connection) -> Iterator[None]:
     as the daemon, waiting as well.
     """
     try:
-        ctl.patiently(lambda: database.execute("BEGIN IMMEDIATE"))
+        common.patiently(lambda: database.execute("BEGIN IMMEDIATE"))
     except sqlite3.OperationalError as exc:
         if mailcloak.sqlite_fault(exc) != "readonly":
             raise
@@ -686,7 +686,7 @@ def reading(database: sqlite3.Connection) -> Iterator[None]:
             database.execute("ROLLBACK")
 
 
-def find_database(context: ctl.Context) -> sqlite3.Connection:
+def find_database(context: common.Context) -> sqlite3.Connection:
     """The database; for a dry run where there is none yet, an empty one in memory."""
     if context.options.dry_run and not os.path.lexists(context.path):
         context.database = sqlite3.connect(":memory:", isolation_level=None)
@@ -700,25 +700,25 @@ def data_version(database: sqlite3.Connection) -> int:
     return int(database.execute("PRAGMA data_version").fetchone()[0])
 
 
-def check_names(context: ctl.Context, line: Line) -> tuple[str, str]:
+def check_names(context: common.Context, line: Line) -> tuple[str, str]:
     """Address and targets as they may be stored, by the rules of aliases add; raises Refused."""
-    address = ctl.read_address(line.address)
-    ctl.refuse_catch_all(address)
+    address = common.read_address(line.address)
+    common.refuse_catch_all(address)
     if len(line.users) == 1 and not line.external:  # as nearly all have it
-        username = ctl.read_username(line.users[0])
-        ctl.refuse_names(context, username)
+        username = common.read_username(line.users[0])
+        common.refuse_names(context, username)
         return address, f"0{username}"
-    users = [ctl.read_username(user) for user in line.users]
-    external = [ctl.read_external(context, target) for target in line.external]
+    users = [common.read_username(user) for user in line.users]
+    external = [common.read_external(context, target) for target in line.external]
     if not users and not external:
-        raise ctl.Refused(f"{address} has no target")
+        raise common.Refused(f"{address} has no target")
     for user in users:
-        ctl.refuse_names(context, user)
-    ctl.refuse_number(context, address, mailcloak.Alias(tuple(users), True, tuple(external)))
+        common.refuse_names(context, user)
+    common.refuse_number(context, address, mailcloak.Alias(tuple(users), True, tuple(external)))
     return address, join_targets(users, external)
 
 
-def load(staging: sqlite3.Connection, context: ctl.Context, source: Source, form: Format, problems: Problems) -> int:
+def load(staging: sqlite3.Connection, context: common.Context, source: Source, form: Format, problems: Problems) -> int:
     """Read the file into the table wanted; how many aliases it has. Raises Refused where it is not whole."""
     foreign: collections.Counter[str] = collections.Counter()
     policy, options = context.policy, context.options
@@ -727,9 +727,9 @@ def load(staging: sqlite3.Connection, context: ctl.Context, source: Source, form
         address, targets = check_names(context, line)
         domain = address.rpartition("@")[2]
         if options.scope and domain != options.scope:
-            raise ctl.Refused(f"{address} is not in {options.scope}, the domain of --scope")
+            raise common.Refused(f"{address} is not in {options.scope}, the domain of --scope")
         if line.external and not options.external:
-            raise ctl.Refused(f"its target {line.external[0]!r} is elsewhere, and is taken only with --external")
+            raise common.Refused(f"its target {line.external[0]!r} is elsewhere, and is taken only with --external")
         if policy and domain not in policy.domain:
             foreign[domain] += 1
         return address, targets
@@ -739,9 +739,9 @@ def load(staging: sqlite3.Connection, context: ctl.Context, source: Source, form
         staging.executemany("INSERT INTO wanted VALUES (?, ?, ?, ?, ?)", read_aliases(lines, form, check, problems.report))
     except Unreadable as exc:
         raise source.refuse(str(exc)) from None
-    for domain, count in foreign.most_common(ctl.SHOWN_ITEMS):
-        ctl.say(
-            f"warning: {ctl.counted(count, 'alias', 'aliases')} in {domain}, which is not in policy.domain: such an alias leads nowhere"
+    for domain, count in foreign.most_common(common.SHOWN_ITEMS):
+        common.say(
+            f"warning: {common.counted(count, 'alias', 'aliases')} in {domain}, which is not in policy.domain: such an alias leads nowhere"
         )
     return int(staging.execute("SELECT count(*) FROM wanted").fetchone()[0])
 
@@ -789,11 +789,11 @@ def apply(database: sqlite3.Connection, changes: Iterable[Change]) -> None:
     while batch := list(itertools.islice(changes, BATCH_ROWS)):
         database.executemany("DELETE FROM aliases WHERE alias_email = ?", [(each[0],) for each in batch if each[5] is None])
         stored = [
-            ctl.Stored(each.address, mailcloak.read_alias(each.targets, each.enabled, each.receive_only), each.source or None)
+            common.Stored(each.address, mailcloak.read_alias(each.targets, each.enabled, each.receive_only), each.source or None)
             for each in batch
             if each.targets is not None
         ]
-        ctl.store_aliases(database, stored)
+        common.store_aliases(database, stored)
 
 
 def prepare_commit(database: sqlite3.Connection) -> None:
@@ -819,10 +819,10 @@ class DryRun(Exception):
     """All was tried, and is to be taken back."""
 
 
-def import_or_sync(context: ctl.Context) -> None:
+def import_or_sync(context: common.Context) -> None:
     """Read, compare, check, write, tell. Raises Refused, OverLimit; then nothing was changed."""
     options = context.options
-    options.scope = ctl.read_domain(options.scope) if options.scope else ""
+    options.scope = common.read_domain(options.scope) if options.scope else ""
     options.source = options.source or ""
     percent = read_share(options.max_change)
     form, source = find_format(options.format, options.file, options.usernames), Source(options.file)
@@ -852,33 +852,33 @@ def read_share(text: str) -> float:
     """The percentage of --max-change; raises Refused."""
     found = re.fullmatch(r"([0-9]{1,3}(?:\.[0-9]+)?)%?", text, re.ASCII)
     if not found or float(found[1]) > 100:
-        raise ctl.Refused(f"aliases: --max-change {text}: expected a share such as 20%, at most 100%")
+        raise common.Refused(f"aliases: --max-change {text}: expected a share such as 20%, at most 100%")
     return float(found[1])
 
 
-def over_limit(options: Any, counts: dict[str, int], stored: int) -> ctl.OverLimit:
+def over_limit(options: Any, counts: dict[str, int], stored: int) -> common.OverLimit:
     """What the limit stopped, and how to let it pass."""
     touched = ", ".join(f"{counts[kind]} would be {KINDS[kind]}" for kind in KINDS if counts.get(kind) and kind != "add")
-    return ctl.OverLimit(
+    return common.OverLimit(
         f"aliases: {options.verb}: of {stored} aliases {touched}: more than --max-change {options.max_change}, nothing was changed;"
         " look with --dry-run -v, and if this is right, allow it with --max-change 100%"
     )
 
 
-def ask_about(context: ctl.Context, elsewhere: Optional[list[Change]]) -> None:
+def ask_about(context: common.Context, elsewhere: Optional[list[Change]]) -> None:
     """Look up in Keycloak the aliases that are new or lead elsewhere; None: too many of them. Raises Refused as aliases add does."""
     if elsewhere is None:
-        ctl.say(
+        common.say(
             f"warning: more than {MAX_ASKED} changes: the daemon was not asked about them, and aliases of aliases were not looked for;"
             " mailcloakctl doctor does both for all aliases"
         )
         return
     changes = [(change.address, change.old, cast(mailcloak.Alias, change.new)) for change in elsewhere]
-    ctl.check_with_keycloak(context, ctl.counted(changes, "alias was", "aliases were"), changes)
+    common.check_with_keycloak(context, common.counted(changes, "alias was", "aliases were"), changes)
 
 
 def write(
-    context: ctl.Context,
+    context: common.Context,
     staging: sqlite3.Connection,
     version: int,
     elsewhere: Optional[list[Change]],
@@ -888,21 +888,21 @@ def write(
     database, options = context.database, context.options
     # what does not fit the cache would be written before the commit, with all readers locked out
     database.execute("PRAGMA cache_spill = OFF")
-    with ctl.transaction(database):
+    with common.transaction(database):
         if data_version(database) != version:
-            raise ctl.Refused("aliases: another program has changed the database meanwhile; nothing was changed, try again")
+            raise common.Refused("aliases: another program has changed the database meanwhile; nothing was changed, try again")
         if not options.dry_run or elsewhere is not None:
             apply(database, watch(read_changes(staging), "changes made"))
             write_others()
         for change in elsewhere or () if not options.force else ():
             for target in change.new_targets:
-                ctl.refuse_chain(context, change.address, target)
+                common.refuse_chain(context, change.address, target)
         if options.dry_run:
             raise DryRun
         prepare_commit(database)
 
 
-def tell(context: ctl.Context, staging: sqlite3.Connection, counts: dict[str, int], stored: int, skipped: int) -> None:
+def tell(context: common.Context, staging: sqlite3.Connection, counts: dict[str, int], stored: int, skipped: int) -> None:
     """Print what was changed, or would be; note it in syslog where it was."""
     options = context.options
     warn_of_other_jobs(staging, dry_run=options.dry_run)
@@ -911,7 +911,7 @@ def tell(context: ctl.Context, staging: sqlite3.Connection, counts: dict[str, in
         show()
         return
     note(f"aliases: {options.verb}", read_changes(staging), options.file, counts)
-    ctl.print_done(show)
+    common.print_done(show)
 
 
 def report(options: Any, staging: sqlite3.Connection, counts: dict[str, int], stored: int, skipped: int) -> None:
@@ -925,10 +925,10 @@ def report(options: Any, staging: sqlite3.Connection, counts: dict[str, int], st
         return
     if options.verbose:
         for change in read_changes(staging):
-            print(ctl.shown_text(describe(change)))
+            print(common.shown_text(describe(change)))
     would = "would be " if options.dry_run else ""
     parts = [f"{number} {would}{word}" for word, number in numbers.items() if number]
-    skipped_part = [f"{ctl.counted(skipped, 'bad line')} left out"] if skipped else []
+    skipped_part = [f"{common.counted(skipped, 'bad line')} left out"] if skipped else []
     print(f"aliases: {', '.join([*(parts or ['nothing to change']), f'{unchanged} unchanged', *skipped_part])}")
 
 
@@ -937,8 +937,8 @@ def warn_of_other_jobs(staging: sqlite3.Connection, *, dry_run: bool) -> None:
     taken = "FROM changes WHERE targets IS NOT NULL AND coalesce(old_source, '') <> '' AND coalesce(source, '') <> old_source"
     rows = staging.execute(f"SELECT address, old_source {taken} ORDER BY address").fetchmany(1000)
     if rows:
-        names = ctl.shorten([f"{address} ({source})" for address, source in rows])
-        ctl.say(f"warning: {'would be' if dry_run else 'were'} taken from another job: {names}; let one file alone name them")
+        names = common.shorten([f"{address} ({source})" for address, source in rows])
+        common.say(f"warning: {'would be' if dry_run else 'were'} taken from another job: {names}; let one file alone name them")
 
 
 def describe(change: Change) -> str:
@@ -951,7 +951,7 @@ def describe(change: Change) -> str:
         words.append("only receives" if after.receive_only else "may send")
     if before and after and change.source != change.old_source:
         words.append(f"taken from {change.old_source or 'no job'}")
-    targets = list(dict.fromkeys(ctl.shown_targets(alias) for alias in (before, after) if alias))
+    targets = list(dict.fromkeys(common.shown_targets(alias) for alias in (before, after) if alias))
     shown = " -> ".join(targets if change.kind == "change" else targets[-1:])
     return ", ".join([f"{change.kind} {change.address} {shown}", *words])
 
@@ -963,7 +963,7 @@ def print_as_json(head: dict[str, Any], changes: Iterable[Change]) -> None:
         if alias is None:
             return None
         state = {"enabled": int(alias.enabled), "receive_only": alias.receive_only, "source": source or None}
-        return {"username": ctl.shown_targets(alias), **state}
+        return {"username": common.shown_targets(alias), **state}
 
     print(json.dumps(head)[:-1] + ', "changes": [', end="")
     separator = "\n  "
@@ -979,26 +979,26 @@ def note(event: str, changes: Iterable[Change], subject: str, counts: dict[str, 
     for change in itertools.islice(changes, MAX_ASKED):
         before, after = change.old, change.new
         values = {
-            "username": ctl.shown_targets(after) if after else None,
-            "before": ctl.shown_targets(before) if before else None,
+            "username": common.shown_targets(after) if after else None,
+            "before": common.shown_targets(before) if before else None,
             "source": change.source or None,
         }
         if after and after.enabled != (before.enabled if before else True):
             values["enabled"] = "yes" if after.enabled else "no"
-        ctl.note_change(f"{event}: {change.kind}", change.address, **values)
-    ctl.note_change(event, subject, **{KINDS[kind]: number for kind, number in counts.items()})
+        common.note_change(f"{event}: {change.kind}", change.address, **values)
+    common.note_change(event, subject, **{KINDS[kind]: number for kind, number in counts.items()})
 
 
-def aliases_move(context: ctl.Context) -> None:
+def aliases_move(context: common.Context) -> None:
     """Let all aliases of a user lead to another."""
     options, database = context.options, context.database
-    old, new = ctl.read_username(options.old_user), ctl.read_username(options.new_user)
-    select = f"SELECT DISTINCT alias_email FROM {ctl.ALIAS_USERS} WHERE lower(username) = ? ORDER BY alias_email"  # noqa: S608
+    old, new = common.read_username(options.old_user), common.read_username(options.new_user)
+    select = f"SELECT DISTINCT alias_email FROM {common.ALIAS_USERS} WHERE lower(username) = ? ORDER BY alias_email"  # noqa: S608
 
     def find() -> list[Change]:
         changes = []
         for (address,) in database.execute(select, (old,)).fetchall() if old != new else ():
-            alias = ctl.find_alias(database, address)
+            alias = common.find_alias(database, address)
             if alias is None or not isinstance(address, str):  # nobody looks it up: db check finds it
                 continue
             users = [new if user == old else user for user in alias.users]
@@ -1007,25 +1007,25 @@ def aliases_move(context: ctl.Context) -> None:
             changes.append(Change(address, before, *state, after, *state))
         return changes
 
-    changes = ctl.patiently(find)
+    changes = common.patiently(find)
     if not changes:
-        raise ctl.Refused(f"aliases: no alias leads to {old}, aliases list shows who has any")
-    ctl.refuse_names(context, new)
+        raise common.Refused(f"aliases: no alias leads to {old}, aliases list shows who has any")
+    common.refuse_names(context, new)
     asked = changes if len(changes) <= MAX_ASKED else None
     ask_about(context, asked)
-    with ctl.transaction(database):
+    with common.transaction(database):
         if find() != changes:
-            raise ctl.Refused("aliases: another program has changed them meanwhile; nothing was changed, try again")
+            raise common.Refused("aliases: another program has changed them meanwhile; nothing was changed, try again")
         apply(database, changes)
         for change in asked or () if not options.force else ():
-            ctl.refuse_chain(context, change.address, new)
+            common.refuse_chain(context, change.address, new)
     note("aliases: move", changes, old, {"change": len(changes)})
     addresses = [change.address for change in changes]
-    lead = ctl.counted(changes, "alias now leads", "aliases now lead")
-    ctl.answer(context, addresses, f"aliases: {lead} to {new}: {ctl.shorten(addresses)}", username=new, before=old)
+    lead = common.counted(changes, "alias now leads", "aliases now lead")
+    common.answer(context, addresses, f"aliases: {lead} to {new}: {common.shorten(addresses)}", username=new, before=old)
 
 
-def aliases_export(context: ctl.Context) -> None:
+def aliases_export(context: common.Context) -> None:
     """Write all aliases to a file, or to standard output."""
     options = context.options
     form = find_format(options.format, options.file, options.usernames)
@@ -1047,7 +1047,7 @@ def aliases_export(context: ctl.Context) -> None:
             with replacing(options.file, 0o666 & ~umask) as file:
                 write_lines(lines, file)
         except OSError as exc:
-            raise ctl.Refused(f"aliases: {options.file!r} cannot be written: {exc.strerror}; what was there stays") from exc
+            raise common.Refused(f"aliases: {options.file!r} cannot be written: {exc.strerror}; what was there stays") from exc
 
 
 def hold(staging: sqlite3.Connection, form: Format, rows: Iterable[Row], *, skip: bool) -> Iterator[str]:
@@ -1063,12 +1063,12 @@ def hold(staging: sqlite3.Connection, form: Format, rows: Iterable[Row], *, skip
             try:
                 yield (form.write(row),)
             except ValueError as exc:
-                ctl.say(f"aliases: {row[0]} cannot be in this file: {exc}")
+                common.say(f"aliases: {row[0]} cannot be in this file: {exc}")
                 left_out += 1
 
     staging.executemany("INSERT INTO lines VALUES (?)", lines())
     if left_out and not skip:
-        raise ctl.Refused(
+        raise common.Refused(
             f"aliases: {left_out} cannot be in this file, nothing was written; use another --format, or leave them out with --skip-bad"
         )
     return (line for (line,) in rows_of(staging, "SELECT line FROM lines ORDER BY rowid"))
@@ -1148,36 +1148,36 @@ PARENTS = {"alias_targets": "aliases", "app_from": "apps"}  # by the first colum
 
 
 def tell_numbers(
-    context: ctl.Context, database: sqlite3.Connection, text: str, numbers: Optional[dict[str, int]] = None, **values: Any
+    context: common.Context, database: sqlite3.Connection, text: str, numbers: Optional[dict[str, int]] = None, **values: Any
 ) -> None:
     """Print what was done, and how many aliases and apps there are now, or those numbers."""
     numbers = numbers or count_names(database)
 
     def show() -> None:
         if context.options.json:
-            ctl.print_json({**values, **numbers})
+            common.print_json({**values, **numbers})
         else:
-            aliases, apps = ctl.counted(numbers["aliases"], "alias", "aliases"), ctl.counted(numbers["apps"], "app")
+            aliases, apps = common.counted(numbers["aliases"], "alias", "aliases"), common.counted(numbers["apps"], "app")
             print(f"{context.options.noun}: {text}: {aliases}, {apps}")
 
-    ctl.print_done(show)
+    common.print_done(show)
 
 
 def check_whole(database: sqlite3.Connection, name: str) -> None:
     """Raise Refused where SQLite finds the file damaged."""
     found = [str(row[0]) for row in database.execute("PRAGMA quick_check(1)")]
     if found != ["ok"]:
-        raise ctl.Refused(f"{name} is damaged: {found[0]}", "mailcloakctl db check says more; use another backup")
+        raise common.Refused(f"{name} is damaged: {found[0]}", "mailcloakctl db check says more; use another backup")
 
 
-def backup(context: ctl.Context) -> None:
+def backup(context: common.Context) -> None:
     """Copy the database to a new file."""
     options, database = context.options, context.database
     path = os.path.abspath(options.file)
     if os.path.lexists(path) and not options.replace:
-        raise ctl.Refused(f"backup: {path!r} is there already, --replace replaces it")
+        raise common.Refused(f"backup: {path!r} is there already, --replace replaces it")
     if os.path.exists(path) and os.path.samefile(path, context.path):
-        raise ctl.Refused(f"backup: {path!r} is the database itself, name another file")
+        raise common.Refused(f"backup: {path!r} is the database itself, name another file")
     try:
         with replacing(path, 0o600, replace=options.replace) as file, tempfile.TemporaryDirectory(prefix="mailcloak-") as private:
             new = os.path.join(private, "copy.db")  # SQLite opens nothing where others could put a journal beside it
@@ -1187,54 +1187,56 @@ def backup(context: ctl.Context) -> None:
                     database.backup(copy, pages=BACKUP_PAGES)
                 except sqlite3.OperationalError as exc:
                     if mailcloak.sqlite_fault(exc) == "full":
-                        raise ctl.Refused(f"backup: no room for the copy in {private}", "make room there, or set TMPDIR") from exc
+                        raise common.Refused(
+                            f"backup: no room for the copy in {private}", "make room there, or set TMPDIR"
+                        ) from exc
                     raise
                 copy.execute("PRAGMA journal_mode = DELETE")  # also where the database is in WAL mode: one file has all of it
                 check_whole(copy, "backup: the copy")
             with open(new, "rb") as whole:
                 shutil.copyfileobj(whole, file)
     except FileExistsError:
-        raise ctl.Refused(f"backup: {path!r} is there now, --replace replaces it") from None
+        raise common.Refused(f"backup: {path!r} is there now, --replace replaces it") from None
     except OSError as exc:
-        raise ctl.Refused(f"backup: {path!r} cannot be written: {exc.strerror}; what was there stays") from exc
+        raise common.Refused(f"backup: {path!r} cannot be written: {exc.strerror}; what was there stays") from exc
     tell_numbers(context, database, f"{path} written", file=path)
 
 
-def restore(context: ctl.Context) -> None:
+def restore(context: common.Context) -> None:
     """Make the database what a backup says."""
     path = os.path.abspath(context.options.file)
     check_backup(path)
     target = context.path
     if os.path.exists(target) and os.path.samefile(path, target):
-        raise ctl.Refused(f"restore: {path!r} is the database itself, name a backup")
+        raise common.Refused(f"restore: {path!r} is the database itself, name a backup")
     if not os.path.isdir(os.path.dirname(os.path.realpath(target))) or (os.path.islink(target) and not os.path.exists(target)):
-        raise ctl.Refused(f"restore: {target!r} cannot be made: its directory, or what it leads to, is missing")
+        raise common.Refused(f"restore: {target!r} cannot be made: its directory, or what it leads to, is missing")
     try:
         if not os.path.lexists(target) and context.options.dry_run:
-            ctl.say(f"restore: {target} would be made from {path}")
+            common.say(f"restore: {target} would be made from {path}")
         elif not os.path.lexists(target):
             restore_new(context, path)
         elif os.stat(target).st_size == 0:  # SQLite takes it for a database without tables
-            with contextlib.closing(mailcloakowner.connect(target, ctl.INTERRUPT_SECONDS)) as database:
+            with contextlib.closing(mailcloakowner.connect(target, common.INTERRUPT_SECONDS)) as database:
                 restore_into(context, database, path)
         else:
             restore_into(context, context.database, path)
     except mailcloak.SQLITE_ERRORS as exc:
         raise damaged(context, exc) from exc
-    except ctl.Refused as exc:
+    except common.Refused as exc:
         if mailcloak.sqlite_fault(exc) == "damaged":
             raise damaged(context, exc) from exc
         raise
 
 
-def damaged(context: ctl.Context, exc: BaseException) -> ctl.Refused:
+def damaged(context: common.Context, exc: BaseException) -> common.Refused:
     """What to do where SQLite cannot write the rows into the file that is there."""
     if mailcloak.sqlite_fault(exc) != "damaged":
-        return ctl.Refused(
-            f"restore: {mailcloak.describe_sqlite(exc)}, nothing was changed", ctl.database_remedy(exc, context.path)
+        return common.Refused(
+            f"restore: {mailcloak.describe_sqlite(exc)}, nothing was changed", common.database_remedy(exc, context.path)
         )
     move = f"stop mailcloak and Dovecot, move {context.path} away, run this again, and start them"
-    return ctl.Refused(f"restore: the database itself is damaged ({mailcloak.describe_sqlite(exc)}), nothing was changed", move)
+    return common.Refused(f"restore: the database itself is damaged ({mailcloak.describe_sqlite(exc)}), nothing was changed", move)
 
 
 def check_backup(path: str) -> None:
@@ -1246,14 +1248,14 @@ def check_backup(path: str) -> None:
             version = database.execute("PRAGMA user_version").fetchone()[0]
             tables = {row[0] for row in database.execute("SELECT name FROM sqlite_master WHERE type = 'table'")}
     except OSError as exc:
-        raise ctl.Refused(f"restore: {path!r}: {exc.strerror}") from exc
+        raise common.Refused(f"restore: {path!r}: {exc.strerror}") from exc
     except mailcloak.SQLITE_ERRORS as exc:
-        raise ctl.Refused(f"restore: {path!r} cannot be read: {mailcloak.describe_sqlite(exc)}", "use another backup") from exc
+        raise common.Refused(f"restore: {path!r} cannot be read: {mailcloak.describe_sqlite(exc)}", "use another backup") from exc
     if version > mailcloak.SCHEMA_VERSION:
         text = f"restore: {path!r} has schema version {version}, this mailcloak knows {mailcloak.SCHEMA_VERSION}"
-        raise ctl.Refused(text, "install the newer one first")
+        raise common.Refused(text, "install the newer one first")
     if not version or not {"aliases", "apps", "app_from"} <= tables:
-        raise ctl.Refused(f"restore: {path!r} is no database of mailcloak, name a file that backup has written")
+        raise common.Refused(f"restore: {path!r} is no database of mailcloak, name a file that backup has written")
 
 
 def readonly_uri(path: str) -> str:
@@ -1269,12 +1271,12 @@ def attach(database: sqlite3.Connection, path: str, name: str) -> None:
         database.execute(f"ATTACH ? AS {name}", (readonly_uri(path),))
 
 
-def restore_new(context: ctl.Context, path: str) -> None:
+def restore_new(context: common.Context, path: str) -> None:
     """Make the database, which is missing."""
     with contextlib.closing(sqlite3.connect(":memory:", uri=True, isolation_level=None)) as rows:
         bring_rows(rows, path)  # the owner of the directory may not read the backup
         make_database(rows, context.path)
-        ctl.note_change("restore", path)
+        common.note_change("restore", path)
         tell_numbers(context, rows, f"{context.path} made from {path}", changed=True)
 
 
@@ -1285,7 +1287,7 @@ def make_database(rows: sqlite3.Connection, target: str, *, wal: bool = False) -
         os.stat(os.path.dirname(target))
         as_owner = mailcloakowner.acting_as_owner_of(new)
     except OSError as exc:
-        raise ctl.Refused(f"database {target!r}: {exc.strerror}", ctl.database_remedy(exc, target)) from exc
+        raise common.Refused(f"database {target!r}: {exc.strerror}", common.database_remedy(exc, target)) from exc
     mailcloak.create_database_file(new)
     try:
         with as_owner, contextlib.closing(mailcloak.connect_database(new, 0)) as database:
@@ -1293,24 +1295,28 @@ def make_database(rows: sqlite3.Connection, target: str, *, wal: bool = False) -
             database.execute(f"PRAGMA journal_mode = {'WAL' if wal else 'DELETE'}")
         os.link(new, target)
     except FileExistsError:
-        raise ctl.Refused(f"another program has made {target!r} meanwhile, try again") from None
+        raise common.Refused(f"another program has made {target!r} meanwhile, try again") from None
     finally:
         os.unlink(new)
 
 
-def restore_into(context: ctl.Context, database: sqlite3.Connection, path: str) -> None:
+def restore_into(context: common.Context, database: sqlite3.Connection, path: str) -> None:
     """Make the rows of an open database those of the backup."""
     database.execute("PRAGMA cache_spill = OFF")  # as in write()
     dry_run = context.options.dry_run
     brought = bring_rows(database, path, dry_run=dry_run)
     if brought.changed and not dry_run:
-        ctl.note_change("restore", path, rows=brought.changed)
+        common.note_change("restore", path, rows=brought.changed)
     for kind, names in brought.gone.items():
         if names:
-            ctl.say(f"restore: {path} lacks these {kind}, which {'would be' if dry_run else 'are'} gone: {ctl.shorten(names)}")
+            common.say(
+                f"restore: {path} lacks these {kind}, which {'would be' if dry_run else 'are'} gone: {common.shorten(names)}"
+            )
     for kind, names in brought.back.items():
         if names:
-            ctl.say(f"restore: these {kind} {'would be' if dry_run else 'are'} there again, or enabled again: {ctl.shorten(names)}")
+            common.say(
+                f"restore: these {kind} {'would be' if dry_run else 'are'} there again, or enabled again: {common.shorten(names)}"
+            )
     would = "would be " if dry_run else ""
     text = f"{context.path} {would or 'is '}as {path}, {brought.changed} rows {would}changed"
     changed = bool(brought.changed) and not dry_run
@@ -1330,7 +1336,7 @@ class Brought(NamedTuple):
 def bring_rows(database: sqlite3.Connection, path: str, *, dry_run: bool = False) -> Brought:
     """Write the rows of the backup that differ, in one transaction. Makes the tables where there are none."""
     attach(database, path, "backup")
-    with contextlib.suppress(DryRun), ctl.transaction(database):
+    with contextlib.suppress(DryRun), common.transaction(database):
         if not database.execute("SELECT 1 FROM main.sqlite_master").fetchone():
             for statement in mailcloak.SCHEMA.split(";\n"):
                 database.execute(statement)
@@ -1405,13 +1411,13 @@ class Fault(NamedTuple):
     fixes: tuple[tuple[str, tuple[Any, ...]], ...] = ()  # statements with their values
 
 
-def db_check(context: ctl.Context) -> int:
+def db_check(context: common.Context) -> int:
     """Print what is wrong; 0 where nothing is, or where all of it was corrected, else 1."""
     options, database = context.options, context.database
     database.text_factory = lambda data: data.decode("utf-8", "surrogateescape")  # what is not UTF-8 is a fault of its row
     fixed: list[Fault] = []
     if options.fix:
-        with ctl.transaction(database):
+        with common.transaction(database):
             database.execute("PRAGMA defer_foreign_keys = ON")
             # each correction makes one row right, or deletes it
             while fixable := [fault for fault in find_faults(context) if fault.fixes]:
@@ -1420,7 +1426,7 @@ def db_check(context: ctl.Context) -> int:
                         database.execute(statement, values)
                 fixed += fixable
         for fault in fixed:
-            ctl.note_change("db check: fix", fault.key, table=fault.table, fault=fault.fault)
+            common.note_change("db check: fix", fault.key, table=fault.table, fault=fault.fault)
     left = list(find_faults(context))
     rows = [(fault, "fixed") for fault in fixed] + [(fault, fault.remedy or "db check --fix corrects it") for fault in left]
 
@@ -1429,15 +1435,15 @@ def db_check(context: ctl.Context) -> int:
             shown = [
                 {"table": fault.table or "-", "key": fault.key, "fault": fault.fault, "remedy": remedy} for fault, remedy in rows
             ]
-            ctl.print_list(options, shown, dict.fromkeys(("table", "key", "fault", "remedy"), str))
+            common.print_list(options, shown, dict.fromkeys(("table", "key", "fault", "remedy"), str))
         else:
             tell_numbers(context, database, "nothing is wrong")
 
-    ctl.print_done(show)
-    return ctl.EXIT_REFUSED if left else ctl.EXIT_DONE
+    common.print_done(show)
+    return common.EXIT_REFUSED if left else common.EXIT_DONE
 
 
-def find_faults(context: ctl.Context) -> Iterator[Fault]:
+def find_faults(context: common.Context) -> Iterator[Fault]:
     """All that is wrong, the file first; with a file that is damaged, nothing else."""
     database = context.database
     restore_it = "mailcloakctl restore brings back a backup"
@@ -1466,19 +1472,19 @@ def find_faults(context: ctl.Context) -> Iterator[Fault]:
 def read_stored(read: Callable[[str], str], name: Any) -> str:
     """The name in the form in which it is looked up; raises Refused, also where it is not stored as text."""
     if not isinstance(name, str):
-        raise ctl.Refused(f"{name!r} is not text")
+        raise common.Refused(f"{name!r} is not text")
     return read(name)
 
 
-def find_alias_faults(context: ctl.Context) -> Iterator[Fault]:
+def find_alias_faults(context: common.Context) -> Iterator[Fault]:
     """Addresses and targets that are not as the daemon compares them."""
     database = context.database
     for address, rowid in watch(rows_of(database, "SELECT alias_email, rowid FROM aliases ORDER BY alias_email"), "checked"):
         remedy = f"delete it: sqlite3 {context.path} 'DELETE FROM aliases WHERE rowid = {rowid}'"  # noqa: S608
         try:
-            right = read_stored(ctl.read_address, address)
-        except ctl.Refused:
-            yield Fault("aliases", ctl.shown_text(address), "this is no address, so the alias counts for nobody", remedy)
+            right = read_stored(common.read_address, address)
+        except common.Refused:
+            yield Fault("aliases", common.shown_text(address), "this is no address, so the alias counts for nobody", remedy)
             continue
         if right != address:
             yield from misspelled(database, address, right)
@@ -1487,19 +1493,19 @@ def find_alias_faults(context: ctl.Context) -> Iterator[Fault]:
         " UNION ALL SELECT 'alias_targets', alias_email, target, external FROM alias_targets ORDER BY 2"
     )
     for table, address, target, external in rows_of(database, targets):
-        with contextlib.suppress(ctl.Refused):
-            if read_stored(ctl.read_address, address) == address:
+        with contextlib.suppress(common.Refused):
+            if read_stored(common.read_address, address) == address:
                 yield from find_target_faults(context, table, address, target, external == 1)
 
 
-def find_target_faults(context: ctl.Context, table: str, address: str, target: str, external: bool) -> Iterator[Fault]:
+def find_target_faults(context: common.Context, table: str, address: str, target: str, external: bool) -> Iterator[Fault]:
     """What is wrong with a target of an alias: a username or, where external, an address elsewhere."""
     column = "username" if table == "aliases" else "target"
     try:
-        name = read_stored(functools.partial(ctl.read_external, context) if external else ctl.read_username, target)
+        name = read_stored(functools.partial(common.read_external, context) if external else common.read_username, target)
         if not external:
-            ctl.refuse_names(context, name)
-    except ctl.Refused as exc:
+            common.refuse_names(context, name)
+    except common.Refused as exc:
         fault = str(exc).removeprefix("aliases: ")
         yield Fault(table, address, fault, f"mailcloakctl aliases add {address} USERNAME --replace")
         return
@@ -1512,7 +1518,7 @@ def find_target_faults(context: ctl.Context, table: str, address: str, target: s
 def misspelled(database: sqlite3.Connection, address: str, right: str) -> Iterator[Fault]:
     """The fault of an alias that is not stored in the form in which it is looked up."""
     fault = f"is stored in a form that is never looked up: {right} is"
-    this, other = (ctl.find_alias(database, each) for each in (address, right))
+    this, other = (common.find_alias(database, each) for each in (address, right))
     # another program's table may compare without regard to capitals, and find this alias once more
     is_there = database.execute("SELECT 1 FROM aliases WHERE alias_email = ? COLLATE BINARY", (right,)).fetchone()
     if not other or not is_there:
@@ -1526,7 +1532,7 @@ def misspelled(database: sqlite3.Connection, address: str, right: str) -> Iterat
         yield Fault("aliases", address, f"{fault}, and is there", "", (delete,))
     else:
         remedy = f"choose one: mailcloakctl aliases add {right} USERNAME --replace; then db check --fix"
-        leads = f"{fault}, and leads to {ctl.shown_targets(other)} or has another state"
+        leads = f"{fault}, and leads to {common.shown_targets(other)} or has another state"
         yield Fault("aliases", address, leads, remedy)
 
 
@@ -1536,10 +1542,10 @@ def find_app_faults(database: sqlite3.Connection) -> Iterator[Fault]:
     fixes: tuple[tuple[str, tuple[Any, ...]], ...]
     for app_id, owner in database.execute("SELECT app_id, owner FROM apps ORDER BY app_id").fetchall():
         try:
-            right = read_stored(ctl.read_app_id, app_id)
-            name = owner if owner is None else read_stored(ctl.read_username, owner)
-        except ctl.Refused as exc:
-            yield Fault("apps", ctl.shown_text(app_id), str(exc), "make it again, with mailcloakctl apps add and apps set")
+            right = read_stored(common.read_app_id, app_id)
+            name = owner if owner is None else read_stored(common.read_username, owner)
+        except common.Refused as exc:
+            yield Fault("apps", common.shown_text(app_id), str(exc), "make it again, with mailcloakctl apps add and apps set")
             continue
         fault = f"nobody can log in as it, since {right} is looked up"
         if right != app_id and right in ids:
@@ -1558,10 +1564,10 @@ def find_sender_faults(database: sqlite3.Connection) -> Iterator[Fault]:
     """Addresses of apps that are not as the daemon compares them."""
     select = "SELECT app_id, from_addr, rowid FROM app_from ORDER BY app_id, from_addr"
     for app_id, sender, rowid in database.execute(select).fetchall():
-        key = ctl.shown_text(f"{app_id} {sender}")
+        key = common.shown_text(f"{app_id} {sender}")
         try:
-            right = sender if sender == "" else read_stored(ctl.read_sender, sender)
-        except ctl.Refused:
+            right = sender if sender == "" else read_stored(common.read_sender, sender)
+        except common.Refused:
             delete = ("DELETE FROM app_from WHERE rowid = ?", (rowid,))
             yield Fault("app_from", key, "this is no address, so it allows nothing", "", (delete,))
             continue
@@ -1597,12 +1603,12 @@ class GoData(NamedTuple):
     senders: list[tuple[str, str, int]]  # id of the app, address, enabled
 
 
-def migrate_from_go(context: ctl.Context) -> None:
+def migrate_from_go(context: common.Context) -> None:
     """Take over aliases and apps of the Go program, and its configuration; raises Refused, and then nothing was changed."""
     options = context.options
     problems = Problems(options.file, "row")
     if bool(options.go_config) != bool(options.new_config):
-        raise ctl.Refused("migrate-from-go: --go-config names the old file and --new-config the new one, name both")
+        raise common.Refused("migrate-from-go: --go-config names the old file and --new-config the new one, name both")
     with contextlib.ExitStack() as stack:
         old = stack.enter_context(copy_of_go(options.file))
         staging = stack.enter_context(contextlib.closing(open_staging()))
@@ -1617,7 +1623,7 @@ def migrate_from_go(context: ctl.Context) -> None:
         for number, change in enumerate(read_changes(staging), 1):
             if change.kind == "change":
                 problems.report(
-                    number, f"{change.address} leads to {ctl.shown_targets(cast(mailcloak.Alias, change.old))} here already"
+                    number, f"{change.address} leads to {common.shown_targets(cast(mailcloak.Alias, change.old))} here already"
                 )
         problems.stop(skip=options.skip_bad)
         staging.execute("DELETE FROM changes WHERE old_targets IS NOT NULL")
@@ -1646,13 +1652,13 @@ def copy_of_go(path: str) -> Iterator[sqlite3.Connection]:
                     if not suffix or os.path.exists(path + suffix):
                         shutil.copyfile(path + suffix, copy + suffix)
         except OSError as exc:
-            raise ctl.Refused(f"migrate-from-go: {path!r} cannot be read: {exc.strerror}") from exc
+            raise common.Refused(f"migrate-from-go: {path!r} cannot be read: {exc.strerror}") from exc
         database = stack.enter_context(contextlib.closing(mailcloakowner.connect(copy, 0)))
         database.text_factory = lambda data: data.decode("utf-8", "surrogateescape")
         try:
             check_whole(database, f"migrate-from-go: {path!r}")
         except mailcloak.SQLITE_ERRORS as exc:
-            raise ctl.Refused(f"migrate-from-go: {path!r} cannot be read: {mailcloak.describe_sqlite(exc)}") from exc
+            raise common.Refused(f"migrate-from-go: {path!r} cannot be read: {mailcloak.describe_sqlite(exc)}") from exc
         yield database
 
 
@@ -1661,20 +1667,20 @@ def find_go_layout(old: sqlite3.Connection, path: str) -> str:
     columns = {row[1] for row in old.execute("PRAGMA table_info(aliases)")}
     select = next((select for layout, select in GO_ALIASES.items() if layout <= columns), None)
     if old.execute("PRAGMA user_version").fetchone()[0]:
-        raise ctl.Refused(f"migrate-from-go: {path!r} is a database of this mailcloak, mailcloakctl restore takes it")
+        raise common.Refused(f"migrate-from-go: {path!r} is a database of this mailcloak, mailcloakctl restore takes it")
     if not select:
-        raise ctl.Refused(f"migrate-from-go: {path!r} is no database of the Go program")
+        raise common.Refused(f"migrate-from-go: {path!r} is no database of the Go program")
     return select
 
 
 def read_go_aliases(
-    context: ctl.Context, old: sqlite3.Connection, select: str, problems: Problems
+    context: common.Context, old: sqlite3.Connection, select: str, problems: Problems
 ) -> Iterator[tuple[str, str, int, int]]:
     """Its aliases, as read_aliases() gives those of a file; those of a disabled domain are disabled."""
     for address, username, enabled, number in old.execute(select):
         try:
             yield (*check_names(context, Line(str(address), [str(username)])), enabled, number)
-        except ctl.Refused as exc:
+        except common.Refused as exc:
             problems.report(number, str(exc).removeprefix("aliases: "))
 
 
@@ -1694,24 +1700,24 @@ def read_go_data(old: sqlite3.Connection, problems: Problems) -> GoData:
             f"SELECT app_id, secret_hash, enabled = 1, {created}, rowid FROM apps ORDER BY app_id"  # noqa: S608
         ):
             try:
-                right = ctl.read_app_id(str(app_id))
+                right = common.read_app_id(str(app_id))
                 if not isinstance(secret_hash, str) or not secret_hash.isprintable():
-                    raise ctl.Refused(f"{right} has no hash that could be taken over")
+                    raise common.Refused(f"{right} has no hash that could be taken over")
                 if right in known:
-                    raise ctl.Refused(f"{right} is there twice, in small letters and in capitals")
+                    raise common.Refused(f"{right} is there twice, in small letters and in capitals")
                 known.add(right)
                 apps.append((right, secret_hash, enabled, created_at))
-            except ctl.Refused as exc:
+            except common.Refused as exc:
                 problems.report(number, f"of apps: {exc}")
     for app_id, sender, enabled, number in old.execute(
         "SELECT app_id, from_addr, enabled = 1, rowid FROM app_from ORDER BY rowid" if "app_from" in tables else "SELECT 1 WHERE 0"
     ):
         try:
-            address = ctl.read_sender(str(sender)) if sender else ""
+            address = common.read_sender(str(sender)) if sender else ""
             if str(app_id).lower() not in known:
-                raise ctl.Refused(f"{app_id} is no app")
+                raise common.Refused(f"{app_id} is no app")
             senders.append((str(app_id).lower(), address, int(enabled and states.get(address.rpartition("@")[2], True))))
-        except ctl.Refused as exc:
+        except common.Refused as exc:
             problems.report(number, f"of app_from: {exc}")
     domains = [name for name, enabled in states.items() if enabled]
     return GoData(domains or ([] if states else go_domains(old)), apps, senders)
@@ -1728,7 +1734,9 @@ def write_go_apps(database: sqlite3.Connection, data: GoData) -> None:
     for app in data.apps:
         known = database.execute("SELECT secret_hash FROM apps WHERE app_id = ?", (app[0],)).fetchone()
         if known and known[0] != app[1]:
-            raise ctl.Refused(f"apps: {app[0]} is here already, with another token; nothing was changed: apps del {app[0]} first")
+            raise common.Refused(
+                f"apps: {app[0]} is here already, with another token; nothing was changed: apps del {app[0]} first"
+            )
     database.executemany("INSERT OR IGNORE INTO apps (app_id, secret_hash, enabled, created_at) VALUES (?, ?, ?, ?)", data.apps)
     database.executemany("INSERT OR IGNORE INTO app_from (app_id, from_addr, enabled) VALUES (?, ?, ?)", data.senders)
 
@@ -1742,13 +1750,13 @@ def convert_config(path: str, database: str, domains: list[str]) -> str:
             old = yaml.safe_load(file)
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as exc:
         reason = (exc.strerror if isinstance(exc, OSError) else "") or "it is not YAML"
-        raise ctl.Refused(f"migrate-from-go: {path!r} cannot be read: {reason}") from None
+        raise common.Refused(f"migrate-from-go: {path!r} cannot be read: {reason}") from None
     if not isinstance(old, dict):
-        raise ctl.Refused(f"migrate-from-go: {path!r} is no configuration of the Go program")
+        raise common.Refused(f"migrate-from-go: {path!r} is no configuration of the Go program")
     blocks = {name: block if isinstance(block, dict) else {} for name, block in old.items()}
     idp, policy = blocks.get("idp", {}), blocks.get("policy", {})
     if str(idp.get("provider", "keycloak")).strip().lower() != "keycloak":
-        raise ctl.Refused(f"migrate-from-go: {path!r} has idp.provider {idp['provider']}, and mailcloak asks Keycloak only")
+        raise common.Refused(f"migrate-from-go: {path!r} has idp.provider {idp['provider']}, and mailcloak asks Keycloak only")
     keycloak = {**blocks.get("keycloak", {}), **{key: value for key, value in (idp.get("keycloak") or {}).items() if value}}
     sockets = dict(blocks.get("sockets", {}))
     if isinstance(sockets.get("socket_mode"), int):  # 0660 without quotes is an octal number in YAML 1.1
@@ -1764,7 +1772,7 @@ def convert_config(path: str, database: str, domains: list[str]) -> str:
     mode = policy.get("idp_failure_mode") or policy.get("keycloak_failure_mode")
     new["policy"].update({key: value for key, value in (("cache_ttl_seconds", ttl), ("keycloak_failure_mode", mode)) if value})
     for block in sorted(blocks.keys() - {*new, "idp"}):
-        ctl.say(f"warning: {path}: {block} has no counterpart, and was left out")
+        common.say(f"warning: {path}: {block} has no counterpart, and was left out")
     return yaml.safe_dump(new, sort_keys=False, allow_unicode=True)
 
 
@@ -1774,10 +1782,10 @@ def write_new_file(path: str, text: str) -> None:
         with replacing(path, 0o600, replace=False) as file:
             file.write(text.encode())
     except OSError as exc:
-        raise ctl.Refused(f"migrate-from-go: {path!r} cannot be written: {exc.strerror}; nothing was changed") from exc
+        raise common.Refused(f"migrate-from-go: {path!r} cannot be written: {exc.strerror}; nothing was changed") from exc
 
 
-def tell_go(context: ctl.Context, staging: sqlite3.Connection, data: GoData, *, is_changed: bool) -> None:
+def tell_go(context: common.Context, staging: sqlite3.Connection, data: GoData, *, is_changed: bool) -> None:
     """Print what came in, and what the configuration must say."""
     options = context.options
     added = int(staging.execute("SELECT count(*) FROM changes").fetchone()[0])
@@ -1787,14 +1795,16 @@ def tell_go(context: ctl.Context, staging: sqlite3.Connection, data: GoData, *, 
     def show() -> None:
         if options.json:
             numbers = {"aliases_added": added, "apps": len(data.apps), "domains": data.domains}
-            ctl.print_json({"changed": is_changed, "dry_run": options.dry_run, **numbers})
+            common.print_json({"changed": is_changed, "dry_run": options.dry_run, **numbers})
             return
         would = " would be" if options.dry_run else ""
-        print(f"migrate-from-go: {ctl.counted(added, 'alias', 'aliases')}{would} added, {ctl.counted(data.apps, 'app')} in it")
+        print(
+            f"migrate-from-go: {common.counted(added, 'alias', 'aliases')}{would} added, {common.counted(data.apps, 'app')} in it"
+        )
         print(f"migrate-from-go: policy.domain must list: {', '.join(data.domains) or '(no domain is enabled in it)'}")
         if options.new_config and not options.dry_run:
             print(
                 f"migrate-from-go: {options.new_config} written; mailcloak --config {options.new_config} --check-config looks at it"
             )
 
-    ctl.print_done(show)
+    common.print_done(show)

@@ -18,7 +18,7 @@ whole before a row of it counts: SQLite's quick_check, the schema version, the o
 SQLite cannot: a copy of which half the pages are of the next transaction, because its program was killed. Then only rows that differ are
 written, in one transaction. A refused SOURCE changes nothing.
 
-The origin (mailcloakctl.Origin) says who the writer is, its epoch and the serial of its last change. Each promotion is a new epoch. A
+The origin (mailcloakcommon.Origin) says who the writer is, its epoch and the serial of its last change. Each promotion is a new epoch. A
 writer that comes back has an older one, and is refused until somebody says --adopt.
 
 Contents: the rows of a table, one look (bring the rows, follow, publish), staying, the verbs.
@@ -40,7 +40,7 @@ from collections.abc import Callable, Iterator
 from typing import Any, Optional
 
 import mailcloak
-import mailcloakctl as ctl
+import mailcloakcommon as common
 import mailcloakdata as data
 import mailcloakowner
 
@@ -62,7 +62,7 @@ CREATE TABLE IF NOT EXISTS main.origin (
 # ---------------------------------------------------------------------------------------------------------------------------------
 
 
-def digest_of(database: sqlite3.Connection, schema: str, origin: ctl.Origin) -> str:
+def digest_of(database: sqlite3.Connection, schema: str, origin: common.Origin) -> str:
     """A digest of all rows and of whose they are, which is the same wherever the same rows are."""
     digest = hashlib.blake2b(repr((origin.writer, origin.host, origin.epoch, origin.serial)).encode(), digest_size=16)
     for table in sorted(data.read_tables()):
@@ -82,7 +82,7 @@ def digest_of(database: sqlite3.Connection, schema: str, origin: ctl.Origin) -> 
 # ---------------------------------------------------------------------------------------------------------------------------------
 
 
-def why_refused(ours: Optional[ctl.Origin], theirs: Optional[ctl.Origin], *, has_rows: bool) -> str:
+def why_refused(ours: Optional[common.Origin], theirs: Optional[common.Origin], *, has_rows: bool) -> str:
     """Why a database with the origin ours does not follow a SOURCE with the origin theirs, "" if it does; --adopt follows it anyway.
 
     has_rows: does the database have any?
@@ -112,9 +112,9 @@ def is_there(path: str) -> bool:
 def open_target(path: str, *, wal: bool) -> Iterator[sqlite3.Connection]:
     """The database that is to be made equal. One that is missing is put there when it is whole: nobody finds it without its rows."""
     if is_there(path):
-        with contextlib.closing(ctl.open_database(path, create=False)) as database:
+        with contextlib.closing(common.open_database(path, create=False)) as database:
             if wal:
-                ctl.patiently(lambda: database.execute("PRAGMA journal_mode = WAL"))
+                common.patiently(lambda: database.execute("PRAGMA journal_mode = WAL"))
             database.execute("PRAGMA foreign_keys = OFF")  # rows are brought as they are, in any order
             database.execute("PRAGMA cache_spill = OFF")  # as in mailcloakdata.write()
             yield database
@@ -123,8 +123,8 @@ def open_target(path: str, *, wal: bool) -> Iterator[sqlite3.Connection]:
         database.executescript(f"{mailcloak.SCHEMA}; PRAGMA user_version = {mailcloak.SCHEMA_VERSION}")
         yield database
         if os.path.lexists(path):  # somebody has emptied it
-            with contextlib.closing(mailcloakowner.connect(path, ctl.INTERRUPT_SECONDS)) as empty:
-                ctl.patiently(lambda: database.backup(empty))
+            with contextlib.closing(mailcloakowner.connect(path, common.INTERRUPT_SECONDS)) as empty:
+                common.patiently(lambda: database.backup(empty))
         else:
             data.make_database(database, path, wal=wal)
 
@@ -139,7 +139,7 @@ def attached(database: sqlite3.Connection, source: str) -> Iterator[None]:
         if status.st_size == 0:
             raise refused(source, "it is empty")
         # for writing: only then can SQLite roll back the journal of a killed writer, and make the -shm file of WAL mode
-        first = mailcloakowner.connect(source, ctl.INTERRUPT_SECONDS)
+        first = mailcloakowner.connect(source, common.INTERRUPT_SECONDS)
     except OSError as exc:
         raise refused(source, exc.strerror or str(exc)) from exc
     except mailcloak.SQLITE_ERRORS as exc:
@@ -159,12 +159,12 @@ def attached(database: sqlite3.Connection, source: str) -> Iterator[None]:
                 database.execute("DETACH source")  # before first: who closes last in WAL mode must be able to write
 
 
-def refused(source: str, why: str, remedy: str = "") -> ctl.Refused:
+def refused(source: str, why: str, remedy: str = "") -> common.Refused:
     """SOURCE is refused, and nothing was changed."""
-    return ctl.Refused(f"db: mirror: {source!r} is refused: {why}", remedy)
+    return common.Refused(f"db: mirror: {source!r} is refused: {why}", remedy)
 
 
-def check_source(database: sqlite3.Connection, source: str, origin: Optional[ctl.Origin]) -> None:
+def check_source(database: sqlite3.Connection, source: str, origin: Optional[common.Origin]) -> None:
     """Raise Refused unless SOURCE is whole, and of our schema. In a transaction that has begun."""
     try:
         damage = str(database.execute("PRAGMA source.quick_check(1)").fetchone()[0])
@@ -206,10 +206,10 @@ def has_rows(database: sqlite3.Connection) -> bool:
     return any(database.execute(f"SELECT 1 FROM main.{name} LIMIT 1").fetchone() for name in names)  # noqa: S608
 
 
-def write_origin(database: sqlite3.Connection, origin: ctl.Origin) -> None:
+def write_origin(database: sqlite3.Connection, origin: common.Origin) -> None:
     """Say whose rows these are, in the transaction that has begun."""
     database.execute(ORIGIN)
-    names = ", ".join(ctl.Origin._fields)
+    names = ", ".join(common.Origin._fields)
     database.execute(f"REPLACE INTO main.origin (id, {names}) VALUES (1{', ?' * len(origin)})", origin)  # noqa: S608
 
 
@@ -218,10 +218,10 @@ def follow(path: str, source: str, *, thorough: bool, adopt: bool = False) -> in
 
     thorough: also where the origin says that these are the rows that were brought last.
     """
-    with open_target(path, wal=False) as database, attached(database, source), ctl.transaction(database, of_mirror=True):
-        ours = ctl.find_origin(database)
+    with open_target(path, wal=False) as database, attached(database, source), common.transaction(database, of_mirror=True):
+        ours = common.find_origin(database)
         try:
-            theirs = ctl.find_origin(database, "source")
+            theirs = common.find_origin(database, "source")
         except mailcloak.SQLITE_ERRORS as exc:
             raise refused(source, mailcloak.describe_sqlite(exc)) from exc
         why = why_refused(ours, theirs, has_rows=ours is None and has_rows(database))
@@ -238,7 +238,7 @@ def follow(path: str, source: str, *, thorough: bool, adopt: bool = False) -> in
         if changed:
             data.prepare_commit(database)
     if changed:
-        ctl.note_change("db: mirror", source, rows=changed, host=theirs and theirs.host, serial=theirs and theirs.serial)
+        common.note_change("db: mirror", source, rows=changed, host=theirs and theirs.host, serial=theirs and theirs.serial)
     return changed
 
 
@@ -255,23 +255,23 @@ def follow_again(path: str, source: str) -> int:
     finally:
         with contextlib.suppress(FileNotFoundError), mailcloakowner.acting_as_owner_of(path):
             os.unlink(new)
-    ctl.say(f"db: mirror: {path} was damaged, and is made again; the damaged one is {kept}")
+    common.say(f"db: mirror: {path} was damaged, and is made again; the damaged one is {kept}")
     return changed
 
 
 def is_damaged(path: str) -> bool:
     """Does SQLite find damage in it? One that it does not take for a database may be any file, and counts as none."""
     try:
-        with contextlib.closing(mailcloakowner.connect(path, ctl.INTERRUPT_SECONDS)) as database:
+        with contextlib.closing(mailcloakowner.connect(path, common.INTERRUPT_SECONDS)) as database:
             return str(database.execute("PRAGMA quick_check(1)").fetchone()[0]) != "ok"
     except mailcloak.SQLITE_ERRORS as exc:
         return "malformed" in mailcloak.describe_sqlite(exc)
 
 
-def is_same_state(ours: Optional[ctl.Origin], theirs: Optional[ctl.Origin]) -> bool:
+def is_same_state(ours: Optional[common.Origin], theirs: Optional[common.Origin]) -> bool:
     """Are these surely the same rows? Of a file that nobody has published, nobody knows."""
 
-    def state(origin: ctl.Origin) -> tuple[Any, ...]:
+    def state(origin: common.Origin) -> tuple[Any, ...]:
         return origin.writer, origin.epoch, origin.serial, origin.digest
 
     return ours is not None and theirs is not None and bool(theirs.digest) and state(ours) == state(theirs)
@@ -285,12 +285,12 @@ def publish(path: str, source: str, *, thorough: bool) -> int:
         with data.reading(database):  # wait for its turn here while mailcloakctl may still write to SOURCE
             pass
         stack.enter_context(attached(database, source))
-        stack.enter_context(ctl.transaction(database, of_mirror=True))
-        last = ctl.find_origin(database)
+        stack.enter_context(common.transaction(database, of_mirror=True))
+        last = common.find_origin(database)
         is_ours = last is not None and (last.writer, last.epoch) == (own.writer, own.epoch)
         if last and not is_ours and last.epoch >= own.epoch:
             remedy = f"remove {path} if it is an old copy; if {last.host} is the writer now, let this host follow it"
-            raise ctl.Refused(f"db: mirror: {path!r} has rows of the writer {last.host}, nothing was changed", remedy)
+            raise common.Refused(f"db: mirror: {path!r} has rows of the writer {last.host}, nothing was changed", remedy)
         changed = 0
         if thorough or not is_ours:
             check_source(database, source, None)
@@ -304,50 +304,50 @@ def publish(path: str, source: str, *, thorough: bool) -> int:
     return changed
 
 
-def check_published(path: str) -> Optional[ctl.Origin]:
+def check_published(path: str) -> Optional[common.Origin]:
     """The origin of the file; raises Refused where it has rows that were not published, such as those of a host's own database."""
     if not is_there(path):
         return None
-    with contextlib.closing(ctl.open_database(path, create=False)) as database:
-        last = ctl.patiently(lambda: ctl.find_origin(database))
+    with contextlib.closing(common.open_database(path, create=False)) as database:
+        last = common.patiently(lambda: common.find_origin(database))
         if has_rows(database) if last is None else not is_published(last):
             remedy = "say db mirror DATABASE --db FILE --publish with a new FILE, or with one that was published"
-            raise ctl.Refused(f"db: mirror: {path!r} has rows that were not published, nothing was changed", remedy)
+            raise common.Refused(f"db: mirror: {path!r} has rows that were not published, nothing was changed", remedy)
     return last
 
 
-def find_own(state: str, published: str, last: Optional[ctl.Origin]) -> tuple[ctl.Origin, int]:
+def find_own(state: str, published: str, last: Optional[common.Origin]) -> tuple[common.Origin, int]:
     """The origin of the writer's database, made at the first use, and the serial of the next change.
 
     last: the origin of what is published. Where that was lost, the serial is beyond each one that was published, since the one in
     the database always is: also after a time in which the clock was ahead. Raises Refused where it is a follower's, or a published file.
     """
-    with contextlib.closing(ctl.open_database(state, create=False)) as database:
-        own = ctl.patiently(lambda: ctl.find_origin(database))
+    with contextlib.closing(common.open_database(state, create=False)) as database:
+        own = common.patiently(lambda: common.find_origin(database))
         if own and own.role != "writer":
             remedy = "mailcloakctl db promote makes this host the writer"
-            raise ctl.Refused(f"db: mirror: {state!r} follows the database of {own.host}, nothing was published", remedy)
+            raise common.Refused(f"db: mirror: {state!r} follows the database of {own.host}, nothing was published", remedy)
         if own and is_published(own):
             remedy = "say db mirror DATABASE --db FILE --publish"
-            raise ctl.Refused(f"db: mirror: {state!r} is no database of a host, but was published, nothing was changed", remedy)
+            raise common.Refused(f"db: mirror: {state!r} is no database of a host, but was published, nothing was changed", remedy)
         before, own = own, own or new_writer(epoch=1, serial=0)
         known = last.serial if last and (last.writer, last.epoch) == (own.writer, own.epoch) else own.serial
         serial = max(known + 1, int(time.time()))
         own = own._replace(file=published, serial=own.serial if serial <= own.serial else serial + RESERVED_SERIALS)
         if own != before:
-            with ctl.transaction(database, of_mirror=True):
+            with common.transaction(database, of_mirror=True):
                 write_origin(database, own)
         return own, serial
 
 
-def is_published(origin: ctl.Origin) -> bool:
+def is_published(origin: common.Origin) -> bool:
     """Is it that of a file for others to follow, and not of a host's own database?"""
     return origin.role == "writer" and bool(origin.digest)
 
 
-def new_writer(*, epoch: int, serial: int) -> ctl.Origin:
+def new_writer(*, epoch: int, serial: int) -> common.Origin:
     """The origin of this host as a writer that nobody knows yet."""
-    return ctl.Origin("writer", secrets.token_hex(8), socket.gethostname(), epoch, serial, int(time.time()), "", "")
+    return common.Origin("writer", secrets.token_hex(8), socket.gethostname(), epoch, serial, int(time.time()), "", "")
 
 
 # ---------------------------------------------------------------------------------------------------------------------------------
@@ -399,7 +399,9 @@ def watch(source: str, look: Callable[[bool], int], name: str, *, renew: bool) -
     due = 0.0
     with contextlib.suppress(KeyboardInterrupt):
         while not is_ended:
-            signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT, signal.SIGTERM, signal.SIGHUP})  # see mailcloakctl.commit()
+            signal.pthread_sigmask(
+                signal.SIG_UNBLOCK, {signal.SIGINT, signal.SIGTERM, signal.SIGHUP}
+            )  # see mailcloakcommon.commit()
             state = state_of(source)
             is_touched = not renew and state_of(name) != left
             if state != seen or is_touched or time.monotonic() >= due:
@@ -407,7 +409,7 @@ def watch(source: str, look: Callable[[bool], int], name: str, *, renew: bool) -
                 before, reason = reason, try_to_look(look, thorough=thorough)
                 seen, left = state, () if renew else state_of(name)  # before anything is said, which may take time
                 if reason != before and not is_ended:
-                    ctl.say(f"{reason}; tried again until it can" if reason else f"db: mirror: {name} is as {source}")
+                    common.say(f"{reason}; tried again until it can" if reason else f"db: mirror: {name} is as {source}")
                 due = time.monotonic() + (RETRY_SECONDS if reason else RENEW_SECONDS if renew else float("inf"))
             time.sleep(WATCH_SECONDS)
 
@@ -426,19 +428,19 @@ def try_to_look(look: Callable[[bool], int], *, thorough: bool) -> str:
 # ---------------------------------------------------------------------------------------------------------------------------------
 
 
-def mirror(context: ctl.Context) -> None:
+def mirror(context: common.Context) -> None:
     """Make the database equal to another; again and again with --watch."""
     options, path, source = context.options, context.path, os.path.abspath(context.options.source)
     both_exist = os.path.exists(path) and os.path.exists(source)
     if os.path.samefile(path, source) if both_exist else os.path.realpath(path) == os.path.realpath(source):
-        raise ctl.Refused(f"db: mirror: {source!r} is the database itself, name another file")
+        raise common.Refused(f"db: mirror: {source!r} is the database itself, name another file")
 
     def look(thorough: bool) -> int:
         if options.publish:
             return publish(path, source, thorough=thorough)
         try:
             changed = follow(path, source, thorough=thorough, adopt=options.adopt)
-        except (ctl.Refused, *mailcloak.SQLITE_ERRORS) as exc:
+        except (common.Refused, *mailcloak.SQLITE_ERRORS) as exc:
             if not options.watch or mailcloak.sqlite_fault(exc) != "damaged" or not is_damaged(path):
                 raise
             changed = follow_again(path, source)
@@ -453,18 +455,18 @@ def mirror(context: ctl.Context) -> None:
     data.tell_numbers(context, context.database, text, changed=bool(changed))
 
 
-def promote(context: ctl.Context) -> None:
+def promote(context: common.Context) -> None:
     """Make this host, which follows another, the writer; the next epoch begins."""
     database = context.database
-    with ctl.transaction(database, of_mirror=True):
-        ours = ctl.find_origin(database)
+    with common.transaction(database, of_mirror=True):
+        ours = common.find_origin(database)
         if ours is None:
-            raise ctl.Refused("db: promote: this database follows none", "db mirror --publish makes this host a writer")
+            raise common.Refused("db: promote: this database follows none", "db mirror --publish makes this host a writer")
         if ours.role == "follower":
             write_origin(database, new := new_writer(epoch=ours.epoch + 1, serial=ours.serial))
     if ours.role == "writer":
-        ctl.answer(context, [], "db: this host is the writer already")
+        common.answer(context, [], "db: this host is the writer already")
         return
-    ctl.note_change("db: promote", new.host, epoch=new.epoch, before=ours.host)
-    ctl.answer(context, [context.path], f"db: this host is the writer now, in place of {ours.host}")
-    ctl.say("db: next, stop what follows here, publish, and let the other hosts follow this one: README, Several mail hosts")
+    common.note_change("db: promote", new.host, epoch=new.epoch, before=ours.host)
+    common.answer(context, [context.path], f"db: this host is the writer now, in place of {ours.host}")
+    common.say("db: next, stop what follows here, publish, and let the other hosts follow this one: README, Several mail hosts")

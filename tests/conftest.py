@@ -30,6 +30,7 @@ import pytest
 import yaml
 
 ROOT = Path(__file__).resolve().parent.parent
+MODULES = sorted(path.name for path in ROOT.glob("mailcloak*.py"))
 sys.path.insert(0, str(ROOT))
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)  # with it each run of mailcloakctl would compile mailcloak.py again
@@ -302,7 +303,7 @@ def short_directory():
 
 @pytest.fixture(autouse=True)
 def unblock_signals():
-    """mailcloakctl.commit() leaves them blocked, which processes that are started later would inherit."""
+    """mailcloakcommon.commit() leaves them blocked, which processes that are started later would inherit."""
     yield
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT, signal.SIGTERM, signal.SIGHUP})
 

@@ -19,6 +19,7 @@ from conftest import ROOT, USERS, as_nobody, run_ctl, wait_until
 from test_database_faults import fill_disk, small_disk  # noqa: F401  a fixture
 
 import mailcloak
+import mailcloakcommon
 import mailcloakctl
 
 DAY = 86400
@@ -86,7 +87,7 @@ def test_use_of_an_app_is_noted_with_time_and_client(daemon, request_):
     assert before <= found["printer"][0] <= time.time()
     heading, row, _ = daemon.ctl("apps", "list").stdout.splitlines()
     assert re.fullmatch(r".*  LAST USED         CLIENT     FROM ADDR", heading)
-    assert row.endswith(f"  {mailcloakctl.shown_time(found['printer'][0])}  192.0.2.7  scan@d1.test")
+    assert row.endswith(f"  {mailcloakcommon.shown_time(found['printer'][0])}  192.0.2.7  scan@d1.test")
 
 
 @pytest.mark.parametrize(
@@ -331,7 +332,7 @@ def test_unused_lists_no_app_that_may_have_been_used_before_uses_were_noted(note
     assert result.stderr == ""
     result = noted.daemon.ctl("apps", "list", "--unused", "90d")
     assert result.stdout == ""
-    since = mailcloakctl.shown_time(time.time() - 30 * DAY)[:-3]
+    since = mailcloakcommon.shown_time(time.time() - 30 * DAY)[:-3]
     assert result.stderr.startswith(f"warning: uses are noted since {since}")
     assert result.stderr.endswith(" only, apps without one are not listed yet\n")
 

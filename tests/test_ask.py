@@ -8,15 +8,18 @@ import json
 import os
 import re
 import socket
+import sys
 import threading
 import time
 
 import pytest
 import yaml
-from conftest import USERS, Daemon, as_nobody, config_in, run_ctl, running, short_directory
+from conftest import ROOT, USERS, Daemon, as_nobody, config_in, run_ctl, running, short_directory
 from keycloak_stand_in import KeycloakStandIn
 
 import mailcloak
+import mailcloakask
+import mailcloakcommon
 import mailcloakctl
 
 EXPLAINED = {
@@ -114,7 +117,7 @@ def fake(config_path):
 @pytest.fixture
 def ctl(config_path, capsys, monkeypatch):
     """The command in this process: (exit code, standard output, standard error)."""
-    monkeypatch.setattr(mailcloakctl, "ANSWER_SECONDS", 1.0)
+    monkeypatch.setattr(mailcloakcommon, "ANSWER_SECONDS", 1.0)
 
     def ctl(*arguments):
         code = mailcloakctl.main(["--config", str(config_path), *arguments])
@@ -287,7 +290,7 @@ STEPS = {
 
 @pytest.mark.parametrize(("step", "shown"), STEPS.values(), ids=STEPS)
 def test_step_in_words(step, shown):
-    assert mailcloakctl.describe_step({"age_seconds": None, "error": "", **step}) == shown
+    assert mailcloakask.describe_step({"age_seconds": None, "error": "", **step}) == shown
 
 
 def test_rule_and_change_are_the_daemons(fake, ctl):
@@ -494,3 +497,12 @@ def test_hanging_daemon_is_given_up(fake, ctl):
     assert (code, shown) == (1, "")
     assert "within 6 s; look at its log (" in said  # ANSWER_SECONDS and keycloak.timeout_seconds
     assert time.monotonic() - started < 15
+
+
+def test_alias_is_added_with_a_warning_where_the_file_that_asks_the_daemon_is_missing(ctl, monkeypatch):
+    monkeypatch.setitem(sys.modules, "mailcloakask", None)
+    code, shown, said = ctl("aliases", "add", "info@d1.test", "alice")
+    assert (code, shown) == (0, "")
+    why = f"{ROOT / 'mailcloakask.py'} cannot be loaded: "
+    assert said.startswith(f"warning: info@d1.test and its users were not looked up in Keycloak: {why}")
+    assert said.endswith("aliases: info@d1.test leads to alice\n")

@@ -19,6 +19,7 @@ from test_data import cron_lines, run_job
 from test_mailcloakctl import Ctl
 
 import mailcloak
+import mailcloakctl
 import mailcloakdata
 
 TABLES = ("aliases", "apps", "app_from")
@@ -151,7 +152,7 @@ def test_backup_while_others_write_is_one_state_of_the_database(ctl, monkeypatch
     try:
         for number in range(3):
             path = str(ctl.path.parent / f"{number}.db")
-            assert mailcloakdata.ctl.main(["--db", str(ctl.path), "backup", path]) == 0
+            assert mailcloakctl.main(["--db", str(ctl.path), "backup", path]) == 0
     finally:
         done.set()
         writer.join()
@@ -539,6 +540,10 @@ def test_username_that_was_stored_by_force_is_no_fault(static_daemon):
     assert result.stdout == "db: nothing is wrong: 1 alias, 0 apps\n"
 
 
-def test_module_that_is_missing_says_so(ctl, monkeypatch):
-    monkeypatch.setitem(sys.modules, "mailcloakdata", None)
-    assert mailcloakdata.ctl.main(["--db", str(ctl.path), "db", "check"]) == 1
+@pytest.mark.parametrize(
+    ("module", "command"), [("mailcloakdata", "db check"), ("mailcloakmirror", "db promote"), ("mailcloakask", "status")]
+)
+def test_module_that_is_missing_says_so(ctl, monkeypatch, capsys, module, command):
+    monkeypatch.setitem(sys.modules, module, None)
+    assert mailcloakctl.main(["--db", str(ctl.path), *command.split()]) == 1
+    assert capsys.readouterr().err.startswith(f"mailcloakctl: {ROOT / module}.py cannot be loaded: ")

@@ -21,6 +21,8 @@ from hypothesis import strategies as st
 from test_mailcloakctl import Ctl
 
 import mailcloak
+import mailcloakcommon
+import mailcloakctl
 import mailcloakdata
 from mailcloakdata import Change, Row
 
@@ -77,7 +79,7 @@ def rows_of(table):
 def store(database, rows):
     """As mailcloakctl stores them."""
     aliases = [(address, mailcloak.read_alias(*state[:3]), state[3] or None) for address, *state in rows]
-    mailcloakdata.ctl.store_aliases(database, [mailcloakdata.ctl.Stored(*alias) for alias in aliases])
+    mailcloakcommon.store_aliases(database, [mailcloakcommon.Stored(*alias) for alias in aliases])
 
 
 @given(tables, tables, st.sampled_from(["delete", "disable", "keep"]), st.sampled_from(["", "hr"]))
@@ -267,7 +269,7 @@ elsewhere = st.lists(st.sampled_from(["jo@elsewhere.test", "al+x@elsewhere.test"
 def storable(address, users, external):
     """Address and targets as aliases add stores them; None where it refuses them."""
     context = SimpleNamespace(policy=None)
-    with contextlib.suppress(mailcloakdata.ctl.Refused):
+    with contextlib.suppress(mailcloakcommon.Refused):
         row = mailcloakdata.check_names(context, mailcloakdata.Line(address, users, external))
         again = mailcloakdata.check_names(context, mailcloakdata.Line(row[0], *mailcloakdata.split_targets(row[1])))
         return row if again == row else None
@@ -551,7 +553,7 @@ def test_file_that_changes_while_it_is_read_is_refused(tmp_path):
         lines = mailcloakdata.Source(str(path)).lines()
         assert next(lines) == (1, "a")
         change()
-        with pytest.raises(mailcloakdata.ctl.Refused, match="it has changed while it was read"):
+        with pytest.raises(mailcloakcommon.Refused, match="it has changed while it was read"):
             list(lines)
 
 
@@ -610,7 +612,7 @@ def test_commit_of_another_program_meanwhile_refuses_the_sync(filled, monkeypatc
 
     monkeypatch.setattr(mailcloakdata, "ask_about", ask)
     path = write(filled, csv_of(filled.aliases()) + "new@d1.test,alice\n")
-    assert mailcloakdata.ctl.main(["--db", str(filled.path), "aliases", "sync", str(path)]) == 1
+    assert mailcloakctl.main(["--db", str(filled.path), "aliases", "sync", str(path)]) == 1
     addresses = [row[0] for row in filled.aliases()]
     assert "meanwhile@d1.test" in addresses
     assert "new@d1.test" not in addresses
@@ -664,7 +666,7 @@ def timed(command, path):
 def test_progress_is_shown_on_a_terminal_alone(ctl, monkeypatch, capsys):
     monkeypatch.setattr(mailcloakdata, "PROGRESS_SECONDS", 0.0)
     shown = []
-    monkeypatch.setattr(mailcloakdata.ctl, "show_progress", shown.append)
+    monkeypatch.setattr(mailcloakcommon, "show_progress", shown.append)
     assert len(list(mailcloakdata.watch(range(10_000), "lines read", lambda: 0.5))) == 10_000
     assert [text for text in shown if "aliases: lines read: 4,096," in text and " left" in text]
     assert shown[-1] == ""

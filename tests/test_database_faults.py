@@ -505,11 +505,11 @@ def test_mailcloakctl_that_finds_the_journal_first_rolls_it_back_too(daemon, kep
 
 BULK_ROWS = 20_000
 BULK_WRITER = f"""
-import mailcloakctl
-database = mailcloakctl.open_database(sys.argv[1], create=False)
+import mailcloakcommon
+database = mailcloakcommon.open_database(sys.argv[1], create=False)
 database.execute("PRAGMA cache_size = 10")  # so that pages reach the file long before the commit
 print("begun", flush=True)
-with mailcloakctl.transaction(database):
+with mailcloakcommon.transaction(database):
     for number in range({BULK_ROWS}):
         database.execute("INSERT INTO aliases (alias_email, username) VALUES (?, 'bob')", (f"bulk{{number}}@d1.test",))
 """

@@ -15,7 +15,7 @@ import sqlite3
 
 import pytest
 import yaml
-from conftest import ROOT
+from conftest import MODULES, ROOT
 
 import mailcloak
 import mailcloakctl
@@ -182,7 +182,7 @@ def test_licence_is_mit():
         'PROVIDED "AS IS", WITHOUT WARRANTY',
     ):
         assert part in text
-    for program in ("mailcloak.py", "mailcloakctl.py", "mailcloakdata.py", "mailcloakmirror.py", "mailcloakowner.py"):
+    for program in MODULES:
         assert "MIT licence" in "".join((ROOT / program).read_text(encoding="utf-8").splitlines()[:2])
 
 

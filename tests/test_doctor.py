@@ -24,7 +24,7 @@ from typing import NamedTuple
 
 import pytest
 import yaml
-from conftest import ROOT, USERS, Terminal, as_nobody, run_ctl, wait_until
+from conftest import MODULES, ROOT, USERS, Terminal, as_nobody, run_ctl, wait_until
 from conftest import running as running_server
 from keycloak_stand_in import CLIENT_SECRET, KeycloakStandIn
 from real.dovecot import MAIL_GROUP, MAIL_USER, PrivateDovecot, make_certificate
@@ -36,8 +36,13 @@ from test_ask import FakeDaemon
 from test_status import STATS
 
 import mailcloak
+import mailcloakask
+import mailcloakcommon
 import mailcloakctl
 import mailcloakdoctor
+import mailcloakdovecot
+import mailcloakfindings
+import mailcloakpostfix
 
 ROLE_ALIASES = {f"{name}@{domain}": "alice" for name in ("postmaster", "abuse") for domain in ("d1.test", "d2.test")}
 
@@ -126,7 +131,7 @@ class Site:
 
 def run_checks(config_path, *checks, **options):
     names = {"config": str(config_path), "db": None, "json": True, "postfix_config": None, "dovecot_config": None}
-    host = mailcloakdoctor.Installation(argparse.Namespace(**{**names, **options}))
+    host = mailcloakfindings.Installation(argparse.Namespace(**{**names, **options}))
     return [finding for check in (mailcloakdoctor.check_config, *checks) for finding in mailcloakdoctor.run_check(check, host)]
 
 
@@ -171,7 +176,7 @@ def keycloak_site(short_dir, make_config, realm):
 
 @pytest.fixture(autouse=True)
 def no_long_waits(monkeypatch):
-    monkeypatch.setattr(mailcloakctl, "ANSWER_SECONDS", 5.0)
+    monkeypatch.setattr(mailcloakcommon, "ANSWER_SECONDS", 5.0)
 
 
 # ---- the configuration
@@ -193,7 +198,7 @@ def test_bad_configuration_is_a_problem_for_each_of_its_lines(site):
 
 def test_good_blocks_of_a_bad_configuration_serve_the_other_checks(site):
     site.config["policy"]["domain"] = 7
-    found = site.findings(mailcloakdoctor.check_database, mailcloakdoctor.check_daemon, mailcloakdoctor.check_postfix)
+    found = site.findings(mailcloakdoctor.check_database, mailcloakdoctor.check_daemon, mailcloakpostfix.check_postfix)
     assert named(found, "database")[0].text == f"{site.database} has 4 aliases and 0 apps"
     assert "there is no socket at" in named(found, "daemon")[0].text
     assert named(found, "postfix")[0].state == "skipped"
@@ -208,11 +213,9 @@ def test_domain_in_which_no_user_has_an_e_mail_is_a_problem(keycloak_site):
 
 
 def test_next_step_is_a_remedy_and_not_a_hint_at_another_finding(capsys):
-    vague = mailcloakdoctor.problem("daemon-keycloak", "away", f"{mailcloakdoctor.SEE_FINDINGS} about Keycloak")
-    mailcloakctl.print_summary(
-        [vague, mailcloakdoctor.problem("keycloak-token", "refused", "fix the secret")], mailcloakdoctor.SEE_FINDINGS
-    )
-    mailcloakctl.print_summary([vague], mailcloakdoctor.SEE_FINDINGS)
+    vague = mailcloakfindings.problem("daemon-keycloak", "away", f"{mailcloakfindings.SEE_FINDINGS} about Keycloak")
+    mailcloakdoctor.print_summary([vague, mailcloakfindings.problem("keycloak-token", "refused", "fix the secret")])
+    mailcloakdoctor.print_summary([vague])
     shown = capsys.readouterr().out
     assert "next           keycloak-token: fix the secret; then" in shown
     assert "next           daemon-keycloak: look at the findings about Keycloak; then" in shown
@@ -226,7 +229,7 @@ def test_configuration_that_is_missing_is_a_problem(tmp_path):
     assert all(finding.check != "doctor" for finding in found), found
     assert mailcloak.DEFAULT_DATABASE_PATH not in str(found), "nobody has configured it"
     (database,) = named(found, "database")
-    assert (database.state, database.remedy) == ("skipped", mailcloakdoctor.FIX_CONFIG)
+    assert (database.state, database.remedy) == ("skipped", mailcloakfindings.FIX_CONFIG)
 
 
 @pytest.mark.real("root")
@@ -235,7 +238,7 @@ def test_configuration_that_this_user_may_not_read_asks_for_root(site):
     outcome = as_nobody(lambda: run_checks(site.config_path)[0])
     assert "state='skipped'" in outcome
     assert "Permission denied" in outcome
-    assert mailcloakdoctor.AS_ROOT in outcome
+    assert mailcloakfindings.AS_ROOT in outcome
 
 
 def skipped_checks(findings):
@@ -353,7 +356,7 @@ def test_access_of_the_daemon_is_not_checked_by_another_user(site):
         found = run_checks(site.config_path, mailcloakdoctor.check_config_files, mailcloakdoctor.check_database)
         return [(finding.state, finding.check, finding.remedy) for finding in found if finding.check.endswith("-access")]
 
-    assert as_nobody(run) == str([("skipped", name, mailcloakdoctor.AS_ROOT) for name in ("config-access", "database-access")])
+    assert as_nobody(run) == str([("skipped", name, mailcloakfindings.AS_ROOT) for name in ("config-access", "database-access")])
 
 
 def test_warnings_of_the_configuration_are_shown_with_their_remedy(keycloak_site):
@@ -461,15 +464,15 @@ def test_database_that_was_not_read_holds_neither_aliases_nor_apps_that_are_good
     checks = (mailcloakdoctor.check_role_addresses, mailcloakdoctor.check_aliases, mailcloakdoctor.check_apps)
     found = site.findings(mailcloakdoctor.check_database, *checks)
     assert skipped_checks(found) == dict.fromkeys(("postmaster", "abuse", "aliases", "apps"), "the database was not read")
-    monkeypatch.setattr(mailcloakdoctor, "run_program", lambda *_: ("# Dovecot\n", ""))  # one without a passdb
-    found = site.findings(mailcloakdoctor.check_database, mailcloakdoctor.check_dovecot)
+    monkeypatch.setattr(mailcloakdovecot, "run_program", lambda *_: ("# Dovecot\n", ""))  # one without a passdb
+    found = site.findings(mailcloakdoctor.check_database, mailcloakdovecot.check_dovecot)
     assert "are there apps that would need one? the database was not read" in skipped_checks(found)["dovecot"]
 
 
 def test_database_too_big_to_be_searched_for_damage_is_not_said_to_be_whole(site, monkeypatch):
     for number in range(3000):
         site.insert("aliases", alias_email=f"{number}@d1.test", username="alice")
-    monkeypatch.setattr(mailcloakctl, "ANSWER_SECONDS", 0.0)
+    monkeypatch.setattr(mailcloakcommon, "ANSWER_SECONDS", 0.0)
     found = site.findings(mailcloakdoctor.check_database)
     assert "was not searched for damage to its end" in skipped_checks(found)["database"]
 
@@ -520,7 +523,7 @@ def test_database_that_this_user_may_not_read_is_not_checked(site):
     site.config_path.chmod(0o644)
     outcome = as_nobody(lambda: run_checks(site.config_path, mailcloakdoctor.check_database)[1])
     assert "state='skipped'" in outcome
-    assert mailcloakdoctor.AS_ROOT in outcome
+    assert mailcloakfindings.AS_ROOT in outcome
 
 
 # ---- the commands of remedies are carried out, and help
@@ -695,7 +698,7 @@ def test_configuration_whose_time_cannot_be_seen_is_not_said_to_be_read(running,
         mailcloakdoctor.os, "stat", lambda path: (_ for _ in ()).throw(PermissionError(13, "Permission denied", path))
     )
     (found,) = [each for each in findings() if each.check == "daemon-config"]
-    assert (found.state, found.remedy) == ("skipped", mailcloakdoctor.AS_ROOT)
+    assert (found.state, found.remedy) == ("skipped", mailcloakfindings.AS_ROOT)
 
 
 def test_configuration_that_was_reloaded_after_its_change_is_no_finding(running):
@@ -706,7 +709,7 @@ def test_configuration_that_was_reloaded_after_its_change_is_no_finding(running)
 
 def test_daemon_that_hangs_is_given_up(running, monkeypatch):
     findings, _, fake = running
-    monkeypatch.setattr(mailcloakctl, "ANSWER_SECONDS", 0.5)
+    monkeypatch.setattr(mailcloakcommon, "ANSWER_SECONDS", 0.5)
     fake.policy = "hang"
     started = time.monotonic()
     found = findings(mailcloakdoctor.check_sockets)
@@ -724,7 +727,7 @@ def test_daemon_that_this_user_may_not_ask_is_skipped(running, site):
         found = findings(mailcloakdoctor.check_daemon, mailcloakdoctor.check_sockets)
         return [(finding.state, finding.check, finding.remedy) for finding in found if finding.state != "ok"]
 
-    expected = [("skipped", name, mailcloakdoctor.AS_ROOT) for name in ("daemon", "socket-policy", "socket-aliases")]
+    expected = [("skipped", name, mailcloakfindings.AS_ROOT) for name in ("daemon", "socket-policy", "socket-aliases")]
     assert as_nobody(run) == str(expected)
     site.config_path.parent.chmod(0o700)
     assert "Permission denied" in as_nobody(lambda: site.findings(mailcloakdoctor.check_sockets, write=False)[0].text)
@@ -743,7 +746,7 @@ def test_finding_that_sends_to_the_log_says_where_it_is(running, site, tmp_path,
     settings.write_text('# settings\nmailcloak_log="/srv/log/mailcloak"\n')
     by_systemd = "journalctl -u mailcloak" if os.path.isdir("/run/systemd/system") else ""
     for path, expected in ((tmp_path / "absent", "/var/log/mailcloak.log, or"), (settings, "/srv/log/mailcloak)")):
-        monkeypatch.setattr(mailcloakctl, "OPENRC_SETTINGS", str(path))
+        monkeypatch.setattr(mailcloakask, "OPENRC_SETTINGS", str(path))
         assert (by_systemd or expected) in the_only(findings(), "problem", "daemon-database").remedy
         remedy = named(findings(mailcloakdoctor.check_sockets), "socket-policy")[0].remedy
         assert f"its log ({by_systemd or expected}" in remedy
@@ -842,7 +845,7 @@ def mail_site(short_dir, make_config, postfix):
 @pytest.fixture
 def ask_postfix(mail_site, postfix):
     def ask(**options):
-        return mail_site.findings(mailcloakdoctor.check_postfix, **{"postfix_config": [str(postfix.config)], **options})
+        return mail_site.findings(mailcloakpostfix.check_postfix, **{"postfix_config": [str(postfix.config)], **options})
 
     return ask
 
@@ -1410,7 +1413,7 @@ def test_daemon_that_is_stopped_is_no_fault_of_its_owner(short_dir, make_config,
                 dead.bind(str(path))
             shutil.chown(path, "postfix", "postfix")
             stack.callback(path.unlink)
-        found = named(site.findings(mailcloakdoctor.check_postfix, postfix_config=[str(postfix.config)]), "postfix-access")
+        found = named(site.findings(mailcloakpostfix.check_postfix, postfix_config=[str(postfix.config)]), "postfix-access")
     remedy = "look at the findings about the daemon and its sockets"
     assert [(each.state, each.remedy) for each in found] == [("problem", remedy)] * 2 + [("ok", "")] * 2
 
@@ -1426,11 +1429,11 @@ def test_socket_outside_the_queue_directory_is_a_problem_for_a_chroot_alone(site
             **{SENDERS: "", RECIPIENTS: f"check_policy_service unix:{policy}"},
         )
         ask = {"postfix_config": [str(postfix.config)]}
-        found = [each for each in site.findings(mailcloakdoctor.check_postfix, **ask) if each.check == "postfix-access"]
+        found = [each for each in site.findings(mailcloakpostfix.check_postfix, **ask) if each.check == "postfix-access"]
         assert [each.state for each in found] == ["problem", "problem", "ok", "ok"]
         assert f"sockets: put both below {postfix.queue_directory}/private" in found[0].remedy
         postfix._run("postconf", "-F", "*/*/chroot=n")
-        nothing(site.findings(mailcloakdoctor.check_postfix, **ask))
+        nothing(site.findings(mailcloakpostfix.check_postfix, **ask))
 
 
 @real_postfix
@@ -1442,7 +1445,7 @@ def test_chroot_that_master_cf_leaves_open_is_one_below_compatibility_level_1(si
     with FakeDaemon(site.config):
         for path in list(site.config["sockets"].values())[:2]:
             os.chmod(path, 0o666)
-        found = named(site.findings(mailcloakdoctor.check_postfix, postfix_config=[str(postfix.config)]), "postfix-access")
+        found = named(site.findings(mailcloakpostfix.check_postfix, postfix_config=[str(postfix.config)]), "postfix-access")
     assert ["where 127.0.0.1:" in each.text for each in found] == [is_confined, is_confined, False, False], found
 
 
@@ -1470,45 +1473,48 @@ def test_who_is_not_root_is_told_what_was_not_checked(mail_site, postfix):
     mail_site.config_path.chmod(0o644)
 
     def run():
-        found = run_checks(mail_site.config_path, mailcloakdoctor.check_postfix, postfix_config=[str(postfix.config)])
+        found = run_checks(mail_site.config_path, mailcloakpostfix.check_postfix, postfix_config=[str(postfix.config)])
         return sorted((finding.state, finding.check, finding.remedy) for finding in found if finding.state != "ok")
 
     names = ["postfix-access"] * 4 + ["postfix-certificate", "postfix-running"]
-    assert as_nobody(run) == str([("skipped", name, mailcloakdoctor.AS_ROOT) for name in names])
+    assert as_nobody(run) == str([("skipped", name, mailcloakfindings.AS_ROOT) for name in names])
 
 
 @pytest.mark.real("postfix")
 def test_folder_that_is_no_configuration_of_postfix_is_a_problem(site, tmp_path):
-    found = the_only(site.findings(mailcloakdoctor.check_postfix, postfix_config=[str(tmp_path)]), "problem", "postfix")
+    found = the_only(site.findings(mailcloakpostfix.check_postfix, postfix_config=[str(tmp_path)]), "problem", "postfix")
     assert found.text.startswith("not checked: postconf failed: ")
     assert "fix main.cf" in found.remedy
     assert "--postfix-config" in found.remedy
 
 
 def test_host_without_postfix_is_skipped_with_a_remedy_and_one_without_dovecot_is_none(site, monkeypatch, tmp_path):
-    monkeypatch.setattr(mailcloakdoctor, "SYSTEM_PATH", str(tmp_path))
-    found = the_only(site.findings(mailcloakdoctor.check_postfix), "skipped", "postfix")
+    monkeypatch.setattr(mailcloakfindings, "SYSTEM_PATH", str(tmp_path))
+    found = the_only(site.findings(mailcloakpostfix.check_postfix), "skipped", "postfix")
     assert found.text == "there is no postconf in the PATH"
-    the_only_skipped(site.findings(mailcloakdoctor.check_dovecot), "dovecot", "there is no doveconf in the PATH")
+    the_only_skipped(site.findings(mailcloakdovecot.check_dovecot), "dovecot", "there is no doveconf in the PATH")
 
 
-@pytest.mark.parametrize("check", ["postfix", "dovecot"])
-def test_program_that_says_nothing_is_not_taken_for_one_that_is_content(site, monkeypatch, tmp_path, check):
-    for name in ("postconf", "doveconf"):
-        (tmp_path / name).write_text("#!/bin/sh\n")
-        (tmp_path / name).chmod(0o755)
-    monkeypatch.setattr(mailcloakdoctor, "SYSTEM_PATH", f"{tmp_path}:/bin:/usr/bin")
-    found = the_only(site.findings(getattr(mailcloakdoctor, f"check_{check}")), "skipped", check)
-    assert found.text == f"{'postconf' if check == 'postfix' else 'doveconf'} says nothing"
+@pytest.mark.parametrize(
+    ("check", "program", "name"),
+    [(mailcloakpostfix.check_postfix, "postconf", "postfix"), (mailcloakdovecot.check_dovecot, "doveconf", "dovecot")],
+    ids=["postfix", "dovecot"],
+)
+def test_program_that_says_nothing_is_not_taken_for_one_that_is_content(site, monkeypatch, tmp_path, check, program, name):
+    for each in ("postconf", "doveconf"):
+        (tmp_path / each).write_text("#!/bin/sh\n")
+        (tmp_path / each).chmod(0o755)
+    monkeypatch.setattr(mailcloakfindings, "SYSTEM_PATH", f"{tmp_path}:/bin:/usr/bin")
+    assert the_only(site.findings(check), "skipped", name).text == f"{program} says nothing"
 
 
 def test_program_that_hangs_is_given_up(site, monkeypatch, tmp_path):
     program = tmp_path / "postconf"
     program.write_text("#!/bin/sh\nexec sleep 60\n")
     program.chmod(0o755)
-    monkeypatch.setattr(mailcloakdoctor, "SYSTEM_PATH", f"{tmp_path}:/bin:/usr/bin")
-    monkeypatch.setattr(mailcloakctl, "ANSWER_SECONDS", 0.5)
-    found = the_only(site.findings(mailcloakdoctor.check_postfix), "skipped", "postfix")
+    monkeypatch.setattr(mailcloakfindings, "SYSTEM_PATH", f"{tmp_path}:/bin:/usr/bin")
+    monkeypatch.setattr(mailcloakcommon, "ANSWER_SECONDS", 0.5)
+    found = the_only(site.findings(mailcloakpostfix.check_postfix), "skipped", "postfix")
     assert "postconf gave no answer within" in found.text
 
 
@@ -1522,7 +1528,7 @@ def test_program_that_hangs_is_given_up(site, monkeypatch, tmp_path):
     ],
 )
 def test_list_of_postfix_is_split_outside_braces(text, words):
-    assert mailcloakdoctor.split_list(text) == words
+    assert mailcloakfindings.split_list(text) == words
 
 
 @pytest.mark.parametrize(
@@ -1540,7 +1546,7 @@ def test_list_of_postfix_is_split_outside_braces(text, words):
     ],
 )
 def test_policy_service_of_postfix_is_understood(text, endpoint, options):
-    assert mailcloakdoctor.read_policy_service(text) == (endpoint, options)
+    assert mailcloakpostfix.read_policy_service(text) == (endpoint, options)
 
 
 # ---- Dovecot
@@ -1548,14 +1554,14 @@ def test_policy_service_of_postfix_is_understood(text, endpoint, options):
 
 def sample_query_23():
     text = (ROOT / "examples" / "dovecot-2.3" / "dovecot-sql.conf.ext").read_text(encoding="utf-8")
-    return mailcloakdoctor.PasswordQuery("sample", mailcloakdoctor.read_settings(text)["password_query"], "", True)
+    return mailcloakdovecot.PasswordQuery("sample", mailcloakdovecot.read_settings(text)["password_query"], "", True)
 
 
 def sample_query_24():
     text = (ROOT / "examples" / "dovecot-2.4" / "dovecot.conf").read_text(encoding="utf-8")
     lines = re.search(r"^passdb sql \{\n.*?^\}\n", text, re.MULTILINE | re.DOTALL)[0]
     joined = re.sub(r"\\\n\s*", "", "\n".join(line for line in lines.splitlines() if not line.strip().startswith("#")))
-    (found,) = mailcloakdoctor.find_password_queries(f"sql_driver = sqlite\nsqlite_path = /x.db\n{joined}\n")
+    (found,) = mailcloakdovecot.find_password_queries(f"sql_driver = sqlite\nsqlite_path = /x.db\n{joined}\n")
     assert (found.place, found.database, found.percent_doubled) == ("passdb sql", "/x.db", False)
     return found
 
@@ -1565,7 +1571,7 @@ SAMPLE_QUERIES = {"2.3": sample_query_23, "2.4": sample_query_24}
 
 @pytest.mark.parametrize("sample", SAMPLE_QUERIES.values(), ids=SAMPLE_QUERIES)
 def test_query_of_the_sample_has_no_finding(sample):
-    nothing(list(mailcloakdoctor.check_query(sample())))
+    nothing(list(mailcloakdovecot.check_query(sample())))
 
 
 QUERY_MISTAKES = {
@@ -1591,7 +1597,7 @@ def test_mistake_in_the_query_is_a_problem(sample, old, new, says):
     assert query != sample().query
     if says.startswith("does not give the hash") and "x" in new:
         query = query.replace("app_id AS user", "'u' AS user")
-    found = the_only(list(mailcloakdoctor.check_query(sample()._replace(query=query))), "problem", "dovecot-query")
+    found = the_only(list(mailcloakdovecot.check_query(sample()._replace(query=query))), "problem", "dovecot-query")
     assert says in found.text
     assert "examples/dovecot-2.3/dovecot-sql.conf.ext" in found.remedy
 
@@ -1599,14 +1605,14 @@ def test_mistake_in_the_query_is_a_problem(sample, old, new, says):
 @pytest.mark.parametrize(("sample", "variable"), [(sample_query_23, "%r"), (sample_query_24, "%{remote_ip}")])
 def test_query_with_a_variable_that_is_not_known_is_not_checked(sample, variable):
     query = sample().query + f" AND '{variable}' <> ''"
-    found = the_only(list(mailcloakdoctor.check_query(sample()._replace(query=query))), "skipped", "dovecot-query")
+    found = the_only(list(mailcloakdovecot.check_query(sample()._replace(query=query))), "skipped", "dovecot-query")
     assert f"uses {variable}, which is not known here" in found.text
 
 
 @pytest.mark.parametrize("variable", ["%u", "%Lu", "%n", "%{user}", "%{username}", "%L{user}"])
 def test_names_of_the_login_in_a_query_of_dovecot_2_3(variable):
-    query = mailcloakdoctor.PasswordQuery("", f"'{variable}' 100%%", "", True)
-    assert mailcloakdoctor.fill_query(query, "bob", "smtp") == "'bob' 100%"
+    query = mailcloakdovecot.PasswordQuery("", f"'{variable}' 100%%", "", True)
+    assert mailcloakdovecot.fill_query(query, "bob", "smtp") == "'bob' 100%"
 
 
 @pytest.fixture(scope="module")
@@ -1634,7 +1640,7 @@ def ask_dovecot(site, instance, *usernames):
         host.users = {name: mailcloak.User(name, "", True) for name in usernames or USERS}
         return iter(())
 
-    checks = (mailcloakdoctor.check_database, know_users, mailcloakdoctor.check_dovecot)
+    checks = (mailcloakdoctor.check_database, know_users, mailcloakdovecot.check_dovecot)
     return site.findings(*checks, dovecot_config=str(instance.config / "dovecot.conf"))
 
 
@@ -1683,7 +1689,7 @@ def test_group_of_dovecot_that_does_not_exist_is_a_problem(readable_site, doveco
     found = the_only(ask_dovecot(readable_site, instance), "problem", "dovecot-access")
     assert found.text.startswith("Dovecot does not start: extra_groups of service auth-worker names mailcloak-x")
     assert found.remedy.startswith("name mailcloak there, the group of the database")
-    monkeypatch.setattr(mailcloakdoctor.Installation, "daemon_group", "mailcloak-x")
+    monkeypatch.setattr(mailcloakfindings.Installation, "daemon_group", "mailcloak-x")
     found = the_only(ask_dovecot(readable_site, instance), "problem", "dovecot-access")
     assert found.remedy.startswith("make it, with the daemon's user, by useradd --system --user-group mailcloak-x,")
 
@@ -1742,7 +1748,7 @@ def test_dovecot_without_the_database_matters_only_where_there_are_apps(site, tm
     first = "dovecot_config_version = 2.4.0\ndovecot_storage_version = 2.4.0\n" if installed_version() >= (2, 4) else ""
     path = tmp_path / "dovecot.conf"
     path.write_text(f"{first}ssl = no\nauth_mechanisms = plain oauthbearer\n")
-    ask = (mailcloakdoctor.check_database, mailcloakdoctor.check_dovecot)
+    ask = (mailcloakdoctor.check_database, mailcloakdovecot.check_dovecot)
     nothing(site.findings(*ask, dovecot_config=str(path)))
     site.insert("apps", app_id="printer", secret_hash="x")
     assert "1 app cannot log in" in the_only(site.findings(*ask, dovecot_config=str(path)), "warning", "dovecot").text
@@ -1986,7 +1992,7 @@ def test_tokens_that_nobody_checks_are_a_warning(token_site, tmp_path):
     first = "dovecot_config_version = 2.4.0\ndovecot_storage_version = 2.4.0\n" if installed_version() >= (2, 4) else ""
     (tmp_path / "dovecot.conf").write_text(f"{first}ssl = no\nauth_mechanisms = plain oauthbearer\n")
     found = token_site.findings(
-        mailcloakdoctor.check_database, mailcloakdoctor.check_dovecot, dovecot_config=str(tmp_path / "dovecot.conf")
+        mailcloakdoctor.check_database, mailcloakdovecot.check_dovecot, dovecot_config=str(tmp_path / "dovecot.conf")
     )
     assert "no user can log in with a token" in the_only(found, "warning", "dovecot-realm").text
 
@@ -2002,8 +2008,8 @@ def test_realm_of_dovecot_is_not_compared_with_one_that_is_not_known(token_site,
 
 def test_file_of_dovecot_2_3_that_is_missing_is_not_taken_for_one_without_a_realm(site, monkeypatch):
     settings = "passdb {\n  args = /nowhere/oauth2.conf.ext\n  driver = oauth2\n}\n"
-    monkeypatch.setattr(mailcloakdoctor, "run_program", lambda *_: (settings, ""))
-    found = the_only(site.findings(mailcloakdoctor.check_dovecot), "skipped", "dovecot")
+    monkeypatch.setattr(mailcloakdovecot, "run_program", lambda *_: (settings, ""))
+    found = the_only(site.findings(mailcloakdovecot.check_dovecot), "skipped", "dovecot")
     assert found.text == "/nowhere/oauth2.conf.ext: No such file or directory"
 
 
@@ -2015,7 +2021,7 @@ def test_realm_is_read_from_settings_of_dovecot_2_4_in_each_form():
         f"passdb oauth2 {{\n  oauth2 {{\n    introspection_url = {urls[0]}\n    issuers = {urls[1]}\n  }}\n}}\n",
     )
     for form in forms:
-        assert [each.url for each in mailcloakdoctor.find_token_urls(form)] == urls
+        assert [each.url for each in mailcloakdovecot.find_token_urls(form)] == urls
 
 
 @real_dovecot
@@ -2023,7 +2029,7 @@ def test_dovecot_whose_configuration_is_bad_is_a_problem(site, tmp_path):
     path = tmp_path / "dovecot.conf"
     first = "dovecot_config_version = 2.4.0\ndovecot_storage_version = 2.4.0\n" if installed_version() >= (2, 4) else ""
     path.write_text(f"{first}ssll = yes\n")
-    found = the_only(site.findings(mailcloakdoctor.check_dovecot, dovecot_config=str(path)), "problem", "dovecot")
+    found = the_only(site.findings(mailcloakdovecot.check_dovecot, dovecot_config=str(path)), "problem", "dovecot")
     assert (
         f"Dovecot cannot read its configuration: doveconf failed: doveconf: Fatal: Error in configuration file {path}" in found.text
     )
@@ -2035,13 +2041,13 @@ def test_files_for_another_version_of_dovecot_are_a_problem_until_those_of_the_r
     other = "2.3" if installed_version() >= (2, 4) else "2.4"
     shutil.copytree(ROOT / "examples" / f"dovecot-{other}", tmp_path, dirs_exist_ok=True)
     options = {"dovecot_config": str(tmp_path / "dovecot.conf")}
-    found = the_only(site.findings(mailcloakdoctor.check_dovecot, **options), "problem", "dovecot")
+    found = the_only(site.findings(mailcloakdovecot.check_dovecot, **options), "problem", "dovecot")
     assert found.remedy.startswith(f"this file is for Dovecot {other}, and ")
     shutil.copytree(re.search(r"take the files of (\S+),", found.remedy)[1], tmp_path, dirs_exist_ok=True)
     replace_in(tmp_path, "/etc/dovecot/", f"{tmp_path}/")
     (tmp_path / "private").mkdir()
     make_certificate(tmp_path / "private")
-    found = site.findings(mailcloakdoctor.check_dovecot, **options)
+    found = site.findings(mailcloakdovecot.check_dovecot, **options)
     assert "Dovecot cannot read its configuration" not in str(found)
     assert named(found, "dovecot-query")[0].state == "ok"
 
@@ -2059,7 +2065,7 @@ def on_host(site, *commands, arguments=()):
         stdin=subprocess.DEVNULL,
     )
     assert result.returncode in (0, 1, 2), result
-    return [mailcloakdoctor.Finding(**each) for each in json.loads(result.stdout)]
+    return [mailcloakfindings.Finding(**each) for each in json.loads(result.stdout)]
 
 
 @real_dovecot
@@ -2095,8 +2101,8 @@ def run_program(*command):
 
 def test_dovecot_that_was_built_with_sqlite_needs_no_package(monkeypatch):
     """As on Gentoo."""
-    monkeypatch.setattr(mailcloakdoctor, "run_program", lambda *_: ("Build options: openssl\nSQL drivers: mysql sqlite\n", ""))
-    assert mailcloakdoctor.Dovecot(None).missing_driver() == ""
+    monkeypatch.setattr(mailcloakdovecot, "run_program", lambda *_: ("Build options: openssl\nSQL drivers: mysql sqlite\n", ""))
+    assert mailcloakdovecot.Dovecot(None).missing_driver() == ""
 
 
 @real_dovecot
@@ -2129,12 +2135,12 @@ OWNERS = {
 
 @pytest.mark.parametrize(("settings", "owners"), OWNERS.values(), ids=OWNERS)
 def test_owner_of_the_mailboxes_is_read_from_settings_in_each_form(settings, owners):
-    assert list(mailcloakdoctor.find_owners(settings)) == owners
+    assert list(mailcloakdovecot.find_owners(settings)) == owners
 
 
 @pytest.mark.parametrize("settings", ["userdb {\n  driver = passwd\n}\n", "userdb {\n  args = uid=%u\n  driver = static\n}\n"])
 def test_owner_of_the_mailboxes_that_dovecot_does_not_name_is_not_said_to_be_there(settings):
-    (found,) = mailcloakdoctor.check_mailboxes(settings)
+    (found,) = mailcloakdovecot.check_mailboxes(settings)
     assert (found.state, found.check, found.remedy) == ("skipped", "dovecot-mailboxes", "")
 
 
@@ -2242,7 +2248,7 @@ def test_dovecot_that_takes_any_certificate_is_a_problem(token_site, dovecot_fac
 def test_trust_of_dovecot_2_4_is_that_of_its_oauth2_before_that_of_all():
     settings = "oauth2 {\n  introspection_url = https://a.test/realms/x\n  ssl_client {\n    ca_file = /own.pem\n  }\n}\n"
     settings += "ssl_client {\n  ca_dir = /all\n  ca_file = /all.pem\n  require_valid_cert = no\n}\n"
-    (found,) = mailcloakdoctor.find_token_urls(settings)
+    (found,) = mailcloakdovecot.find_token_urls(settings)
     assert found.trust[:4] == ("ssl_client_ca_file", "/own.pem", "/all", "ssl_client_require_valid_cert")
 
 
@@ -2331,7 +2337,7 @@ def test_keycloak_that_is_not_well(keycloak_site, realm, mistake, state, check, 
 
 
 def test_keycloak_that_hangs_is_given_up(keycloak_site, realm, monkeypatch):
-    monkeypatch.setattr(mailcloakctl, "ANSWER_SECONDS", 0.5)
+    monkeypatch.setattr(mailcloakcommon, "ANSWER_SECONDS", 0.5)
     for fault in ("stall", "drip"):
         realm.fault = fault
         started = time.monotonic()
@@ -2340,7 +2346,7 @@ def test_keycloak_that_hangs_is_given_up(keycloak_site, realm, monkeypatch):
 
 
 def test_name_resolution_that_hangs_is_given_up(keycloak_site, monkeypatch):
-    monkeypatch.setattr(mailcloakctl, "ANSWER_SECONDS", 0.5)
+    monkeypatch.setattr(mailcloakcommon, "ANSWER_SECONDS", 0.5)
     monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: time.sleep(8) or [])
     started = time.monotonic()
     assert "no answer within" in the_only(ask_keycloak(keycloak_site), "problem", "keycloak-token").text
@@ -2508,7 +2514,7 @@ def test_of_too_many_users_those_are_looked_up_that_aliases_and_apps_name(keyclo
 
 @pytest.mark.real("keycloak")
 def test_real_keycloak_is_understood(short_dir, make_config, real_keycloak, monkeypatch):
-    monkeypatch.setattr(mailcloakctl, "ANSWER_SECONDS", 20.0)
+    monkeypatch.setattr(mailcloakcommon, "ANSWER_SECONDS", 20.0)
     monkeypatch.setattr(mailcloakdoctor, "PAGE_USERS", 5)
     users = [real_user(f"u{number:02}", f"u{number:02}@d1.test") for number in range(12)]
     clients, accounts = zip(
@@ -2876,9 +2882,9 @@ def test_doctor_fits_a_terminal_and_shows_its_progress_there(whole):
 @pytest.mark.parametrize(("remedy", "code"), [("", 0), ("run it as root", 1)], ids=["nothing to do", "something to do"])
 def test_skipped_check_counts_as_a_warning_where_something_can_be_done(site, capsys, monkeypatch, remedy, code):
     def check(host):
-        yield mailcloakdoctor.ok("first", "good")
-        yield mailcloakdoctor.skipped("second", "not to be seen", remedy)
-        yield mailcloakdoctor.skipped("third", "nor this")
+        yield mailcloakfindings.ok("first", "good")
+        yield mailcloakfindings.skipped("second", "not to be seen", remedy)
+        yield mailcloakfindings.skipped("third", "nor this")
 
     monkeypatch.setattr(mailcloakdoctor, "CHECKS", (check,))
     doctor = ("--config", str(site.config_path), "doctor")
@@ -2893,11 +2899,11 @@ def test_skipped_check_counts_as_a_warning_where_something_can_be_done(site, cap
 
 def test_check_that_fails_itself_does_not_end_the_others(site, capsys, monkeypatch):
     def check_nothing(host):
-        yield mailcloakdoctor.ok("first", "before")
+        yield mailcloakfindings.ok("first", "before")
         raise ZeroDivisionError("for \x1b once")
 
     def check_more(host):
-        yield mailcloakdoctor.ok("second", "after")
+        yield mailcloakfindings.ok("second", "after")
 
     monkeypatch.setattr(mailcloakdoctor, "CHECKS", (check_nothing, check_more))
     assert mailcloakctl.main(["--config", str(site.config_path), "doctor"]) == 2
@@ -2907,10 +2913,11 @@ def test_check_that_fails_itself_does_not_end_the_others(site, capsys, monkeypat
     assert "ok       second                 after" in shown
 
 
-def test_doctor_whose_file_is_missing_says_so_and_the_other_commands_work(site, tmp_path):
-    """As after a copy by hand of the two other files."""
+@pytest.mark.parametrize("module", mailcloakctl.DOCTOR_MODULES)
+def test_doctor_names_its_file_that_is_missing_or_cut_and_the_other_commands_work(site, tmp_path, module):
+    """As after a copy by hand, or on a full disk."""
     site.write_config()
-    for name in ("mailcloak.py", "mailcloakctl.py", "mailcloakowner.py"):
+    for name in {*MODULES} - {f"{module}.py"}:
         shutil.copy(ROOT / name, tmp_path)
 
     def run(*words):
@@ -2919,24 +2926,29 @@ def test_doctor_whose_file_is_missing_says_so_and_the_other_commands_work(site, 
 
     result = run("doctor")
     assert (result.returncode, result.stdout) == (3, "")
-    missing = tmp_path.resolve() / "mailcloakdoctor.py"
-    reason = "cannot be loaded: No module named 'mailcloakdoctor'"
+    missing = tmp_path.resolve() / f"{module}.py"
+    reason = f"cannot be loaded: No module named '{module}'"
     assert (
         result.stderr == f"mailcloakctl: doctor: {missing} {reason}; install mailcloak again (make install), which puts it there\n"
     )
     assert "postmaster@d1.test" in run("aliases", "list").stdout
-    missing.write_text("import module_that_is_not_there\n")
-    result = run("doctor")
-    assert result.returncode == 3
-    assert "cannot be loaded: No module named 'module_that_is_not_there'" in result.stderr
+    whole = (ROOT / missing.name).read_text(encoding="utf-8")
+    for content, reason in (
+        ("import module_that_is_not_there\n", "No module named 'module_that_is_not_there'"),
+        (whole[: whole.rindex("(") + 1], "'(' was never closed" if sys.version_info >= (3, 10) else "unexpected EOF"),
+    ):
+        missing.write_text(content)
+        result = run("doctor")
+        assert result.returncode == 3
+        assert result.stderr.startswith(f"mailcloakctl: doctor: {missing} cannot be loaded: {reason}")
 
 
 THREE_CHECKS = """
-import sys, mailcloakctl, mailcloakdoctor
+import sys, mailcloakctl, mailcloakdoctor, mailcloakfindings
 
 def check(host):
-    yield mailcloakdoctor.ok("first", "x" * 100_000)
-    yield mailcloakdoctor.{state}("second", "y", "z")
+    yield mailcloakfindings.ok("first", "x" * 100_000)
+    yield mailcloakfindings.{state}("second", "y", "z")
     with open({ran!r}, "w"):
         pass
 
@@ -3021,7 +3033,8 @@ def test_doctor_alone_loads_the_checks(site):
 
 
 def test_names_of_findings_are_of_one_form():
-    source = (ROOT / "mailcloakdoctor.py").read_text(encoding="utf-8")
+    files = ("mailcloakdoctor.py", "mailcloakpostfix.py", "mailcloakdovecot.py")
+    source = "".join((ROOT / name).read_text(encoding="utf-8") for name in files)
     names = set(re.findall(r'(?:(?:ok|skipped|warning|problem|make)\(\s*|^    check = )"([^"]*)"', source, re.MULTILINE))
     assert len(names) > 30
     assert all(re.fullmatch(r"[a-z]+(-[a-z]+)*", name) and len(name) <= 22 for name in names), names

@@ -16,7 +16,7 @@ import time
 
 import pytest
 import yaml
-from conftest import ROOT, USERS
+from conftest import MODULES, ROOT, USERS
 
 PREFIXES = ("/usr/local", "/usr")
 EXAMPLES = {f"share/doc/mailcloak/{path.relative_to(ROOT)}" for path in (ROOT / "examples").rglob("*") if path.is_file()}
@@ -34,12 +34,7 @@ BELOW_PREFIX = {
     "share/doc/mailcloak/CHANGELOG.md",
     "share/doc/mailcloak/README.md",
     "share/doc/mailcloak/SECURITY.md",
-    "share/mailcloak/mailcloak.py",
-    "share/mailcloak/mailcloakctl.py",
-    "share/mailcloak/mailcloakdata.py",
-    "share/mailcloak/mailcloakmirror.py",
-    "share/mailcloak/mailcloakowner.py",
-    "share/mailcloak/mailcloakdoctor.py",
+    *(f"share/mailcloak/{name}" for name in MODULES),
     "share/mailcloak/schema.sql",
     "share/mailcloak/without-sockets.conf",
     "share/man/man5/mailcloak.yaml.5",
@@ -95,14 +90,7 @@ def test_programs_name_their_interpreter_and_modules_are_as_they_were(installed)
     directory, prefix, _ = installed
     for name in ("mailcloak", "mailcloakctl"):
         assert text(directory / prefix[1:] / "sbin" / name).startswith(f"#!{sys.executable}\n")
-    for name in (
-        "mailcloak.py",
-        "mailcloakctl.py",
-        "mailcloakdata.py",
-        "mailcloakdoctor.py",
-        "mailcloakmirror.py",
-        "mailcloakowner.py",
-    ):
+    for name in MODULES:
         assert text(directory / prefix[1:] / "share/mailcloak" / name) == text(ROOT / name)
 
 
@@ -144,7 +132,7 @@ def in_place(tmp_path_factory):
 def test_modules_are_compiled_where_they_will_run_and_not_in_a_package(in_place, installed):
     """A package compiles after it was unpacked: only there the time of a module, which Python compares, and its reader are known."""
     compiled = {path.name.partition(".")[0]: path for path in (in_place / "share/mailcloak/__pycache__").glob("*.pyc")}
-    assert set(compiled) == {"mailcloak", "mailcloakctl", "mailcloakdata", "mailcloakdoctor", "mailcloakmirror", "mailcloakowner"}
+    assert set(compiled) == {name.partition(".")[0] for name in MODULES}
     assert marshal.loads(compiled["mailcloak"].read_bytes()[16:]).co_filename == f"{in_place}/share/mailcloak/mailcloak.py"
     _, prefix, said = installed
     assert f"-m compileall -q {prefix}/share/mailcloak" in said
@@ -207,14 +195,7 @@ def test_manual_pages_name_files_that_were_installed(installed):
 
 def test_messages_name_samples_where_they_were_installed(installed):
     directory, prefix, _ = installed
-    for name in (
-        "mailcloak.py",
-        "mailcloakctl.py",
-        "mailcloakdata.py",
-        "mailcloakdoctor.py",
-        "mailcloakmirror.py",
-        "mailcloakowner.py",
-    ):
+    for name in MODULES:
         code = text(ROOT / name)
         for path in re.findall(r"share/doc/mailcloak/[\w./-]*\w", code):
             assert (directory / prefix[1:] / path).exists(), f"{name}: {path}"
@@ -273,12 +254,12 @@ def test_remedies_name_documents_where_they_are(installed):
     directory, prefix, _ = installed
     share = directory / prefix[1:] / "share"
     named = set()
-    for program in ("mailcloak.py", "mailcloakctl.py", "mailcloakdoctor.py"):
+    for program in MODULES:
         source = text(ROOT / program).replace("{EXAMPLES}", "share/doc/mailcloak/examples")
         named |= set(re.findall(r"share/doc/mailcloak(?:/[\w.-]*\w)+", source))
     assert len(named) > 5
     for place, folder in ((share / "mailcloak", share / "doc/mailcloak"), (ROOT, ROOT)):
-        code = "import sys, mailcloakctl; print(mailcloakctl.real_paths(sys.stdin.read()))"
+        code = "import sys, mailcloakcommon; print(mailcloakcommon.real_paths(sys.stdin.read()))"
         command = [sys.executable, "-B", "-c", code]
         result = subprocess.run(command, input="\n".join(named), cwd=place, capture_output=True, text=True, check=True, timeout=30)
         shown = result.stdout.splitlines()
@@ -454,14 +435,7 @@ def test_prefix_that_cannot_be_one_is_refused(tmp_path, prefix):
 def imported_packages():
     """The modules that the programs import and that Python does not bring."""
     imported = set()
-    for name in (
-        "mailcloak.py",
-        "mailcloakctl.py",
-        "mailcloakdata.py",
-        "mailcloakdoctor.py",
-        "mailcloakmirror.py",
-        "mailcloakowner.py",
-    ):
+    for name in MODULES:
         for node in ast.walk(ast.parse(text(ROOT / name))):
             if isinstance(node, (ast.Import, ast.ImportFrom)):
                 names = [node.module] if isinstance(node, ast.ImportFrom) else [each.name for each in node.names]

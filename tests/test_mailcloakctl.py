@@ -24,6 +24,7 @@ import yaml
 from conftest import ROOT, Terminal, as_nobody, run_ctl, run_ctl_in_fork, run_ctl_process, wait_until
 
 import mailcloak
+import mailcloakcommon
 import mailcloakctl
 
 TOKEN = "a token of twenty-eight signs"
@@ -960,7 +961,8 @@ def test_command_starts_without_the_modules_that_only_others_need(filled):
     program = """if True:
         import sys, mailcloakctl
         mailcloakctl.main(sys.argv[1:])
-        rare = "difflib email getpass hashlib http idna mailcloakdoctor requests ssl subprocess unicodedata urllib3"
+        mine = "mailcloakask mailcloakdata mailcloakdoctor mailcloakdovecot mailcloakfindings mailcloakmirror mailcloakpostfix"
+        rare = mine + " difflib email getpass hashlib http idna requests ssl subprocess unicodedata urllib3"
         print(*(set(rare.split()) & set(sys.modules)), file=sys.stderr)"""
     command = [sys.executable, "-c", program, "--db", str(filled.path), "aliases", "list"]
     result = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True, cwd=ROOT)
@@ -1191,8 +1193,8 @@ def has_open(pid, path):
 def test_change_is_written_so_that_no_power_failure_brings_the_journal_back(tmp_path):
     """Source: SQLite, PRAGMA synchronous: only EXTRA, 3, syncs the directory after the journal was deleted."""
     mailcloak.prepare_database(str(tmp_path / "state.db"), 5)
-    database = mailcloakctl.open_database(str(tmp_path / "state.db"), create=False)
-    with contextlib.closing(database), mailcloakctl.transaction(database):
+    database = mailcloakcommon.open_database(str(tmp_path / "state.db"), create=False)
+    with contextlib.closing(database), mailcloakcommon.transaction(database):
         assert database.execute("PRAGMA synchronous").fetchone()[0] == 3
 
 
@@ -1231,7 +1233,7 @@ def test_view_without_an_end_in_place_of_the_origin_counts_as_none(tmp_path):
     mailcloak.prepare_database(str(database), 5)
     with contextlib.closing(sqlite3.connect(database)) as connection, connection:
         endless = "WITH RECURSIVE x(n) AS (SELECT 1 UNION ALL SELECT n + 1 FROM x) SELECT count(*) FROM x"
-        others = ", ".join(f"1 {name}" for name in mailcloakctl.Origin._fields[1:])
+        others = ", ".join(f"1 {name}" for name in mailcloakcommon.Origin._fields[1:])
         connection.execute(f"CREATE VIEW origin AS SELECT ({endless}) role, {others}")
     run_ctl("--db", database, "aliases", "add", "info@d1.test", "alice", timeout=20)
 
@@ -1338,7 +1340,7 @@ def test_way_out_of_an_error_fits_the_disk(tmp_path, monkeypatch, disk, way_out)
 
     monkeypatch.setattr(os, "statvfs", statvfs)
     (tmp_path / "state.db").touch()
-    assert way_out in mailcloakctl.database_remedy(sqlite3.OperationalError("disk I/O error"), str(tmp_path / "state.db"))
+    assert way_out in mailcloakcommon.database_remedy(sqlite3.OperationalError("disk I/O error"), str(tmp_path / "state.db"))
 
 
 def test_app_is_allowed_no_whole_domain(filled):

@@ -28,11 +28,14 @@ from test_data import run_job
 from test_mailcloakctl import Ctl
 
 import mailcloak
+import mailcloakask
+import mailcloakcommon
 import mailcloakctl
 import mailcloakdata
 import mailcloakdoctor
+import mailcloakfindings
 import mailcloakmirror
-from mailcloakctl import Origin
+from mailcloakcommon import Origin
 from mailcloakmirror import why_refused
 
 wait_until = functools.partial(wait_seconds, seconds=30)  # for programs that start, on a machine with other work
@@ -52,7 +55,7 @@ class Host(Ctl):
 
     def origin(self, path=None):
         with contextlib.closing(sqlite3.connect(path or self.path)) as database:
-            return mailcloakctl.find_origin(database)
+            return mailcloakcommon.find_origin(database)
 
 
 @pytest.fixture
@@ -830,19 +833,19 @@ def do(event, host, other):
         elif event in ("apply", "adopt"):
             mailcloakmirror.follow(state, str(other / "shared.db"), thorough=False, adopt=event == "adopt")
         else:
-            with contextlib.closing(mailcloakctl.open_database(state, create=False)) as database:
+            with contextlib.closing(mailcloakcommon.open_database(state, create=False)) as database:
                 if event == "promote":
                     context = type(
                         "C", (), {"database": database, "path": state, "options": type("O", (), {"json": False, "noun": "db"})}
                     )
                     mailcloakmirror.promote(context)
                 else:
-                    with mailcloakctl.transaction(database):
+                    with mailcloakcommon.transaction(database):
                         number = database.execute("SELECT count(*) FROM aliases").fetchone()[0]
                         database.execute(
                             "INSERT INTO aliases (alias_email, username) VALUES (?, ?)", (f"{number}@{host.name}.test", "alice")
                         )
-    except mailcloakctl.Refused:
+    except mailcloakcommon.Refused:
         return False
     return True
 
@@ -1128,18 +1131,18 @@ def late_at_60(make_config):
 
 def doctor_says(config):
     options = argparse.Namespace(config=config, db=None, postfix_config=None, dovecot_config=None, json=False)
-    return list(mailcloakdoctor.check_replication(mailcloakdoctor.Installation(options)))
+    return list(mailcloakdoctor.check_replication(mailcloakfindings.Installation(options)))
 
 
 def test_host_alone_has_a_role_and_no_line(tmp_path, late_at_60):
     host = Host(tmp_path / "host")
     host("aliases", "add", "info@d1.test", "alice")
-    found = mailcloakctl.read_replication(str(host.path), 60)
+    found = mailcloakcommon.read_replication(str(host.path), 60)
     assert found == {"role": "single"}
-    assert list(mailcloakctl.replication_fields(found)) == []
-    assert list(mailcloakctl.replication_metrics(found)) == []
+    assert list(mailcloakask.replication_fields(found)) == []
+    assert list(mailcloakask.replication_metrics(found)) == []
     assert doctor_says(late_at_60(host.path)) == []
-    assert mailcloakctl.read_replication(str(tmp_path / "absent.db"), 60) is None
+    assert mailcloakcommon.read_replication(str(tmp_path / "absent.db"), 60) is None
 
 
 def test_follower_says_which_host_it_follows_and_how_old_that_is(writer, follower, late_at_60):
@@ -1164,8 +1167,8 @@ def test_follower_says_which_host_it_follows_and_how_old_that_is(writer, followe
     assert info in shown
     assert re.search(r"^mailcloak_replication_age_seconds 7\d\.\d$", shown, re.MULTILINE)
     assert f"mailcloak_replication_serial {float(follower.origin().serial)!r}" in shown
-    ((label, text, colour),) = mailcloakctl.replication_fields(mailcloakctl.read_replication(str(follower.path), 60))
-    assert (label, colour) == ("several hosts", mailcloakctl.RED)
+    ((label, text, colour),) = mailcloakask.replication_fields(mailcloakcommon.read_replication(str(follower.path), 60))
+    assert (label, colour) == ("several hosts", mailcloakcommon.RED)
     assert "; if other followers are late too, look on the writer" in text
 
 
@@ -1178,8 +1181,8 @@ def test_time_in_the_future_is_a_warning_since_it_would_hide_a_stall(follower, l
     assert finding.state == "warning"
     assert "as of a time in the future, so its clock or that of this host is wrong; replication.max_lag" in finding.text
     assert "mailcloak_replication_age_seconds inf\n" in run_ctl("--config", config, "status", "--prometheus", "-").stdout
-    ((_, text, colour),) = mailcloakctl.replication_fields(mailcloakctl.read_replication(str(follower.path), 60))
-    assert (colour, "in the future" in text) == (mailcloakctl.RED, True)
+    ((_, text, colour),) = mailcloakask.replication_fields(mailcloakcommon.read_replication(str(follower.path), 60))
+    assert (colour, "in the future" in text) == (mailcloakcommon.RED, True)
 
 
 def test_writer_says_when_it_has_published(writer, late_at_60):

@@ -11,7 +11,7 @@ import sys
 import zipfile
 
 import pytest
-from conftest import ROOT, USERS
+from conftest import MODULES, ROOT, USERS
 from test_install import imported_packages
 
 import mailcloak
@@ -152,14 +152,7 @@ def test_wheel_has_modules_units_manual_pages_samples_and_documents(wheel):
     files += [*ROOT.glob("*.md"), ROOT / "schema.sql", ROOT / "config.yaml.sample"]
     assert sorted(name.rpartition("/")[2] for name in data) == sorted(path.name for path in files)
     assert {f"share/doc/mailcloak/{path.relative_to(ROOT)}" for path in (ROOT / "examples").rglob("*") if path.is_file()} <= data
-    assert {
-        "mailcloak.py",
-        "mailcloakctl.py",
-        "mailcloakdata.py",
-        "mailcloakdoctor.py",
-        "mailcloakmirror.py",
-        "mailcloakowner.py",
-    } <= names
+    assert set(MODULES) <= names
 
 
 def test_wheel_says_whose_it_is_and_declares_what_the_program_imports(wheel):

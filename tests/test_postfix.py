@@ -25,7 +25,7 @@ from conftest import ROOT, USERS, running, wait_until
 from real.postfix import FORGED, NO_SUCH_USER, PATH, PrivatePostfix, daemon_behind, envelope, expected, send
 
 import mailcloak
-import mailcloakctl
+import mailcloakcommon
 
 pytestmark = pytest.mark.real("postfix", "root")
 
@@ -548,7 +548,7 @@ def test_database_gone_defers_aliases_until_it_is_back(postfix, daemon, table):
 # ---- Many recipients, restarts, outages
 
 
-@pytest.mark.parametrize("count", [2, mailcloakctl.MAX_TARGETS])
+@pytest.mark.parametrize("count", [2, mailcloakcommon.MAX_TARGETS])
 def test_message_to_an_alias_with_several_targets_goes_to_each(postfix, daemon, count):
     """1,000 is Postfix's virtual_alias_expansion_limit, which mailcloakctl does not let an alias exceed."""
     targets = ["alice", "bob", *(f"user{number}@elsewhere.test" for number in range(count - 2))]

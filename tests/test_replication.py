@@ -21,7 +21,7 @@ from real.mail import send
 from real.postfix import NO_SUCH_USER, expected, refusal
 from test_systemd import allowed_system_calls, setting
 
-import mailcloakctl
+import mailcloakcommon
 
 SPEC = importlib.util.spec_from_file_location("loss", ROOT / "bench" / "loss.py")
 loss = importlib.util.module_from_spec(SPEC)
@@ -269,9 +269,9 @@ def test_stall_of_litestream_shows_and_ends_with_an_empty_copy(hosts):
     try:
         writer.ctl("aliases", "add", "stall@d1.test", "bob", "--replace")
         other.await_rows_of(writer)
-        stalled_age = lambda: mailcloakctl.read_replication(str(stalled.database), 12)  # noqa: E731
+        stalled_age = lambda: mailcloakcommon.read_replication(str(stalled.database), 12)  # noqa: E731
         wait_until(lambda: stalled_age()["late"], 30, what="the warning")
-        assert not mailcloakctl.read_replication(str(other.database), 12)["late"]
+        assert not mailcloakcommon.read_replication(str(other.database), 12)["late"]
         assert "stall@d1.test" not in {row[0] for row in stalled.rows()}
     finally:
         stalled.end("follow", with_signal=signal.SIGKILL)

@@ -30,6 +30,7 @@ import yaml
 from conftest import ROOT, USERS, Daemon, as_nobody, read_of_threads, run_ctl, wait_until
 
 import mailcloak
+import mailcloakcommon
 import mailcloakctl
 
 DEFER = "451 4.3.0 Temporary authentication/lookup failure"
@@ -820,7 +821,7 @@ def alias_of_the_app(path, monkeypatch):
 
 
 def locked_by_another(path, monkeypatch):
-    monkeypatch.setattr(mailcloakctl, "BUSY_SECONDS", 0.05)
+    monkeypatch.setattr(mailcloakcommon, "BUSY_SECONDS", 0.05)
     other = sqlite3.connect(path, isolation_level=None)
     other.execute("BEGIN EXCLUSIVE")
     return other

@@ -22,6 +22,8 @@ from prometheus_client.parser import text_string_to_metric_families
 from test_ask import FakeDaemon, config_path, ctl, fake  # noqa: F401  fixtures
 
 import mailcloak
+import mailcloakask
+import mailcloakcommon
 import mailcloakctl
 
 STATS = {
@@ -55,7 +57,7 @@ def changed(**changes):
 
 
 def status_lines(stats, width=None):
-    return "\n".join(mailcloakctl.format_status(stats, width, "its place"))
+    return "\n".join(mailcloakask.format_status(stats, width, "its place"))
 
 
 # ---- for people
@@ -68,7 +70,7 @@ def test_status_shows_how_the_daemon_is_and_its_answers_most_frequent_first(fake
     assert fake.asked == [("socketmap", "7:stats *,")]
     lines = shown.splitlines()
     assert lines[0] == f"mailcloak {mailcloak.__version__}, pid 4711, up 3 d 4 h"
-    assert lines[1] == f"configuration  /etc/mailcloak/config.yaml, reloaded {mailcloakctl.shown_time(1763990000)}"
+    assert lines[1] == f"configuration  /etc/mailcloak/config.yaml, reloaded {mailcloakcommon.shown_time(1763990000)}"
     assert lines[2] == "Keycloak       answers; 30 requests, 2 failed, 20 ms each"
     assert lines[3] == "database       /var/lib/mailcloak/state.db, works"
     assert lines[4] == "connections    policy 3, socketmap 2; at most 1000 each"
@@ -102,7 +104,7 @@ def test_status_names_what_is_wrong():
 
 def test_status_of_a_daemon_that_was_never_reloaded_and_asks_no_keycloak():
     shown = status_lines(changed(last_reload=None, keycloak=None, saved=None))
-    assert f", read at start, {mailcloakctl.shown_time(1763900000)}\n" in shown
+    assert f", read at start, {mailcloakcommon.shown_time(1763900000)}\n" in shown
     assert "Keycloak       not asked: static_users" in shown
 
 
@@ -151,7 +153,7 @@ def test_status_as_json_is_what_the_daemon_says(fake, ctl):
     ],
 )
 def test_span_of_time_in_words(seconds, shown):
-    assert mailcloakctl.shown_seconds(seconds) == shown
+    assert mailcloakcommon.shown_seconds(seconds) == shown
 
 
 # ---- for Prometheus
@@ -170,7 +172,7 @@ def parsed(text):
 
 
 def metrics_of(stats):
-    return mailcloakctl.format_metrics(mailcloakctl.daemon_metrics(stats))
+    return mailcloakask.format_metrics(mailcloakask.daemon_metrics(stats))
 
 
 def values(family):
@@ -496,7 +498,7 @@ def test_usage_error_of_status_and_flush_exits_2(arguments):
 
 # ---- a daemon that does not answer
 
-LOG = mailcloakctl.where_log(None)
+LOG = mailcloakask.where_log(None)
 
 
 def own_version(**values):
@@ -754,7 +756,7 @@ def test_tables_of_every_width_keep_their_text():
     table = [["A", "BB", "A LONG HEADING"], ["x" * 30, "two words", "y"], ["", "z " * 30, ""]]
     whole = "".join("".join(row) for row in table).replace(" ", "")
     for width in (None, 1, 10, 30, 40, 60, 200):
-        lines = list(mailcloakctl.format_table(table, width))
+        lines = list(mailcloakcommon.format_table(table, width))
         assert sorted("".join(lines).replace(" ", "")) == sorted(whole)
         assert width is None or max(map(len, lines)) <= max(width, 30 + 2 + 5 + 2 + 7)  # the longest word of each column
 

@@ -14,7 +14,7 @@ from test_backup import contents
 from test_mailcloakctl import Ctl
 
 import mailcloak
-import mailcloakctl
+import mailcloakcommon
 
 TEAM = "team@d1.test"
 
@@ -144,7 +144,7 @@ def test_alias_that_only_receives_is_another_one(ctl):
 
 
 def test_more_targets_than_postfix_takes_are_refused(ctl):
-    users = [f"user{number}" for number in range(mailcloakctl.MAX_TARGETS)]
+    users = [f"user{number}" for number in range(mailcloakcommon.MAX_TARGETS)]
     ctl("aliases", "add", "all@d1.test", *users)
     assert "would lead to 1001 targets" in ctl.refuses("aliases", "add-user", "all@d1.test", "one-more")
     long = [f"{'x' * 200}{number}" for number in range(500)]
