@@ -1599,7 +1599,8 @@ def _check_between_keys(block: str, raw: Mapping[str, Any], values: dict[str, An
     for name, use in (("last-known.db", "saves users"), ("last-used.json", "notes uses of apps")):
         if os.path.basename(values.get("path", "")) == name:
             yield Problem("sqlite.path", f"expected another name than {name}, the file in which the daemon {use}")
-    if "policy_socket" in values and values["policy_socket"] == values.get("socketmap_socket"):
+    sockets = [os.path.realpath(values[name]) for name in ("policy_socket", "socketmap_socket") if name in values]
+    if len(sockets) > len(set(sockets)):
         yield Problem("sockets.socketmap_socket", "expected another path than policy_socket")
 
 
@@ -3305,11 +3306,16 @@ class UserStore:
                 if len(self._witnesses) > MAX_WITNESSES:
                     del self._witnesses[next(iter(self._witnesses))]
         others = [user_id for name in named for user_id in self._entry(name)[1:]]
-        for user_id in dict.fromkeys((*said, *others)):
+        losers = [user_id for user_id in others if user_id not in said]  # first, so that no name is two users' on the disk
+        for user_id in dict.fromkeys((*losers, *said)):
             before, now = self._people.get(user_id), said.get(user_id)
             is_old = before.asked_at > answer.asked_at if before else is_late or self._was_missed(now, answer.asked_at)
             if is_old:
-                is_overtaken |= now is not None and not (before and before.standing == KNOWN and before.user == now)
+                if now:
+                    agrees = before is not None and before.standing == KNOWN and before.user == now
+                else:
+                    agrees = before is None or before.standing != KNOWN or not any(map(before.has, named))
+                is_overtaken |= not agrees
                 if before and before.user == now and user_id in sharers and not is_late:  # by another name asked about later
                     self._put(user_id, before._replace(shares_email=len(sharers) > 1))
                 continue
@@ -3442,9 +3448,18 @@ class UserStore:
         return any(time > since for known in looked for time in (known.asked_at, *(person.asked_at for person in known.people)))
 
     def _find_later(self, before: Person, after: Person) -> list[tuple[Question, float]]:
-        """Names that are new to the user, and about which an answer that was asked for later did not show the user; when that was."""
-        gained = [name for name in after.names if after.has(name) and not before.has(name)]
-        return [(name, asked_at) for name in gained if (asked_at := self._look(name).asked_at) > after.asked_at]
+        """Names that are new to the user, and about which an answer that was asked for later did not show the user; when that was.
+
+        A username is shown as well by an answer in which another user had it.
+        """
+        found = []
+        for name in [name for name in after.names if after.has(name) and not before.has(name)]:
+            known = self._look(name)
+            others = [person.asked_at for person in known.here if name[0] == "username" and person.user.key != after.user.key]
+            asked_at = max([known.asked_at, *others])
+            if asked_at > after.asked_at:
+                found.append((name, asked_at))
+        return found
 
     def _miss(self, person: Person, name: Question, asked_at: float) -> Person:
         """The person after that later answer, as if both had come in the order in which they were asked for."""

@@ -548,6 +548,35 @@ def test_late_answer_about_a_user_whose_username_another_has_by_now_is_overtaken
     assert learn(store, ("email", "yan@d1.test"), Y, at=10) is None
 
 
+def test_username_that_went_to_another_user_by_a_newer_answer_is_not_taken_by_a_late_one():
+    """Two users with one username would send as each other."""
+    store = store_of(10)
+    fill_with = ((("email", X.email), X), (("email", Y.email), Y))
+    for question, someone in fill_with:
+        learn(store, question, someone)
+    learn(store, ("email", Y.email), Y._replace(username="alice"), at=11)
+    assert learn(store, ("email", X.email), X._replace(username="alice"), at=10) is None
+    here = store.look(("username", "alice")).here
+    assert [person.user.user_id for person in here] == ["id-yan"]
+    assert "alice" not in [person.user.username for person in store.look(("email", X.email)).people]
+
+
+def test_late_answer_without_a_user_who_has_the_email_by_a_newer_one_is_overtaken():
+    store, question = store_of(10), ("email", X.email)
+    learn(store, ("username", "xen"), X, at=11)
+    learn(store, ("username", "yan"), Y._replace(email=X.email), at=12)
+    assert learn(store, question, X, at=10) is None
+
+
+def test_user_who_loses_a_name_is_told_to_the_disk_before_the_one_who_gains_it():
+    """The writer may begin between the two, and the program may be killed after that."""
+    store, told = store_of(10), []
+    learn(store, ("username", "xen"), X)
+    store.on_change = lambda user_id, before, after: told.append(user_id)
+    learn(store, ("username", "xen"), Y._replace(username="xen"), at=1)
+    assert told == ["id-xen", "id-yan"]
+
+
 def test_shared_email_is_nobodys_in_an_outage_after_one_of_its_users_was_forgotten():
     store = store_of(10)
     question = ("email", "shared@d1.test")

@@ -385,8 +385,11 @@ class Oracle:
         return any(self.standing(key) == "doubted" for key in people)
 
     def dispossessed(self, attribute: str, value: str) -> list[str]:
-        """Who had the name until somebody else got it, and was not seen with another one since; where nobody has it now."""
-        if self.people(attribute, value):
+        """Who had the name until somebody else got it, and was not seen with another one since; where nobody has it now.
+
+        Whose e-mail it is does not show by somebody who is disabled: it may have several users.
+        """
+        if any(attribute == "username" or user.receives for user in self.people(attribute, value).values()):
             return []
         had = [
             key
