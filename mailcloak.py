@@ -188,6 +188,7 @@ log = logging.getLogger("mailcloak")
 Clock = Callable[[], float]  # time.monotonic, or a test's
 LineText = Union[str, Callable[[], str]]  # of a line of the log, or what makes it
 Deadline = float  # of time.monotonic()
+Value = TypeVar("Value")
 
 
 class MailcloakError(Exception):
@@ -711,8 +712,7 @@ def decide_recipient(raw: str, policy: PolicyConfig, facts: Facts) -> Action:
 
     DUNNO for an address that has an owner and for domains that are not ours; 550 when it has none, when all users of an alias are gone,
     when it leads over too many hosts, or over another one to what only the alias map knows, or is itself a mailbox
-    (policy.mailbox_domain); 451, or what policy.keycloak_failure_mode says,
-    when that is not known.
+    (policy.mailbox_domain); 451, or what policy.keycloak_failure_mode says, when that is not known.
     """
     recipient, is_routed = normalise_address(raw), False
     # XXX: user%ours@elsewhere gets 550 if we have no such user, even where elsewhere is a foreign host (SECURITY.md). Knowing
@@ -741,9 +741,8 @@ def decide_recipient(raw: str, policy: PolicyConfig, facts: Facts) -> Action:
         return accept(owner.source)
     if owner.source == "directory-unavailable" and policy.keycloak_failure_mode != "tempfail":
         return Action("DUNNO", "directory-unavailable")
-    return UNKNOWN.get(owner.source) or Action(
-        NO_SUCH_USER, "alias-users-gone" if owner.source == "users-gone" else "unknown-recipient"
-    )
+    reason = "alias-users-gone" if owner.source == "users-gone" else "unknown-recipient"
+    return UNKNOWN.get(owner.source) or Action(NO_SUCH_USER, reason)
 
 
 def find_owner(address: Address, policy: PolicyConfig, facts: Facts) -> Owner:
@@ -1484,10 +1483,8 @@ class _StrictLoader(yaml.SafeLoader):
     def compose_node(self, parent: Optional[yaml.Node], index: Any) -> Optional[yaml.Node]:
         """The next value of the file."""
         if self.check_event(yaml.AliasEvent):
-            mark = self.current_event.start_mark
-            raise yaml.composer.ComposerError(
-                None, None, "an alias (*name): write out what it stands for, a text with * in quotes", mark
-            )
+            text = "an alias (*name): write out what it stands for, a text with * in quotes"
+            raise yaml.composer.ComposerError(None, None, text, self.current_event.start_mark)
         return super().compose_node(parent, index)
 
 
@@ -1520,9 +1517,8 @@ _YAML_FAULTS = (
 
 def _describe_yaml(exc: yaml.MarkedYAMLError) -> str:
     """The line of a fault, and what is probably wrong there."""
-    is_open = str(exc.context).startswith(
-        "while scanning a "
-    )  # a key or a quote: its end is missing, so its line is where it begins
+    # of a key or a quote the end is missing, so its line is where it begins
+    is_open = str(exc.context).startswith("while scanning a ")
     mark = (exc.context_mark if is_open else None) or exc.problem_mark
     problem = re.sub(r"(alias|tag|handle) '.*'", r"\1 '...'", exc.problem or "not YAML")
     fault = next((fault for said, fault in _YAML_FAULTS if re.search(said, problem)), problem)
@@ -1691,7 +1687,7 @@ def postfix_warnings(config: Config) -> Iterator[Problem]:
     if not postconf:
         return
     try:
-        command = [postconf, "-h", "queue_directory", "recipient_delimiter"]
+        command = [postconf, "-xh", "queue_directory", "recipient_delimiter"]
         output = subprocess.run(command, check=True, capture_output=True, text=True, timeout=10).stdout
         queue_directory, delimiter = output.splitlines()
     except (OSError, ValueError, subprocess.SubprocessError) as exc:
@@ -1699,7 +1695,7 @@ def postfix_warnings(config: Config) -> Iterator[Problem]:
         return
     for key in ("policy_socket", "socketmap_socket"):
         path = getattr(config.sockets, key)
-        if os.path.commonpath([path, queue_directory]) != queue_directory:
+        if not path.startswith(f"{queue_directory.rstrip('/')}/"):
             text = f"{path} is not below Postfix's queue_directory {queue_directory}, where a chrooted smtpd looks"
             yield Problem(f"sockets.{key}", text)
     if delimiter != config.policy.recipient_delimiter:
@@ -1849,11 +1845,10 @@ def create_database_file(path: str, mode: int = 0o640) -> bool:
 
 def file_identity(path: str) -> Optional[tuple[int, int]]:
     """(device, inode) of what has this name, None for nothing. An inode is not used again while it is open, or its socket is."""
-    try:
+    with contextlib.suppress(FileNotFoundError):
         status = os.lstat(path)
-    except FileNotFoundError:
-        return None
-    return status.st_dev, status.st_ino
+        return status.st_dev, status.st_ino
+    return None
 
 
 def last_known_path(database_path: str) -> str:
@@ -1959,23 +1954,20 @@ def _copy_database(path: str, version: int) -> str:
     return copy
 
 
-Kept = TypeVar("Kept")
-
-
-class LruMap(Generic[Kept]):
+class LruMap(Generic[Value]):
     """A bounded dict in two parts. What anybody on the net can cause has a tenth of the room extra, and pushes out only its like."""
 
     def __init__(self, max_entries: int) -> None:
         self._max_entries = max_entries
         self._lock = threading.Lock()  # guards the order of the two; a look-up needs none
-        self._lasting: OrderedDict[Any, Kept] = OrderedDict()  # the oldest first
-        self._others: OrderedDict[Any, Kept] = OrderedDict()
+        self._lasting: OrderedDict[Any, Value] = OrderedDict()  # the oldest first
+        self._others: OrderedDict[Any, Value] = OrderedDict()
 
-    def get(self, key: Any) -> Optional[Kept]:
+    def get(self, key: Any) -> Optional[Value]:
         """What is kept under the key."""
         return self._lasting.get(key) or self._others.get(key)
 
-    def put(self, key: Any, value: Kept, *, is_lasting: bool) -> None:
+    def put(self, key: Any, value: Value, *, is_lasting: bool) -> None:
         """Keep the value, which is true in a condition, in place of one under the same key."""
         part, other, room = self._lasting, self._others, self._max_entries
         if not is_lasting:
@@ -1996,7 +1988,6 @@ Version = tuple[Any, ...]
 # The SQLite database file format: page size (1 for 65536), the write version, which is 2 in WAL mode, and the change counter; WAL-mode
 # file format: the header of the -shm file, which is there twice.
 _HEADER, _WAL_INDEX_BYTES = struct.Struct(">16xHB5xI"), 48
-_WAL_MODE = 2
 
 
 def _read_start(descriptor: int, buffer: Any) -> bool:
@@ -2099,7 +2090,6 @@ class Database:
     def __init__(self, path: str) -> None:
         self._path = path
         self._path_bytes = os.fsencode(path)
-        self._busy_seconds = DATABASE_BUSY_SECONDS
         self._local = _ThreadsOwn()
         self._rows: LruMap[tuple[Version, Any]] = LruMap(MAX_REMEMBERED_ROWS)  # by statement and parameters
         self._file: Optional[_VersionFile] = None  # of the file that has the path now
@@ -2179,8 +2169,9 @@ class Database:
             return None
         local.page_bytes, mode, counter = _HEADER.unpack_from(local.header)
         content: Union[int, bytes] = counter
-        if mode == _WAL_MODE:
-            if file.wal_index is None or not _read_start(file.wal_index, local.wal_index):
+        if mode == 2:
+            wal_index = file.wal_index  # once: another thread may close its connection now
+            if wal_index is None or not _read_start(wal_index, local.wal_index):
                 return None
             content, again = local.wal_index.raw[:_WAL_INDEX_BYTES], local.wal_index.raw[_WAL_INDEX_BYTES:]
             if content != again:  # a commit is writing it
@@ -2296,14 +2287,14 @@ class Database:
             self._connections += 1
             local.file = self._file
         try:
-            connection = connect_database(self._path, self._busy_seconds)
+            connection = connect_database(self._path, DATABASE_BUSY_SECONDS)
         except SQLITE_ERRORS:
             self._leave()
             raise
         local.connection = connection
         local.is_wal = connection.execute("PRAGMA journal_mode").fetchone()[0] == "wal"
         if 0 < connection.execute("PRAGMA user_version").fetchone()[0] < SCHEMA_VERSION:
-            prepare_database(self._path, self._busy_seconds, create=False)  # an older file was put in place of ours
+            prepare_database(self._path, DATABASE_BUSY_SECONDS, create=False)  # an older file was put in place of ours
         connection.execute("PRAGMA query_only = ON")
         connection.execute(f"PRAGMA cache_size = -{DATABASE_CACHE_KIB}")
         connection.text_factory = _decode
@@ -2368,7 +2359,7 @@ def import_http() -> Callable[[str], requests.Session]:
     import encodings.idna  # of the host's name, in socket.getaddrinfo()
     import encodings.punycode  # noqa: F401  of addresses, in section 2
     import http.client
-    import ssl  # noqa: F401
+    import ssl
     import unicodedata  # noqa: F401  of addresses
 
     import idna.uts46data  # noqa: F401  idna itself does so at the first name that is not ASCII, requests imports idna then
@@ -2402,10 +2393,10 @@ def import_http() -> Callable[[str], requests.Session]:
         def __init__(self, ca_file: str) -> None:
             super().__init__()
             self.trust_env = False  # no proxies or .netrc of the environment
-            self.verify = ca_file or _system_ca()
-            self.headers.update(
-                {"User-Agent": f"mailcloak/{__version__}", "Accept": "application/json", "Accept-Encoding": "identity"}
-            )
+            host = ssl.get_default_verify_paths()  # its own CA bundle or folder rather than one that pip has brought with requests
+            self.verify = ca_file or host.cafile or host.capath or True
+            ours = {"User-Agent": f"mailcloak/{__version__}", "Accept": "application/json", "Accept-Encoding": "identity"}
+            self.headers.update(ours)
             adapter = requests.adapters.HTTPAdapter()
             adapter.poolmanager.pool_classes_by_scheme = pools
             # What close() does. urllib3 2 leaves that to the garbage collector, which a daemon at rest does not reach.
@@ -2422,14 +2413,6 @@ def import_http() -> Callable[[str], requests.Session]:
 def new_session(ca_file: str) -> requests.Session:
     """An HTTP session for one thread: requests does not promise thread safety."""
     return import_http()(ca_file)
-
-
-def _system_ca() -> Any:
-    """The host's own CA bundle or folder rather than the one that pip may have brought with requests."""
-    import ssl
-
-    paths = ssl.get_default_verify_paths()
-    return paths.cafile or paths.capath or True
 
 
 def _describe_failure(exc: BaseException) -> tuple[str, str]:
@@ -2463,15 +2446,7 @@ EMAIL_MAY_BE_TAKEN = (
     " email, or turn on Verify email and set keycloak.require_verified_email"
 )
 # RFC 6749, section 5.2, and what Keycloak says of a realm that is turned off; any other text could be anything, a secret included
-TOKEN_ERRORS = (
-    "invalid_request",
-    "invalid_client",
-    "invalid_grant",
-    "unauthorized_client",
-    "unsupported_grant_type",
-    "invalid_scope",
-    "access_denied",
-)
+TOKEN_ERRORS = re.compile("invalid_(request|client|grant|scope)|unauthorized_client|unsupported_grant_type|access_denied")
 
 
 @dataclass(frozen=True)
@@ -2545,10 +2520,7 @@ def _field(record: Mapping[str, Any], name: str) -> str:
     return address if (value or "").lower() in (address, to_unicode_domain(address)) else ""
 
 
-Answered = TypeVar("Answered")
-
-
-class Shared(Generic[Answered]):
+class Shared(Generic[Value]):
     """One thread does the work; the others that need its result at that time wait for it."""
 
     def __init__(self, purpose: str) -> None:
@@ -2556,11 +2528,11 @@ class Shared(Generic[Answered]):
         self._turn = threading.Condition()  # guards the fields below; while _running, the one who works writes result and error
         self._running = False
         self._begun_at = -math.inf
-        self._result: Optional[Answered] = None
+        self._result: Optional[Value] = None
         self._error: Optional[DirectoryUnavailable] = None
         self._ran_out = False  # the error may be due to the little time that the thread had
 
-    def get(self, since: float, deadline: Deadline, work: Callable[[], Answered]) -> Answered:
+    def get(self, since: float, deadline: Deadline, work: Callable[[], Value]) -> Value:
         """The result of work that began at since or later, by this thread or by another one; raises DirectoryUnavailable."""
         waited = False
         with self._turn:
@@ -2627,9 +2599,8 @@ class KeycloakApi:
 
     def _search_once(self, session: requests.Session, question: Question, deadline: Deadline, config: KeycloakConfig) -> Answer:
         attribute, value = question
-        spellings = [value]
-        if attribute == "email" and "xn--" in value:
-            spellings.append(to_unicode_domain(value))  # Keycloak stores an internationalised domain as it was typed
+        # Keycloak stores an internationalised domain as it was typed
+        spellings = [value, to_unicode_domain(value)] if attribute == "email" else [value]
         asked_at = time.monotonic()
         found: dict[str, User] = {}
         unexplained: set[str] = set()
@@ -2656,9 +2627,7 @@ class KeycloakApi:
         attribute, value = question
         try:
             records = self.get_users(session, deadline, **query)
-        except (
-            DirectoryMisconfigured
-        ) as exc:  # a proxy may refuse this question alone; whether all are refused, the probe finds out
+        except DirectoryMisconfigured as exc:  # by a proxy perhaps this question alone; whether all, the probe finds out
             raise DirectoryUnavailable(exc.text, exc.remedy) from None
         if len(records) > MAX_DIRECTORY_RECORDS:
             raise QuestionFailed(self.message(f"{len(records)} users for one {attribute}, more than were asked for"))
@@ -2733,15 +2702,13 @@ class KeycloakApi:
 
     def get(self, session: requests.Session, deadline: Deadline, url: str, query: Mapping[str, str]) -> tuple[int, bytes]:
         """(status, body); the token is renewed once if Keycloak says 401."""
-        token = self.access_token(session, deadline)
-        status, body = self._exchange(
-            session, deadline, "GET", url, params=query, headers={"Authorization": f"Bearer {token.text}"}
-        )
-        if status == 401:
+        token = None
+        for _ in range(2):
             token = self.access_token(session, deadline, rejected=token)
-            status, body = self._exchange(
-                session, deadline, "GET", url, params=query, headers={"Authorization": f"Bearer {token.text}"}
-            )
+            headers = {"Authorization": f"Bearer {token.text}"}
+            status, body = self._exchange(session, deadline, "GET", url, params=query, headers=headers)
+            if status != 401:
+                break
         return status, body
 
     def access_token(self, session: requests.Session, deadline: Deadline, rejected: Optional[Token] = None) -> Token:
@@ -2754,11 +2721,8 @@ class KeycloakApi:
     def _fetch_token(self, session: requests.Session, deadline: Deadline) -> Token:
         """A new token by the client credentials grant (RFC 6749, section 4.4)."""
         asked_at = time.monotonic()
-        form = {
-            "grant_type": "client_credentials",
-            "client_id": self._config.client_id,
-            "client_secret": self._config.client_secret,
-        }
+        client_id, client_secret = self._config.client_id, self._config.client_secret
+        form = {"grant_type": "client_credentials", "client_id": client_id, "client_secret": client_secret}
         status, body = self._exchange(session, deadline, "POST", self._token_url, data=form)
         if status == 404:
             raise DirectoryMisconfigured(self.failure("no such realm (HTTP 404)"), "check keycloak.realm and keycloak.base_url")
@@ -2766,7 +2730,7 @@ class KeycloakApi:
             reason = ""
             with contextlib.suppress(DirectoryUnavailable, AttributeError, TypeError):
                 error = self._json(body).get("error")
-                reason = f" {error}" if error in TOKEN_ERRORS else ""
+                reason = f" {error}" if TOKEN_ERRORS.fullmatch(error) else ""
             remedy = "check keycloak.realm, client_id and client_secret, and that the client has Service accounts roles on"
             raise DirectoryMisconfigured(self.failure(f"token refused (HTTP {status}{reason})"), remedy)
         if status != 200:
@@ -2929,14 +2893,10 @@ class StaticUsers:
         """All users whose "email" or "username" is the value."""
         return Answer(tuple(user for user in self._users if getattr(user, question[0]) == question[1]), time.monotonic())
 
-    def report(self) -> None:
-        """There is nothing to say of Keycloak."""
-
-    def give_up(self) -> None:
-        """Nothing is ever pending here."""
-
     def close(self) -> None:
-        """Nothing to end here."""
+        """Nothing to end here, to give up, or to report of Keycloak."""
+
+    give_up = report = close
 
 
 class _Lookup(NamedTuple):
@@ -3232,9 +3192,6 @@ class Known(NamedTuple):
         return is_clear or self.asked_at > NEVER or all(person.standing == GONE for person in self.people)
 
 
-Did = TypeVar("Did")
-
-
 class UserStore:
     """The users that are known: a least-recently-used store that both servers share. Questions are an index into it.
 
@@ -3430,7 +3387,7 @@ class UserStore:
 
     # ---- with the lock held
 
-    def _do(self, step: Callable[[], Did]) -> Did:
+    def _do(self, step: Callable[[], Value]) -> Value:
         """Do it, and note it while the saved users are awaited."""
         if self._steps is not None:
             self._steps.append(step)
@@ -3535,7 +3492,7 @@ class SavedUsers:
         self, path: str, meaning: str, store: UserStore, clock: Clock = time.monotonic, wall_clock: Clock = time.time
     ) -> None:
         self._path, self._meaning, self._store = path, meaning, store
-        self._directory = file_identity(os.path.join(os.path.dirname(path), "."))  # of a link, what it leads to
+        self._directory = self._find_directory(path)
         self._clock, self._wall_clock = clock, wall_clock
         self._turn = threading.Condition()  # guards the six below
         self._waiting: dict[str, Optional[Person]] = {}  # to be written, by user_id; None: to be deleted
@@ -3556,7 +3513,14 @@ class SavedUsers:
 
     def is_at(self, path: str) -> bool:
         """Is this the file, by its path, or another path to the directory that it was in? Two writers would undo each other's changes."""
-        return path == self._path or self._directory == file_identity(os.path.join(os.path.dirname(path), "."))
+        return path == self._path or (self._directory is not None and self._directory == self._find_directory(path))
+
+    @staticmethod
+    def _find_directory(path: str) -> Optional[tuple[int, int]]:
+        """The identity of the file's directory, of a link that of what it leads to; None for one that cannot be looked at."""
+        with contextlib.suppress(OSError):
+            return file_identity(os.path.join(os.path.dirname(path), "."))
+        return None
 
     def may_know_more(self, seconds: float) -> bool:
         """Could the file, which could not be read yet, know somebody? For so many seconds after the start."""
@@ -3623,11 +3587,10 @@ class SavedUsers:
 
     def _look_at_file(self) -> Optional[tuple[int, ...]]:
         """What changes when another file is put in its place, or when somebody else writes it; None where there is none."""
-        try:
+        with contextlib.suppress(FileNotFoundError):
             status = os.lstat(self._path)
-        except FileNotFoundError:
-            return None
-        return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
+            return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
+        return None
 
     def _open(self) -> sqlite3.Connection:
         create_database_file(self._path, 0o600)
@@ -3702,20 +3665,16 @@ class SavedUsers:
         is_new, self._fails, reason = not self._fails, True, describe_sqlite(exc)
         if sqlite_fault(exc) == "damaged":
             try:
-                self._begin_again(reason)
+                with contextlib.suppress(FileNotFoundError):
+                    os.unlink(self._path)
+                self.states[self._path] = None
+                log.warning("last-known: begun again from memory path=%s reason=%s", self._path, f'"{reason}"')
+                self._write_everybody()
                 return
             except OSError as error:
                 reason += f", and it cannot be removed: {error.strerror}"
         if is_new:
             log.warning("last-known: cannot be used, tried again until it can path=%s reason=%s", self._path, f'"{reason}"')
-
-    def _begin_again(self, reason: str) -> None:
-        """Put a new file in place of it, with all that is in memory; raises OSError."""
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(self._path)
-        self.states[self._path] = None
-        log.warning("last-known: begun again from memory path=%s reason=%s", self._path, f'"{reason}"')
-        self._write_everybody()
 
     def _write_everybody(self) -> None:
         """Soon, in place of all rows of this meaning."""
@@ -4033,7 +3992,7 @@ class LiveFacts(Facts):
         self.version = version  # of the database, when the request came
         self.expires_at = math.inf  # of an app, in seconds since 1970
         self.deadline = deadline  # 0 until the first question to Keycloak
-        self._known: dict[tuple[str, str], Any] = {}  # by what was asked, and its value: one question sees each fact once
+        self.known: dict[tuple[str, str], Any] = {}  # by what was asked, and its value: one question sees each fact once
         self.can_be_recalled = True  # may the answer be recalled? Not if a fact cannot be compared with a later one
         self._rows = 0  # facts from the database so far
         self._is_exact = True  # were all of these read from self.version?
@@ -4042,9 +4001,8 @@ class LiveFacts(Facts):
         self.steps: Optional[list[dict[str, Any]]] = [] if explained else None  # asked, value, found, source, age_seconds, error
 
     def find_alias(self, address: Address) -> Optional[Alias]:
-        database = self._service.database
-        alias: Optional[Alias] = self._look_up("alias", address.text, lambda: database.find_alias(address.text, self.version))
-        return alias
+        find = functools.partial(self._service.database.find_alias, address.text, self.version)
+        return cast(Optional[Alias], self._look_up("alias", address.text, find))
 
     def find_app(self, app_id: str, sender: Address) -> Optional[App]:
         if not is_plain_text(app_id):
@@ -4057,15 +4015,10 @@ class LiveFacts(Facts):
         return app
 
     def find_holders(self, address: Address) -> Users:
-        directory = self._service.directory
-        users: Users = self._look_up("holders", address.text, lambda: directory.find_holders(address.text, self._until()))
-        return users
+        return cast(Users, self._look_up_user("holders", address.text, self._service.directory.find_holders))
 
     def has_left(self, username: str) -> bool:
-        if not _may_be_name(username):
-            return False
-        directory = self._service.directory
-        return bool(self._look_up("leaver", username, lambda: directory.has_left(username, self._until())))
+        return _may_be_name(username) and bool(self._look_up_user("leaver", username, self._service.directory.has_left))
 
     def find_login(self, sasl_username: str) -> Login:
         return self._find_login("login", sasl_username, self._service.directory.find_login)
@@ -4074,8 +4027,7 @@ class LiveFacts(Facts):
         return self._find_login("user", username, self._service.directory.find_user)
 
     def _find_login(self, asked: str, name: str, find: Callable[[str, Deadline], Found]) -> Login:
-        login = self._look_up(asked, name, lambda: find(name, self._until())) if _may_be_name(name) else Login("", "missing")
-        return cast(Login, login)
+        return cast(Login, self._look_up_user(asked, name, find)) if _may_be_name(name) else Login("", "missing")
 
     def has_lost(self, sasl_username: str, address: Address) -> bool:
         return self._service.directory.has_lost(sasl_username, address.text)
@@ -4085,18 +4037,16 @@ class LiveFacts(Facts):
         """May there be rows of different versions of the database among them?"""
         return self._rows > 1 and not self._is_exact
 
-    @property
-    def has_asked(self) -> bool:
-        """Was a fact looked up?"""
-        return bool(self._known)
-
     def _until(self) -> Deadline:
         self.deadline = self.deadline or time.monotonic() + self._service.timeout_seconds
         return self.deadline
 
+    def _look_up_user(self, asked: str, value: str, find: Callable[[str, Deadline], Found]) -> Any:
+        return self._look_up(asked, value, lambda: find(value, self._until()))
+
     def _look_up(self, asked: str, value: str, find: Callable[[], Any]) -> Any:
-        if (asked, value) in self._known:
-            return self._known[asked, value]
+        if (asked, value) in self.known:
+            return self.known[asked, value]
         try:
             if self._gives_up and asked in ("alias", "app"):
                 raise DatabaseUnavailable(f"database: {self._service.config.sqlite.path!r}: changes too often to be read")
@@ -4110,10 +4060,10 @@ class LiveFacts(Facts):
             if not self._service.database.has_read(self.version):
                 self.can_be_recalled = self._is_exact = False
             self._note_step(asked, value, found=found, source="database")
-            self._known[asked, value] = found
+            self.known[asked, value] = found
             return found
         self.found.append(found)
-        self._known[asked, value] = found.value
+        self.known[asked, value] = found.value
         self._note_step(asked, value, found=found.value, source=found.source, age_seconds=found.age_seconds)
         return found.value
 
@@ -4152,9 +4102,9 @@ class RecalledAnswers:
     file has that version and the directory would find the same; a reload begins with none. One that needed no look-up is made as fast.
     """
 
-    def __init__(self, directory: UserDirectory, max_entries: int) -> None:
+    def __init__(self, directory: UserDirectory) -> None:
         self._directory = directory
-        self._answers: LruMap[Recalled] = LruMap(max_entries)  # by policy_question() or the map's query
+        self._answers: LruMap[Recalled] = LruMap(MAX_RECALLED_ANSWERS)  # by policy_question() or the map's query
 
     def recall(self, question: tuple[str, ...], version: Optional[Version]) -> Optional[Action]:
         """The answer, if it holds."""
@@ -4167,12 +4117,9 @@ class RecalledAnswers:
 
     def keep(self, question: tuple[str, ...], action: Action, facts: LiveFacts) -> None:
         """Keep the answer that was made from these facts, if it can be compared with them later, and is not too long."""
-        if not facts.has_asked or not facts.can_be_recalled or sum(map(len, question)) > MAX_RECALLED_CHARS:
-            return
-        if len(facts.found) > MAX_RECALLED_FACTS:
-            return
+        is_small = len(facts.found) <= MAX_RECALLED_FACTS and sum(map(len, question)) <= MAX_RECALLED_CHARS
         good_until = min((found.good_until for found in facts.found), default=math.inf)
-        if good_until > -math.inf:
+        if facts.known and facts.can_be_recalled and is_small and good_until > NEVER:
             known = tuple(known for found in facts.found for known in found.known)
             recalled = Recalled(action, facts.version, known, good_until, facts.expires_at)
             self._answers.put(question, recalled, is_lasting=action.text.startswith(("DUNNO", "OK")))
@@ -4202,8 +4149,6 @@ class Service:
             with_same_meaning = []  # with another sqlite.path the last one knows better than those before it
         if with_same_meaning:
             self.store, self.saved = with_same_meaning[0].store, with_same_meaning[0].saved
-        elif self.meaning:
-            self.saved = SavedUsers(saved_path, self.meaning, self.store)
         self.source: UserSource
         with_same_source = [each for each in old if each.config.keycloak == config.keycloak]
         if config.keycloak and with_same_source:
@@ -4213,13 +4158,17 @@ class Service:
         else:
             self.source = StaticUsers(config.static_users or {})
         try:
+            if self.meaning and not with_same_meaning:
+                self.saved = SavedUsers(saved_path, self.meaning, self.store)
             self.directory = UserDirectory(self.source, config.policy, self.timeout_seconds, self.store, self.saved)
         except RuntimeError:  # the system gives no more threads
+            if self.saved and not with_same_meaning:
+                self.saved.close()
             if not with_same_source:
                 self.source.close()
             raise
         self.store.policy = config.policy  # not before: a reload that fails changes nothing
-        self.recalled = RecalledAnswers(self.directory, MAX_RECALLED_ANSWERS)
+        self.recalled = RecalledAnswers(self.directory)
         self._said: set[str] = set()  # errors that the log has already; each use of a set is one atomic step
 
     def note_error(self, text: str) -> bool:
@@ -4975,7 +4924,6 @@ class Daemon:
 
     def run(self) -> None:
         """Serve until a signal says stop; raises StartError if that cannot begin."""
-        signal.pthread_sigmask(signal.SIG_BLOCK, self.SIGNALS)  # before any thread: each inherits it, and only sigwait() sees them
         threading.stack_size(THREAD_STACK_BYTES)
         for warning in self._config.warnings:
             log.warning("%s", warning)
@@ -5028,13 +4976,10 @@ class Daemon:
 
     def _next_signal(self) -> Optional[signal.Signals]:
         """Wait for it; None if it is time for the watchdog, or to end what a reload has retired."""
-        limits = [max(0.0, self._retired_until - time.monotonic())] if self._retired else []
         if self._watchdog_seconds:
-            limits.append(self._watchdog_seconds)
             self._calm_watchdog()
-        if not limits:
-            return signal.Signals(signal.sigwait(self.SIGNALS))
-        found = signal.sigtimedwait(self.SIGNALS, min(limits))
+        ends_in = max(0.0, self._retired_until - time.monotonic()) if self._retired else math.inf
+        found = signal.sigtimedwait(self.SIGNALS, min(ends_in, self._watchdog_seconds or 86400.0))
         return signal.Signals(found.si_signo) if found else None
 
     def _calm_watchdog(self) -> None:
@@ -5114,7 +5059,7 @@ class Daemon:
         for server in self._servers:
             server.service = service
         self._retire(old_service, service)
-        log.setLevel(config.daemon.log_level)
+        log.setLevel(config.daemon.log_level.upper())
         log.info("daemon: reloaded config=%s", config.path)
         return True
 
@@ -5226,12 +5171,8 @@ class QueuedLog(logging.Handler):
         self._failed = 0  # that could not be written
         threading.Thread(target=self._write, name="log", daemon=True).start()
 
-    def createLock(self) -> None:  # noqa: N802  logging's name
-        """None: emit() needs no lock."""
-        self.lock = None
-
     def handle(self, record: logging.LogRecord) -> bool:
-        """What logging calls, which would take the lock."""
+        """What logging calls, which would take a lock."""
         self.put(record.levelno, record.getMessage())
         return True
 
@@ -5284,7 +5225,7 @@ def _shown_second(second: int) -> str:
 
 
 def _text_of(line: Line) -> str:
-    return f"{logging.getLevelName(line.level)} {line.text if isinstance(line.text, str) else line.text()}"
+    return f"{logging.getLevelName(line.level).lower()} {line.text if isinstance(line.text, str) else line.text()}"
 
 
 def _write_to_stderr(lines: Sequence[Line]) -> None:
@@ -5334,20 +5275,18 @@ def configure_logging(config: DaemonConfig) -> QueuedLog:
         syslog.openlog("mailcloak", syslog.LOG_PID, syslog.LOG_MAIL)
         write = _write_to_syslog
     handler = QueuedLog(write)
-    for level in (logging.DEBUG, logging.INFO, logging.WARNING, logging.ERROR):
-        logging.addLevelName(level, logging.getLevelName(level).lower())
     log.addHandler(handler)
     log.propagate = False
     for library in ("urllib3", "requests"):  # keep them from handlers of the root logger: urllib3 logs headers of the server
         logging.getLogger(library).propagate = False
-    log.setLevel(config.log_level)
+    log.setLevel(config.log_level.upper())
     return handler
 
 
 def main(argv: Optional[Sequence[str]] = None) -> int:
     """Run the daemon; returns its exit code."""
     options = _parse_arguments(argv)
-    if not options.check_config:  # before all that takes time: until run() waits for them, a SIGHUP would end the program
+    if not options.check_config:  # before all that takes time, and before any thread, which inherits it: only sigwait() sees them
         signal.pthread_sigmask(signal.SIG_BLOCK, Daemon.SIGNALS)
     try:
         config = load_config(options.config)

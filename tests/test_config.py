@@ -826,6 +826,19 @@ def test_check_config_warns_of_what_does_not_fit_postfix(load):
     assert "Postfix" not in run("--check-config", load.path).stderr
 
 
+@pytest.mark.real("postfix")
+def test_check_config_reads_settings_of_postfix_that_name_others(load, tmp_path):
+    (tmp_path / "main.cf").write_text(
+        "compatibility_level = 3.6\nx = /\nqueue_directory = ${x}spool\nd = #\nrecipient_delimiter = $d\n"
+    )
+    load(with_key("policy.recipient_delimiter", "+"))
+    command = [sys.executable, str(ROOT / "mailcloak.py"), "--check-config", str(load.path)]
+    environment = {**os.environ, "MAIL_CONFIG": str(tmp_path)}
+    said = subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stderr
+    assert "Postfix's queue_directory /spool, where" in said
+    assert "policy.recipient_delimiter: '+' here, '#' in Postfix's main.cf" in said
+
+
 def test_directory_of_a_socket_that_is_missing_is_said_by_check_config_and_by_the_start(load, tmp_path):
     raw = with_key("sqlite.path", str(tmp_path / "state.db"))
     directory = str(tmp_path / "no" / "directory")

@@ -474,7 +474,7 @@ def test_reload_for_which_there_are_no_threads_changes_nothing(make_daemon, keyc
     start, left = threading.Thread.start, [0]
 
     def threads():
-        return [thread for thread in threading.enumerate() if thread.name.startswith(("keycloak-", "refresh"))]
+        return [thread for thread in threading.enumerate() if thread.name.startswith(("keycloak-", "refresh", "last-known"))]
 
     before = len(threads())
 
@@ -486,16 +486,30 @@ def test_reload_for_which_there_are_no_threads_changes_nothing(make_daemon, keyc
 
     try:
         monkeypatch.setattr(threading.Thread, "start", start_some)
-        for count in (0, 3, 9):  # 8 workers, the probe, the refresh
+        for count in (0, 3, 9, 10):  # 8 workers, the probe, what writes saved users, the refresh
             left[0] = count
+            other = {"timeout_seconds": 3, "realm": "other"}
             with pytest.raises(RuntimeError):
-                mailcloak.Service(config(keycloak={"timeout_seconds": 3}, policy={"disappearance_grace_seconds": 0}), service)
+                mailcloak.Service(config(keycloak=other, policy={"disappearance_grace_seconds": 0}), service)
             assert service.store.policy.disappearance_grace_seconds == 3600
             wait_until(lambda: len(threads()) <= before, what="the end of the threads that began")
     finally:
         monkeypatch.undo()
         for each in (service.directory, service.source, service.saved):
             each.close()
+
+
+def test_reload_with_a_database_in_no_directory_defers_what_needs_it(make_daemon, keycloak):
+    keycloak.add_user("alice", "alice@d1.test")
+    daemon = make_daemon(keycloak=keycloak.config()).start()
+    good = daemon.config["sqlite"]["path"]
+    daemon.config["sqlite"]["path"] = f"{daemon.config_path}/state.db"
+    daemon.reload()
+    assert daemon.ask(recipient="alice@d1.test") == "DUNNO"
+    assert daemon.ask(recipient="nobody@d1.test").startswith("451")
+    daemon.config["sqlite"]["path"] = good
+    daemon.reload()
+    assert daemon.ask(recipient="nobody@d1.test") == "550 5.1.1 No such user"
 
 
 def test_reload_names_what_needs_a_restart(static_daemon):

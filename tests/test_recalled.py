@@ -400,7 +400,7 @@ def test_recalled_answer_serves_while_the_file_is_locked(make_service):
 def test_answer_made_while_the_database_fails_is_not_recalled(make_service, monkeypatch):
     service = make_service(static_users=USERS)
     add_alias(service, "alice@d1.test", "bob")
-    monkeypatch.setattr(service.database, "_busy_seconds", 0.01)
+    monkeypatch.setattr(mailcloak, "DATABASE_BUSY_SECONDS", 0.01)
     with contextlib.closing(sqlite3.connect(service.config.sqlite.path, isolation_level=None)) as database:
         database.execute("BEGIN EXCLUSIVE")
         assert ask(service, sender("alice@d1.test", "alice", "xoauth2")) == "DUNNO"  # it is her primary e-mail

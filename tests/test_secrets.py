@@ -659,7 +659,7 @@ def test_program_that_check_config_asks_is_told_no_secret(echoing, tmp_path):
             capture_output=True,
             check=True,
         )
-        assert f"{script} -h queue_directory".encode() in seen.read_bytes()
+        assert f"{script} -xh queue_directory".encode() in seen.read_bytes()
         assert_hidden(result.stdout + result.stderr + seen.read_bytes(), SECRET)
         seen.unlink()
     started = audited(tmp_path, "process")
