@@ -15,13 +15,13 @@ Written:        beside the database, last-known.db: what Keycloak said last of e
 Asked:          Keycloak, by its admin REST interface, for users: their names, primary e-mail, and whether they are enabled;
                 the database, one SQLite file that mailcloakctl edits, for aliases and for apps (logins that may only send).
 Signals:        SIGTERM and SIGINT answer what was read and end; SIGHUP reads the configuration again.
-Environment:    LISTEN_*, NOTIFY_SOCKET, WATCHDOG_USEC and JOURNAL_STREAM of a service manager (sd_listen_fds(3), sd_notify(3),
+Environment:    LISTEN_*, NOTIFY_SOCKET, WATCHDOG_* and JOURNAL_STREAM of a service manager (sd_listen_fds(3), sd_notify(3),
                 sd-daemon(3)).
 Exit codes:     0 ended by a signal, or the configuration is good; 64 usage; 78 configuration; 1 anything else.
 
 Security: started as root, the daemon binds its sockets and becomes daemon.user. The policy service never answers OK or any other
-permission, only DUNNO ("no objection"). When it cannot know, it says 451 ("try later"), unless policy.keycloak_failure_mode lets mail
-pass, since a wrong 550 loses a message for good. It sees envelopes, never message headers. No secret, token or password is logged.
+permission, only DUNNO ("no objection"). When it cannot know, it says 451 ("try later"), since a wrong 550 loses a message for good;
+policy.keycloak_failure_mode may let mail pass instead. It sees envelopes, never message headers. No secret, token or password is logged.
 
 Contents:
    1 Constants, errors, text for the log   limits with unit and source, the tree of exceptions
@@ -41,12 +41,13 @@ An answer that surprises: mailcloakctl ask explains it, and each reason= of the 
   550 No such user          decide_recipient, find_owner (3); who counts: User.receives (3), read_user (7), judge (8). That nobody has an
                             address is cached for policy.negative_cache_ttl_seconds
   553 Sender not owned      decide_sender and what it calls (3); which user a login names: resolve_login (3), judge_login (8)
-  451                       UNKNOWN (3) lists the reasons; in-grace: judge begins and ends it, UserDirectory._find (8) says so
+  451                       UNKNOWN (3), and the other Actions with DIRECTORY_FAILED or INTERNAL_ERROR. in-grace: judge (8) says who is doubted,
+                            judge_holders and judge_login (8) of which name it is not known who has it, UserDirectory._find (8) raises it
   Keycloak is away          UserDirectory._find_in_outage (8), policy.keycloak_failure_mode in section 3
   a change of the database  Database.version (6), RecalledAnswers (9): it counts from the next request on
   kept over a restart       Person, SavedUsers (8): users; not rows, answers, or which names nobody has
-Words: a row is remembered, a user is cached (and saved on the disk), a whole answer is recalled. The grace is the time for which a
-user who is suddenly missing is not believed gone; a canary is a user who is always there, so that its absence shows a fault.
+Words: a row is remembered, a user is cached (and saved on the disk), a whole answer is recalled. In the grace, a user who is suddenly
+missing still counts as perhaps there. A canary is a user who is always there: if it is missing, Keycloak is faulty.
 
 Implements SMTPD_POLICY_README, access(5), socketmap_table(5), the extension rules of Postfix's recipient_delimiter, RFC 3463 status
 codes, the OAuth 2.0 client credentials grant (RFC 6749, section 4.4) and the user search of Keycloak's admin REST interface.
@@ -121,7 +122,7 @@ MAX_LABEL_CHARS = 63  # RFC 1035, section 2.3.4: of a domain, in A-label form
 MAX_SOCKETMAP_REPLY_BYTES = 100_000  # Postfix takes no longer answer. Source: socketmap_table(5)
 MAX_ROUTES = 20  # hosts in one address, such as c!b!user@a
 MAX_SOCKET_PATH_BYTES = 107  # unix(7): sun_path holds 108 bytes, a terminating NUL included
-MAX_LOG_LINE_BYTES = 4096  # what is beyond is cut off
+MAX_LOG_LINE_BYTES = 4096  # on standard error; what is beyond is cut off
 MAX_LOG_LINES_WAITING = 4000  # to be written; beyond, lines are lost
 MAX_LOGGED_CHARS = 2000  # of a request that waits for its line to be made; a longer one is not kept for that
 MAX_LOG_LINES_AT_ONCE = 200  # in one system call
@@ -138,7 +139,7 @@ SPARE_FILES = 200  # for Keycloak, last-known.db, listeners, the log
 IDLE_SECONDS = 1  # an idle connection closes its SQLite connection after this long
 
 MAX_DIRECTORY_ANSWER_BYTES = 1024 * 1024  # of one HTTP response, headers too; ten brief user records are about 4 kB
-MAX_DIRECTORY_MATCHES = 10  # asked for in one search; so many users with one address are no answer, there may be more
+MAX_DIRECTORY_MATCHES = 10  # asked for in one search; an answer with so many cannot be used, since there may be more
 MAX_DIRECTORY_RECORDS = 100  # looked at in one answer: a server that ignores exact may ignore max as well
 MAX_DIRECTORY_WAITING = 2000  # lookups waiting their turn; above it a question fails at once instead of queueing
 TOKEN_LIFE_USED = 0.8  # of a token's life; the rest is margin for clocks and requests under way
@@ -168,8 +169,12 @@ DATABASE_TURN_SECONDS = 1.0  # how long a thread waits for its turn; then it ask
 MAX_REMEMBERED_ROWS = 20_000  # each about 400 bytes
 MAX_RECALLED_ANSWERS = 20_000  # each about 800 bytes
 MAX_RECALLED_FACTS = 8  # of one answer; only that of an alias with many users has more
-MAX_RECALLED_CHARS = 600  # of one question; two addresses and a login seldom have more than 200
-MAX_ATTEMPTS = 10  # to make an answer from one state of the database, while others write it; then it counts as unavailable
+MAX_RECALLED_CHARS = (
+    600  # of one question, or of an address whose form is kept; two addresses and a login seldom have more than 200
+)
+MAX_ATTEMPTS = (
+    10  # to make an answer from one state of database and users while they change; then the database counts as unavailable
+)
 MAX_ERRORS_SAID = 1000  # errors that the log has had and does not repeat
 POSTMASTER_SECONDS = 10.0  # after the start, Keycloak is asked whether each domain has a postmaster
 LOCK_SECONDS = 5.0  # at start, for the directory of a socket; another daemon holds it for a second at the most
@@ -712,7 +717,8 @@ def decide_recipient(raw: str, policy: PolicyConfig, facts: Facts) -> Action:
 
     DUNNO for an address that has an owner and for domains that are not ours; 550 when it has none, when all users of an alias are gone,
     when it leads over too many hosts, or over another one to what only the alias map knows, or is itself a mailbox
-    (policy.mailbox_domain); 451, or what policy.keycloak_failure_mode says, when that is not known.
+    (policy.mailbox_domain); 451, or what policy.keycloak_failure_mode says, when that is not known; 451 also where it is not certain how
+    Postfix reads the domain, and where Dovecot would cut the username.
     """
     recipient, is_routed = normalise_address(raw), False
     # XXX: user%ours@elsewhere gets 550 if we have no such user, even where elsewhere is a foreign host (SECURITY.md). Knowing
@@ -1099,7 +1105,7 @@ no-key: the map was asked without a key
 
 
 def _decode(data: bytes) -> str:
-    """Bytes of a client as text; what is not UTF-8 becomes characters that no stored address or name can hold."""
+    """Bytes of a client, or of the database, as text; what is not UTF-8 becomes characters that no stored address or name can hold."""
     return data.decode("utf-8", "surrogateescape")
 
 
@@ -1465,7 +1471,7 @@ class Config:
 
 
 def open_file(path: str, flags: int = 0) -> IO[str]:
-    """A file of text, to be read; raises OSError. What is none is not waited for, and not read: a FIFO or a device may never end."""
+    """A file of text, to be read; raises OSError, at once for what is no regular file: a FIFO or a device may never end."""
 
     def opener(name: str, mode: int) -> int:
         descriptor = os.open(name, mode | os.O_NONBLOCK | flags)
@@ -1478,7 +1484,7 @@ def open_file(path: str, flags: int = 0) -> IO[str]:
 
 
 class _StrictLoader(yaml.SafeLoader):
-    """YAML that refuses a key given twice, since the loser would silently have no effect, and aliases: a few lines could hold billions."""
+    """YAML that refuses a key given twice, since one of the two would have no effect, and aliases: a few lines could hold billions."""
 
     def compose_node(self, parent: Optional[yaml.Node], index: Any) -> Optional[yaml.Node]:
         """The next value of the file."""
@@ -1574,7 +1580,7 @@ def read_block(cls: type[Any], name: str, raw: Any, problems: list[Problem]) -> 
 
 
 def _check_between_keys(block: str, raw: Mapping[str, Any], values: dict[str, Any]) -> Iterator[Problem]:
-    """What the block's keys demand of one another, and of files. raw: the keys that are there; values: those that could be read."""
+    """What the keys of a block require of each other, and of files. raw: the keys that are there; values: those that could be read."""
     if block == "keycloak":
         yield from _check_secret(raw, values)
     if ca_file := values.get("ca_file"):
@@ -1706,7 +1712,7 @@ def postfix_warnings(config: Config) -> Iterator[Problem]:
 # ---------------------------------------------------------------------------------------------------------------------------------
 # 6. Database
 # The daemon's SQL on aliases and apps. Each thread has its own connection, since sqlite3 connections must not be shared; handler,
-# server, timer and main threads enter, and mailcloakctl. A row is remembered with the version of the file (Database.version) and counts
+# server, timer and main threads enter, the one that saves users, and mailcloakctl. A row is remembered with the version of the file (Database.version) and counts
 # only while the file has that version, so a commit counts from the next request on.
 # ---------------------------------------------------------------------------------------------------------------------------------
 
@@ -1820,7 +1826,7 @@ def connect_database(path: str, busy_seconds: float, factory: type[sqlite3.Conne
 
 
 def create_database_file(path: str, mode: int = 0o640) -> bool:
-    """Make an empty file that belongs to the owner and group of its directory; False if there is one already."""
+    """Make an empty file, as root for the owner and group of its directory; False if there is one already."""
     try:
         descriptor = os.open(path, os.O_CREAT | os.O_EXCL | os.O_RDWR | os.O_CLOEXEC, mode)
     except FileExistsError:
@@ -1954,8 +1960,11 @@ def _copy_database(path: str, version: int) -> str:
     return copy
 
 
-class LruMap(Generic[Value]):
-    """A bounded dict in two parts. What anybody on the net can cause has a tenth of the room extra, and pushes out only its like."""
+class BoundedMap(Generic[Value]):
+    """A bounded dict, which forgets what was put first, in two parts.
+
+    Entries that anybody on the net can cause have a tenth of the room, beside the rest; they push out only each other.
+    """
 
     def __init__(self, max_entries: int) -> None:
         self._max_entries = max_entries
@@ -1975,6 +1984,7 @@ class LruMap(Generic[Value]):
         with self._lock:
             other.pop(key, None)
             part[key] = value
+            part.move_to_end(key)
             if len(part) > room:
                 part.popitem(last=False)
 
@@ -2091,7 +2101,7 @@ class Database:
         self._path = path
         self._path_bytes = os.fsencode(path)
         self._local = _ThreadsOwn()
-        self._rows: LruMap[tuple[Version, Any]] = LruMap(MAX_REMEMBERED_ROWS)  # by statement and parameters
+        self._rows: BoundedMap[tuple[Version, Any]] = BoundedMap(MAX_REMEMBERED_ROWS)  # by statement and parameters
         self._file: Optional[_VersionFile] = None  # of the file that has the path now
         self._last: Optional[Version] = None  # what version() said: 40,000 rows and answers need not have one each
         self._turns = threading.BoundedSemaphore(DATABASE_TURNS)
@@ -2242,8 +2252,8 @@ class Database:
         local = self._local
         try:
             cursor = self._connection(version).execute(statement, parameters)
-            # SQLite has found the row, and holds its lock until fetchall(): in rollback-journal mode nobody writes the file now, and in
-            # WAL mode no commit was between the version before and the same one now.
+            # SQLite has found the row and holds its lock until fetchall(). So in rollback-journal mode nobody writes the file now; in WAL
+            # mode, if the version is the same as before, there was no commit in between.
             now = self.version() or self._open_wal_index()
             local.version = now if version is None or now == version else None
             local.read_from = now if now == version and now and local.is_wal == isinstance(now[-1], bytes) else None
@@ -2272,9 +2282,9 @@ class Database:
     def _connection(self, version: Optional[Version]) -> sqlite3.Connection:
         """This thread's connection, which lasts through commits; made again where the file may have changed in another way.
 
-        SQLite notices a commit by the version's last part, but not a file put in place by rename, nor a copy written over it with that part
-        alike. A copy with another one looks like a commit, and SQLite then believes in the schema it knows if the number of steps to it
-        is the same: so that is compared.
+        SQLite notices a commit by the last part of the version. It does not notice a file that was renamed into place, nor a copy over the
+        file with the same last part. It takes a copy with another last part for a commit, and may keep the old schema where its number of
+        changes is equal; so the schema is compared.
         """
         local = self._local
         before, kept = local.version, local.connection
@@ -2310,7 +2320,8 @@ class Database:
 # ---------------------------------------------------------------------------------------------------------------------------------
 # 7. Keycloak
 # What a request to Keycloak and its answer mean; plain values or an exception. No threads of its own: the workers and the probe of
-# section 8 enter, each with its own HTTP session, and share the access token. requests and what it imports are more than half of the
+# section 8 enter, each with its own HTTP session, and share the access token; the main thread loads the HTTP client, and doctor asks as
+# well. requests and what it imports are more than half of the
 # time that this file takes to load, so import_http() alone does that: most of mailcloakctl never asks.
 # ---------------------------------------------------------------------------------------------------------------------------------
 
@@ -2322,8 +2333,8 @@ class _AnswerTooLong(MailcloakError):
 class _LimitedReader(io.RawIOBase):
     """The bytes of one response: until its deadline, and no more than MAX_DIRECTORY_ANSWER_BYTES.
 
-    All of them pass here, also those that the libraries skip without an end: responses 100 Continue, chunk lengths, trailers. A
-    socket's own timeout does not bind, since it starts again with each byte.
+    All of them pass here, also those that the libraries skip without a limit: responses 100 Continue, chunk lengths, trailers. The timeout
+    of a socket is not enough, since it begins again with each byte.
     """
 
     def __init__(self, raw: io.RawIOBase, sock: socket.socket) -> None:
@@ -2378,8 +2389,8 @@ def import_http() -> Callable[[str], requests.Session]:
                     raise http.client.BadStatusLine("101")  # nobody asked for another protocol
                 self.headers = self.msg = None  # type: ignore[assignment]  # as http.client does itself
                 super().begin()
-            # After a fault more could come on this connection, of a proxy that gave up too soon, and be taken for the next answer; and
-            # a new one may lead to another node, which is well.
+            # After a fault, more bytes may come on this connection (from a proxy that gave up too soon) and would be taken for the next
+            # answer. A new connection may also lead to a healthy node.
             self.will_close = self.will_close or self.status != 200
             for name in ("Set-Cookie", "Set-Cookie2"):  # none is kept or sent, nor even looked at
                 del self.headers[name]
@@ -2464,8 +2475,8 @@ Question = tuple[str, str]  # ("email", address) or ("username", name), normalis
 def shows_owner(question: Question, users: Users) -> bool:
     """Do these users show by themselves whose name it is? If not, Keycloak may hide the owner.
 
-    A storage that is down may call its users disabled. An e-mail, unlike a username, may have more than one user, so one who is disabled
-    does not show that no other has it; nor does one whose e-mail does not count, such as an unverified one.
+    A storage that is down may call its users disabled. An e-mail may have several users, so a disabled one does not prove that nobody else
+    has it; nor does one whose e-mail does not count, such as an unverified one.
     """
     attribute, name = question
     believed = [user for user in users if getattr(user, attribute) == name and (user.enabled or not user.federation)]
@@ -2515,8 +2526,8 @@ def _field(record: Mapping[str, Any], name: str) -> str:
     if name != "email":
         return value or ""
     address = normalise_address(value or "").text
-    # Keycloak takes alice@d1.test and its full-width form for two e-mails. One that our searches cannot find counts as none: normalised,
-    # it would be the address of another user.
+    # Keycloak takes alice@d1.test and its full-width form for two e-mails. Our searches cannot find the second, so it counts as none:
+    # normalised, it would be another user's.
     return address if (value or "").lower() in (address, to_unicode_domain(address)) else ""
 
 
@@ -2525,7 +2536,7 @@ class Shared(Generic[Value]):
 
     def __init__(self, purpose: str) -> None:
         self._purpose = purpose  # for the message at the deadline
-        self._turn = threading.Condition()  # guards the fields below; while _running, the one who works writes result and error
+        self._turn = threading.Condition()  # guards the fields below; while _running, the one who works writes the last three
         self._running = False
         self._begun_at = -math.inf
         self._result: Optional[Value] = None
@@ -2545,7 +2556,7 @@ class Shared(Generic[Value]):
             if self._begun_at >= since and self._error and waited and not self._ran_out:
                 raise type(self._error)(self._error.text, self._error.remedy)
             self._running, self._begun_at = True, time.monotonic()
-            self._result, self._error = None, DirectoryUnavailable("directory: internal error")
+            self._result, self._error, self._ran_out = None, DirectoryUnavailable("directory: internal error"), False
         try:
             result = work()
             self._result, self._error = result, None
@@ -2822,7 +2833,10 @@ class UserSource(Protocol):
 
 
 class Outage:
-    """Whether Keycloak counts as away: from OUTAGE_FAILURES failures in a row until the first success. One log line each way."""
+    """Whether Keycloak counts as away: from OUTAGE_FAILURES failures in a row until the first success.
+
+    The log has a line when it begins and one when it ends, one for each failure before, and for each new mistake of the set-up.
+    """
 
     def __init__(self, clock: Clock = time.monotonic) -> None:
         self.suspected = threading.Event()  # wakes the probe
@@ -3051,7 +3065,7 @@ class KeycloakUsers:
     def _repeat_what_failed(self, session: requests.Session) -> None:
         """Ask for nobody's name of the kind that failed last and, if that fails, once more for what failed; raise DirectoryUnavailable.
 
-        A question that Keycloak never answers, though it answers others of its kind, is no outage: anybody could ask it.
+        If Keycloak never answers one question but answers others of its kind, that is no outage: anybody could ask it.
         """
         failed = self.outage.failed
         if not failed:
@@ -3100,7 +3114,7 @@ class Person(NamedTuple):
         return (*(name for name in now if name[1]), *self.former)
 
     def without(self, taken: Sequence[Question]) -> Person:
-        """The same after another user got these names: they become former ones, and no username or e-mail is left in their place."""
+        """The same after another user got these names: they become former ones, and the username or e-mail is empty."""
         username = "" if ("username", self.user.username) in taken else self.user.username
         email = "" if ("email", self.user.email) in taken else self.user.email
         if (username, email) == self.user[:2]:
@@ -3117,9 +3131,10 @@ class Person(NamedTuple):
 def judge(known: Optional[Person], said: Optional[User], asked_at: float, witness_at: float, policy: PolicyConfig) -> Person:
     """What counts of a user from now on, by what was known and by what Keycloak says now (None: it does not find the user).
 
-    witness_at: when it last confirmed another user of the same federation. Only a user who was there is doubted, and only where
-    Keycloak may be wrong: it finds nobody, or a user storage says "disabled", or has no e-mail any more. The grace passes while others
-    are confirmed and somebody looks: between two looks at most 2 * policy.negative_cache_ttl_seconds counts. One of known and said is not None. Pure.
+    witness_at: when it last confirmed another user of the same federation. A user is doubted only if the user was there before, and
+    only if Keycloak may be wrong: where it finds nobody, and where a user storage says "disabled" or gives no e-mail any more. The time of
+    the grace counts only while Keycloak confirms others and somebody asks; between two looks at most
+    2 * policy.negative_cache_ttl_seconds, at least 2 s. One of known and said is not None. Pure.
     """
     lost_email = known.user.email if known and said and said.federation and not said.email else ""  # which may only not be readable
     if said and said.receives and not lost_email:
@@ -3241,9 +3256,9 @@ class UserStore:
     def learn(self, question: Question, answer: Answer) -> tuple[Optional[Known], list[tuple[Person, Person]]]:
         """Take in what Keycloak said, for all questions at once: what is cached now, and (before, after) of whoever has changed.
 
-        An answer changes nothing of a user if a later question about that user was answered already. Where the two disagree about who was
-        found here, or this very question was answered later, None is returned: ask again. A username belongs to one user, and so does an
-        e-mail that Keycloak did not show with two: who is found with it has taken it from the earlier holder.
+        If a later question about a user was answered already, this answer changes nothing of that user. None means: ask again; the two
+        disagree about a user found here, or this question was answered later. A username belongs to one user, and so does an e-mail that
+        Keycloak did not show with two: who is found with it has taken it from the earlier holder.
         """
         with self._lock:
             return self._do(functools.partial(self._learn, question, answer))
@@ -3534,7 +3549,7 @@ class SavedUsers:
     def wait(self, seconds: float = 1.0) -> None:
         """Return when all that was noted so far is on the disk, or with a warning after so many seconds; at once while the file fails.
 
-        The seconds begin with what is being written now, so that on a disk that hangs only the first questions wait.
+        The time counts from the start of the write that is going on, so on a disk that hangs only the first questions wait.
         """
         with self._turn:
             noted, now = self._noted, time.monotonic()
@@ -3649,8 +3664,8 @@ class SavedUsers:
         saved = [(self._meaning, json.dumps(user_id), person_to_json(person, age)) for user_id, person in batch.items() if person]
         forgotten = [(self._meaning, json.dumps(user_id)) for user_id, person in batch.items() if not person]
         with contextlib.closing(self._open()) as connection:
-            # A power failure must not give back a right that was lost: with FULL the deleted journal may be there again after it, and
-            # undo what was written. Times may be lost.
+            # After a power failure a lost right must not come back: with FULL the deleted journal may be there again, and undo the write.
+            # Times may be lost.
             connection.execute(f"PRAGMA synchronous = {'EXTRA' if is_urgent else 'OFF'}")
             connection.execute("BEGIN IMMEDIATE")
             if self._is_whole:
@@ -3713,14 +3728,14 @@ def person_from_json(text: str, age: float, now: float) -> Person:
 class Verdict(NamedTuple):
     """What follows from the cached people, for one question or two."""
 
-    value: Any  # Users or Login
+    value: Any  # Users, Login, or whether the user has left
     counts: str  # "there", "absent", "doubted", or "unknown": in an outage, nothing that is known decides
 
 
 class Found(NamedTuple):
     """What the directory found, and where that came from."""
 
-    value: Any  # Users or Login
+    value: Any  # Users, Login, or whether the user has left
     source: str  # "cache", "keycloak" or "static"; "outage": from the cache, since Keycloak gave no answer
     age_seconds: float
     known: tuple[Known, ...]  # what it was made from
@@ -3750,7 +3765,7 @@ def judge_leaving(known: Sequence[Known], confirmed_since: Optional[float]) -> V
 def judge_login(known: Sequence[Known], confirmed_since: Optional[float]) -> Verdict:
     """Which user a login names; known are the username and, where the login has the form of one, the e-mail.
 
-    In an outage a login by e-mail counts if Keycloak said before that it is nobody's username; and who was refused stays refused.
+    In an outage, a login by e-mail counts only if Keycloak said before that it is nobody's username. Who was refused stays refused.
     """
     named, *held = (each.here for each in known)
     holders = held[0] if held else ()
@@ -3783,8 +3798,8 @@ def newest(known: Sequence[Known]) -> tuple[Known, ...]:
 def _questions_of_login(sasl_username: str) -> list[Question]:
     """Who may be named: the user of this username and, where it is one, of this e-mail."""
     address = normalise_address(sasl_username)
-    # Only as it is written: anybody may have zoe@example.org. as a username, or its full-width form. Keycloak may have a domain that is
-    # not ASCII in either spelling, so that the other one is such a name too.
+    # Only if it is written in this form: anybody may have zoe@example.org. (or its full-width form) as a username. Keycloak may have a
+    # domain that is not ASCII in either spelling, so that the other one is such a name too.
     is_email = address.is_plain and sasl_username == address.text and "xn--" not in address.domain
     return [("username", sasl_username), *([("email", address.text)] if is_email else [])]
 
@@ -3968,8 +3983,8 @@ class UserDirectory:
 # ---------------------------------------------------------------------------------------------------------------------------------
 # 9. Answers
 # What the handlers ask: the facts for one request, whole answers recalled, the explanation of an answer, and the service that holds
-# all that answers come from; and what they tell: that an app was used. Handler threads enter; the main thread makes the service, a timer
-# thread asks for postmasters, and one thread writes to the disk when each app was last used.
+# all that answers come from; and what they tell: that an app was used. Handler threads enter; the main thread makes the service, it or a
+# timer thread asks for postmasters, and one thread writes to the disk when each app was last used.
 # ---------------------------------------------------------------------------------------------------------------------------------
 
 
@@ -4104,7 +4119,7 @@ class RecalledAnswers:
 
     def __init__(self, directory: UserDirectory) -> None:
         self._directory = directory
-        self._answers: LruMap[Recalled] = LruMap(MAX_RECALLED_ANSWERS)  # by policy_question() or the map's query
+        self._answers: BoundedMap[Recalled] = BoundedMap(MAX_RECALLED_ANSWERS)  # by policy_question() or the map's query
 
     def recall(self, question: tuple[str, ...], version: Optional[Version]) -> Optional[Action]:
         """The answer, if it holds."""
@@ -4190,7 +4205,7 @@ class Service:
             facts = LiveFacts(self, version, deadline=deadline, gives_up=attempt == MAX_ATTEMPTS - 1)
             action = decide(facts)
             deadline = facts.deadline
-            # Again where an earlier look-up's finding was no longer so at a later one: the user may have lost the right since.
+            # Again if what an earlier look-up found was no longer so at a later one: the user may have lost the right meanwhile.
             is_same = all(self.store.says_the_same(known) for found in facts.found for known in found.known)
             if is_same and not facts.is_torn:
                 break
@@ -4269,7 +4284,7 @@ class AppUses:
 
     def __init__(self, path: str) -> None:
         self._path = path
-        self._noted: LruMap[float] = LruMap(MAX_APPS_NOTED)  # by app, when, of time.monotonic()
+        self._noted: BoundedMap[float] = BoundedMap(MAX_APPS_NOTED)  # by app, when, of time.monotonic()
         self._lock = threading.Lock()  # guards the next
         self._waiting: dict[str, dict[str, Any]] = {}  # to be written, by app
         self._has_news = threading.Event()
@@ -4342,8 +4357,8 @@ class AppUses:
 
 # ---------------------------------------------------------------------------------------------------------------------------------
 # 10. Servers
-# One server for each socket, one thread for each connection. A handler reads, asks the sections above, writes, and logs a line for each
-# decision. A connection stays open after an answer until Postfix closes it: a policy client that is closed on waits a second before it
+# One server for each socket, one thread for each connection. A handler reads, asks the sections above, leaves a line for each decision to
+# the log's thread, which makes it here, and writes. A connection stays open after an answer until Postfix closes it: a policy client that is closed on waits a second before it
 # reconnects (smtpd_policy_service_retry_delay), and that second would be paid for every recipient.
 # ---------------------------------------------------------------------------------------------------------------------------------
 
@@ -4356,7 +4371,7 @@ class Tally:
     def __init__(self) -> None:
         self.answers: Counter[tuple[str, str]] = Counter()  # by the first word of the answer, and the reason
         self.recalled = 0  # of them; each took some microseconds, and no clock is asked for it
-        self.counts = [0] * (len(self.BOUNDS) + 1)  # of the others: those that took up to each bound, then those beyond
+        self.counts = [0] * (len(self.BOUNDS) + 1)  # of others made from facts: those that took up to each bound, then those beyond
         self.seconds = 0.0  # that they took together
 
     def note_time(self, seconds: float) -> None:
@@ -4370,7 +4385,7 @@ class Tally:
         self.seconds += other.seconds
 
     def times(self) -> dict[str, Any]:
-        """Of all answers, as a histogram: a recalled one counts as within the least bound."""
+        """Of answers made from facts, as a histogram: a recalled one counts as within the least bound."""
         least, *others = self.counts
         return {"bounds": self.BOUNDS, "counts": [least + self.recalled, *others], "sum": self.seconds}
 
@@ -4479,7 +4494,7 @@ class Handler(socketserver.BaseRequestHandler):
         raise NotImplementedError
 
     def describe(self, request: Any, action: Action) -> str:
-        """What happened, for the log: an event and its key=value pairs. The log's thread calls it."""
+        """What happened, for the log: an event and its key=value pairs. The log's thread calls it, or for a long request the handler's."""
         raise NotImplementedError
 
     def _line(self, request: Any, action: Action, elapsed_ms: float) -> str:
@@ -4656,8 +4671,8 @@ class Server(socketserver.ThreadingUnixStreamServer):
 
 # ---------------------------------------------------------------------------------------------------------------------------------
 # 11. Process
-# Sockets, privileges, signals, reload, the end. The main thread enters; a timer thread asks for postmasters, and handler threads ask for
-# the report.
+# Sockets, privileges, signals, reload, the end. The main thread enters; with Keycloak a timer thread asks for postmasters, and handler
+# threads ask for the report.
 # ---------------------------------------------------------------------------------------------------------------------------------
 
 
@@ -4882,8 +4897,8 @@ def freeze_survivors(phase: str, info: Mapping[str, Any]) -> None:
     """One of gc.callbacks: what has survived a full pass of Python's collector is left out of later passes.
 
     A pass over 100,000 users would stop all threads for 0.1 s and more, and find nothing. Each object still ends with its last reference;
-    only one that becomes part of a cycle later would stay. No answer leaves cycles (tests/test_memory.py), but a failed HTTP request does:
-    those under way stay at the most once for so many new objects.
+    only one that becomes part of a cycle after that is never freed. Answers leave no cycles (tests/test_memory.py). A failed HTTP request
+    does; at most those requests stay that are under way at such a pass, which comes once in so many new objects.
     """
     if phase == "stop" and info["generation"] == 2 and len(gc.get_objects()) > MIN_FROZEN_OBJECTS:
         gc.freeze()

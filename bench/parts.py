@@ -100,7 +100,7 @@ def collector_microseconds(count):
 
 def read_row(database):
     """One that is not remembered."""
-    database._rows = mailcloak.LruMap(0)
+    database._rows = mailcloak.BoundedMap(0)
     return database.find_alias("alias@d1.test")
 
 

@@ -38,7 +38,7 @@ def forget_memoised():
     for value in gc.get_objects():
         if isinstance(value, functools._lru_cache_wrapper) and value.cache_parameters()["maxsize"]:
             value.cache_clear()
-        elif type(value).__name__ == "LruMap":  # of mailcloak.py: rows and answers, bounded as well
+        elif type(value).__name__ == "BoundedMap":  # of mailcloak.py: rows and answers, bounded as well
             value.__init__(value._max_entries)
     gc.collect()
 
