@@ -3107,6 +3107,10 @@ class Person(NamedTuple):
         """Is this the user's email or username now?"""
         return bool(getattr(self.user, question[0]) == question[1]) and self.standing != GONE
 
+    def may_answer(self, question: Question) -> bool:
+        """Is this the user's name now, and could nobody else be meant? An e-mail of a disabled user may be another one's as well."""
+        return self.has(question) and (self.user.receives or question[0] == "username")
+
     @property
     def names(self) -> tuple[Question, ...]:
         """All questions that find the user, the former names too."""
@@ -3452,7 +3456,7 @@ class UserStore:
                 ids = tuple(each for each in ids if each != user_id)
             if not ids:
                 del index[name[1]]
-            elif name not in new or (before and after and before.has(name) and not after.has(name)):
+            elif name not in new or (before and after and before.may_answer(name) and not after.may_answer(name)):
                 index[name[1]] = (NEVER, *ids)  # it may be somebody else's now: asked for again
         for name in new:
             ids = self._index[name[0]].get(name[1], (NEVER,))[1:]

@@ -568,6 +568,17 @@ def test_late_answer_without_a_user_who_has_the_email_by_a_newer_one_is_overtake
     assert learn(store, question, X, at=10) is None
 
 
+def test_email_of_a_user_who_was_found_disabled_by_username_is_asked_for_again():
+    """Meanwhile somebody else may have it as well, who was not there when it was asked for."""
+    store = store_of(10)
+    learn(store, ("email", X.email), X)
+    learn(store, ("username", "xen"), X, at=1)
+    assert store.look(("email", X.email)).asked_at == 0
+    learn(store, ("username", "xen"), X._replace(enabled=False), at=2)
+    assert store.look(("email", X.email)).asked_at == mailcloak.NEVER
+    assert store.look(("username", "xen")).asked_at == 2
+
+
 def test_user_who_loses_a_name_is_told_to_the_disk_before_the_one_who_gains_it():
     """The writer may begin between the two, and the program may be killed after that."""
     store, told = store_of(10), []
