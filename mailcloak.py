@@ -3786,7 +3786,11 @@ def judge_login(known: Sequence[Known], confirmed_since: Optional[float]) -> Ver
         return Verdict(login, "there" if is_usable else "unknown")
     if not all(each.is_settled for each in known):
         return Verdict(login, "doubted")
-    return Verdict(login, "absent" if any(each.people for each in known) else "unknown")
+    people = [(person, each.question) for each in known for person in each.people]
+    was_refused = any(person.standing == GONE or person.has(question) for person, question in people)
+    if people and not was_refused and not all(each.people or each.asked_at > NEVER for each in known):
+        return Verdict(login, "doubted")  # who had the username has another one now, and whose e-mail it is was never asked
+    return Verdict(login, "absent" if people else "unknown")
 
 
 def newest(known: Sequence[Known]) -> tuple[Known, ...]:
@@ -4478,7 +4482,7 @@ class Handler(socketserver.BaseRequestHandler):
                 level = logging.INFO
             if log.isEnabledFor(level):
                 line = functools.partial(self._line, request, action, (time.monotonic() - started) * 1000)
-                self.server.daemon.log_line(level, line if len(request[-1]) <= MAX_LOGGED_CHARS else line())
+                self.server.daemon.log_line(level, line if sum(map(len, request)) <= MAX_LOGGED_CHARS else line())
         except Exception as exc:  # the edge: whatever went wrong, the answer is "try later", never a permission
             log.error("%s: internal error %s", self.component, describe_exception(exc))
             action = self.internal_error

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import logging
 import os
 import pwd
 import re
@@ -16,6 +17,7 @@ import sys
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import yaml
@@ -704,6 +706,19 @@ log.flush()
     lost, made = done.stderr.splitlines()
     assert lost.endswith(" warning daemon: 1 lines of the log were lost, it took no more")
     assert re.fullmatch(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d,\d{3} warning policy: made later", made)
+
+
+@pytest.mark.parametrize(("name", "is_made_at_once"), [("other", False), ("o" * 3000, True)])
+def test_long_request_is_not_kept_until_its_line_is_made(name, is_made_at_once):
+    """Thousands of lines may wait where the log hangs."""
+    lines = []
+    handler = mailcloak.SocketmapHandler.__new__(mailcloak.SocketmapHandler)  # without a connection
+    handler.tally = mailcloak.Tally()
+    service, daemon = SimpleNamespace(note_error=lambda text: False), SimpleNamespace(log_line=lambda *line: lines.append(line))
+    handler.server = SimpleNamespace(service=service, daemon=daemon)
+    handler._answer(mailcloak.SocketmapQuery(name, "x@d1.test"))
+    ((level, text),) = lines
+    assert (level, isinstance(text, str)) == (logging.ERROR, is_made_at_once)
 
 
 @root_only
