@@ -3787,9 +3787,8 @@ def judge_login(known: Sequence[Known], confirmed_since: Optional[float]) -> Ver
     if not all(each.is_settled for each in known):
         return Verdict(login, "doubted")
     people = [(person, each.question) for each in known for person in each.people]
-    was_refused = any(person.standing == GONE or person.has(question) for person, question in people)
-    if people and not was_refused and not all(each.people or each.asked_at > NEVER for each in known):
-        return Verdict(login, "doubted")  # who had the username has another one now, and whose e-mail it is was never asked
+    if people and not any(person.standing == GONE or person.has(question) for person, question in people):
+        return Verdict(login, "doubted")  # who had the username has another one now, and somebody else may have the e-mail
     return Verdict(login, "absent" if people else "unknown")
 
 
