@@ -129,7 +129,7 @@ class Context:
         """The daemon whose sockets the configuration names. Raises ConfigError."""
         sockets, keycloak = self._block("sockets"), self._configuration[0].get("keycloak")
         seconds = ANSWER_SECONDS + (keycloak or mailcloak.KeycloakConfig).timeout_seconds
-        ask = load("mailcloakask")
+        ask = load("mailcloakask", "where_log", "RunningDaemon")
         log = ask.where_log(self._configuration[0].get("daemon"))
         daemon: mailcloakask.RunningDaemon = ask.RunningDaemon(sockets, seconds, log)
         return daemon
@@ -140,10 +140,13 @@ class Context:
             self.database.close()
 
 
-def load(module: str) -> Any:
-    """A module that lies beside this one, and that few commands need. Raises Refused."""
+def load(module: str, *names: str) -> Any:
+    """A module that lies beside this one, and that few commands need; names: of what must be in it. Raises Refused."""
     try:
-        return importlib.import_module(module)
+        loaded = importlib.import_module(module)
+        for name in names:
+            getattr(loaded, name)
+        return loaded
     except Exception as exc:  # also a file that was cut
         path = os.path.join(os.path.dirname(os.path.realpath(__file__)), f"{module}.py")
         raise Refused(f"{path} cannot be loaded: {exc}", "install mailcloak again (make install), which puts it there") from exc

@@ -629,7 +629,7 @@ def in_module(module: str, name: str) -> Callable[[common.Context], Optional[int
     """A function of a module of its own, which is loaded when the command runs: no other command waits for it."""
 
     def run(context: common.Context) -> Optional[int]:
-        code: Optional[int] = getattr(common.load(module), name)(context)
+        code: Optional[int] = getattr(common.load(module, name), name)(context)
         return code
 
     return run

@@ -12,6 +12,7 @@ import subprocess
 import sys
 import threading
 import time
+import types
 
 import pytest
 from conftest import ROOT, run_ctl
@@ -543,7 +544,9 @@ def test_username_that_was_stored_by_force_is_no_fault(static_daemon):
 @pytest.mark.parametrize(
     ("module", "command"), [("mailcloakdata", "db check"), ("mailcloakmirror", "db promote"), ("mailcloakask", "status")]
 )
-def test_module_that_is_missing_says_so(ctl, monkeypatch, capsys, module, command):
-    monkeypatch.setitem(sys.modules, module, None)
+@pytest.mark.parametrize("content", [None, types.ModuleType("cut")], ids=["missing", "cut"])
+def test_module_that_is_missing_or_cut_says_so(ctl, monkeypatch, capsys, module, command, content):
+    """Cut at the end of a function, so that it can be loaded."""
+    monkeypatch.setitem(sys.modules, module, content)
     assert mailcloakctl.main(["--db", str(ctl.path), *command.split()]) == 1
     assert capsys.readouterr().err.startswith(f"mailcloakctl: {ROOT / module}.py cannot be loaded: ")
