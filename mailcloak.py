@@ -4264,6 +4264,10 @@ def _explain(action: Action, facts: LiveFacts, asked: str, user: str) -> dict[st
         change = f"mailcloakctl aliases enable {shlex.quote(deciding[0])}"
     elif "aliases add" in change and holders:
         change = "enable the user in Keycloak" if action.reason != "sender-not-owned" else ANOTHER_ADDRESS
+    elif action.reason == "sender-not-owned" and any(
+        step["asked"] == "alias" and step["found"] and step["found"]["receive_only"] for step in steps
+    ):
+        change = REASONS["receive-only"].change.format(**quoted)
     elif "aliases add" in change and not _can_be_alias(asked):
         change = "nothing: no alias or e-mail of a user can have this form"
     rule = "; ".join(reason.rule for reason in reasons)

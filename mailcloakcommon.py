@@ -552,7 +552,7 @@ def find_origin(database: sqlite3.Connection, schema: str = "main") -> Optional[
 LATE_REMEDIES = {
     "follower": "if other followers are late too, look on the writer: mailcloak-publish, mailcloak-replicate; else on this host:"
     " mailcloak-follow, mailcloak-mirror; restart what stands still, its log may say more",
-    "writer": "start mailcloak-publish on this host again, its log says more; if another host is the writer now, let this one follow it",
+    "writer": "start mailcloak-publish on this host again, or the job that publishes; its log says more; if another host is the writer now, let this one follow it",
 }
 
 

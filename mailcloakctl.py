@@ -191,6 +191,10 @@ def read_targets(context: common.Context, address: str, *, receive_only: bool = 
     common.refuse_catch_all(address)
     for user in sorted(users):
         common.refuse_names(context, user)
+        if not user.isascii():
+            common.say(
+                f"warning: {user} is not ASCII, and Dovecot 2.3 takes no mail for such a mailbox: it bounces; rename the user"
+            )
     return mailcloak.Alias(tuple(sorted(users)), True, tuple(sorted(external)), receive_only)
 
 

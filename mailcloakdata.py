@@ -905,7 +905,7 @@ def write(
 def tell(context: common.Context, staging: sqlite3.Connection, counts: dict[str, int], stored: int, skipped: int) -> None:
     """Print what was changed, or would be; note it in syslog where it was."""
     options = context.options
-    warn_of_other_jobs(staging, dry_run=options.dry_run)
+    warn_of_other_owners(staging, dry_run=options.dry_run)
     show = functools.partial(report, options, staging, counts, stored, skipped)
     if not counts or options.dry_run:
         show()
@@ -932,13 +932,23 @@ def report(options: Any, staging: sqlite3.Connection, counts: dict[str, int], st
     print(f"aliases: {', '.join([*(parts or ['nothing to change']), f'{unchanged} unchanged', *skipped_part])}")
 
 
-def warn_of_other_jobs(staging: sqlite3.Connection, *, dry_run: bool) -> None:
-    """Say which aliases another job had: where both files name one, each takes it from the other, night after night."""
+def warn_of_other_owners(staging: sqlite3.Connection, *, dry_run: bool) -> None:
+    """Say which aliases another job had, or somebody made by hand for others.
+
+    Where the files of two jobs name one, each takes it from the other, night after night. One that was made by hand is deleted when the
+    job's file does not name it any more.
+    """
+    would = "would be" if dry_run else "were"
     taken = "FROM changes WHERE targets IS NOT NULL AND coalesce(old_source, '') <> '' AND coalesce(source, '') <> old_source"
     rows = staging.execute(f"SELECT address, old_source {taken} ORDER BY address").fetchmany(1000)
     if rows:
         names = common.shorten([f"{address} ({source})" for address, source in rows])
-        common.say(f"warning: {'would be' if dry_run else 'were'} taken from another job: {names}; let one file alone name them")
+        common.say(f"warning: {would} taken from another job: {names}; let one file alone name them")
+    taken = "FROM changes WHERE old_targets <> targets AND coalesce(old_source, '') = '' AND coalesce(source, '') <> ''"
+    rows = staging.execute(f"SELECT address {taken} ORDER BY address").fetchmany(1000)
+    if rows:
+        names = common.shorten([address for (address,) in rows])
+        common.say(f"warning: were made by hand, and {would} changed and taken over by this job: {names}")
 
 
 def describe(change: Change) -> str:

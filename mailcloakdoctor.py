@@ -61,6 +61,7 @@ The checks: what each looks at, and the remedy.
   dovecot-trust           does Dovecot trust Keycloak's certificate? tls_ca_cert_file, in 2.4 ssl_client_ca_file
   dovecot-certificate     has Dovecot a certificate with its key, that has not ended? ssl_cert, in 2.4 ssl_server_cert_file
   dovecot-mailboxes       are the user and group there to which the mailboxes belong? useradd
+  dovecot-delimiter       is recipient_delimiter the same in Dovecot and mailcloak? recipient_delimiter
   dovecot-names           is the mailbox to which a user's mail is delivered the one that the user reads? auth_username_format
   dovecot                 can Dovecot read its configuration, and SQLite, and does it look for apps in this database? The examples
   dovecot-query           does its query let apps in only while they are enabled, and only to send? The query of the examples
@@ -76,6 +77,7 @@ The checks: what each looks at, and the remedy.
   primary-shared          have several users the same e-mail? Change it in Keycloak
   login-ambiguous         is the username of one user the e-mail of another? Rename the user in Keycloak
   primary-name, mailbox-name                does a user's e-mail lead to another mailbox? policy.mailbox_domain
+  username-ascii          is the name of a mailbox outside ASCII, with policy.mailbox_domain? Rename the user in Keycloak
   username-delimiter      does a username hold a character of recipient_delimiter? Rename the user in Keycloak
   app-expired             has an enabled app expired? apps set --expires
   app-name                has an app the name of a user? apps add under another name
@@ -916,7 +918,7 @@ def check_alias_users(host: Installation, enabled: Mapping[str, Sequence[str]]) 
     known = [(f"{address} ({username})", users.get(username)) for address, username in named]
     missing = [alias for alias, user in known if not user]
     disabled = [alias for alias, user in known if user and not user.receives]
-    text = "these aliases lead to users who {} in Keycloak, and their mail is still taken"
+    text = "these aliases lead to users who {} in Keycloak; with no other user, their mail is still taken"
     remedy = (
         "mailcloakctl aliases add ADDRESS USERNAME --replace, aliases remove-user where it has others, or aliases disable ADDRESS"
     )
@@ -973,6 +975,9 @@ def find_odd_users(policy: mailcloak.PolicyConfig, users: Mapping[str, mailcloak
     text = "these usernames hold a character of recipient_delimiter, so their mail goes to the mailbox of what stands before it"
     remedy = "rename the users in Keycloak, or take the character out of recipient_delimiter in config.yaml, main.cf and Dovecot"
     yield from about(cut, warning("username-delimiter", text, remedy))
+    odd = [user.username for user in ours if policy.mailbox_domain and not user.username.isascii()]
+    text = "these usernames are not ASCII, and Dovecot 2.3 takes no mail for such a mailbox: all mail for these users bounces"
+    yield from about(odd, warning("username-ascii", text, "rename the users in Keycloak; their e-mails may stay"))
 
 
 def check_mailbox_names(users: Mapping[str, mailcloak.User], ours: Sequence[mailcloak.User]) -> Findings:

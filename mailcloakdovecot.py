@@ -108,6 +108,7 @@ class Dovecot:
         self.auth_user, self.worker_user = self._user_of("auth"), self._user_of("auth-worker")
         self.worker_groups = self._value("service/auth-worker/extra_groups")
         self.delivery_format = self._value("auth_username_format", "-f", "protocol=lmtp")
+        self.delimiter = self._value("recipient_delimiter", "-f", "protocol=lmtp")
         self.queries = list(find_password_queries(self.settings))
         self.token_urls = list(find_token_urls(self.settings))
 
@@ -209,6 +210,7 @@ def check_dovecot(host: Installation) -> Findings:
         yield from check_passdbs(dovecot.settings)
         yield from check_mailboxes(dovecot.settings)
         yield from check_names(host, dovecot)
+        yield from check_delimiter(host, dovecot)
         yield from check_dovecot_certificate(dovecot.settings)
     if offered & TOKENS and host.static_users is None:
         yield from check_realm(host, dovecot.settings, dovecot.token_urls)
@@ -441,6 +443,16 @@ def check_names(host: Installation, dovecot: Dovecot) -> Findings:
     text = f"these users do not read the mailbox to which Dovecot delivers their mail, which is named {named_how} the domain"
     elsewhere = problem(check, text, f'protocol lmtp {{ auth_username_format = "{other} }}, then doveadm reload')
     yield from about(lost, elsewhere) or [ok(check, "mail is delivered to the mailbox that its user reads")]
+
+
+def check_delimiter(host: Installation, dovecot: Dovecot) -> Findings:
+    """Does Dovecot cut off the same extensions? A mailbox that it does not find bounces, and another one may be found."""
+    ours, theirs = host.policy.recipient_delimiter if host.policy else "", dovecot.delimiter
+    if ours and set(theirs) != set(ours):
+        text = f"recipient_delimiter is {theirs!r} in Dovecot and {ours!r} in the configuration of mailcloak, so mail for tagged addresses bounces"
+        yield problem("dovecot-delimiter", text, f"dovecot.conf: recipient_delimiter = {ours}, then doveadm reload")
+    elif ours:
+        yield ok("dovecot-delimiter", f"recipient_delimiter is {ours!r} here and there")
 
 
 def find_login_names(settings: str) -> Iterator[tuple[str, str]]:

@@ -229,6 +229,16 @@ def test_explanation_names_steps_sources_and_what_would_have_to_change(fake, ctl
     ]
 
 
+def test_sender_of_an_alias_that_only_receives_is_told_what_lets_users_send(make_daemon):
+    daemon = make_daemon(static_users=USERS).start()
+    daemon.ctl("aliases", "add", "team@d1.test", "bob", "--receive-only")
+    said = run_ctl("--config", daemon.config_path, "ask", "sender", "team@d1.test", "--user", "alice").stdout
+    assert "reason         sender-not-owned" in said
+    assert "mailcloakctl aliases add team@d1.test --replace, with all its users and without --receive-only" in " ".join(
+        said.split()
+    )
+
+
 BOB = {"users": ["bob"], "enabled": True, "external": [], "receive_only": False}
 STEPS = {
     "disabled alias": (

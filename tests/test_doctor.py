@@ -1789,6 +1789,25 @@ def test_mailbox_of_another_name_than_its_user_is_a_problem_until_the_remedy_was
 
 
 @real_dovecot
+def test_other_delimiter_in_dovecot_is_a_problem_until_the_remedy_was_carried_out(readable_site, dovecot_factory):
+    instance = dovecot_factory(readable_site.database)
+
+    def ask():
+        path = str(instance.config / "dovecot.conf")
+        found = readable_site.findings(mailcloakdoctor.check_config, mailcloakdovecot.check_dovecot, dovecot_config=path)
+        (of_delimiter,) = named(found, "dovecot-delimiter")
+        return of_delimiter
+
+    readable_site.config["policy"]["recipient_delimiter"] = "+"
+    assert ask().state == "ok"
+    change_settings(instance, "recipient_delimiter", "recipient_delimiter = -")
+    found = ask()
+    assert (found.state, found.text[:36]) == ("problem", "recipient_delimiter is '-' in Doveco")
+    change_settings(instance, "recipient_delimiter", re.search("recipient_delimiter = .", found.remedy)[0])
+    assert ask().state == "ok"
+
+
+@real_dovecot
 def test_format_of_names_that_is_not_known_is_not_said_to_be_right(readable_site, dovecot_factory):
     instance = dovecot_factory(readable_site.database)
     change_settings(instance, "auth_username_format", "auth_username_format = x-%{user}")
@@ -2747,6 +2766,15 @@ def test_mailbox_domain_makes_chains_and_names_harmless(keycloak_site, realm):
     for name in ("chain", "e-mail begins with another's name"):
         DATA[name][0](keycloak_site, realm)
     assert {finding.check for finding in ask_all(keycloak_site) if finding.state != "ok"} == {"alias-shadow"}
+
+
+@pytest.mark.parametrize("mailbox_domain", ["", "mailbox.internal"])
+def test_username_that_is_no_ascii_is_a_warning_where_mailboxes_have_it(keycloak_site, realm, mailbox_domain):
+    """Without policy.mailbox_domain mail goes to the local part of the e-mail."""
+    keycloak_site.config["policy"]["mailbox_domain"] = mailbox_domain
+    realm.add_user("zoë", "zoe@d1.test")
+    found = [finding for finding in ask_all(keycloak_site) if finding.check == "username-ascii"]
+    assert [(finding.state, finding.items) for finding in found] == ([("warning", ("zoë",))] if mailbox_domain else [])
 
 
 def test_postmaster_may_be_a_primary_email(keycloak_site, realm):

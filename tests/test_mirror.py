@@ -1235,18 +1235,23 @@ def test_status_of_a_daemon_on_a_follower(writer, make_daemon, short_dir):
 
 def test_three_lines_of_readme_make_a_host_follow_another(writer, tmp_path):
     text = (ROOT / "README.md").read_text()
-    (lines,) = re.findall(r"^```\n(ssh .*\nrsync .*\n.* db mirror .*\n)```$", text, re.MULTILINE)
+    (lines,) = re.findall(r"^```\n(set -e\nssh .*\nrsync -a .*\n.* db mirror .*\n)```$", text, re.MULTILINE)
     own = Host(tmp_path / "own")
     there = tmp_path / "there"
-    tools = {"ssh": f'shift 2; {sys.executable} {ROOT}/mailcloakctl.py "$@"', "rsync": 'cp "${1#*:}" "$2.new" && mv "$2.new" "$2"'}
+    tools = {
+        "ssh": f'shift 2; {sys.executable} {ROOT}/mailcloakctl.py "$@"',
+        "rsync": 'cp -a "${2#*:}" "$3.new" && mv "$3.new" "$3"',
+    }
     for name, script in tools.items():
         (tmp_path / name).write_text(f"#!/bin/sh\n{script}\n")
         (tmp_path / name).chmod(0o755)
-    lines = lines.replace("mx1.example.org:/var/backups/shared.db", f"mx1.example.org:{there}")
-    lines = lines.replace("--db /var/backups/shared.db", f"--db {there}").replace("/var/lib/mailcloak/state.db", str(writer.path))
+    lines = lines.replace("mx1.example.org:/var/lib/mailcloak/shared.db", f"mx1.example.org:{there}")
+    lines = lines.replace("--db /var/lib/mailcloak/shared.db", f"--db {there}").replace(
+        "/var/lib/mailcloak/state.db", str(writer.path)
+    )
 
     def run():
-        return run_job(lines, own, tmp_path, [("/var/backups/shared.db", tmp_path / "here")])
+        return run_job(lines, own, tmp_path, [("/var/lib/mailcloak/shared.db", tmp_path / "here")])
 
     for number in range(2):
         result = run()

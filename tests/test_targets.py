@@ -220,6 +220,17 @@ def test_jobs_with_a_source_do_not_delete_each_others_aliases(ctl):
     assert "c@d1.test     carol       yes      shop" in ctl("aliases", "list").stdout
 
 
+def test_alias_made_by_hand_that_a_job_changes_is_said(ctl):
+    """The next file without it deletes it."""
+    ctl("aliases", "add", "a@d1.test", "alice")
+    ctl("aliases", "add", "b@d1.test", "bob")
+    path = write(ctl, "a@d1.test,carol\nb@d1.test,bob\n")
+    said = "warning: were made by hand, and {} changed and taken over by this job: a@d1.test\n"
+    assert ctl("aliases", "sync", path, "--source", "hr", "--dry-run").stderr == said.format("would be")
+    assert ctl("aliases", "sync", path, "--source", "hr").stderr == said.format("were")
+    assert ctl("aliases", "sync", path, "--source", "hr").stderr == ""
+
+
 @pytest.mark.parametrize("option", ["--source", "--scope"])
 @pytest.mark.parametrize("verb", ["sync", "import"])
 def test_job_without_a_name_is_a_usage_error(ctl, verb, option):
