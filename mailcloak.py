@@ -164,7 +164,7 @@ MAX_USES_CHARS = 8_388_608  # of last-used.json, with some 100 for each app; mor
 DATABASE_KEPT_CONNECTIONS = 64  # beyond, a thread's connection ends with its question; each takes about 150 KiB
 DATABASE_CACHE_KIB = 400  # of pages that a connection keeps; SQLite's own limit is 2,000
 DATABASE_BUSY_SECONDS = 2.0  # how long a question waits for a writer's lock
-DATABASE_TURNS = 16  # threads that ask SQLite at a time; more take Python's lock from each other, and each needs a connection
+DATABASE_TURNS = 32  # threads that ask SQLite at a time; more take Python's lock from each other, and each needs a connection
 DATABASE_TURN_SECONDS = 1.0  # how long a thread waits for its turn; then it asks all the same
 MAX_REMEMBERED_ROWS = 20_000  # each about 400 bytes
 MAX_RECALLED_ANSWERS = 20_000  # each about 800 bytes
@@ -2021,7 +2021,7 @@ class _VersionFile:
 
     # by inode and device
     known: ClassVar[weakref.WeakValueDictionary[tuple[int, ...], _VersionFile]] = weakref.WeakValueDictionary()
-    lock = threading.Lock()  # guards it, and wal_index and _resting of each
+    lock = threading.Lock()  # guards it, and wal_index, _resting and _connections of each
 
     def __init__(self, descriptor: int) -> None:
         self.descriptor = descriptor
@@ -2029,6 +2029,7 @@ class _VersionFile:
         self.inode, self.device = status.st_ino, (os.major(status.st_dev), os.minor(status.st_dev))
         self.wal_index: Optional[int] = None  # a descriptor of the -shm file, which SQLite deletes with the last connection
         self._resting: Optional[int] = None  # wal_index while there is no connection; used again if it is still the same file
+        self._connections = 0  # that are open in WAL mode
         self._twins: list[_VersionFile] = []  # of the same file, opened by mistake: not to be closed before this one
 
     @classmethod
@@ -2054,10 +2055,11 @@ class _VersionFile:
                     resting = None
                 self.wal_index = os.open(path, os.O_RDONLY | os.O_CLOEXEC) if resting is None else resting
 
-    def rest_wal_index(self) -> None:
-        """To be called before a connection is closed: it may be the last one that SQLite counts in WAL mode."""
+    def count_connection(self, change: int) -> None:
+        """One that SQLite counts in WAL mode is open now (1), or will be closed (-1): with the last one it may delete the -shm file."""
         with self.lock:
-            if self.wal_index is not None:
+            self._connections += change
+            if self._connections == 0 and self.wal_index is not None:
                 self._resting, self.wal_index = self.wal_index, None
 
     def __del__(self) -> None:
@@ -2220,11 +2222,12 @@ class Database:
 
     def _leave(self) -> Optional[_VersionFile]:
         """This thread's connection is to be closed; the file that it was opened on."""
-        file, self._local.file = self._local.file, None
+        local = self._local
+        file, local.file, was_wal, local.is_wal = local.file, None, local.is_wal, False
         with self._lock:
             self._connections -= 1
-        if file:
-            file.rest_wal_index()
+        if file and was_wal:
+            file.count_connection(-1)
         return file
 
     def _row(self, statement: str, parameters: tuple[Optional[str], ...], version: Optional[Version]) -> Any:
@@ -2303,6 +2306,8 @@ class Database:
             raise
         local.connection = connection
         local.is_wal = connection.execute("PRAGMA journal_mode").fetchone()[0] == "wal"
+        if local.is_wal and local.file:
+            local.file.count_connection(1)
         if 0 < connection.execute("PRAGMA user_version").fetchone()[0] < SCHEMA_VERSION:
             prepare_database(self._path, DATABASE_BUSY_SECONDS, create=False)  # an older file was put in place of ours
         connection.execute("PRAGMA query_only = ON")
@@ -3511,7 +3516,6 @@ class SavedUsers:
         self, path: str, meaning: str, store: UserStore, clock: Clock = time.monotonic, wall_clock: Clock = time.time
     ) -> None:
         self._path, self._meaning, self._store = path, meaning, store
-        self._directory = self._find_directory(path)
         self._clock, self._wall_clock = clock, wall_clock
         self._turn = threading.Condition()  # guards the six below
         self._waiting: dict[str, Optional[Person]] = {}  # to be written, by user_id; None: to be deleted
@@ -3531,8 +3535,9 @@ class SavedUsers:
         self._thread.start()
 
     def is_at(self, path: str) -> bool:
-        """Is this the file, by its path, or another path to the directory that it was in? Two writers would undo each other's changes."""
-        return path == self._path or (self._directory is not None and self._directory == self._find_directory(path))
+        """Is this the file, by its path or by another way to its directory? Two writers would undo each other's changes."""
+        directory = self._find_directory(self._path)
+        return path == self._path or (directory is not None and directory == self._find_directory(path))
 
     @staticmethod
     def _find_directory(path: str) -> Optional[tuple[int, int]]:

@@ -54,8 +54,11 @@ from typing import Any, NamedTuple, Optional
 
 sys.path.insert(0, os.path.dirname(os.path.realpath(__file__)))  # the modules lie beside this file, also behind a symlink
 
-import mailcloak
-import mailcloakcommon as common
+try:
+    import mailcloak
+    import mailcloakcommon as common
+except (ImportError, SyntaxError) as exc:  # a file that is missing, or was cut
+    sys.exit(f"mailcloakctl: {exc}; install mailcloak again (make install)")
 
 GENERATED_TOKEN_BYTES = 32
 GENERATED_ITERATIONS = 4096  # 256 random bits cannot be guessed, however fast a guess is checked

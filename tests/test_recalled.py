@@ -72,6 +72,33 @@ def test_database_of_another_name_in_the_same_directory_leaves_one_writer_of_sav
     assert second.database is not first.database
 
 
+def test_directory_that_was_moved_is_another_file_and_one_that_came_later_is_not(make_service, tmp_path):
+    """Saved users are written to where the configuration says."""
+    first = make_service()
+    here, there, later = tmp_path / "here", tmp_path / "there", tmp_path / "later"
+    here.mkdir()
+
+    def moved(old, path):
+        service = mailcloak.Service(dataclasses.replace(first.config, sqlite=mailcloak.SqliteConfig(f"{path}/state.db")), old)
+        service.directory.close()
+        services.append(service)
+        return service
+
+    services = []
+    try:
+        one = moved(first, here)
+        here.rename(there)
+        two = moved(one, there)
+        assert two.saved is not one.saved
+        three = moved(two, later)
+        later.mkdir()
+        (tmp_path / "link").symlink_to(later)
+        assert moved(three, tmp_path / "link").saved is three.saved
+    finally:
+        for saved in {service.saved for service in services}:
+            saved.close()
+
+
 def test_attempts_at_one_answer_share_their_deadline(make_service, monkeypatch):
     service, deadlines = make_service(), []
     monkeypatch.setattr(mailcloak.LiveFacts, "is_torn", property(lambda facts: True))
