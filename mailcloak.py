@@ -3516,6 +3516,7 @@ class SavedUsers:
         self, path: str, meaning: str, store: UserStore, clock: Clock = time.monotonic, wall_clock: Clock = time.time
     ) -> None:
         self._path, self._meaning, self._store = path, meaning, store
+        self._directory = self._find_directory(path)
         self._clock, self._wall_clock = clock, wall_clock
         self._turn = threading.Condition()  # guards the six below
         self._waiting: dict[str, Optional[Person]] = {}  # to be written, by user_id; None: to be deleted
@@ -3535,9 +3536,17 @@ class SavedUsers:
         self._thread.start()
 
     def is_at(self, path: str) -> bool:
-        """Is this the file, by its path or by another way to its directory? Two writers would undo each other's changes."""
-        directory = self._find_directory(self._path)
-        return path == self._path or (directory is not None and directory == self._find_directory(path))
+        """Is this the file, by its path or by its directory, the one now or at the start? Two writers would undo each other's changes."""
+        directory = self._find_directory(path)
+        return path == self._path or (directory is not None and directory in (self._directory, self._find_directory(self._path)))
+
+    def move(self, path: str) -> None:
+        """Use the file at this path from now on; where it is another one, all is written to it."""
+        before, self._path = self._path, path
+        if self._find_directory(before) == self._find_directory(path):
+            self.states.setdefault(path, self.states.get(before))
+        with self._turn:
+            self._turn.notify_all()
 
     @staticmethod
     def _find_directory(path: str) -> Optional[tuple[int, int]]:
@@ -3646,7 +3655,7 @@ class SavedUsers:
             return
         batch: dict[str, Optional[Person]] = {}
         try:
-            if self._look_at_file() != self.states[self._path]:
+            if self._look_at_file() != self.states.get(self._path, ()):
                 log.warning("last-known: written again from memory, it was deleted, replaced or changed path=%s", self._path)
                 self._write_everybody()
             with self._turn:
@@ -4195,6 +4204,8 @@ class Service:
                 self.source.close()
             raise
         self.store.policy = config.policy  # not before: a reload that fails changes nothing
+        if self.saved:
+            self.saved.move(saved_path)
         self.recalled = RecalledAnswers(self.directory)
         self._said: set[str] = set()  # errors that the log has already; each use of a set is one atomic step
 

@@ -72,7 +72,7 @@ def test_database_of_another_name_in_the_same_directory_leaves_one_writer_of_sav
     assert second.database is not first.database
 
 
-def test_directory_that_was_moved_is_another_file_and_one_that_came_later_is_not(make_service, tmp_path):
+def test_saved_users_follow_a_directory_that_was_moved_or_came_later(make_service, tmp_path):
     """Saved users are written to where the configuration says."""
     first = make_service()
     here, there, later = tmp_path / "here", tmp_path / "there", tmp_path / "later"
@@ -89,7 +89,13 @@ def test_directory_that_was_moved_is_another_file_and_one_that_came_later_is_not
         one = moved(first, here)
         here.rename(there)
         two = moved(one, there)
-        assert two.saved is not one.saved
+        assert two.saved is one.saved
+        two.store.learn(
+            ("username", "alice"), mailcloak.Answer((mailcloak.User("alice", "alice@d1.test", False),), time.monotonic())
+        )
+        two.saved.wait(10)
+        with contextlib.closing(sqlite3.connect(there / "last-known.db")) as database:
+            assert "alice@d1.test" in str(database.execute("SELECT person FROM users").fetchall())
         three = moved(two, later)
         later.mkdir()
         (tmp_path / "link").symlink_to(later)

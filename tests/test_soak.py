@@ -79,7 +79,8 @@ def test_soak_that_finds_a_leak_fails_and_keeps_the_log(tmp_path):
         assert text.count(place) == 1
         text = text.replace(place, leak)
     shutil.copytree(ROOT / "tests", tmp_path / "tests", ignore=shutil.ignore_patterns("__pycache__"))
-    shutil.copy(ROOT / "mailcloakctl.py", tmp_path)
+    for path in ROOT.glob("mailcloak?*.py"):
+        shutil.copy(path, tmp_path)
     (tmp_path / "mailcloak.py").write_text(text, encoding="utf-8")
     command = [sys.executable, str(tmp_path / "tests" / "soak.py"), "24"]
     result = subprocess.run(command, capture_output=True, text=True, check=False, stdin=subprocess.DEVNULL)
