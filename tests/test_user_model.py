@@ -455,7 +455,8 @@ class OverSockets:
         return answers[0], None if may_fail or world.down else False
 
     def _ask(self, question):
-        time.sleep(0.02)  # what it refreshes in the background because of the question before has come
+        time.sleep(0.02)
+        self.daemon.await_log()  # what it refreshes in the background because of the question before has come, and was taken in
         if question.kind == "map":
             return self.daemon.ask_map(f"alias {question.address}")
         return self.daemon.ask(request="smtpd_access_policy", **policy_attributes(question))
