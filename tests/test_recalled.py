@@ -735,6 +735,21 @@ def test_copy_with_the_same_counters_during_a_question_counts_after_it(make_serv
         assert ask(service, sender("boss@d1.test", "alice", "plain")) == "DUNNO"
 
 
+def test_connection_that_is_closed_in_wal_mode_leaves_the_others_their_version(make_service):
+    """With many busy connections one is closed after each question."""
+    service = make_service(static_users=USERS)
+    write(service, "PRAGMA journal_mode = WAL")
+    pools = [ThreadPoolExecutor(1) for _ in range(2)]
+    for number, pool in enumerate(pools):
+        assert pool.submit(ask, service, alias(f"x{number}@d1.test")).result(10) == "NOTFOUND "
+    pools[1].submit(service.database.close).result(10)
+    assert service.database.version() is not None
+    for pool in pools:
+        pool.submit(service.database.close).result(10)
+        pool.shutdown()
+    assert service.database.version() is None
+
+
 @pytest.mark.parametrize("link", [False, True])
 def test_switch_to_wal_mode_while_another_thread_keeps_its_connection(make_service, tmp_path, link):
     service = make_service(static_users=USERS)
