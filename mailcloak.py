@@ -5328,7 +5328,9 @@ def configure_logging(config: DaemonConfig) -> QueuedLog:
 def main(argv: Optional[Sequence[str]] = None) -> int:
     """Run the daemon; returns its exit code."""
     options = _parse_arguments(argv)
-    if not options.check_config:  # before all that takes time, and before any thread, which inherits it: only sigwait() sees them
+    if (
+        not options.check_config
+    ):  # before all that takes time, and before any thread, which inherits it: only sigtimedwait() sees them
         signal.pthread_sigmask(signal.SIG_BLOCK, Daemon.SIGNALS)
     try:
         config = load_config(options.config)

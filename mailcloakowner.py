@@ -98,7 +98,7 @@ class _OwnersCursor(sqlite3.Cursor):
 
 
 class OwnersConnection(sqlite3.Connection):
-    """One of root whose statements run as the user as whom it was made: the one who owns the way to the file."""
+    """One of root whose statements run as the user who owns the way to the file; it must be made as that user."""
 
     def __init__(self, *arguments: Any, **options: Any) -> None:
         super().__init__(*arguments, **options)
