@@ -134,8 +134,7 @@ REQUEST_SECONDS = 10  # a request that was begun must be whole after this; betwe
 SEND_TIMEOUT_SECONDS = 10  # a client that does not read its answers is dropped after this
 POLL_SECONDS = 0.2  # how often a server looks whether it is to end
 ROOM_SECONDS = 0.05  # how often a server that has no room for a connection looks for some
-FILES_PER_CONNECTION = 4  # the socket, and SQLite's database, WAL and its index
-SPARE_FILES = 200  # for Keycloak, last-known.db, listeners, the log
+SPARE_FILES = 200  # for SQLite, Keycloak, last-known.db, listeners, the log
 IDLE_SECONDS = 1  # an idle connection closes its SQLite connection after this long
 
 MAX_DIRECTORY_ANSWER_BYTES = 1024 * 1024  # of one HTTP response, headers too; ten brief user records are about 4 kB
@@ -161,11 +160,10 @@ SAVE_RETRY_SECONDS = 1.0  # before last-known.db or last-used.json is tried agai
 USE_SECONDS = 60.0  # in which one use of an app is noted at the most
 MAX_APPS_NOTED = 10_000  # beyond, one may be noted before USE_SECONDS are over; each about 200 bytes
 MAX_USES_CHARS = 8_388_608  # of last-used.json, with some 100 for each app; more is not read
-DATABASE_KEPT_CONNECTIONS = 64  # beyond, a thread's connection ends with its question; each takes about 150 KiB
+DATABASE_KEPT_CONNECTIONS = 16  # beyond, a thread's connection ends with its question; each takes about 150 KiB and 3 open files
 DATABASE_CACHE_KIB = 400  # of pages that a connection keeps; SQLite's own limit is 2,000
 DATABASE_BUSY_SECONDS = 2.0  # how long a question waits for a writer's lock
-DATABASE_TURNS = 32  # threads that ask SQLite at a time; more take Python's lock from each other, and each needs a connection
-DATABASE_TURN_SECONDS = 1.0  # how long a thread waits for its turn; then it asks all the same
+DATABASE_WAIT_SECONDS = 10.0  # how long a question waits for the thread that asks SQLite, whose disk may hang
 MAX_REMEMBERED_ROWS = 20_000  # each about 400 bytes
 MAX_RECALLED_ANSWERS = 20_000  # each about 800 bytes
 MAX_RECALLED_FACTS = 8  # of one answer; only that of an alias with many users has more
@@ -1711,9 +1709,10 @@ def postfix_warnings(config: Config) -> Iterator[Problem]:
 
 # ---------------------------------------------------------------------------------------------------------------------------------
 # 6. Database
-# The daemon's SQL on aliases and apps. Each thread has its own connection, since sqlite3 connections must not be shared; handler,
-# server, timer and main threads enter, the one that saves users, and mailcloakctl. A row is remembered with the version of the file (Database.version) and counts
-# only while the file has that version, so a commit counts from the next request on.
+# The daemon's SQL on aliases and apps. Each thread that asks SQLite has its own connection, since sqlite3 connections must not be shared;
+# one asks at a time, for all that wait. Handler, server, timer and main threads enter, the one that saves users, and mailcloakctl. A row
+# is remembered with the version of the file (Database.version) and counts only while the file has that version, so a commit counts from
+# the next request on.
 # ---------------------------------------------------------------------------------------------------------------------------------
 
 SCHEMA_VERSION = 3
@@ -2068,13 +2067,28 @@ class _VersionFile:
                 os.close(descriptor)
 
 
+class _Question:
+    """A row that a thread waits for."""
+
+    __slots__ = ("error", "has_connection", "read_from", "row", "statement", "value", "wake")
+
+    def __init__(self, statement: str, value: Any, *, has_connection: bool) -> None:
+        self.statement, self.value = statement, value
+        self.has_connection = has_connection  # has its thread one to SQLite?
+        self.row: Optional[Sequence[Any]] = None
+        self.read_from: Optional[Version] = None  # the row is exactly that of this version; None: not known
+        self.error = ""
+        self.wake = threading.Lock()  # released when there is the row or the error, or when its thread is the next to ask SQLite
+        self.wake.acquire()
+
+
 class _ThreadsOwn(threading.local):
     """What a thread keeps of the database."""
 
     connection: Optional[sqlite3.Connection] = None
     file: Optional[_VersionFile] = None  # of the connection
     version: Optional[Version] = None  # when the connection was used last
-    read_from: Optional[Version] = None  # what the last row was read from, where that is known exactly
+    read_from: Optional[Version] = None  # of its last row, as in _Question
     is_wal = False  # is the connection in WAL mode?
     schema: Sequence[Any] = ()  # that the connection knows
     page_bytes = 0  # as in the header, when the version was asked last
@@ -2091,12 +2105,12 @@ class Database:
     A row that was read is remembered with the file's version, and counts while the file has that version.
     """
 
-    # Each gives one row, also where there is no such alias or app.
-    FIND_ALIAS = f"SELECT alias_email IS NULL, {ALIAS_COLUMNS} FROM (SELECT 1) LEFT JOIN aliases ON alias_email = ?"  # noqa: S608
-    FIND_APP = (
-        "SELECT app_id IS NULL, enabled, expires_at, CAST(COALESCE(owner, '') AS TEXT),"
-        " EXISTS (SELECT 1 FROM app_from WHERE app_id = apps.app_id AND from_addr = ? AND enabled = 1)"
-        " FROM (SELECT 1) LEFT JOIN apps ON app_id = ?"
+    # Each is for a JSON array, and gives a row for each of its values with the value's place, also where there is no such alias or app.
+    FIND_ALIASES = f"SELECT key, alias_email IS NULL, {ALIAS_COLUMNS} FROM json_each(?) LEFT JOIN aliases ON alias_email = value"  # noqa: S608
+    FIND_APPS = (
+        "SELECT key, app_id IS NULL, apps.enabled, expires_at, CAST(COALESCE(owner, '') AS TEXT),"
+        " EXISTS (SELECT 1 FROM app_from WHERE app_id = apps.app_id AND from_addr = json_extract(value, '$[1]') AND enabled = 1)"
+        " FROM json_each(?) LEFT JOIN apps ON app_id = json_extract(value, '$[0]')"
     )
 
     def __init__(self, path: str) -> None:
@@ -2106,29 +2120,31 @@ class Database:
         self._rows: BoundedMap[tuple[Version, Any]] = BoundedMap(MAX_REMEMBERED_ROWS)  # by statement and parameters
         self._file: Optional[_VersionFile] = None  # of the file that has the path now
         self._last: Optional[Version] = None  # what version() said: 40,000 rows and answers need not have one each
-        self._turns = threading.BoundedSemaphore(DATABASE_TURNS)
-        self._lock = threading.Lock()  # guards the three below
+        self._lock = threading.Lock()  # guards the five below
+        self._waiting: list[_Question] = []  # for the thread that asks SQLite now
+        self._is_asked = False  # is there one, or is one woken for it?
         self._connections = 0  # that are open, of all threads
         self._fails = False  # for one line in the log when it begins and one when it ends
         self._bad_rows: tuple[str, ...] = ()  # rows that the log has named
 
     def find_alias(self, address: str, version: Optional[Version] = None) -> Optional[Alias]:
         """The alias of this exact, normalised address. version: what version() said for this question, None to ask it."""
-        is_missing, targets, *others = self._row(self.FIND_ALIAS, (address,), version)
+        is_missing, targets, *others = self._row(self.FIND_ALIASES, address, version)
         return None if is_missing else read_alias(self._text(targets, "aliases", address), *others)
 
     def find_app(self, app_id: str, sender: Optional[str], version: Optional[Version] = None) -> Optional[App]:
         """The app, and whether the normalised sender ("" is <>, None is never) is in its list; None if no app has that id."""
-        is_missing, enabled, expires_at, owner, may_send = self._row(self.FIND_APP, (sender, app_id), version)
+        is_missing, enabled, expires_at, owner, may_send = self._row(self.FIND_APPS, (app_id, sender), version)
         if is_missing:
             return None
         is_expired = expires_at is not None and not (isinstance(expires_at, int) and time.time() < expires_at)
         state = "disabled" if enabled != 1 else "expired" if is_expired else "enabled"
         return App(state, may_send == 1, self._text(owner, "apps", app_id).lower(), None if is_expired else expires_at)
 
-    def has_read(self, version: Optional[Version]) -> bool:
-        """Did this thread read its last row from exactly this version of the file?"""
-        return version is not None and self._local.read_from == version
+    @property
+    def read_from(self) -> Optional[Version]:
+        """The version of the file that has exactly the row which this thread found last; None: not known."""
+        return self._local.read_from
 
     def _text(self, value: str, table: str, key: str) -> str:
         """A text of the row; one that is not UTF-8 is a fault of this row alone, said once."""
@@ -2144,11 +2160,8 @@ class Database:
 
     def check(self) -> None:
         """Raise DatabaseUnavailable if a question could not be answered now."""
-        self._ask(
-            "SELECT 1 FROM (SELECT 1) LEFT JOIN aliases LEFT JOIN alias_targets LEFT JOIN apps LEFT JOIN app_from LIMIT 1",
-            (),
-            self.version(),
-        )
+        self._ask(self.FIND_ALIASES, "")
+        self._ask(self.FIND_APPS, ("", ""))
 
     def works(self) -> bool:
         """Are questions answered? If the last one failed, this asks another."""
@@ -2230,51 +2243,98 @@ class Database:
             file.count_connection(-1)
         return file
 
-    def _row(self, statement: str, parameters: tuple[Optional[str], ...], version: Optional[Version]) -> Any:
-        """The one row of the statement, remembered or read."""
+    def _row(self, statement: str, value: Any, version: Optional[Version]) -> Any:
+        """The row that the statement gives for the value, remembered or read; version: of the file a moment ago."""
         version = version or self.version()
-        known = self._rows.get((statement, parameters))
+        known = self._rows.get((statement, value))
         if known and known[0] == version:
             self._local.read_from = version
             return known[1]
-        row = self._ask(statement, parameters, version)
-        if version and self._local.read_from == version:
-            self._rows.put((statement, parameters), (version, row), is_lasting=not row[0])
+        row, read_from = self._ask(statement, value)
+        if read_from:
+            self._rows.put((statement, value), (read_from, row), is_lasting=not row[0])
         return row
 
-    def _ask(self, statement: str, parameters: tuple[Optional[str], ...], version: Optional[Version]) -> Any:
-        """The one row of the statement from SQLite; version: of the file a moment ago."""
-        has_turn = self._turns.acquire(timeout=DATABASE_TURN_SECONDS)
-        try:
-            return self._ask_at_once(statement, parameters, version)
-        finally:
-            if has_turn:
-                self._turns.release()
+    def _ask(self, statement: str, value: Any) -> tuple[Any, Optional[Version]]:
+        """The row from SQLite, and the version that it was read from.
 
-    def _ask_at_once(self, statement: str, parameters: tuple[Optional[str], ...], version: Optional[Version]) -> Any:
+        One thread at a time asks SQLite, for all that wait; then it wakes them, and one of those who came meanwhile to ask for these. So
+        threads that all ask do not wait for each other's locks at each step of SQLite.
+        """
         local = self._local
+        question = _Question(statement, value, has_connection=local.connection is not None)
+        with self._lock:
+            self._waiting.append(question)
+            is_next, self._is_asked = not self._is_asked, True
+        if not is_next and not question.wake.acquire(timeout=DATABASE_WAIT_SECONDS) and self._gives_up(question):
+            raise self._failure(f"no answer within {DATABASE_WAIT_SECONDS:g} s")
+        if question.row is None and not question.error:
+            self._ask_for_all()
+        if question.error or question.row is None:
+            raise DatabaseUnavailable(question.error)
+        local.read_from = question.read_from
+        return question.row, question.read_from
+
+    def _gives_up(self, question: _Question) -> bool:
+        """Stop waiting, unless the question was answered or chosen just now."""
+        with self._lock:
+            if question.wake.acquire(blocking=False):
+                return False
+            self._waiting = [each for each in self._waiting if each is not question]
+            return True
+
+    def _ask_for_all(self) -> None:
+        """Answer all questions that wait, this thread's too."""
+        asked, error = [], "internal error"
         try:
-            cursor = self._connection(version).execute(statement, parameters)
-            # SQLite has found the row and holds its lock until fetchall(). So in rollback-journal mode nobody writes the file now; in WAL
+            with self._lock:
+                asked, self._waiting = self._waiting, []
+            for statement in {question.statement for question in asked}:
+                self._ask_sqlite(statement, [question for question in asked if question.statement == statement])
+        except DatabaseUnavailable as exc:
+            error = str(exc)
+        finally:
+            for question in asked:
+                question.error = "" if question.row else error
+            with self._lock:
+                following = [each for each in self._waiting if each.has_connection] or self._waiting
+                self._is_asked = bool(following)
+                for question in asked + following[:1]:
+                    question.wake.release()
+
+    def _ask_sqlite(self, statement: str, questions: Sequence[_Question]) -> None:
+        """Give these questions, all of this statement, their rows."""
+        local, version = self._local, self.version()
+        try:
+            cursor = self._connection(version).execute(statement, (json.dumps([question.value for question in questions]),))
+            # SQLite has found a row and holds its lock until fetchall(). So in rollback-journal mode nobody writes the file now; in WAL
             # mode, if the version is the same as before, there was no commit in between.
             now = self.version() or self._open_wal_index()
             local.version = now if version is None or now == version else None
-            local.read_from = now if now == version and now and local.is_wal == isinstance(now[-1], bytes) else None
-            (row,) = cursor.fetchall()
+            is_exact = now == version and now and local.is_wal == isinstance(now[-1], bytes)
+            rows = cursor.fetchall()
             size = now[1] if now else os.stat(self._path).st_size
             if size % (local.page_bytes if local.page_bytes > 1 else 65536):  # SQLite reads zeros behind the end of such a file
                 raise DatabaseUnavailable("the file ends within a page, it was truncated")
+            if len(rows) != len(questions):
+                raise DatabaseUnavailable("an alias or app is there twice: the table lacks its primary key")
         except (*SQLITE_ERRORS, OSError, StartError, DatabaseUnavailable) as exc:
             self.close()  # a fresh connection next time: the file may have been replaced or fixed by then
-            text = f"database: {self._path!r}: {describe_sqlite(exc)}"
-            if self._set_fails(fails=True):
-                log.error("%s; answers that need it are deferred until it is fixed", text)
-            raise DatabaseUnavailable(text) from exc
+            raise self._failure(describe_sqlite(exc)) from exc
+        for place, *row in rows:
+            question = questions[place]
+            question.row, question.read_from = row, now if is_exact else None
         if self._connections > DATABASE_KEPT_CONNECTIONS:
             self.close()
         if self._fails and self._set_fails(fails=False):
             log.warning("database: works again path=%s", self._path)
-        return row
+
+    def _failure(self, reason: str) -> DatabaseUnavailable:
+        """Note that the database fails."""
+        text = f"database: {self._path!r}: {reason}"
+        if self._set_fails(fails=True):
+            log.error("%s; answers that need it are deferred until it is fixed", text)
+        return DatabaseUnavailable(text)
 
     def _set_fails(self, *, fails: bool) -> bool:
         """Note whether the database fails now; True if that is news."""
@@ -4093,7 +4153,10 @@ class LiveFacts(Facts):
             raise
         if not isinstance(found, Found):
             self._rows += 1
-            if not self._service.database.has_read(self.version):
+            read_from = self._service.database.read_from
+            if self._rows == 1:
+                self.version = read_from
+            if read_from is None or read_from != self.version:
                 self.can_be_recalled = self._is_exact = False
             self._note_step(asked, value, found=found, source="database")
             self.known[asked, value] = found
@@ -4906,13 +4969,13 @@ def drop_privileges(user: str) -> None:
 def allow_connections(wanted: int) -> int:
     """Raise the limit of open files for so many connections to each socket; how many of them the limit then allows."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    needed = SPARE_FILES + 2 * FILES_PER_CONNECTION * wanted
+    needed = SPARE_FILES + 2 * wanted
     for soft_limit, hard_limit in ((needed, max(needed, hard)), (min(needed, hard), hard)):
         if 0 <= soft < needed:  # RLIM_INFINITY is -1
             with contextlib.suppress(ValueError, OSError):  # only root may raise the hard limit
                 resource.setrlimit(resource.RLIMIT_NOFILE, (soft_limit, hard_limit))
                 soft = soft_limit
-    allowed = wanted if soft < 0 else max(1, min(wanted, (soft - SPARE_FILES) // (2 * FILES_PER_CONNECTION)))
+    allowed = wanted if soft < 0 else max(1, min(wanted, (soft - SPARE_FILES) // 2))
     if allowed < wanted:
         log.warning(
             "config: daemon.max_connections: lowered to %d, the limit of open files allows no more; raise that limit", allowed

@@ -218,9 +218,9 @@ def test_limit_of_open_files_is_raised_for_the_connections_wanted():
 
         return as_nobody(in_child)
 
-    assert allowed((256, 20_000), 1000) == "(1000, 8200)"
-    assert allowed((256, 1000), 1000) == "(100, 1000)"
-    assert allowed((256, 256), 1000) == "(7, 256)"
+    assert allowed((256, 20_000), 1000) == "(1000, 2200)"
+    assert allowed((256, 1000), 1000) == "(400, 1000)"
+    assert allowed((256, 256), 1000) == "(28, 256)"
     assert allowed((9000, 20_000), 1000) == "(1000, 9000)"
 
 
@@ -230,5 +230,5 @@ def test_limit_of_open_files_that_cannot_be_raised_lowers_the_connections_with_a
     if os.geteuid() == 0:  # who could raise it again; the capability is taken away
         daemon._command = ["setpriv", "--bounding-set", "-sys_resource", "--inh-caps", "-sys_resource", *daemon._command]
     daemon.start()
-    assert "warning config: daemon.max_connections: lowered to 100" in daemon.log()
+    assert "warning config: daemon.max_connections: lowered to 400" in daemon.log()
     assert daemon.ask(recipient="alice@d1.test") == "DUNNO"

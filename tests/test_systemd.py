@@ -66,7 +66,7 @@ def test_socket_unit_has_the_defaults_of_the_daemon(path):
 def test_service_takes_both_sockets_and_has_room_for_all_connections():
     connections = mailcloak.DaemonConfig().max_connections
     soft, hard = map(int, setting(SERVICE, "LimitNOFILE").split(":"))
-    assert soft >= mailcloak.SPARE_FILES + 2 * mailcloak.FILES_PER_CONNECTION * connections
+    assert soft >= mailcloak.SPARE_FILES + 2 * connections
     assert hard > soft
     assert int(setting(SERVICE, "TasksMax")) >= 2 * connections + 100
     assert setting(SERVICE, "Sockets").split() == [path.name for path in SOCKETS]
