@@ -298,6 +298,7 @@ def call_with_lock(name: str, *argument_types: Any) -> Optional[Callable[..., in
 
 _statx = call_with_lock("statx", ctypes.c_int, ctypes.c_char_p, ctypes.c_int, ctypes.c_uint, ctypes.c_char_p)  # not in old musl
 _AT_FDCWD, _STATX_INO_SIZE_CTIME, _STATX_BYTES = -100, 0x380, 256  # statx(2)
+_AT_EMPTY_PATH, _STATX_NLINK, _STATX_LINKS = 0x1000, 4, struct.Struct("=16xI")
 # stx_ino, stx_size, stx_ctime (s since 1970 and ns; no program can set it), stx_dev_major, stx_dev_minor; on each architecture alike
 _STATX_STATE = struct.Struct("=32xQQ48xqI28xII")
 
@@ -1999,36 +2000,49 @@ Version = tuple[Any, ...]
 _HEADER, _WAL_INDEX_BYTES = struct.Struct(">16xHB5xI"), 48
 
 
-def _read_start(descriptor: int, buffer: Any) -> bool:
+def _read_start(file: _Descriptor, buffer: Any) -> bool:
     """Fill the buffer from the start of the file; False where that cannot be done. These bytes are nearly always in memory, since each
     question reads them; a read from the disk would stop all threads for as long as it takes.
     """
     try:
-        count = _pread(descriptor, buffer, len(buffer), 0) if _pread else os.preadv(descriptor, [buffer], 0)
+        count = _pread(file.number, buffer, len(buffer), 0) if _pread else os.preadv(file.number, [buffer], 0)
     except OSError:
         return False
     return bool(count == len(buffer))
 
 
+class _Descriptor:
+    """An open file, which is closed with its last reference: nobody reads from a number that is of another file by now."""
+
+    def __init__(self, path: str) -> None:
+        self.number = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+
+    def __del__(self) -> None:
+        if hasattr(self, "number"):  # else os.open() failed
+            os.close(self.number)
+
+    def is_deleted(self, status: Any) -> bool:
+        """Has the file no name any more? status: a buffer for statx."""
+        if _statx:
+            return _statx(self.number, b"", _AT_EMPTY_PATH, _STATX_NLINK, status) != 0 or _STATX_LINKS.unpack_from(status)[0] == 0
+        return os.fstat(self.number).st_nlink == 0
+
+
 class _VersionFile:
     """Where the version of one file is read.
 
-    To close a descriptor of a file drops all locks of the process on that file, SQLite's too (fcntl(2)). So each thread with a
-    connection refers to this object, which closes its descriptors when nobody refers to it any more, and there is one for each file,
-    by whatever path it is found.
+    To close a descriptor of a file drops all locks of the process on that file, SQLite's too (fcntl(2)). So each connection refers to this
+    object, which ends after them, and there is one for each file, by whatever path it is found.
     """
 
-    # by inode and device
-    known: ClassVar[weakref.WeakValueDictionary[tuple[int, ...], _VersionFile]] = weakref.WeakValueDictionary()
-    lock = threading.Lock()  # guards it, and wal_index, _resting and _connections of each
+    known: ClassVar[weakref.WeakValueDictionary[tuple[int, ...], _VersionFile]] = weakref.WeakValueDictionary()  # by inode, device
+    lock = threading.Lock()  # guards it, and that one at a time sets wal_index
 
-    def __init__(self, descriptor: int) -> None:
-        self.descriptor = descriptor
-        status = os.fstat(descriptor)
+    def __init__(self, path: str) -> None:
+        self.descriptor = _Descriptor(path)
+        status = os.fstat(self.descriptor.number)
         self.inode, self.device = status.st_ino, (os.major(status.st_dev), os.minor(status.st_dev))
-        self.wal_index: Optional[int] = None  # a descriptor of the -shm file, which SQLite deletes with the last connection
-        self._resting: Optional[int] = None  # wal_index while there is no connection; used again if it is still the same file
-        self._connections = 0  # that are open in WAL mode
+        self.wal_index: Optional[_Descriptor] = None  # the -shm file, which SQLite deletes with the last connection of all programs
         self._twins: list[_VersionFile] = []  # of the same file, opened by mistake: not to be closed before this one
 
     @classmethod
@@ -2037,34 +2051,19 @@ class _VersionFile:
         with cls.lock:
             file = cls.known.get((state[0], *state[4:6]))
             if file is None:
-                opened = cls(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC))
+                opened = cls(path)
                 file = cls.known.setdefault((opened.inode, *opened.device), opened)
                 if file is not opened:
                     file._twins.append(opened)
             return file
 
-    def use_wal_index(self, path: str) -> None:
-        """Find the -shm file. It is there while a thread with a connection reads in WAL mode."""
+    def open_wal_index(self, path: str, status: Any) -> bool:
+        """Open the -shm file, if it is not open; was it not? Raises OSError. It is there while a connection reads in WAL mode."""
         with self.lock:
-            if self.wal_index is None:
-                status = os.stat(path)
-                resting, self._resting = self._resting, None
-                if resting is not None and not os.path.samestat(os.fstat(resting), status):
-                    os.close(resting)
-                    resting = None
-                self.wal_index = os.open(path, os.O_RDONLY | os.O_CLOEXEC) if resting is None else resting
-
-    def count_connection(self, change: int) -> None:
-        """One that SQLite counts in WAL mode is open now (1), or will be closed (-1): with the last one it may delete the -shm file."""
-        with self.lock:
-            self._connections += change
-            if self._connections == 0 and self.wal_index is not None:
-                self._resting, self.wal_index = self.wal_index, None
-
-    def __del__(self) -> None:
-        for descriptor in (self.descriptor, self.wal_index, self._resting):
-            if descriptor is not None:
-                os.close(descriptor)
+            if self.wal_index is not None and not self.wal_index.is_deleted(status):
+                return False
+            self.wal_index = _Descriptor(path)
+            return True
 
 
 class _Question:
@@ -2082,15 +2081,23 @@ class _Question:
         self.wake.acquire()
 
 
+class _Connection:
+    """A thread's connection to SQLite. It ends with its last reference, and before its file does."""
+
+    def __init__(self, sqlite: sqlite3.Connection, file: Optional[_VersionFile]) -> None:
+        self.sqlite, self.file = sqlite, file
+        self.version: Optional[Version] = None  # when it was used last
+        self.schema: Sequence[Any] = ()  # that it knows
+
+    def __del__(self) -> None:
+        self.sqlite.close()
+
+
 class _ThreadsOwn(threading.local):
     """What a thread keeps of the database."""
 
-    connection: Optional[sqlite3.Connection] = None
-    file: Optional[_VersionFile] = None  # of the connection
-    version: Optional[Version] = None  # when the connection was used last
+    connection: Optional[_Connection] = None
     read_from: Optional[Version] = None  # of its last row, as in _Question
-    is_wal = False  # is the connection in WAL mode?
-    schema: Sequence[Any] = ()  # that the connection knows
     page_bytes = 0  # as in the header, when the version was asked last
 
     def __init__(self) -> None:
@@ -2120,10 +2127,10 @@ class Database:
         self._rows: BoundedMap[tuple[Version, Any]] = BoundedMap(MAX_REMEMBERED_ROWS)  # by statement and parameters
         self._file: Optional[_VersionFile] = None  # of the file that has the path now
         self._last: Optional[Version] = None  # what version() said: 40,000 rows and answers need not have one each
-        self._lock = threading.Lock()  # guards the five below
+        self._open: weakref.WeakSet[_Connection] = weakref.WeakSet()  # of all threads; the one that asks SQLite adds to it
+        self._lock = threading.Lock()  # guards the four below
         self._waiting: list[_Question] = []  # for the thread that asks SQLite now
         self._is_asked = False  # is there one, or is one woken for it?
-        self._connections = 0  # that are open, of all threads
         self._fails = False  # for one line in the log when it begins and one when it ends
         self._bad_rows: tuple[str, ...] = ()  # rows that the log has named
 
@@ -2195,8 +2202,8 @@ class Database:
         local.page_bytes, mode, counter = _HEADER.unpack_from(local.header)
         content: Union[int, bytes] = counter
         if mode == 2:
-            wal_index = file.wal_index  # once: another thread may close its connection now
-            if wal_index is None or not _read_start(wal_index, local.wal_index):
+            wal_index = file.wal_index  # once: another thread may open another one now
+            if wal_index is None or wal_index.is_deleted(local.status) or not _read_start(wal_index, local.wal_index):
                 return None
             content, again = local.wal_index.raw[:_WAL_INDEX_BYTES], local.wal_index.raw[_WAL_INDEX_BYTES:]
             if content != again:  # a commit is writing it
@@ -2209,12 +2216,7 @@ class Database:
 
     def close(self) -> None:
         """Close this thread's connection, if it has one."""
-        local = self._local
-        connection, local.connection = local.connection, None
-        if connection is not None:
-            file = self._leave()
-            connection.close()
-            del file  # not before
+        self._local.connection = None
 
     def _find_file(self, state: Version) -> Optional[_VersionFile]:
         """The open file that has this state; None if the path has yet another one now, or none."""
@@ -2224,24 +2226,12 @@ class Database:
             return None
         return file if (state[0], state[4:]) == (file.inode, file.device) else None
 
-    def _open_wal_index(self) -> Optional[Version]:
-        """The version, if only the -shm file is not open yet: opens it. To be called while this thread reads."""
-        file = self._local.file
-        if file is None or file.wal_index is not None:
-            return None
+    def _open_wal_index(self, file: Optional[_VersionFile]) -> Optional[Version]:
+        """The version, if only the -shm file is not open yet: opens it. To be called while this thread reads the file."""
         with contextlib.suppress(OSError):
-            file.use_wal_index(f"{os.path.realpath(self._path)}-shm")
-        return self.version()
-
-    def _leave(self) -> Optional[_VersionFile]:
-        """This thread's connection is to be closed; the file that it was opened on."""
-        local = self._local
-        file, local.file, was_wal, local.is_wal = local.file, None, local.is_wal, False
-        with self._lock:
-            self._connections -= 1
-        if file and was_wal:
-            file.count_connection(-1)
-        return file
+            if file and file.open_wal_index(f"{os.path.realpath(self._path)}-shm", self._local.status):
+                return self.version()
+        return None
 
     def _row(self, statement: str, value: Any, version: Optional[Version]) -> Any:
         """The row that the statement gives for the value, remembered or read; version: of the file a moment ago."""
@@ -2304,17 +2294,19 @@ class Database:
 
     def _ask_sqlite(self, statement: str, questions: Sequence[_Question]) -> None:
         """Give these questions, all of this statement, their rows."""
-        local, version = self._local, self.version()
+        version = self.version()
         try:
-            cursor = self._connection(version).execute(statement, (json.dumps([question.value for question in questions]),))
+            connection = self._connection(version)
+            cursor = connection.sqlite.execute(statement, (json.dumps([question.value for question in questions]),))
             # SQLite has found a row and holds its lock until fetchall(). So in rollback-journal mode nobody writes the file now; in WAL
             # mode, if the version is the same as before, there was no commit in between.
-            now = self.version() or self._open_wal_index()
-            local.version = now if version is None or now == version else None
-            is_exact = now == version and now and local.is_wal == isinstance(now[-1], bytes)
+            now = self.version() or self._open_wal_index(connection.file)
+            connection.version = now if version is None or now == version else None
             rows = cursor.fetchall()
             size = now[1] if now else os.stat(self._path).st_size
-            if size % (local.page_bytes if local.page_bytes > 1 else 65536):  # SQLite reads zeros behind the end of such a file
+            if size % (
+                self._local.page_bytes if self._local.page_bytes > 1 else 65536
+            ):  # SQLite reads zeros behind the end of such a file
                 raise DatabaseUnavailable("the file ends within a page, it was truncated")
             if len(rows) != len(questions):
                 raise DatabaseUnavailable("an alias or app is there twice: the table lacks its primary key")
@@ -2323,8 +2315,8 @@ class Database:
             raise self._failure(describe_sqlite(exc)) from exc
         for place, *row in rows:
             question = questions[place]
-            question.row, question.read_from = row, now if is_exact else None
-        if self._connections > DATABASE_KEPT_CONNECTIONS:
+            question.row, question.read_from = row, now if now == version else None
+        if len(self._open) > DATABASE_KEPT_CONNECTIONS:
             self.close()
         if self._fails and self._set_fails(fails=False):
             log.warning("database: works again path=%s", self._path)
@@ -2342,38 +2334,30 @@ class Database:
             turns, self._fails = self._fails != fails, fails
         return turns
 
-    def _connection(self, version: Optional[Version]) -> sqlite3.Connection:
+    def _connection(self, version: Optional[Version]) -> _Connection:
         """This thread's connection, which lasts through commits; made again where the file may have changed in another way.
 
         SQLite notices a commit by the last part of the version. It does not notice a file that was renamed into place, nor a copy over the
         file with the same last part. It takes a copy with another last part for a commit, and may keep the old schema where its number of
         changes is equal; so the schema is compared.
         """
-        local = self._local
-        before, kept = local.version, local.connection
-        if kept is not None and local.file is self._file and version and before:
+        local, file = self._local, self._file
+        kept = local.connection
+        if kept is not None and kept.file is file and version and kept.version:
+            before = kept.version
             is_commit = before[-1] != version[-1] and isinstance(before[-1], bytes) == isinstance(version[-1], bytes)
-            if version == before or (is_commit and self._schema(kept) == local.schema):
+            if version == before or (is_commit and self._schema(kept.sqlite) == kept.schema):
                 return kept
-        self.close()
-        with self._lock:
-            self._connections += 1
-            local.file = self._file
-        try:
-            connection = connect_database(self._path, DATABASE_BUSY_SECONDS)
-        except SQLITE_ERRORS:
-            self._leave()
-            raise
-        local.connection = connection
-        local.is_wal = connection.execute("PRAGMA journal_mode").fetchone()[0] == "wal"
-        if local.is_wal and local.file:
-            local.file.count_connection(1)
-        if 0 < connection.execute("PRAGMA user_version").fetchone()[0] < SCHEMA_VERSION:
+        local.connection = kept = None
+        sqlite = connect_database(self._path, DATABASE_BUSY_SECONDS)
+        local.connection = connection = _Connection(sqlite, file)
+        self._open.add(connection)
+        if 0 < sqlite.execute("PRAGMA user_version").fetchone()[0] < SCHEMA_VERSION:
             prepare_database(self._path, DATABASE_BUSY_SECONDS, create=False)  # an older file was put in place of ours
-        connection.execute("PRAGMA query_only = ON")
-        connection.execute(f"PRAGMA cache_size = -{DATABASE_CACHE_KIB}")
-        connection.text_factory = _decode
-        local.schema = self._schema(connection)
+        sqlite.execute("PRAGMA query_only = ON")
+        sqlite.execute(f"PRAGMA cache_size = -{DATABASE_CACHE_KIB}")
+        sqlite.text_factory = _decode
+        connection.schema = self._schema(sqlite)
         return connection
 
     @staticmethod
@@ -3576,7 +3560,6 @@ class SavedUsers:
         self, path: str, meaning: str, store: UserStore, clock: Clock = time.monotonic, wall_clock: Clock = time.time
     ) -> None:
         self._path, self._meaning, self._store = path, meaning, store
-        self._directory = self._find_directory(path)
         self._clock, self._wall_clock = clock, wall_clock
         self._turn = threading.Condition()  # guards the six below
         self._waiting: dict[str, Optional[Person]] = {}  # to be written, by user_id; None: to be deleted
@@ -3594,26 +3577,6 @@ class SavedUsers:
         self._take_up()
         self._thread = threading.Thread(target=self._write, name="last-known", daemon=True)
         self._thread.start()
-
-    def is_at(self, path: str) -> bool:
-        """Is this the file, by its path or by its directory, the one now or at the start? Two writers would undo each other's changes."""
-        directory = self._find_directory(path)
-        return path == self._path or (directory is not None and directory in (self._directory, self._find_directory(self._path)))
-
-    def move(self, path: str) -> None:
-        """Use the file at this path from now on; where it is another one, all is written to it."""
-        before, self._path = self._path, path
-        if self._find_directory(before) == self._find_directory(path):
-            self.states.setdefault(path, self.states.get(before))
-        with self._turn:
-            self._turn.notify_all()
-
-    @staticmethod
-    def _find_directory(path: str) -> Optional[tuple[int, int]]:
-        """The identity of the file's directory, of a link that of what it leads to; None for one that cannot be looked at."""
-        with contextlib.suppress(OSError):
-            return file_identity(os.path.join(os.path.dirname(path), "."))
-        return None
 
     def may_know_more(self, seconds: float) -> bool:
         """Could the file, which could not be read yet, know somebody? For so many seconds after the start."""
@@ -3716,7 +3679,8 @@ class SavedUsers:
         batch: dict[str, Optional[Person]] = {}
         try:
             if self._look_at_file() != self.states.get(self._path, ()):
-                log.warning("last-known: written again from memory, it was deleted, replaced or changed path=%s", self._path)
+                if not self._fails:
+                    log.warning("last-known: written again from memory, it was deleted, replaced or changed path=%s", self._path)
                 self._write_everybody()
             with self._turn:
                 self._busy_since = time.monotonic()
@@ -4235,17 +4199,12 @@ class Service:
 
     def __init__(self, config: Config, *old: Service) -> None:
         self.config, self.policy = config, config.policy
-        with_same_path = [each for each in old if each.config.sqlite == config.sqlite]
-        self.database: Database = with_same_path[0].database if with_same_path else Database(config.sqlite.path)
+        self.database: Database = old[0].database if old else Database(config.sqlite.path)
         self.timeout_seconds = config.keycloak.timeout_seconds if config.keycloak else 1.0
         self.meaning = meaning_of(config.keycloak) if config.keycloak else ""
         self.store = UserStore(config.policy)
         self.saved: Optional[SavedUsers] = None
-        saved_path = last_known_path(config.sqlite.path)
-        with_same_file = [each for each in old if each.saved and each.saved.is_at(saved_path)]
-        with_same_meaning = [each for each in with_same_file if each.meaning == self.meaning]
-        if old and old[0].meaning == self.meaning and old[0] not in with_same_meaning:
-            with_same_meaning = []  # with another sqlite.path the last one knows better than those before it
+        with_same_meaning = [each for each in old if each.saved and each.meaning == self.meaning]
         if with_same_meaning:
             self.store, self.saved = with_same_meaning[0].store, with_same_meaning[0].saved
         self.source: UserSource
@@ -4258,7 +4217,7 @@ class Service:
             self.source = StaticUsers(config.static_users or {})
         try:
             if self.meaning and not with_same_meaning:
-                self.saved = SavedUsers(saved_path, self.meaning, self.store)
+                self.saved = SavedUsers(last_known_path(config.sqlite.path), self.meaning, self.store)
             self.directory = UserDirectory(self.source, config.policy, self.timeout_seconds, self.store, self.saved)
         except RuntimeError:  # the system gives no more threads
             if self.saved and not with_same_meaning:
@@ -4267,8 +4226,6 @@ class Service:
                 self.source.close()
             raise
         self.store.policy = config.policy  # not before: a reload that fails changes nothing
-        if self.saved:
-            self.saved.move(saved_path)
         self.recalled = RecalledAnswers(self.directory)
         self._said: set[str] = set()  # errors that the log has already; each use of a set is one atomic step
 
@@ -4392,11 +4349,6 @@ class AppUses:
         self._noted.put(app_id, now, is_lasting=True)
         with self._lock:
             self._waiting[app_id] = {"last_used": int(time.time()), "client": escape_for_log(client)}
-        self._has_news.set()
-
-    def move(self, path: str) -> None:
-        """Use this file from now on."""
-        self._path = path
         self._has_news.set()
 
     def close(self, seconds: float) -> None:
@@ -5065,6 +5017,7 @@ class Daemon:
             timer.start()
         else:
             warn_of_missing_postmasters(service)
+        del service  # which would outlive a reload here
         while (received := self._next_signal()) in (None, signal.SIGHUP):
             if received is None:
                 if self._retired and time.monotonic() >= self._retired_until:
@@ -5148,11 +5101,12 @@ class Daemon:
             return False
         for warning in config.warnings:
             log.warning("%s", warning)
-        for block in ("sockets", "daemon"):
+        for block in ("sockets", "daemon", "sqlite"):
             for field in dataclasses.fields(getattr(config, block)):
                 old, new = (getattr(getattr(each, block), field.name) for each in (self._config, config))
                 if old != new and field.name != "log_level":
                     log.warning("config: %s.%s: a change here needs a restart", block, field.name)
+        config = dataclasses.replace(config, sqlite=self._config.sqlite)
         old_service = self._servers[0].service
         try:
             service = Service(config, old_service, *self._retired)
@@ -5160,7 +5114,6 @@ class Daemon:
             log.error("daemon: reload refused, the old configuration stays in force reason=%s", f'"{exc}"')
             return False
         self._config = config
-        self.app_uses.move(last_used_path(config.sqlite.path))
         for server in self._servers:
             server.service = service
         self._retire(old_service, service)

@@ -473,7 +473,7 @@ def check_stats(host: Installation, stats: dict[str, Any]) -> Findings:
         remedy = f"{SEE_FINDINGS} about the database, and at its log ({mailcloakask.where_log(host.daemon)})"
         yield problem("daemon-database", "the daemon cannot use the database", remedy)
     elif host.database_path and used["path"] != host.database_path:
-        yield warning("daemon-database", f"the daemon uses {used['path']}", f"reload it, so that it uses {host.database_path}")
+        yield warning("daemon-database", f"the daemon uses {used['path']}", f"restart it, so that it uses {host.database_path}")
     keycloak = stats["keycloak"]
     if keycloak and keycloak["state"] == "away":
         text = f"for the daemon Keycloak is {mailcloakask.describe_keycloak(keycloak)[0]}"

@@ -165,23 +165,6 @@ def test_use_that_is_on_the_disk_outlives_a_kill(daemon):
     assert CANNOT not in daemon.log()
 
 
-def test_reload_to_another_database_moves_the_file(daemon):
-    daemon.ask(**AS_APP)
-    wait_for_uses(daemon, printer="192.0.2.7")
-    other = daemon.directory / "other"
-    other.mkdir()
-    with (
-        contextlib.closing(sqlite3.connect(daemon.database)) as source,
-        contextlib.closing(sqlite3.connect(other / "state.db")) as target,
-    ):
-        source.backup(target)
-    daemon.config["sqlite"] = {"path": str(other / "state.db")}
-    daemon.reload()
-    wait_until(uses_path(daemon).exists, what="the file beside the other database")
-    daemon.ask(sasl_username="shop", sasl_method="PLAIN", sender="shop@d1.test", client_address="192.0.2.8")
-    wait_for_uses(daemon, shop="192.0.2.8")
-
-
 def test_file_is_the_daemons_alone_and_the_database_is_not_written(daemon):
     os.chmod(daemon.database, 0o444)
     before = daemon.database.read_bytes()

@@ -81,7 +81,7 @@ def test_each_thread_gets_its_own_row_as_it_was_committed_before_it_asked(path, 
     assert committed > 20
     assert asked > 20 * THREADS
     assert max(together) > 3  # else nothing was tried
-    assert (database._connections, database._waiting, database._is_asked) == (0, [], False)
+    assert (len(database._open), database._waiting, database._is_asked) == (0, [], False)
 
 
 def test_who_waits_too_long_for_the_thread_that_asks_gives_up_and_loses_nobody(path, monkeypatch):

@@ -666,7 +666,7 @@ DAEMONS = {
         lambda stats: change(stats, database={"path": "/other.db", "works": True}),
         "warning",
         "daemon-database",
-        "reload it, so that it uses",
+        "restart it, so that it uses",
     ),
     "Keycloak": (
         lambda stats: change(stats, keycloak={**STATS["keycloak"], "state": "away", "failure": "timed out"}),

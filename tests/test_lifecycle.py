@@ -501,25 +501,25 @@ def test_reload_for_which_there_are_no_threads_changes_nothing(make_daemon, keyc
             each.close()
 
 
-def test_reload_with_a_database_in_no_directory_defers_what_needs_it(make_daemon, keycloak):
-    keycloak.add_user("alice", "alice@d1.test")
-    daemon = make_daemon(keycloak=keycloak.config()).start()
-    good = daemon.config["sqlite"]["path"]
-    daemon.config["sqlite"]["path"] = f"{daemon.config_path}/state.db"
-    daemon.reload()
-    assert daemon.ask(recipient="alice@d1.test") == "DUNNO"
-    assert daemon.ask(recipient="nobody@d1.test").startswith("451")
-    daemon.config["sqlite"]["path"] = good
-    daemon.reload()
-    assert daemon.ask(recipient="nobody@d1.test") == "550 5.1.1 No such user"
-
-
 def test_reload_names_what_needs_a_restart(static_daemon):
     static_daemon.config["sockets"]["policy_socket"] += "-other"
     static_daemon.reload()
     assert "warning config: sockets.policy_socket: a change here needs a restart" in static_daemon.log()
     static_daemon.config["sockets"]["policy_socket"] = static_daemon.config["sockets"]["policy_socket"][: -len("-other")]
     assert static_daemon.ask(recipient="alice@d1.test") == "DUNNO"
+
+
+def test_reload_with_another_database_goes_on_with_the_one_before_and_says_so(static_daemon):
+    static_daemon.ctl("aliases", "add", "info@d1.test", "alice")
+    before = str(static_daemon.database)
+    static_daemon.config["sqlite"]["path"] = f"{static_daemon.directory}/nowhere/state.db"
+    for count in (1, 2):
+        static_daemon.reload()
+        assert static_daemon.log().count("warning config: sqlite.path: a change here needs a restart") == count
+        assert static_daemon.ask_map("alias info@d1.test") == "OK alice@d1.test"
+    static_daemon.config["sqlite"]["path"] = before
+    static_daemon.reload()
+    assert static_daemon.log().count("a change here needs a restart") == 2
 
 
 @pytest.mark.parametrize("change", [None, "keycloak", "realm", "policy"])

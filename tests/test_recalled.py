@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import os
 import re
 import signal
@@ -58,51 +57,6 @@ def make_service(tmp_path, keycloak):
         service.source.close()
         if service.saved:
             service.saved.close()
-
-
-@pytest.mark.parametrize("name", ["other.db", "link/state.db", "./state.db"])
-def test_database_of_another_name_in_the_same_directory_leaves_one_writer_of_saved_users(make_service, tmp_path, name):
-    """Two would overwrite each other's rows of one last-known.db."""
-    (tmp_path / "link").symlink_to(tmp_path)
-    first = make_service()
-    config = dataclasses.replace(first.config, sqlite=mailcloak.SqliteConfig(f"{tmp_path}/{name}"))
-    second = mailcloak.Service(config, first)
-    second.directory.close()
-    assert (second.saved, second.store) == (first.saved, first.store)
-    assert second.database is not first.database
-
-
-def test_saved_users_follow_a_directory_that_was_moved_or_came_later(make_service, tmp_path):
-    """Saved users are written to where the configuration says."""
-    first = make_service()
-    here, there, later = tmp_path / "here", tmp_path / "there", tmp_path / "later"
-    here.mkdir()
-
-    def moved(old, path):
-        service = mailcloak.Service(dataclasses.replace(first.config, sqlite=mailcloak.SqliteConfig(f"{path}/state.db")), old)
-        service.directory.close()
-        services.append(service)
-        return service
-
-    services = []
-    try:
-        one = moved(first, here)
-        here.rename(there)
-        two = moved(one, there)
-        assert two.saved is one.saved
-        two.store.learn(
-            ("username", "alice"), mailcloak.Answer((mailcloak.User("alice", "alice@d1.test", False),), time.monotonic())
-        )
-        two.saved.wait(10)
-        with contextlib.closing(sqlite3.connect(there / "last-known.db")) as database:
-            assert "alice@d1.test" in str(database.execute("SELECT person FROM users").fetchall())
-        three = moved(two, later)
-        later.mkdir()
-        (tmp_path / "link").symlink_to(later)
-        assert moved(three, tmp_path / "link").saved is three.saved
-    finally:
-        for saved in {service.saved for service in services}:
-            saved.close()
 
 
 def test_attempts_at_one_answer_share_their_deadline(make_service, monkeypatch):
@@ -926,23 +880,25 @@ while time.monotonic() < end:
     assert "553" in given
 
 
-def test_reload_with_another_spelling_of_the_path_keeps_the_locks_of_sqlite(static_daemon):
-    """In WAL mode: a descriptor of the file that is closed drops them all, and another program removes the log under the daemon."""
-    path = str(static_daemon.database)
-    link = path.replace("state.db", "link.db")
-    os.symlink(path, link)
-    run_sql(path, "PRAGMA journal_mode = wal", insert_alias("info@d1.test", "alice"))
-    with contextlib.closing(sqlite3.connect(path, isolation_level=None)) as writer:
-        clients = [static_daemon.policy() for _ in range(4)]
-        for spelling in (link, path):
-            for client in clients:
-                client.ask(recipient="info@d1.test")
-            static_daemon.config["sqlite"]["path"] = spelling
-            static_daemon.reload()
-            for client in clients:
-                client.ask(recipient="info@d1.test")
-        with open("/proc/locks", encoding="ascii") as file:
-            assert f" {static_daemon.process.pid} " in file.read()
-        run_sql(path, insert_alias("x@d1.test", "bob"))
-        writer.execute("DELETE FROM aliases WHERE alias_email = 'info@d1.test'")
-        assert clients[0].ask(**{**VIP, "sender": "info@d1.test"}).startswith("553")
+def test_file_that_goes_to_wal_mode_while_a_kept_connection_asks_counts_each_commit_after_it(make_service, monkeypatch):
+    """SQLite deletes the -shm file with its last connection, so another one is there when the next thread asks."""
+    service = make_service(static_users=USERS)
+    add_alias(service)
+    path, connect = service.config.sqlite.path, service.database._connection
+
+    def switch(version):
+        connection = connect(version)
+        run_sql(path, "PRAGMA journal_mode = wal")
+        return connection
+
+    assert ask(service, alias("info@d1.test")) == "OK alice@d1.test"
+    with monkeypatch.context() as patch:
+        patch.setattr(service.database, "_connection", switch)
+        assert ask(service, alias("none@d1.test")) == "NOTFOUND "
+    for number in range(6):
+        username = ("bob", "alice")[number % 2]
+        run_sql(path, f"UPDATE aliases SET username = '{username}'")
+        assert [ask(service, alias("info@d1.test")) for _ in range(2)] == [f"OK {username}@d1.test"] * 2
+        assert is_recalled(service, alias("info@d1.test"))
+        if number == 3:
+            service.database.close()
