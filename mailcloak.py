@@ -3226,7 +3226,12 @@ class Known(NamedTuple):
 
     question: Question
     people: tuple[Person, ...]  # who have the name, or had it
-    asked_at: float  # when Keycloak was asked last; -inf: never
+    asked_at: float  # when Keycloak was asked last; negative, -inf for never: it is to be asked again
+
+    @property
+    def answered_at(self) -> float:
+        """When the newest answer to the question was asked for, though it may have to be asked again; -inf: never."""
+        return self.asked_at if self.asked_at == NEVER else abs(self.asked_at)
 
     @property
     def here(self) -> tuple[Person, ...]:
@@ -3257,7 +3262,7 @@ class Known(NamedTuple):
         here = self.here
         sharers = [person for person in here if person.shares_email and self.question[0] == "email"]
         is_clear = len(here) == 1 > len(sharers) or len(here) == len(sharers) > 1
-        return is_clear or self.asked_at > NEVER or all(person.standing == GONE for person in self.people)
+        return is_clear or self.asked_at > 0 or all(person.standing == GONE for person in self.people)
 
 
 class UserStore:
@@ -3272,7 +3277,7 @@ class UserStore:
         self.on_change: Callable[[str, Optional[Person], Optional[Person]], None] = lambda user_id, before, after: None
         self._lock = threading.Lock()  # guards the fields below
         self._people: OrderedDict[str, Person] = OrderedDict()  # by user_id, longest unused first
-        # by attribute and by every name of these people: (when asked, *user_ids)
+        # by attribute and by every name of these people: (when asked, as in Known, *user_ids)
         self._index: dict[str, dict[str, tuple[Any, ...]]] = {"username": {}, "email": {}}
         self._nobody: OrderedDict[Question, float] = OrderedDict()  # when asked, by questions that found nobody
         self._forgotten_at = NEVER
@@ -3323,7 +3328,7 @@ class UserStore:
         sharers = [user.key for user in answer.users if user.receives and ("email", user.email) == question]
         changes = []
         is_overtaken = answer.asked_at < self._forgotten_at
-        is_late = is_overtaken or self._look(question).asked_at > answer.asked_at
+        is_late = is_overtaken or self._look(question).answered_at > answer.asked_at
         for user in answer.users:
             if user.receives and user.email:
                 last = self._witnesses.pop(user.federation, NEVER)
@@ -3357,10 +3362,11 @@ class UserStore:
             later = self._find_later(before, after) if before else []
             for name, asked_at in later:
                 after = self._miss(after, name, asked_at)
+            is_overtaken |= bool(later)
+            answered = [(name, asked_at) for name, asked_at in later if self._entry(name)[0] > 0]
             self._put(user_id, after)
-            for name, asked_at in later:
+            for name, asked_at in answered:
                 self._note_question(name, asked_at)
-                is_overtaken = True
             if before and after != before:
                 changes.append((before, after))
         for name in named:
@@ -3470,7 +3476,7 @@ class UserStore:
     def _was_missed(self, user: Optional[User], since: float) -> bool:
         """Has an answer that was asked for later said something else about a name of this user, who was not known until now?"""
         looked = [self._look(name) for name in ((("username", user.username), ("email", user.email)) if user else ())]
-        return any(time > since for known in looked for time in (known.asked_at, *(person.asked_at for person in known.people)))
+        return any(time > since for known in looked for time in (known.answered_at, *(person.asked_at for person in known.people)))
 
     def _find_later(self, before: Person, after: Person) -> list[tuple[Question, float]]:
         """Names that are new to the user, and about which an answer that was asked for later did not show the user; when that was.
@@ -3481,7 +3487,7 @@ class UserStore:
         for name in [name for name in after.names if after.has(name) and not before.has(name)]:
             known = self._look(name)
             others = [person.asked_at for person in known.here if name[0] == "username" and person.user.key != after.user.key]
-            asked_at = max([known.asked_at, *others])
+            asked_at = max([known.answered_at, *others])
             if asked_at > after.asked_at:
                 found.append((name, asked_at))
         return found
@@ -3500,20 +3506,20 @@ class UserStore:
         old, new = before.names if before else (), after.names if after else ()
         for name in old:
             index = self._index[name[0]]
-            ids = index[name[1]][1:]
+            asked_at, *ids = index[name[1]]
             if name not in new:
-                ids = tuple(each for each in ids if each != user_id)
+                ids = [each for each in ids if each != user_id]
             if not ids:
                 del index[name[1]]
             elif name not in new or (before and after and before.may_answer(name) and not after.may_answer(name)):
-                index[name[1]] = (NEVER, *ids)  # it may be somebody else's now: asked for again
+                index[name[1]] = (-abs(asked_at), *ids)  # it may be somebody else's now: asked for again
         for name in new:
-            ids = self._index[name[0]].get(name[1], (NEVER,))[1:]
+            asked_at, *ids = self._entry(name)
             gains = after is not None and after.has(name) and not (before and before.has(name))
             if gains or user_id not in ids:
                 self._nobody.pop(name, None)
                 # the answer that found the user by another name may be older than the one to this question, or newer: asked for again
-                self._index[name[0]][name[1]] = (NEVER, *ids) if user_id in ids else (NEVER, *ids, user_id)
+                self._index[name[0]][name[1]] = (-abs(asked_at), *dict.fromkeys((*ids, user_id)))
         if after != before and not is_saved:
             self.on_change(user_id, before, after)
 

@@ -571,12 +571,28 @@ def test_late_answer_without_a_user_who_has_the_email_by_a_newer_one_is_overtake
 def test_email_of_a_user_who_was_found_disabled_by_username_is_asked_for_again():
     """Meanwhile somebody else may have it as well, who was not there when it was asked for."""
     store = store_of(10)
-    learn(store, ("email", X.email), X)
-    learn(store, ("username", "xen"), X, at=1)
-    assert store.look(("email", X.email)).asked_at == 0
-    learn(store, ("username", "xen"), X._replace(enabled=False), at=2)
-    assert store.look(("email", X.email)).asked_at == mailcloak.NEVER
-    assert store.look(("username", "xen")).asked_at == 2
+    learn(store, ("email", X.email), X, at=1)
+    learn(store, ("username", "xen"), X, at=2)
+    assert store.look(("email", X.email)).asked_at == 1
+    learn(store, ("username", "xen"), X._replace(enabled=False), at=3)
+    assert store.look(("email", X.email)).asked_at < 0
+    assert store.look(("username", "xen")).asked_at == 3
+
+
+@pytest.mark.parametrize("comes", ["before", "after"])
+def test_late_answer_is_overtaken_by_one_about_nobody_whoever_was_looked_up_since(comes):
+    """Else a user who had somebody's e-mail for a moment could send as it for the whole of an outage."""
+    store = store_of(10)
+    late = (("username", "yan"), Y._replace(email=X.email))
+    learn(store, ("email", X.email), X, at=1)
+    learn(store, ("email", Y.email), Y, at=2)
+    learn(store, ("email", X.email), at=12)
+    if comes == "before":
+        assert learn(store, *late, at=10) is None
+    learn(store, ("username", "xen"), X._replace(email="new@d1.test"), at=13)
+    if comes == "after":
+        assert learn(store, *late, at=10) is None
+    assert {person.standing for person in store.look(("email", X.email)).here} <= {DOUBTED}
 
 
 @pytest.mark.parametrize("asked_at", [None, 3])
