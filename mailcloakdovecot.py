@@ -448,9 +448,14 @@ def check_names(host: Installation, dovecot: Dovecot) -> Findings:
 def check_delimiter(host: Installation, dovecot: Dovecot) -> Findings:
     """Does Dovecot cut off the same extensions? A mailbox that it does not find bounces, and another one may be found."""
     ours, theirs = host.policy.recipient_delimiter if host.policy else "", dovecot.delimiter
-    if ours and set(theirs) != set(ours):
-        text = f"recipient_delimiter is {theirs!r} in Dovecot and {ours!r} in the configuration of mailcloak, so mail for tagged addresses bounces"
-        yield problem("dovecot-delimiter", text, f"dovecot.conf: recipient_delimiter = {ours}, then doveadm reload")
+    differ = f"recipient_delimiter is {theirs!r} in Dovecot and {ours!r} in the configuration of mailcloak"
+    remedy = f"dovecot.conf: recipient_delimiter = {ours}, then doveadm reload"
+    if set(ours) - set(theirs):
+        yield problem("dovecot-delimiter", f"{differ}, so mail for tagged addresses bounces", remedy)
+    elif set(theirs) - set(ours):
+        yield warning(
+            "dovecot-delimiter", f"{differ}, so mail for a user with such a character in their name goes to another one", remedy
+        )
     elif ours:
         yield ok("dovecot-delimiter", f"recipient_delimiter is {ours!r} here and there")
 

@@ -1795,16 +1795,23 @@ def test_other_delimiter_in_dovecot_is_a_problem_until_the_remedy_was_carried_ou
     def ask():
         path = str(instance.config / "dovecot.conf")
         found = readable_site.findings(mailcloakdoctor.check_config, mailcloakdovecot.check_dovecot, dovecot_config=path)
-        (of_delimiter,) = named(found, "dovecot-delimiter")
-        return of_delimiter
+        return next((each for each in found if each.check == "dovecot-delimiter"), None)
 
     readable_site.config["policy"]["recipient_delimiter"] = "+"
     assert ask().state == "ok"
-    change_settings(instance, "recipient_delimiter", "recipient_delimiter = -")
-    found = ask()
-    assert (found.state, found.text[:36]) == ("problem", "recipient_delimiter is '-' in Doveco")
-    change_settings(instance, "recipient_delimiter", re.search("recipient_delimiter = .", found.remedy)[0])
-    assert ask().state == "ok"
+    for theirs, ours, state, effect in (
+        ("-", "+", "problem", "bounces"),
+        ("+-", "+", "warning", "another"),
+        ("+", "", "warning", "another"),
+    ):
+        readable_site.config["policy"]["recipient_delimiter"] = ours
+        change_settings(instance, "recipient_delimiter", f"recipient_delimiter = {theirs}")
+        found = ask()
+        assert found.state == state
+        assert found.text.startswith(f"recipient_delimiter is '{theirs}' in Dovecot")
+        assert effect in found.text
+        change_settings(instance, "recipient_delimiter", re.search("recipient_delimiter = [^,]?", found.remedy)[0])
+        assert ask() is None if not ours else ask().state == "ok"
 
 
 @real_dovecot
