@@ -99,7 +99,10 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import IO, TYPE_CHECKING, Any, Callable, ClassVar, Generic, NamedTuple, Optional, Protocol, TypeVar, Union, cast
 
-import yaml
+try:
+    import yaml
+except ImportError as error:  # the first that a copy on a new host meets
+    sys.exit(f"mailcloak: {error}: install PyYAML (python3-yaml; RHEL: python3-pyyaml; Alpine: py3-yaml)")
 
 if TYPE_CHECKING:
     import requests
@@ -2410,11 +2413,8 @@ class _LimitedReader(io.RawIOBase):
 
 
 @functools.cache
-def import_http() -> Callable[[str], requests.Session]:
-    """The class of HTTP sessions; the first call imports all that a request can ever need, and what functions above import.
-
-    The daemon makes that call while it is root: later its user may not be able to read the directories of Python's modules.
-    """
+def _session_class() -> Callable[[str], requests.Session]:
+    """The class of HTTP sessions; the first call imports all that a request can ever need, and what functions above import."""
     import difflib  # noqa: F401  of a key that is not known, at a reload
     import encodings.idna  # of the host's name, in socket.getaddrinfo()
     import encodings.punycode  # noqa: F401  of addresses, in section 2
@@ -2468,6 +2468,17 @@ def import_http() -> Callable[[str], requests.Session]:
             """Nowhere, ever: even without allow_redirects requests would read and decode the whole body of a redirect."""
 
     return Session
+
+
+def import_http() -> Callable[[str], requests.Session]:
+    """The class of HTTP sessions, each made for a ca_file; raises StartError where a library is missing.
+
+    The daemon calls it while it is root: later its user may not be able to read the directories of Python's modules.
+    """
+    try:
+        return _session_class()
+    except ImportError as exc:
+        raise StartError(str(exc), "install requests (python3-requests; Alpine: py3-requests)") from exc
 
 
 def new_session(ca_file: str) -> requests.Session:
@@ -4406,8 +4417,8 @@ class AppUses:
 # ---------------------------------------------------------------------------------------------------------------------------------
 # 10. Servers
 # One server for each socket, one thread for each connection. A handler reads, asks the sections above, leaves a line for each decision to
-# the log's thread, which makes it here, and writes. A connection stays open after an answer until Postfix closes it: a policy client that is closed on waits a second before it
-# reconnects (smtpd_policy_service_retry_delay), and that second would be paid for every recipient.
+# the log's thread, which calls describe() here, and writes. A connection stays open until Postfix closes it: a policy client whose
+# connection is closed waits a second before it reconnects (smtpd_policy_service_retry_delay), for every recipient again.
 # ---------------------------------------------------------------------------------------------------------------------------------
 
 

@@ -636,8 +636,9 @@ def check_keycloak(host: Installation) -> Findings:
     if host.keycloak is None:
         yield skipped("keycloak", NO_CONFIG, FIX_CONFIG)
         return
-    reader, check = KeycloakReader(host.keycloak), "keycloak-token"
+    check = "keycloak-token"
     try:
+        reader = KeycloakReader(host.keycloak)
         common.show_progress("asking Keycloak for a token ...")
         claims = read_claims(reader.ask(reader.api.access_token).text)
         who = f"{host.keycloak.base_url}, realm {host.keycloak.realm}, gives client {host.keycloak.client_id} a token"
@@ -652,7 +653,7 @@ def check_keycloak(host: Installation) -> Findings:
         yield from check_email_edit(reader)
         yield from list_users(host, reader)
         yield from check_canaries(host, reader)
-    except mailcloak.DirectoryMisconfigured as exc:
+    except (mailcloak.DirectoryMisconfigured, mailcloak.StartError) as exc:
         yield problem(check, exc.text, exc.remedy)
     except mailcloak.DirectoryUnavailable as exc:
         remedy = exc.remedy or "look whether Keycloak runs, and whether keycloak.base_url can be reached from this host"

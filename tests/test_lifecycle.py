@@ -21,7 +21,7 @@ from types import SimpleNamespace
 
 import pytest
 import yaml
-from conftest import ROOT, USERS, as_nobody, in_own_dev, wait_until
+from conftest import ROOT, USERS, as_nobody, config_in, in_own_dev, wait_until
 
 import mailcloak
 
@@ -817,3 +817,28 @@ def test_lines_go_to_syslog_with_their_priority_and_without_their_time(make_daem
 def test_syslog_without_a_syslog_daemon_is_refused_at_the_start(make_daemon):
     daemon = with_own_dev(make_daemon(static_users=USERS))
     assert "daemon.log: there is no /dev/log, start a syslog daemon or set it to stderr" in launch_and_fail(daemon)
+
+
+@pytest.mark.parametrize(
+    ("module", "program", "arguments", "said"),
+    [
+        ("yaml", "mailcloak.py", ["--check-config"], "mailcloak: No module named 'yaml': install PyYAML (python3-yaml; "),
+        ("yaml", "mailcloakctl.py", ["aliases", "list"], "mailcloak: No module named 'yaml': install PyYAML (python3-yaml; "),
+        ("requests", "mailcloak.py", [], "error No module named 'requests', install requests (python3-requests; "),
+        ("requests", "mailcloakctl.py", ["doctor"], "install requests (python3-requests; "),
+    ],
+)
+def test_library_that_is_missing_is_named_with_its_package(tmp_path, short_dir, module, program, arguments, said):
+    """A script in place of the library says what Python says where there is none."""
+    (tmp_path / f"{module}.py").write_text(f"raise ImportError(\"No module named '{module}'\")\n")
+    config = config_in(
+        short_dir, keycloak={"base_url": "https://127.0.0.1:1", "realm": "r", "client_id": "c", "client_secret": "s"}
+    )
+    (short_dir / "config.yaml").write_text(yaml.safe_dump(config))
+    command = [sys.executable, str(ROOT / program), "--config", str(short_dir / "config.yaml"), *arguments]
+    done = subprocess.run(
+        command, env={**os.environ, "PYTHONPATH": str(tmp_path)}, capture_output=True, text=True, timeout=30, check=False
+    )
+    assert done.returncode != 0
+    assert said in done.stdout + done.stderr
+    assert "Traceback" not in done.stderr
