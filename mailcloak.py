@@ -3237,12 +3237,17 @@ class Known(NamedTuple):
 
     question: Question
     people: tuple[Person, ...]  # who have the name, or had it
-    asked_at: float  # when Keycloak was asked last; negative, -inf for never: it is to be asked again
+    stamp: float  # when Keycloak was asked last; negative if it is to be asked again, -inf: never
+
+    @property
+    def asked_at(self) -> float:
+        """When Keycloak was asked last; -inf: it is to be asked again."""
+        return self.stamp if self.stamp > 0 else NEVER
 
     @property
     def answered_at(self) -> float:
-        """When the newest answer to the question was asked for, though it may have to be asked again; -inf: never."""
-        return self.asked_at if self.asked_at == NEVER else abs(self.asked_at)
+        """When Keycloak was asked last, though it may have to be asked again; -inf: never."""
+        return self.stamp if self.stamp == NEVER else abs(self.stamp)
 
     @property
     def here(self) -> tuple[Person, ...]:
@@ -3273,7 +3278,7 @@ class Known(NamedTuple):
         here = self.here
         sharers = [person for person in here if person.shares_email and self.question[0] == "email"]
         is_clear = len(here) == 1 > len(sharers) or len(here) == len(sharers) > 1
-        return is_clear or self.asked_at > 0 or all(person.standing == GONE for person in self.people)
+        return is_clear or self.asked_at > NEVER or all(person.standing == GONE for person in self.people)
 
 
 class UserStore:
@@ -3288,7 +3293,7 @@ class UserStore:
         self.on_change: Callable[[str, Optional[Person], Optional[Person]], None] = lambda user_id, before, after: None
         self._lock = threading.Lock()  # guards the fields below
         self._people: OrderedDict[str, Person] = OrderedDict()  # by user_id, longest unused first
-        # by attribute and by every name of these people: (when asked, as in Known, *user_ids)
+        # by attribute and by every name of these people: (stamp, as in Known, *user_ids)
         self._index: dict[str, dict[str, tuple[Any, ...]]] = {"username": {}, "email": {}}
         self._nobody: OrderedDict[Question, float] = OrderedDict()  # when asked, by questions that found nobody
         self._forgotten_at = NEVER
@@ -3308,7 +3313,7 @@ class UserStore:
         """Is this still what is cached for these questions? No lock, and no use noted: each step is one look at a dict."""
         for each in known:
             entry = self._entry(each.question)
-            if entry[0] != each.asked_at or len(entry) != 1 + len(each.people):
+            if entry[0] != each.stamp or len(entry) != 1 + len(each.people):
                 return False
             for place, person in enumerate(each.people, 1):
                 if self._people.get(entry[place]) is not person:
@@ -3385,7 +3390,7 @@ class UserStore:
         if is_overtaken or is_late:
             return None, changes
         self._note_question(question, answer.asked_at)
-        known = self._look(question)._replace(asked_at=answer.asked_at)
+        known = self._look(question)._replace(stamp=answer.asked_at)
         self._make_room(len(said))
         return known, changes
 
@@ -3467,7 +3472,7 @@ class UserStore:
             return len(self._people), len(self._nobody)
 
     def _entry(self, question: Question) -> tuple[Any, ...]:
-        """(when the question was asked, *user_ids)."""
+        """(stamp, *user_ids)."""
         return self._index[question[0]].get(question[1]) or (self._nobody.get(question, NEVER),)
 
     # ---- with the lock held
@@ -3481,8 +3486,8 @@ class UserStore:
         return step()
 
     def _look(self, question: Question) -> Known:
-        asked_at, *ids = self._entry(question)
-        return Known(question, tuple(self._people[user_id] for user_id in ids), asked_at)
+        stamp, *ids = self._entry(question)
+        return Known(question, tuple(self._people[user_id] for user_id in ids), stamp)
 
     def _was_missed(self, user: Optional[User], since: float) -> bool:
         """Has an answer that was asked for later said something else about a name of this user, who was not known until now?"""
@@ -3517,20 +3522,20 @@ class UserStore:
         old, new = before.names if before else (), after.names if after else ()
         for name in old:
             index = self._index[name[0]]
-            asked_at, *ids = index[name[1]]
+            stamp, *ids = index[name[1]]
             if name not in new:
                 ids = [each for each in ids if each != user_id]
             if not ids:
                 del index[name[1]]
             elif name not in new or (before and after and before.may_answer(name) and not after.may_answer(name)):
-                index[name[1]] = (-abs(asked_at), *ids)  # it may be somebody else's now: asked for again
+                index[name[1]] = (-abs(stamp), *ids)  # it may be somebody else's now: asked for again
         for name in new:
-            asked_at, *ids = self._entry(name)
+            stamp, *ids = self._entry(name)
             gains = after is not None and after.has(name) and not (before and before.has(name))
             if gains or user_id not in ids:
                 self._nobody.pop(name, None)
                 # the answer that found the user by another name may be older than the one to this question, or newer: asked for again
-                self._index[name[0]][name[1]] = (-abs(asked_at), *dict.fromkeys((*ids, user_id)))
+                self._index[name[0]][name[1]] = (-abs(stamp), *dict.fromkeys((*ids, user_id)))
         if after != before and not is_saved:
             self.on_change(user_id, before, after)
 
