@@ -301,7 +301,6 @@ def call_with_lock(name: str, *argument_types: Any) -> Optional[Callable[..., in
 
 _statx = call_with_lock("statx", ctypes.c_int, ctypes.c_char_p, ctypes.c_int, ctypes.c_uint, ctypes.c_char_p)  # not in old musl
 _AT_FDCWD, _STATX_INO_SIZE_CTIME, _STATX_BYTES = -100, 0x380, 256  # statx(2)
-_AT_EMPTY_PATH, _STATX_NLINK, _STATX_LINKS = 0x1000, 4, struct.Struct("=16xI")
 # stx_ino, stx_size, stx_ctime (s since 1970 and ns; no program can set it), stx_dev_major, stx_dev_minor; on each architecture alike
 _STATX_STATE = struct.Struct("=32xQQ48xqI28xII")
 
@@ -2014,21 +2013,34 @@ def _read_start(file: _Descriptor, buffer: Any) -> bool:
     return bool(count == len(buffer))
 
 
+def _look_at(path: bytes, buffer: Any) -> Optional[Version]:
+    """The parts of a version that are not in the file itself: (inode, size, ctime (s, ns), device (major, minor)); None without a file."""
+    if _statx and _statx(_AT_FDCWD, path, 0, _STATX_INO_SIZE_CTIME, buffer) == 0:
+        return _STATX_STATE.unpack_from(buffer)
+    try:
+        found = os.stat(path)
+    except OSError:
+        return None
+    device = os.major(found.st_dev), os.minor(found.st_dev)
+    return (found.st_ino, found.st_size, *divmod(found.st_ctime_ns, 10**9), *device)
+
+
 class _Descriptor:
     """An open file, which is closed with its last reference: nobody reads from a number that is of another file by now."""
 
     def __init__(self, path: str) -> None:
+        self.path = os.fsencode(path)
         self.number = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+        status = os.fstat(self.number)
+        self.inode, self.device = status.st_ino, (os.major(status.st_dev), os.minor(status.st_dev))
 
     def __del__(self) -> None:
         if hasattr(self, "number"):  # else os.open() failed
             os.close(self.number)
 
-    def is_deleted(self, status: Any) -> bool:
-        """Has the file no name any more? status: a buffer for statx."""
-        if _statx:
-            return _statx(self.number, b"", _AT_EMPTY_PATH, _STATX_NLINK, status) != 0 or _STATX_LINKS.unpack_from(status)[0] == 0
-        return os.fstat(self.number).st_nlink == 0
+    def is_of(self, state: Optional[Version]) -> bool:
+        """Is it the file that was looked at?"""
+        return state is not None and state[0] == self.inode and state[4:6] == self.device
 
 
 class _VersionFile:
@@ -2042,9 +2054,7 @@ class _VersionFile:
     lock = threading.Lock()  # guards it, and that one at a time sets wal_index
 
     def __init__(self, path: str) -> None:
-        self.descriptor = _Descriptor(path)
-        status = os.fstat(self.descriptor.number)
-        self.inode, self.device = status.st_ino, (os.major(status.st_dev), os.minor(status.st_dev))
+        self.database = _Descriptor(path)
         self.wal_index: Optional[_Descriptor] = None  # the -shm file, which SQLite deletes with the last connection of all programs
         self._twins: list[_VersionFile] = []  # of the same file, opened by mistake: not to be closed before this one
 
@@ -2055,15 +2065,15 @@ class _VersionFile:
             file = cls.known.get((state[0], *state[4:6]))
             if file is None:
                 opened = cls(path)
-                file = cls.known.setdefault((opened.inode, *opened.device), opened)
+                file = cls.known.setdefault((opened.database.inode, *opened.database.device), opened)
                 if file is not opened:
                     file._twins.append(opened)
             return file
 
-    def open_wal_index(self, path: str, status: Any) -> bool:
+    def open_wal_index(self, path: str, buffer: Any) -> bool:
         """Open the -shm file, if it is not open; was it not? Raises OSError. It is there while a connection reads in WAL mode."""
         with self.lock:
-            if self.wal_index is not None and not self.wal_index.is_deleted(status):
+            if self.wal_index is not None and self.wal_index.is_of(_look_at(self.wal_index.path, buffer)):
                 return False
             self.wal_index = _Descriptor(path)
             return True
@@ -2188,25 +2198,21 @@ class Database:
         Source: the SQLite database file format, section 1.3; the WAL-mode file format, section 2.
         """
         local = self._local
-        if _statx and _statx(_AT_FDCWD, self._path_bytes, 0, _STATX_INO_SIZE_CTIME, local.status) == 0:
-            state = _STATX_STATE.unpack_from(local.status)
-        else:
-            try:
-                found = os.stat(self._path)
-            except OSError:
-                return None
-            device = os.major(found.st_dev), os.minor(found.st_dev)
-            state = (found.st_ino, found.st_size, *divmod(found.st_ctime_ns, 10**9), *device)
+        state = _look_at(self._path_bytes, local.status)
+        if state is None:
+            return None
         file = self._file
-        if file is None or state[0] != file.inode or state[4:] != file.device:
+        if file is None or not file.database.is_of(state):
             file = self._find_file(state)
-        if file is None or not _read_start(file.descriptor, local.header):
+        if file is None or not _read_start(file.database, local.header):
             return None
         local.page_bytes, mode, counter = _HEADER.unpack_from(local.header)
         content: Union[int, bytes] = counter
         if mode == 2:
             wal_index = file.wal_index  # once: another thread may open another one now
-            if wal_index is None or wal_index.is_deleted(local.status) or not _read_start(wal_index, local.wal_index):
+            if wal_index is None or not wal_index.is_of(_look_at(wal_index.path, local.status)):
+                return None
+            if not _read_start(wal_index, local.wal_index):
                 return None
             content, again = local.wal_index.raw[:_WAL_INDEX_BYTES], local.wal_index.raw[_WAL_INDEX_BYTES:]
             if content != again:  # a commit is writing it
@@ -2227,7 +2233,7 @@ class Database:
             file = self._file = _VersionFile.at(self._path, state)
         except OSError:
             return None
-        return file if (state[0], state[4:]) == (file.inode, file.device) else None
+        return file if file.database.is_of(state) else None
 
     def _open_wal_index(self, file: Optional[_VersionFile]) -> Optional[Version]:
         """The version, if only the -shm file is not open yet: opens it. To be called while this thread reads the file."""
