@@ -2097,8 +2097,9 @@ class _Question:
 class _Connection:
     """A thread's connection to SQLite. It ends with its last reference, and before its file does."""
 
-    def __init__(self, sqlite: sqlite3.Connection, file: Optional[_VersionFile]) -> None:
-        self.sqlite, self.file = sqlite, file
+    def __init__(self, sqlite: sqlite3.Connection, path: str, file: Optional[_VersionFile]) -> None:
+        self.sqlite, self.path = sqlite, path
+        self.file = file  # None: while it was opened, the path led elsewhere
         self.version: Optional[Version] = None  # when it was used last
         self.schema: Sequence[Any] = ()  # that it knows
 
@@ -2235,10 +2236,10 @@ class Database:
             return None
         return file if file.database.is_of(state) else None
 
-    def _open_wal_index(self, file: Optional[_VersionFile]) -> Optional[Version]:
-        """The version, if only the -shm file is not open yet: opens it. To be called while this thread reads the file."""
+    def _open_wal_index(self, connection: _Connection) -> Optional[Version]:
+        """The version, if only the -shm file is not open yet: opens it. To be called while this thread reads by the connection."""
         with contextlib.suppress(OSError):
-            if file and file.open_wal_index(f"{os.path.realpath(self._path)}-shm", self._local.status):
+            if connection.file and connection.file.open_wal_index(f"{connection.path}-shm", self._local.status):
                 return self.version()
         return None
 
@@ -2309,7 +2310,7 @@ class Database:
             cursor = connection.sqlite.execute(statement, (json.dumps([question.value for question in questions]),))
             # SQLite has found a row and holds its lock until fetchall(). So in rollback-journal mode nobody writes the file now; in WAL
             # mode, if the version is the same as before, there was no commit in between.
-            now = self.version() or self._open_wal_index(connection.file)
+            now = self.version() or self._open_wal_index(connection)
             connection.version = now if version is None or now == version else None
             rows = cursor.fetchall()
             size = now[1] if now else os.stat(self._path).st_size
@@ -2324,7 +2325,7 @@ class Database:
             raise self._failure(describe_sqlite(exc)) from exc
         for place, *row in rows:
             question = questions[place]
-            question.row, question.read_from = row, now if now == version else None
+            question.row, question.read_from = row, now if now == version and connection.file else None
         if len(self._open) > DATABASE_KEPT_CONNECTIONS:
             self.close()
         if self._fails and self._set_fails(fails=False):
@@ -2358,8 +2359,10 @@ class Database:
             if version == before or (is_commit and self._schema(kept.sqlite) == kept.schema):
                 return kept
         local.connection = kept = None
-        sqlite = connect_database(self._path, DATABASE_BUSY_SECONDS)
-        local.connection = connection = _Connection(sqlite, file)
+        path = os.path.realpath(self._path)  # a link may be led elsewhere and back, and no version shows that
+        sqlite = connect_database(path, DATABASE_BUSY_SECONDS)
+        is_there = file is not None and file.database.is_of(_look_at(os.fsencode(path), local.status))
+        local.connection = connection = _Connection(sqlite, path, file if is_there else None)
         self._open.add(connection)
         if 0 < sqlite.execute("PRAGMA user_version").fetchone()[0] < SCHEMA_VERSION:
             prepare_database(self._path, DATABASE_BUSY_SECONDS, create=False)  # an older file was put in place of ours

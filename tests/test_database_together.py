@@ -141,3 +141,26 @@ def test_address_that_is_there_twice_is_deferred(tmp_path):
     with pytest.raises(mailcloak.DatabaseUnavailable, match="there twice"):
         found.find_alias("twice@d1.test")
     assert found.find_alias("once@d1.test").users == ("alice",)
+
+
+def test_directory_whose_link_is_led_elsewhere_and_back_gives_no_row_of_the_other_later(path, tmp_path, monkeypatch):
+    there, link = tmp_path / "there", tmp_path / "link"
+    there.mkdir()
+    shutil.copy(path, there)
+    with contextlib.closing(sqlite3.connect(there / "state.db")) as database, database:
+        database.execute("UPDATE aliases SET username = 'elsewhere'")
+    link.symlink_to(tmp_path)
+    database, realpath = mailcloak.Database(str(link / "state.db")), os.path.realpath
+
+    def lead_elsewhere_and_back(name):
+        link.unlink()
+        link.symlink_to(there)
+        found = realpath(name)
+        link.unlink()
+        link.symlink_to(tmp_path)
+        return found
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os.path, "realpath", lead_elsewhere_and_back)
+        assert database.find_alias("1@d1.test").users == ("elsewhere",)
+    assert [database.find_alias("1@d1.test").users for _ in range(3)] == [("0",)] * 3
