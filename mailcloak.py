@@ -2314,18 +2314,18 @@ class Database:
             connection.version = now if version is None or now == version else None
             rows = cursor.fetchall()
             size = now[1] if now else os.stat(self._path).st_size
-            if size % (
-                self._local.page_bytes if self._local.page_bytes > 1 else 65536
-            ):  # SQLite reads zeros behind the end of such a file
+            page_bytes = self._local.page_bytes if self._local.page_bytes > 1 else 65536
+            if size % page_bytes:  # SQLite reads zeros behind the end of such a file
                 raise DatabaseUnavailable("the file ends within a page, it was truncated")
             if len(rows) != len(questions):
                 raise DatabaseUnavailable("an alias or app is there twice: the table lacks its primary key")
         except (*SQLITE_ERRORS, OSError, StartError, DatabaseUnavailable) as exc:
             self.close()  # a fresh connection next time: the file may have been replaced or fixed by then
             raise self._failure(describe_sqlite(exc)) from exc
+        is_exact = now == version and connection.file is not None and connection.file.database.is_of(now)
         for place, *row in rows:
             question = questions[place]
-            question.row, question.read_from = row, now if now == version and connection.file else None
+            question.row, question.read_from = row, now if is_exact else None
         if len(self._open) > DATABASE_KEPT_CONNECTIONS:
             self.close()
         if self._fails and self._set_fails(fails=False):
