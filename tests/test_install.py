@@ -328,6 +328,16 @@ def test_second_install_says_nothing_of_settings_that_were_not_changed(tmp_path)
     assert "kept" not in run("install", tmp_path).stdout
 
 
+@pytest.mark.real("postfix")
+@pytest.mark.parametrize("asks", [True, False])
+def test_uninstall_says_that_postfix_still_asks(tmp_path, asks):
+    (tmp_path / "main.cf").write_text("smtpd_recipient_restrictions = check_policy_service unix:mailcloak/policy\n" if asks else "")
+    (tmp_path / "master.cf").write_text("smtp inet n - y - - smtpd\n")
+    folders = {"SYSCONFDIR": str(tmp_path / "etc"), "SBINDIR": str(tmp_path / "sbin"), "UNITDIR": str(tmp_path / "units")}
+    said = run("uninstall", "", prefix=tmp_path, MAIL_CONFIG=str(tmp_path), **folders).stdout
+    assert ("main.cf or master.cf of Postfix still names mailcloak" in said) == asks
+
+
 def test_uninstall_leaves_configuration_and_database_alone(tmp_path):
     run("install", tmp_path)
     mine = ["etc/mailcloak/config.yaml", "etc/conf.d/mailcloak", "etc/logrotate.d/mailcloak"]
