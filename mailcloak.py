@@ -167,6 +167,7 @@ DATABASE_KEPT_CONNECTIONS = 16  # beyond, a thread's connection ends with its qu
 DATABASE_CACHE_KIB = 400  # of pages that a connection keeps; SQLite's own limit is 2,000
 DATABASE_BUSY_SECONDS = 2.0  # how long a question waits for a writer's lock
 DATABASE_WAIT_SECONDS = 10.0  # how long a question waits for the thread that asks SQLite, whose disk may hang
+DATABASE_STUCK_SECONDS = 60.0  # after this long another thread asks: the disk works again, or memory was short at a bad moment
 MAX_REMEMBERED_ROWS = 20_000  # each about 400 bytes
 MAX_RECALLED_ANSWERS = 20_000  # each about 800 bytes
 MAX_RECALLED_FACTS = 8  # of one answer; only that of an alias with many users has more
@@ -2144,7 +2145,7 @@ class Database:
         self._open: weakref.WeakSet[_Connection] = weakref.WeakSet()  # of all threads; the one that asks SQLite adds to it
         self._lock = threading.Lock()  # guards the four below
         self._waiting: list[_Question] = []  # for the thread that asks SQLite now
-        self._is_asked = False  # is there one, or is one woken for it?
+        self._asked_at: Optional[float] = None  # when it began; None: there is none
         self._fails = False  # for one line in the log when it begins and one when it ends
         self._bad_rows: tuple[str, ...] = ()  # rows that the log has named
 
@@ -2264,12 +2265,16 @@ class Database:
         local = self._local
         question = _Question(statement, value, has_connection=local.connection is not None)
         with self._lock:
-            self._waiting.append(question)
-            is_next, self._is_asked = not self._is_asked, True
+            now = time.monotonic()
+            is_next = self._asked_at is None or now > self._asked_at + DATABASE_STUCK_SECONDS
+            if is_next:
+                self._asked_at = now
+            else:
+                self._waiting.append(question)
         if not is_next and not question.wake.acquire(timeout=DATABASE_WAIT_SECONDS) and self._gives_up(question):
             raise self._failure(f"no answer within {DATABASE_WAIT_SECONDS:g} s")
         if question.row is None and not question.error:
-            self._ask_for_all()
+            self._ask_for_all(question)
         if question.error or question.row is None:
             raise DatabaseUnavailable(question.error)
         local.read_from = question.read_from
@@ -2280,15 +2285,16 @@ class Database:
         with self._lock:
             if question.wake.acquire(blocking=False):
                 return False
-            self._waiting = [each for each in self._waiting if each is not question]
+            with contextlib.suppress(ValueError):  # it is being asked now
+                self._waiting.remove(question)
             return True
 
-    def _ask_for_all(self) -> None:
-        """Answer all questions that wait, this thread's too."""
-        asked, error = [], "internal error"
+    def _ask_for_all(self, own: _Question) -> None:
+        """Answer this thread's own question and all that wait."""
+        asked, error = [own], "internal error"
         try:
             with self._lock:
-                asked, self._waiting = self._waiting, []
+                asked, self._waiting = [own, *self._waiting], []
             for statement in {question.statement for question in asked}:
                 self._ask_sqlite(statement, [question for question in asked if question.statement == statement])
         except DatabaseUnavailable as exc:
@@ -2297,10 +2303,15 @@ class Database:
             for question in asked:
                 question.error = "" if question.row else error
             with self._lock:
-                following = [each for each in self._waiting if each.has_connection] or self._waiting
-                self._is_asked = bool(following)
-                for question in asked + following[:1]:
-                    question.wake.release()
+                following = next(
+                    (each for each in self._waiting if each.has_connection), self._waiting[0] if self._waiting else None
+                )
+                if following:
+                    self._waiting.remove(following)
+                    following.wake.release()
+                self._asked_at = time.monotonic() if following else None
+            for question in asked:
+                question.wake.release()
 
     def _ask_sqlite(self, statement: str, questions: Sequence[_Question]) -> None:
         """Give these questions, all of this statement, their rows."""
