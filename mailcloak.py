@@ -184,7 +184,7 @@ SHUTDOWN_LOOKUP_SECONDS = 3.0  # after SIGTERM, lookups that still wait for Keyc
 SHUTDOWN_TOTAL_SECONDS = 3.8  # then connections that are left are cut off
 SHUTDOWN_SECONDS = 4.2  # then the program ends, though last-known.db may lack what was learned last
 
-MIN_FROZEN_OBJECTS = 20_000  # that have survived a full pass of Python's collector; 100,000 users are about 200,000
+PASSES_BEFORE_FULL = 4  # of the middle generation of Python's collector, each for some 7,000 new objects; a user is about ten
 
 THREAD_STACK_BYTES = 4 * 1024 * 1024  # enough for json to reach Python's limit of recursion first, where the system has less
 
@@ -2128,11 +2128,14 @@ class Database:
     """
 
     # Each is for a JSON array, and gives a row for each of its values with the value's place, also where there is no such alias or app.
-    FIND_ALIASES = f"SELECT key, alias_email IS NULL, {ALIAS_COLUMNS} FROM json_each(?) LEFT JOIN aliases ON alias_email = value"  # noqa: S608
+    FIND_ALIASES = (
+        f"SELECT asked.key, alias_email IS NULL, {ALIAS_COLUMNS}"  # noqa: S608
+        " FROM json_each(?) AS asked LEFT JOIN aliases ON alias_email = asked.value"
+    )
     FIND_APPS = (
-        "SELECT key, app_id IS NULL, apps.enabled, expires_at, CAST(COALESCE(owner, '') AS TEXT),"
-        " EXISTS (SELECT 1 FROM app_from WHERE app_id = apps.app_id AND from_addr = json_extract(value, '$[1]') AND enabled = 1)"
-        " FROM json_each(?) LEFT JOIN apps ON app_id = json_extract(value, '$[0]')"
+        "SELECT asked.key, app_id IS NULL, apps.enabled, expires_at, CAST(COALESCE(owner, '') AS TEXT),"
+        " EXISTS (SELECT 1 FROM app_from WHERE app_id = apps.app_id AND from_addr = json_extract(asked.value, '$[1]') AND enabled = 1)"
+        " FROM json_each(?) AS asked LEFT JOIN apps ON app_id = json_extract(asked.value, '$[0]')"
     )
 
     def __init__(self, path: str) -> None:
@@ -2296,12 +2299,12 @@ class Database:
             with self._lock:
                 asked, self._waiting = [own, *self._waiting], []
             for statement in {question.statement for question in asked}:
-                self._ask_sqlite(statement, [question for question in asked if question.statement == statement])
+                self._ask_together(statement, [question for question in asked if question.statement == statement])
         except DatabaseUnavailable as exc:
             error = str(exc)
         finally:
             for question in asked:
-                question.error = "" if question.row else error
+                question.error = "" if question.row else question.error or error
             with self._lock:
                 following = next(
                     (each for each in self._waiting if each.has_connection), self._waiting[0] if self._waiting else None
@@ -2313,8 +2316,24 @@ class Database:
             for question in asked:
                 question.wake.release()
 
+    def _ask_together(self, statement: str, questions: Sequence[_Question]) -> None:
+        """Give these questions, all of this statement, their rows; raises DatabaseUnavailable where somebody locks the file.
+
+        After any other fault each is asked by itself: a damaged page, or an address that is there twice, concerns one alone.
+        """
+        try:
+            self._ask_sqlite(statement, questions)
+        except DatabaseUnavailable as exc:
+            if sqlite_fault(exc) == "busy":
+                raise
+            if len(questions) == 1:
+                questions[0].error = str(exc)
+                return
+            for question in questions:
+                self._ask_together(statement, [question])
+
     def _ask_sqlite(self, statement: str, questions: Sequence[_Question]) -> None:
-        """Give these questions, all of this statement, their rows."""
+        """The same in one question to SQLite; raises DatabaseUnavailable."""
         version = self.version()
         try:
             connection = self._connection(version)
@@ -3596,7 +3615,8 @@ class SavedUsers:
     """
 
     SCHEMA = "CREATE TABLE IF NOT EXISTS users (meaning TEXT, user_id TEXT, person TEXT NOT NULL, PRIMARY KEY (meaning, user_id)) WITHOUT ROWID"
-    states: ClassVar[dict[str, Optional[tuple[int, ...]]]] = {}  # of each file by its path, after this process has used it
+    # Of each file by its path, after this process has used it: (what _look_at_file() said, how often it was another file by then)
+    states: ClassVar[dict[str, tuple[Optional[tuple[int, ...]], int]]] = {}
 
     def __init__(
         self, path: str, meaning: str, store: UserStore, clock: Clock = time.monotonic, wall_clock: Clock = time.time
@@ -3616,6 +3636,7 @@ class SavedUsers:
         store.await_saved()
         self._taken_up = False
         self._is_whole = False  # is all of it, of this meaning, to be written?
+        self._others_seen = 0  # how many of the other files have all users of this meaning by now
         self._take_up()
         self._thread = threading.Thread(target=self._write, name="last-known", daemon=True)
         self._thread.start()
@@ -3653,7 +3674,7 @@ class SavedUsers:
             self._closing = True
             self._turn.notify_all()
         self._thread.join(seconds)
-        self._store.on_change = lambda user_id, before, after: None  # else each would keep the other, see freeze_survivors()
+        self._store.on_change = lambda user_id, before, after: None  # else each would keep the other, see collect_garbage()
 
     def _note(self, user_id: str, before: Optional[Person], after: Optional[Person]) -> None:
         with self._turn:
@@ -3671,7 +3692,7 @@ class SavedUsers:
             with contextlib.closing(self._open()) as connection:
                 connection.text_factory = _decode
                 rows = connection.execute("SELECT person FROM users WHERE meaning = ?", (self._meaning,)).fetchall()
-            self.states[self._path] = self._look_at_file()
+            self._others_seen = self._note_state()
         except Exception as exc:
             self._note_fault(exc)
             return
@@ -3689,6 +3710,12 @@ class SavedUsers:
             status = os.lstat(self._path)
             return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
         return None
+
+    def _note_state(self, others: int = 0) -> int:
+        """Note the file as ours; others: 1 if it is another one than before, so that whoever uses it writes everybody. How many so far."""
+        count = self.states.get(self._path, (None, 0))[1] + others
+        self.states[self._path] = self._look_at_file(), count
+        return count
 
     def _open(self) -> sqlite3.Connection:
         create_database_file(self._path, 0o600)
@@ -3720,9 +3747,12 @@ class SavedUsers:
             return
         batch: dict[str, Optional[Person]] = {}
         try:
-            if self._look_at_file() != self.states.get(self._path, ()):
+            if self._look_at_file() != self.states.get(self._path, ((), 0))[0]:
                 if not self._fails:
                     log.warning("last-known: written again from memory, it was deleted, replaced or changed path=%s", self._path)
+                self._note_state(others=1)
+            others = self.states[self._path][1]
+            if self._others_seen != others:  # also where one of another meaning was the first to see it
                 self._write_everybody()
             with self._turn:
                 self._busy_since = time.monotonic()
@@ -3730,6 +3760,7 @@ class SavedUsers:
                 noted, is_urgent = self._noted, not self._news.isdisjoint(batch)
             if batch:
                 self._save(batch, is_urgent)
+            self._others_seen = others
         except Exception as exc:
             with self._turn:
                 self._waiting, self._busy_since = {**batch, **self._waiting}, None
@@ -3757,7 +3788,7 @@ class SavedUsers:
             connection.executemany("INSERT OR REPLACE INTO users VALUES (?, ?, ?)", saved)
             connection.executemany("DELETE FROM users WHERE meaning = ? AND user_id = ?", forgotten)
             connection.execute("COMMIT")
-        self.states[self._path] = self._look_at_file()
+        self._note_state()
         self._is_whole = False
 
     def _note_fault(self, exc: Exception) -> None:
@@ -3766,7 +3797,7 @@ class SavedUsers:
             try:
                 with contextlib.suppress(FileNotFoundError):
                     os.unlink(self._path)
-                self.states[self._path] = None
+                self._note_state(others=1)
                 log.warning("last-known: begun again from memory path=%s reason=%s", self._path, f'"{reason}"')
                 self._write_everybody()
                 return
@@ -4656,6 +4687,19 @@ class SocketmapHandler(Handler):
         return f"{event} map={escape_for_log(request.name)} key=<{escape_for_log(request.key)}>{mailbox}"
 
 
+def collect_garbage() -> None:
+    """A full pass of Python's collector, where there are enough new objects for one; what survives it is left out of later passes.
+
+    A pass over 100,000 users would stop all threads for 0.1 s and more, and find nothing. Each object still ends with its last reference;
+    only one that becomes part of a cycle after that is never freed. Answers leave no cycles (tests/test_memory.py). A failed HTTP request
+    does; at most those requests stay that are under way at such a pass. Not one of gc.callbacks: in the middle of a pass these give up
+    Python's lock, and the other threads make objects that the next pass has to look at.
+    """
+    if gc.get_count()[2] >= PASSES_BEFORE_FULL:
+        gc.collect()
+        gc.freeze()
+
+
 class Server(socketserver.ThreadingUnixStreamServer):
     """A listening socket, bound beforehand, and the connections that came in over it.
 
@@ -4682,6 +4726,7 @@ class Server(socketserver.ThreadingUnixStreamServer):
     def service_actions(self) -> None:
         """What serve_forever() calls after each look for a connection, at least every POLL_SECONDS."""
         self.looked_at = time.monotonic()
+        collect_garbage()
 
     def get_request(self) -> tuple[socket.socket, Any]:
         """The next connection; raises OSError where there is none or no room, and the server then looks again."""
@@ -4977,17 +5022,6 @@ def allow_connections(wanted: int) -> int:
     return allowed
 
 
-def freeze_survivors(phase: str, info: Mapping[str, Any]) -> None:
-    """One of gc.callbacks: what has survived a full pass of Python's collector is left out of later passes.
-
-    A pass over 100,000 users would stop all threads for 0.1 s and more, and find nothing. Each object still ends with its last reference;
-    only one that becomes part of a cycle after that is never freed. Answers leave no cycles (tests/test_memory.py). A failed HTTP request
-    does; at most those requests stay that are under way at such a pass, which comes once in so many new objects.
-    """
-    if phase == "stop" and info["generation"] == 2 and len(gc.get_objects()) > MIN_FROZEN_OBJECTS:
-        gc.freeze()
-
-
 def warn_of_missing_postmasters(service: Service) -> None:
     """One line for the domains that have no postmaster (RFC 5321, section 4.5.1); nothing where that cannot be told now."""
     missing = []
@@ -5035,7 +5069,9 @@ class Daemon:
                     self._socket_files[path] = file_identity(path)
             self.max_connections = allow_connections(self.max_connections)
             import_http()
-            gc.callbacks.append(freeze_survivors)
+            gc.set_threshold(*gc.get_threshold()[:2], 1_000_000)  # full passes only by collect_garbage()
+            gc.collect()
+            gc.freeze()
             drop_privileges(self._config.daemon.user)
             self._open_database()
         except MailcloakError:
@@ -5071,7 +5107,6 @@ class Daemon:
             notify(READY=1, STATUS="reloaded" if is_good else "reload refused, the old configuration stays in force")
         notify(STOPPING=1, STATUS=f"stopping on {received.name}")
         self._stop(received)
-        gc.callbacks.remove(freeze_survivors)
         gc.unfreeze()  # Python looks at all once more when it ends
 
     def _next_signal(self) -> Optional[signal.Signals]:

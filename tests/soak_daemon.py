@@ -62,7 +62,6 @@ def held():
     """
     global garbage
     gc.collect()
-    callbacks, gc.callbacks[:] = gc.callbacks[:], []
     gc.unfreeze()
     garbage += gc.collect()
     forget_memoised()
@@ -75,7 +74,6 @@ def held():
         memory = library.mallinfo2()
         found["allocated_kib"] = (memory.uordblks + memory.hblkhd) // 1024
         library.malloc_trim(0)
-    gc.callbacks[:] = callbacks
     with open("/proc/self/statm", "rb") as file:  # text would load a codec, which then counts
         found["resident_kib"] = int(file.read().split()[1]) * resource.getpagesize() // 1024
     return found

@@ -65,6 +65,18 @@ def test_row_with_a_username_of_another_type_ends_nothing(static_daemon, value):
     assert static_daemon.ask_map("alias odd@d1.test") in ("OK 42@d1.test", "OK alice@d1.test")
 
 
+@pytest.mark.parametrize("name", ["key", "value", "atom", "id"])
+def test_column_that_an_administrator_has_added_changes_nothing(static_daemon, name):
+    static_daemon.ctl("aliases", "add", "info@d1.test", "alice")
+    static_daemon.ctl("apps", "add", "printer", "--generate")
+    sql(
+        static_daemon.database,
+        *(f"ALTER TABLE {table} ADD COLUMN {name} TEXT DEFAULT 'x'" for table in ("aliases", "alias_targets", "apps", "app_from")),
+    )
+    assert static_daemon.ask_map("alias info@d1.test") == "OK alice@d1.test"
+    assert static_daemon.ask(protocol_state="MAIL", sender="a@d1.test", sasl_username="printer", sasl_method="PLAIN")[:3] == "553"
+
+
 def test_row_that_is_not_utf8_is_a_temporary_failure_of_that_row_alone(static_daemon):
     sql(static_daemon.database, "INSERT INTO aliases (alias_email, username) VALUES ('bad@d1.test', CAST(x'ff' AS TEXT))")
     static_daemon.ctl("aliases", "add", "good@d1.test", "alice")

@@ -191,6 +191,15 @@ def test_address_that_is_there_twice_is_deferred(tmp_path):
     with pytest.raises(mailcloak.DatabaseUnavailable, match="there twice"):
         found.find_alias("twice@d1.test")
     assert found.find_alias("once@d1.test").users == ("alice",)
+    own = mailcloak._Question(found.FIND_ALIASES, "once@d1.test", has_connection=False)
+    others = [mailcloak._Question(found.FIND_ALIASES, f"{name}@d1.test", has_connection=False) for name in ("twice", "none")]
+    found._waiting += others
+    found._ask_for_all(own)
+    assert [(each.row is not None, "there twice" in each.error) for each in (own, *others)] == [
+        (True, False),
+        (False, True),
+        (True, False),
+    ]
 
 
 def test_directory_whose_link_is_led_elsewhere_and_back_gives_no_row_of_the_other_later(path, tmp_path, monkeypatch):

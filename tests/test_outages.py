@@ -933,6 +933,26 @@ def test_file_that_was_deleted_or_replaced_is_written_again_from_memory(tmp_path
     assert "last-known: written again from memory, it was deleted, replaced or changed" in caplog.text
 
 
+def test_file_that_was_replaced_is_written_again_by_all_who_use_it(tmp_path):
+    """After a reload with another base_url the users of both are saved in it for some seconds."""
+    path, users = str(tmp_path / "last-known.db"), []
+    for meaning in ("before", "now"):
+        store = mailcloak.UserStore(mailcloak.PolicyConfig(domain=frozenset({"d1.test"})))
+        users.append((store, mailcloak.SavedUsers(path, meaning, store)))
+    for at, enabled in ((1, True), (2, False)):
+        for store, saved in users:
+            store.learn(("username", "alice"), mailcloak.Answer((mailcloak.User("alice", "alice@d1.test", enabled),), at))
+            saved.wait(10)
+        if enabled:
+            shutil.copy(path, tmp_path / "older.db")
+    os.replace(tmp_path / "older.db", path)
+    for _, saved in users:
+        saved.close(10)
+    with contextlib.closing(sqlite3.connect(path)) as database:
+        rows = database.execute("SELECT meaning, person FROM users").fetchall()
+    assert {meaning: json.loads(person)["user"][2] for meaning, person in rows} == {"before": False, "now": False}
+
+
 def test_saved_users_follow_a_link_that_is_led_elsewhere(tmp_path):
     """A new disk, while the path stays as it is written in the configuration."""
     for name in ("one", "two"):
