@@ -184,7 +184,7 @@ SHUTDOWN_LOOKUP_SECONDS = 3.0  # after SIGTERM, lookups that still wait for Keyc
 SHUTDOWN_TOTAL_SECONDS = 3.8  # then connections that are left are cut off
 SHUTDOWN_SECONDS = 4.2  # then the program ends, though last-known.db may lack what was learned last
 
-PASSES_BEFORE_FULL = 4  # of the middle generation of Python's collector, each for some 7,000 new objects; a user is about ten
+MIN_FROZEN_OBJECTS = 10_000  # that Python's collector has not left out yet; a pass over so many takes 5 ms, and a user is about ten
 
 THREAD_STACK_BYTES = 4 * 1024 * 1024  # enough for json to reach Python's limit of recursion first, where the system has less
 
@@ -4695,7 +4695,7 @@ def collect_garbage() -> None:
     does; at most those requests stay that are under way at such a pass. Not one of gc.callbacks: in the middle of a pass these give up
     Python's lock, and the other threads make objects that the next pass has to look at.
     """
-    if gc.get_count()[2] >= PASSES_BEFORE_FULL:
+    if len(gc.get_objects()) > MIN_FROZEN_OBJECTS:  # without those left out; Python's own count falls when one of those ends
         gc.collect()
         gc.freeze()
 

@@ -63,8 +63,9 @@ PAUSE_MS = 20.0  # of processor time, of a pass of Python's collector
 class Pauses(NamedTuple):
     """Passes of Python's collector, of a millisecond or longer."""
 
-    longest_ms: float
-    over_the_goal: int
+    longest_ms: float  # of processor time
+    over_the_goal: int  # also of that
+    longest_by_clock_ms: float
     count: int
 
 
@@ -190,7 +191,8 @@ class Pass(NamedTuple):
 
     ended: float
     generation: float
-    milliseconds: float
+    by_clock_ms: float
+    processor_ms: float
 
 
 def read_passes(home: Path) -> list[Pass]:
@@ -200,8 +202,9 @@ def read_passes(home: Path) -> list[Pass]:
 def read_pauses(home: Path) -> Pauses:
     passes = read_passes(home)
     return Pauses(
-        max((each.milliseconds for each in passes), default=0.0),
-        sum(each.milliseconds > PAUSE_MS for each in passes),
+        max((each.processor_ms for each in passes), default=0.0),
+        sum(each.processor_ms > PAUSE_MS for each in passes),
+        max((each.by_clock_ms for each in passes), default=0.0),
         len(passes),
     )
 
@@ -280,7 +283,7 @@ all at the same time, and stays connected. In the next two all ask without a pau
 
 {memory_table(all_series, seconds)}
 How long Python's collector stops all threads: all passes in the life of a daemon (bench/watched.py), from its start to the last of the
-measurements above, by the clock.
+measurements above. The goal is for the processor time of a pass; by the clock it is longer where the processors are busy.
 
 {pauses_table({count: each for count, (_, _, each) in users.items()})}
 Start-up time, from exec to the first answer of a new process, median of five:
@@ -352,6 +355,7 @@ def pauses_table(pauses: dict[int, Pauses]) -> str:
             f"{each.longest_ms:.1f}",
             verdict(each.longest_ms <= PAUSE_MS),
             each.over_the_goal,
+            f"{each.longest_by_clock_ms:.1f}",
             each.count,
         ]
         for count, each in pauses.items()
@@ -361,6 +365,7 @@ def pauses_table(pauses: dict[int, Pauses]) -> str:
         "longest, ms",
         f"goal: {PAUSE_MS:.0f} ms",
         "longer than that",
+        "longest by the clock, ms",
         "of 1 ms and more",
     ]
     return markdown_table(header, lines)
@@ -393,7 +398,7 @@ def stall(quick: bool, times: int) -> None:
         for number in range(times):
             began = time.monotonic()
             figures = ask(server, MANY, seconds, questions.recalled)
-            passed = max((each.milliseconds for each in read_passes(home) if each.ended >= began), default=0.0)
+            passed = max((each.by_clock_ms for each in read_passes(home) if each.ended >= began), default=0.0)
             silences.append(figures.gap_us / 1000)
             if silences[-1] > STALL_MS or (number + 1) % 20 == 0:
                 shown = f"{figures.rate:,.0f}/s, nothing for {silences[-1]:.0f} ms, longest pass of the collector {passed:.0f} ms"

@@ -3,16 +3,13 @@
 
 watched.py FILE ARGUMENTS_OF_MAILCLOAK
 
-A line: when it was written, up to 0.1 s after the pass (seconds of time.monotonic(), which all processes share), generation, and milliseconds.
-The collector itself says them (gc.DEBUG_STATS): a function of gc.callbacks would give up Python's lock in the middle of each pass.
+A line: when it ended (seconds of time.monotonic(), which all processes share), generation, milliseconds by the clock, and milliseconds of
+processor time. On busy processors the first is longer: the thread of the collector must wait for one of them.
 """
 
 import gc
-import io
 import os
-import re
 import sys
-import threading
 import time
 from pathlib import Path
 
@@ -20,28 +17,21 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import mailcloak
 
-PASS = re.compile(r"gc: collecting generation (\d)\.\.\.\n(?:gc: objects.*\n)*gc: done.* ([0-9.]+)s elapsed")
-
 
 def watch(path):
     file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o666)
-    sys.stderr = io.StringIO()  # the daemon's log is written past it
+    started = processor = 0.0
 
-    def note():
-        rest = ""
-        while True:
-            time.sleep(0.1)
-            said, sys.stderr = sys.stderr, io.StringIO()
-            text, passes, end = rest + said.getvalue(), [], 0
-            for found in PASS.finditer(text):
-                end = found.end()
-                if float(found[2]) >= 0.001:
-                    passes.append(f"{time.monotonic():.6f} {found[1]} {1000 * float(found[2]):.3f}\n")
-            rest = text[end:]
-            os.write(file, "".join(passes).encode())
+    def note(phase, info):
+        nonlocal started, processor
+        now = time.monotonic()
+        if phase == "start":
+            started, processor = now, time.thread_time()
+        elif now - started >= 0.001:
+            times = 1000 * (now - started), 1000 * (time.thread_time() - processor)
+            os.write(file, b"%.6f %d %.3f %.3f\n" % (now, info["generation"], *times))
 
-    gc.set_debug(gc.DEBUG_STATS)
-    threading.Thread(target=note, name="watch", daemon=True).start()
+    gc.callbacks.append(note)
 
 
 if __name__ == "__main__":
