@@ -2142,7 +2142,7 @@ class Database:
         self._path = path
         self._path_bytes = os.fsencode(path)
         self._local = _ThreadsOwn()
-        self._rows: BoundedMap[tuple[Version, Any]] = BoundedMap(MAX_REMEMBERED_ROWS)  # by statement and parameters
+        self._rows: BoundedMap[tuple[Version, Any]] = BoundedMap(MAX_REMEMBERED_ROWS)  # by statement and value
         self._file: Optional[_VersionFile] = None  # of the file that has the path now
         self._last: Optional[Version] = None  # what version() said: 40,000 rows and answers need not have one each
         self._open: weakref.WeakSet[_Connection] = weakref.WeakSet()  # of all threads; the one that asks SQLite adds to it
