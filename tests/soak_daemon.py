@@ -23,6 +23,7 @@ import sys
 import threading
 
 garbage = 0
+counting = threading.Lock()  # held while objects are counted and while mailcloak.py takes some out of the count (gc.freeze())
 
 
 class Mallinfo2(ctypes.Structure):
@@ -61,13 +62,15 @@ def held():
     what the C library has given out, also to SQLite. resident_kib: all of the process.
     """
     global garbage
-    gc.collect()
-    gc.unfreeze()
-    garbage += gc.collect()
-    forget_memoised()
-    blocks = sys.getallocatedblocks()
-    objects = gc.get_objects()
-    found = {"objects": len(objects), "entries": count_entries(objects), "blocks": blocks, "allocated_kib": 0, "garbage": garbage}
+    with counting:
+        gc.collect()
+        gc.unfreeze()
+        garbage += gc.collect()
+        forget_memoised()
+        blocks = sys.getallocatedblocks()
+        objects = gc.get_objects()
+        found = {"objects": len(objects), "entries": count_entries(objects), "blocks": blocks, "allocated_kib": 0, "garbage": garbage}
+        del objects
     library = ctypes.CDLL(None)
     if hasattr(library, "mallinfo2"):  # glibc 2.33
         library.mallinfo2.restype = Mallinfo2
@@ -89,6 +92,13 @@ def main():
     spec = importlib.util.spec_from_file_location("mailcloak", path)
     sys.modules["mailcloak"] = program = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(program)
+    collect_garbage = program.collect_garbage
+
+    def collect_garbage_between_counts():
+        with counting:
+            collect_garbage()
+
+    program.collect_garbage = collect_garbage_between_counts
     signal.pthread_sigmask(signal.SIG_BLOCK, program.Daemon.SIGNALS)  # as it does itself, before its first thread
     threading.Thread(target=answer, daemon=True).start()
     return program.main(arguments)
