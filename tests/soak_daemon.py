@@ -69,7 +69,13 @@ def held():
         forget_memoised()
         blocks = sys.getallocatedblocks()
         objects = gc.get_objects()
-        found = {"objects": len(objects), "entries": count_entries(objects), "blocks": blocks, "allocated_kib": 0, "garbage": garbage}
+        found = {
+            "objects": len(objects),
+            "entries": count_entries(objects),
+            "blocks": blocks,
+            "allocated_kib": 0,
+            "garbage": garbage,
+        }
         del objects
     library = ctypes.CDLL(None)
     if hasattr(library, "mallinfo2"):  # glibc 2.33
