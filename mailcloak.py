@@ -288,27 +288,24 @@ def describe_exception(exc: BaseException) -> str:
     return f"error={type(exc).__name__} text={escape_for_log(str(exc))} at={place}"
 
 
-def call_with_lock(name: str, *argument_types: Any) -> Optional[Callable[..., int]]:
+def call_with_lock(name: str) -> Optional[Callable[..., int]]:
     """A function of the C library to be called without giving up Python's global lock; None if the library lacks it.
 
     For system calls that hardly ever wait: with many busy connections, to get that lock back takes longer than all the rest of an answer
-    (bench/NOTES.md).
+    (bench/NOTES.md). It takes small numbers, bytes and buffers as they are; to name their types would double what the call costs.
     """
-    function = getattr(ctypes.PyDLL(None), name, None)
-    if function:
-        function.argtypes = argument_types
-    return function
+    return getattr(ctypes.PyDLL(None), name, None)
 
 
-_statx = call_with_lock("statx", ctypes.c_int, ctypes.c_char_p, ctypes.c_int, ctypes.c_uint, ctypes.c_char_p)  # not in old musl
+_statx = call_with_lock("statx")  # not in old musl
 _AT_FDCWD, _STATX_INO_SIZE_CTIME, _STATX_BYTES = -100, 0x380, 256  # statx(2)
 # stx_ino, stx_size, stx_ctime (s since 1970 and ns; no program can set it), stx_dev_major, stx_dev_minor; on each architecture alike
 _STATX_STATE = struct.Struct("=32xQQ48xqI28xII")
 
-_pread_arguments = (ctypes.c_int, ctypes.c_char_p, ctypes.c_size_t, ctypes.c_longlong)
-_pread = call_with_lock("pread64", *_pread_arguments) or call_with_lock("pread", *_pread_arguments)  # musl has the second alone
+_pread = call_with_lock("pread64") or call_with_lock("pread")  # musl has the second alone
+_AT_START = ctypes.c_longlong(0)  # an offset, which has 64 bits on each architecture
 
-_send_at_once = call_with_lock("send", ctypes.c_int, ctypes.c_char_p, ctypes.c_size_t, ctypes.c_int)
+_send_at_once = call_with_lock("send")
 _SEND_FLAGS = socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL
 
 # ---------------------------------------------------------------------------------------------------------------------------------
@@ -1144,16 +1141,20 @@ class PolicyStream(_Stream):
         return b"action=" + action.text.encode("utf-8", "replace") + b"\n\n"
 
 
-_POLICY_LINES = tuple(f"\n{name}=" for name in ("request", *PolicyRequest._fields[:-1]))  # what they begin with
+# what they begin with, and its length
+_POLICY_LINES = tuple((f"\n{name}=", len(name) + 2) for name in ("request", *PolicyRequest._fields[:-1]))
 
 
 def parse_policy_request(data: bytes) -> PolicyRequest:
     """One request without its empty line. Other attributes are ignored, the last of two lines counts; raises ProtocolError."""
     text = _decode(b"\n" + data + b"\n")
-    kind, *others = [find_attribute(text, line) for line in _POLICY_LINES]
-    if kind != "smtpd_access_policy":
-        raise ProtocolError(f"request={escape_for_log(kind)}, expected smtpd_access_policy")
-    return PolicyRequest._make([*others, text])
+    values = []
+    for line, length in _POLICY_LINES:  # find_attribute(), without a call for each
+        at = text.rfind(line)
+        values.append(text[at + length : text.index("\n", at + length)] if at >= 0 else "")
+    if values[0] != "smtpd_access_policy":
+        raise ProtocolError(f"request={escape_for_log(values[0])}, expected smtpd_access_policy")
+    return PolicyRequest._make([*values[1:], text])
 
 
 def find_attribute(text: str, line: str) -> str:
@@ -1169,13 +1170,16 @@ class SocketmapQuery(NamedTuple):
     key: str
 
 
+_LENGTH = re.compile(rb"(0|[1-9][0-9]{0,4})?")  # of a netstring; "" while nothing has come
+
+
 class SocketmapStream(_Stream):
     """Queries of the socketmap protocol: netstrings that hold a map name, a space and a key. Source: socketmap_table(5)."""
 
     def next_request(self) -> Optional[SocketmapQuery]:
         """The next whole query, None when there is none yet; raises ProtocolError for bytes that are not a netstring."""
         digits, colon, rest = self._buffer.partition(b":")
-        if not re.fullmatch(rb"(0|[1-9][0-9]{0,4})?", digits) or (colon and not digits):
+        if not _LENGTH.fullmatch(digits) or (colon and not digits):
             raise ProtocolError("not a netstring")
         if not colon:
             return None
@@ -2008,7 +2012,7 @@ def _read_start(file: _Descriptor, buffer: Any) -> bool:
     question reads them; a read from the disk would stop all threads for as long as it takes.
     """
     try:
-        count = _pread(file.number, buffer, len(buffer), 0) if _pread else os.preadv(file.number, [buffer], 0)
+        count = _pread(file.number, buffer, len(buffer), _AT_START) if _pread else os.preadv(file.number, [buffer], 0)
     except OSError:
         return False
     return bool(count == len(buffer))
@@ -2219,8 +2223,9 @@ class Database:
                 return None
             if not _read_start(wal_index, local.wal_index):
                 return None
-            content, again = local.wal_index.raw[:_WAL_INDEX_BYTES], local.wal_index.raw[_WAL_INDEX_BYTES:]
-            if content != again:  # a commit is writing it
+            both = local.wal_index.raw
+            content = both[:_WAL_INDEX_BYTES]
+            if content != both[_WAL_INDEX_BYTES:]:  # a commit is writing it
                 return None
         version, last = (*state, content), self._last
         if version == last:
@@ -4528,7 +4533,7 @@ class Handler(socketserver.BaseRequestHandler):
             while data := self._receive_until(begun_at + REQUEST_SECONDS) if begun_at else self._receive():
                 stream.feed(data)
                 self.waited_seconds = 0.0
-                for request in iter(stream.next_request, None):
+                while stream.has_begun and (request := stream.next_request()):
                     self._send(stream.encode(self._answer(request)))
                     begun_at = 0.0
                 if stream.has_begun:
