@@ -1809,11 +1809,15 @@ def describe_sqlite(exc: BaseException) -> str:
     return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
 
 
-def sqlite_fault(exc: BaseException) -> str:
-    """What SQLite, or an error of ours that it caused, complains of: "busy", "full", "damaged", "readonly", or "" for anything else.
+def sqlite_fault(exc: Optional[BaseException]) -> str:
+    """What SQLite complains of, also where it caused an error of ours: "busy", "full", "damaged", "readonly", or "" for anything else.
 
-    By the library's own constant texts (sqlite3_errstr()): its codes come with Python 3.11 only.
+    By the library's own constant texts (sqlite3_errstr()): its codes come with Python 3.11 only. Texts of ours may hold such words in a path.
     """
+    while exc and not isinstance(exc, SQLITE_ERRORS):
+        exc = exc.__cause__
+    if exc is None:
+        return ""
     texts = {"locked": "busy", "disk is full": "full", "malformed": "damaged", "not a database": "damaged", "readonly": "readonly"}
     return next((fault for text, fault in texts.items() if text in describe_sqlite(exc)), "")
 
@@ -2150,10 +2154,11 @@ class Database:
         self._file: Optional[_VersionFile] = None  # of the file that has the path now
         self._last: Optional[Version] = None  # what version() said: 40,000 rows and answers need not have one each
         self._open: weakref.WeakSet[_Connection] = weakref.WeakSet()  # of all threads; the one that asks SQLite adds to it
-        self._lock = threading.Lock()  # guards the four below
+        self._lock = threading.Lock()  # guards the five below
         self._waiting: list[_Question] = []  # for the thread that asks SQLite now
         self._asked_at: Optional[float] = None  # when it began; None: there is none
         self._fails = False  # for one line in the log when it begins and one when it ends
+        self._failing: tuple[Any, ...] = ()  # the questions that began it and were not answered since
         self._bad_rows: tuple[str, ...] = ()  # rows that the log has named
 
     def find_alias(self, address: str, version: Optional[Version] = None) -> Optional[Alias]:
@@ -2280,7 +2285,7 @@ class Database:
             else:
                 self._waiting.append(question)
         if not is_next and not question.wake.acquire(timeout=DATABASE_WAIT_SECONDS) and self._gives_up(question):
-            raise self._failure(f"no answer within {DATABASE_WAIT_SECONDS:g} s")
+            raise self._note_failure(question, self._unavailable(f"no answer within {DATABASE_WAIT_SECONDS:g} s"))
         if question.row is None and not question.error:
             self._ask_for_all(question)
         if question.error or question.row is None:
@@ -2330,9 +2335,9 @@ class Database:
             self._ask_sqlite(statement, questions)
         except DatabaseUnavailable as exc:
             if sqlite_fault(exc) == "busy":
-                raise
+                raise self._note_failure(questions[0], exc)  # noqa: B904  the same one
             if len(questions) == 1:
-                questions[0].error = str(exc)
+                questions[0].error = str(self._note_failure(questions[0], exc))
                 return
             for question in questions:
                 self._ask_together(statement, [question])
@@ -2356,28 +2361,37 @@ class Database:
                 raise DatabaseUnavailable("an alias or app is there twice: the table lacks its primary key")
         except (*SQLITE_ERRORS, OSError, StartError, DatabaseUnavailable) as exc:
             self.close()  # a fresh connection next time: the file may have been replaced or fixed by then
-            raise self._failure(describe_sqlite(exc)) from exc
+            raise self._unavailable(describe_sqlite(exc)) from exc
         is_exact = now == version and connection.file is not None and connection.file.database.is_of(now)
         for place, *row in rows:
             question = questions[place]
             question.row, question.read_from = row, now if is_exact else None
         if len(self._open) > DATABASE_KEPT_CONNECTIONS:
             self.close()
-        if self._fails and self._set_fails(fails=False):
-            log.warning("database: works again path=%s", self._path)
+        if self._fails or self._failing:
+            self._note_answers(statement, questions)
 
-    def _failure(self, reason: str) -> DatabaseUnavailable:
-        """Note that the database fails."""
-        text = f"database: {self._path!r}: {reason}"
-        if self._set_fails(fails=True):
-            log.error("%s; answers that need it are deferred until it is fixed", text)
-        return DatabaseUnavailable(text)
+    def _unavailable(self, reason: str) -> DatabaseUnavailable:
+        return DatabaseUnavailable(f"database: {self._path!r}: {reason}")
 
-    def _set_fails(self, *, fails: bool) -> bool:
-        """Note whether the database fails now; True if that is news."""
+    def _note_failure(self, question: _Question, exc: DatabaseUnavailable) -> DatabaseUnavailable:
+        """The same exception. The log says that the database fails, unless it does so for this question alone, which can go on for long."""
+        key = question.statement, question.value
         with self._lock:
-            turns, self._fails = self._fails != fails, fails
-        return turns
+            is_news = not self._fails and key not in self._failing
+            if is_news:
+                self._fails, self._failing = True, (*self._failing[-100:], key)
+        if is_news:
+            log.error("%s; answers that need it are deferred until it is fixed", exc)
+        return exc
+
+    def _note_answers(self, statement: str, questions: Sequence[_Question]) -> None:
+        answered = {(statement, question.value) for question in questions}
+        with self._lock:
+            ends, self._fails = self._fails, False
+            self._failing = tuple(key for key in self._failing if key not in answered)
+        if ends:
+            log.warning("database: works again path=%s", self._path)
 
     def _connection(self, version: Optional[Version]) -> _Connection:
         """This thread's connection, which lasts through commits; made again where the file may have changed in another way.
@@ -3620,8 +3634,8 @@ class SavedUsers:
     """
 
     SCHEMA = "CREATE TABLE IF NOT EXISTS users (meaning TEXT, user_id TEXT, person TEXT NOT NULL, PRIMARY KEY (meaning, user_id)) WITHOUT ROWID"
-    # Of each file by its path, after this process has used it: (what _look_at_file() said, how often it was another file by then)
-    states: ClassVar[dict[str, tuple[Optional[tuple[int, ...]], int]]] = {}
+    # By path, once this process has used the file: (what _look_at_file() said of it, how often it was another file by then)
+    states: ClassVar[dict[str, tuple[tuple[int, ...], int]]] = {}
 
     def __init__(
         self, path: str, meaning: str, store: UserStore, clock: Clock = time.monotonic, wall_clock: Clock = time.time
@@ -3694,10 +3708,12 @@ class SavedUsers:
         age = self._wall_clock() - self._clock()
         people = []
         try:
+            others = self._check_file()
             with contextlib.closing(self._open()) as connection:
                 connection.text_factory = _decode
                 rows = connection.execute("SELECT person FROM users WHERE meaning = ?", (self._meaning,)).fetchall()
-            self._others_seen = self._note_state()
+            self._note_state()
+            self._others_seen = others
         except Exception as exc:
             self._note_fault(exc)
             return
@@ -3709,22 +3725,30 @@ class SavedUsers:
         self._store.take_up(people, self._clock())
         self._taken_up = True
 
-    def _look_at_file(self) -> Optional[tuple[int, ...]]:
-        """What changes when another file is put in its place, or when somebody else writes it; None where there is none."""
-        with contextlib.suppress(FileNotFoundError):
-            status = os.lstat(self._path)
-            return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
-        return None
+    def _look_at_file(self) -> tuple[int, ...]:
+        """What changes when another file is put in its place, or when somebody else writes it; raises OSError where there is none."""
+        status = os.lstat(self._path)
+        return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
 
-    def _note_state(self, others: int = 0) -> int:
-        """Note the file as ours; others: 1 if it is another one than before, so that whoever uses it writes everybody. How many so far."""
-        count = self.states.get(self._path, (None, 0))[1] + others
-        self.states[self._path] = self._look_at_file(), count
-        return count
-
-    def _open(self) -> sqlite3.Connection:
+    def _check_file(self) -> int:
+        """How often it was another file by now, or changed by others: whoever uses it writes all users again each time. Makes a new one
+        where there is none.
+        """
         create_database_file(self._path, 0o600)
         os.chmod(self._path, 0o600)
+        now = self._look_at_file()
+        before, others = self.states.get(self._path, (now, 0))
+        self.states[self._path] = now, others + (now != before)
+        return self.states[self._path][1]
+
+    def _note_state(self) -> None:
+        """Note the file as it is now as ours; raises OSError if another one came to its path after _check_file()."""
+        (before, others), now = self.states[self._path], self._look_at_file()
+        if now[:2] != before[:2]:
+            raise OSError("it was replaced while it was used")
+        self.states[self._path] = now, others
+
+    def _open(self) -> sqlite3.Connection:
         connection = connect_database(self._path, DATABASE_BUSY_SECONDS)
         try:
             connection.execute(self.SCHEMA)
@@ -3752,12 +3776,10 @@ class SavedUsers:
             return
         batch: dict[str, Optional[Person]] = {}
         try:
-            if self._look_at_file() != self.states.get(self._path, ((), 0))[0]:
+            others = self._check_file()
+            if self._others_seen != others:
                 if not self._fails:
                     log.warning("last-known: written again from memory, it was deleted, replaced or changed path=%s", self._path)
-                self._note_state(others=1)
-            others = self.states[self._path][1]
-            if self._others_seen != others:  # also where one of another meaning was the first to see it
                 self._write_everybody()
             with self._turn:
                 self._busy_since = time.monotonic()
@@ -3802,7 +3824,6 @@ class SavedUsers:
             try:
                 with contextlib.suppress(FileNotFoundError):
                     os.unlink(self._path)
-                self._note_state(others=1)
                 log.warning("last-known: begun again from memory path=%s reason=%s", self._path, f'"{reason}"')
                 self._write_everybody()
                 return
