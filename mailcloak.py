@@ -3785,7 +3785,7 @@ class SavedUsers:
                 self._busy_since = time.monotonic()
                 batch, self._waiting = self._waiting, {}
                 noted, is_urgent = self._noted, not self._news.isdisjoint(batch)
-            if batch:
+            if batch or self._is_whole:
                 self._save(batch, is_urgent)
             self._others_seen = others
         except Exception as exc:

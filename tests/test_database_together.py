@@ -178,8 +178,9 @@ def test_error_at_any_line_of_the_thread_that_asks_stops_nobody_after_it(path, m
     assert failed > len(places) / 2
 
 
-def test_address_that_is_there_twice_is_deferred(tmp_path):
-    path = tmp_path / "state.db"
+def test_address_that_is_there_twice_is_deferred(tmp_path, caplog):
+    path = tmp_path / "not locked" / "state.db"  # the path is no part of what SQLite says
+    path.parent.mkdir()
     with contextlib.closing(sqlite3.connect(path, isolation_level=None)) as database:
         schema = mailcloak.SCHEMA.replace("alias_email TEXT PRIMARY KEY", "alias_email TEXT")
         for statement in schema.split(";\n"):
@@ -200,6 +201,19 @@ def test_address_that_is_there_twice_is_deferred(tmp_path):
         (False, True),
         (True, False),
     ]
+    for _ in range(3):  # whoever knows the address can ask for it again and again
+        with pytest.raises(mailcloak.DatabaseUnavailable):
+            found.find_alias("twice@d1.test")
+        assert found.find_alias("none@d1.test") is None
+        found._rows = mailcloak.BoundedMap(10)
+    assert [record.message.partition(" path=")[0].rpartition(": ")[2] for record in caplog.records] == [
+        "the table lacks its primary key; answers that need it are deferred until it is fixed",
+        "works again",
+    ]
+    with contextlib.closing(sqlite3.connect(path, isolation_level=None)) as database:
+        database.execute("DELETE FROM aliases WHERE username = 'bob'")
+    assert found.find_alias("twice@d1.test").users == ("alice",)
+    assert found._failing == ()
 
 
 def test_directory_whose_link_is_led_elsewhere_and_back_gives_no_row_of_the_other_later(path, tmp_path, monkeypatch):
