@@ -112,7 +112,7 @@ __version__ = "0.1.0"
 
 # ---------------------------------------------------------------------------------------------------------------------------------
 # 1. Constants, errors, text for the log
-# "Not found" is never an exception. Any thread enters; nothing here waits. At the end: three system calls that keep Python's lock.
+# "Not found" is never an exception. Any thread enters; nothing here waits.
 # ---------------------------------------------------------------------------------------------------------------------------------
 
 DEFAULT_CONFIG_PATH = "/etc/mailcloak/config.yaml"
@@ -136,6 +136,7 @@ RECEIVE_BYTES = 16 * 1024  # one recv; takes any whole request
 REQUEST_SECONDS = 10  # a request that was begun must be whole after this; between requests a client may rest for ever
 SEND_TIMEOUT_SECONDS = 10  # a client that does not read its answers is dropped after this
 POLL_SECONDS = 0.2  # how often a server looks whether it is to end
+LOOK_SECONDS = 30.0  # how often the main thread looks whether the servers still do so
 ROOM_SECONDS = 0.05  # how often a server that has no room for a connection looks for some
 SPARE_FILES = 200  # for SQLite, Keycloak, last-known.db, listeners, the log
 IDLE_SECONDS = 1  # an idle connection closes its SQLite connection after this long
@@ -167,7 +168,6 @@ DATABASE_KEPT_CONNECTIONS = 16  # beyond, a thread's connection ends with its qu
 DATABASE_CACHE_KIB = 400  # of pages that a connection keeps; SQLite's own limit is 2,000
 DATABASE_BUSY_SECONDS = 2.0  # how long a question waits for a writer's lock
 DATABASE_WAIT_SECONDS = 10.0  # how long a question waits for the thread that asks SQLite, whose disk may hang
-DATABASE_STUCK_SECONDS = 60.0  # after this long another thread asks: the disk works again, or memory was short at a bad moment
 MAX_REMEMBERED_ROWS = 20_000  # each about 400 bytes
 MAX_RECALLED_ANSWERS = 20_000  # each about 800 bytes
 MAX_RECALLED_FACTS = 8  # of one answer; only that of an alias with many users has more
@@ -288,25 +288,26 @@ def describe_exception(exc: BaseException) -> str:
     return f"error={type(exc).__name__} text={escape_for_log(str(exc))} at={place}"
 
 
-def call_with_lock(name: str) -> Optional[Callable[..., int]]:
-    """A function of the C library to be called without giving up Python's global lock; None if the library lacks it.
-
-    For system calls that hardly ever wait: with many busy connections, to get that lock back takes longer than all the rest of an answer
-    (bench/NOTES.md). It takes small numbers, bytes and buffers as they are; to name their types would double what the call costs.
-    """
-    return getattr(ctypes.PyDLL(None), name, None)
+def end_process(reason: bytes) -> None:
+    """End at once, whatever the threads do, since the process cannot be trusted any more. The service manager starts it again."""
+    with contextlib.suppress(OSError):
+        os.write(2, b"error daemon: " + reason + b", it ends\n")
+    os._exit(EXIT_FAILED)
 
 
-_statx = call_with_lock("statx")  # not in old musl
-_AT_FDCWD, _STATX_INO_SIZE_CTIME, _STATX_BYTES = -100, 0x380, 256  # statx(2)
-# stx_ino, stx_size, stx_ctime (s since 1970 and ns; no program can set it), stx_dev_major, stx_dev_minor; on each architecture alike
-_STATX_STATE = struct.Struct("=32xQQ48xqI28xII")
+def end_without_memory(exc: Optional[BaseException]) -> None:
+    """End the process after a MemoryError, also one that led to exc: what was left half done is not known."""
+    while exc and not isinstance(exc, MemoryError):
+        exc = exc.__context__
+    if exc:
+        end_process(b"out of memory")
 
-_pread = call_with_lock("pread64") or call_with_lock("pread")  # musl has the second alone
-_AT_START = ctypes.c_longlong(0)  # an offset, which has 64 bits on each architecture
 
-_send_at_once = call_with_lock("send")
-_SEND_FLAGS = socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL
+def note_lost_exception(lost: Any) -> None:
+    """An exception that ended a thread, or that Python can give to nobody; for threading.excepthook and sys.unraisablehook."""
+    end_without_memory(lost.exc_value)
+    log.error("daemon: internal error %s", describe_exception(lost.exc_value or Exception()))
+
 
 # ---------------------------------------------------------------------------------------------------------------------------------
 # 2. Addresses
@@ -2003,6 +2004,26 @@ class BoundedMap(Generic[Value]):
         return len(self._lasting) + len(self._others)
 
 
+def call_with_lock(name: str) -> Optional[Callable[..., int]]:
+    """A function of the C library to be called without giving up Python's global lock; None if the library lacks it.
+
+    For system calls that hardly ever wait: with many busy connections, to get that lock back takes longer than all the rest of an answer
+    (bench/NOTES.md). It takes small numbers, bytes and buffers as they are; to name their types would double what the call costs.
+    """
+    return getattr(ctypes.PyDLL(None), name, None)
+
+
+_statx = call_with_lock("statx")  # not in old musl
+_AT_FDCWD, _STATX_INO_SIZE_CTIME, _STATX_BYTES = -100, 0x380, 256  # statx(2)
+# stx_ino, stx_size, stx_ctime (s since 1970 and ns; no program can set it), stx_dev_major, stx_dev_minor; on each architecture alike
+_STATX_STATE = struct.Struct("=32xQQ48xqI28xII")
+
+_pread = call_with_lock("pread64") or call_with_lock("pread")  # musl has the second alone
+_AT_START = ctypes.c_longlong(0)  # an offset, which has 64 bits on each architecture
+
+_send_at_once = call_with_lock("send")
+_SEND_FLAGS = socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL
+
 # Of the content of a file: inode, size, ctime (s, ns), device (major, minor), and the change counter or the header of the -shm file.
 Version = tuple[Any, ...]
 
@@ -2156,7 +2177,7 @@ class Database:
         self._open: weakref.WeakSet[_Connection] = weakref.WeakSet()  # of all threads; the one that asks SQLite adds to it
         self._lock = threading.Lock()  # guards the five below
         self._waiting: list[_Question] = []  # for the thread that asks SQLite now
-        self._asked_at: Optional[float] = None  # when it began; None: there is none
+        self._is_asked = False  # is there such a thread?
         self._fails = False  # for one line in the log when it begins and one when it ends
         self._failing: tuple[Any, ...] = ()  # the questions that began it and were not answered since
         self._bad_rows: tuple[str, ...] = ()  # rows that the log has named
@@ -2278,11 +2299,8 @@ class Database:
         local = self._local
         question = _Question(statement, value, has_connection=local.connection is not None)
         with self._lock:
-            now = time.monotonic()
-            is_next = self._asked_at is None or now > self._asked_at + DATABASE_STUCK_SECONDS
-            if is_next:
-                self._asked_at = now
-            else:
+            is_next, self._is_asked = not self._is_asked, True
+            if not is_next:
                 self._waiting.append(question)
         if not is_next and not question.wake.acquire(timeout=DATABASE_WAIT_SECONDS) and self._gives_up(question):
             raise self._note_failure(question, self._unavailable(f"no answer within {DATABASE_WAIT_SECONDS:g} s"))
@@ -2322,7 +2340,7 @@ class Database:
                 if following:
                     self._waiting.remove(following)
                     following.wake.release()
-                self._asked_at = time.monotonic() if following else None
+                self._is_asked = following is not None
             for question in asked:
                 question.wake.release()
 
@@ -2339,8 +2357,12 @@ class Database:
             if len(questions) == 1:
                 questions[0].error = str(self._note_failure(questions[0], exc))
                 return
+            until = time.monotonic() + DATABASE_BUSY_SECONDS
             for question in questions:
-                self._ask_together(statement, [question])
+                if time.monotonic() < until:
+                    self._ask_together(statement, [question])
+                else:  # a disk that takes seconds to fail
+                    question.error = str(exc)
 
     def _ask_sqlite(self, statement: str, questions: Sequence[_Question]) -> None:
         """The same in one question to SQLite; raises DatabaseUnavailable."""
@@ -3148,6 +3170,7 @@ class KeycloakUsers:
 
         A new one: an exception that was raised holds on to all that led to it, such as an answer of a megabyte.
         """
+        end_without_memory(exc)
         if isinstance(exc, DirectoryUnavailable):
             return type(exc)(exc.text, exc.remedy)
         log.error("directory: internal error %s", describe_exception(exc))
@@ -3727,7 +3750,7 @@ class SavedUsers:
 
     def _look_at_file(self) -> tuple[int, ...]:
         """What changes when another file is put in its place, or when somebody else writes it; raises OSError where there is none."""
-        status = os.lstat(self._path)
+        status = os.stat(self._path)  # of what a link leads to: to another disk, say
         return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
 
     def _check_file(self) -> int:
@@ -3789,9 +3812,9 @@ class SavedUsers:
                 self._save(batch, is_urgent)
             self._others_seen = others
         except Exception as exc:
+            self._note_fault(exc)
             with self._turn:
                 self._waiting, self._busy_since = {**batch, **self._waiting}, None
-            self._note_fault(exc)
             return
         if self._fails:
             self._fails = False
@@ -3819,6 +3842,7 @@ class SavedUsers:
         self._is_whole = False
 
     def _note_fault(self, exc: Exception) -> None:
+        end_without_memory(exc)
         is_new, self._fails, reason = not self._fails, True, describe_sqlite(exc)
         if sqlite_fault(exc) == "damaged":
             try:
@@ -4120,6 +4144,7 @@ class UserDirectory:
             except DirectoryUnavailable:
                 pass  # what is cached stays as it is
             except Exception as exc:
+                end_without_memory(exc)
                 log.error("directory: internal error %s", describe_exception(exc))
             self._refreshing.discard(question)
 
@@ -4469,6 +4494,7 @@ class AppUses:
                     log.warning("last-used: written again path=%s", path)
                 fails = False
             except Exception as exc:
+                end_without_memory(exc)
                 with self._lock:
                     self._waiting = {**batch, **self._waiting}
                 if not fails:
@@ -4617,6 +4643,7 @@ class Handler(socketserver.BaseRequestHandler):
                 line = functools.partial(self._line, request, action, (time.monotonic() - started) * 1000)
                 self.server.daemon.log_line(level, line if sum(map(len, request)) <= MAX_LOGGED_CHARS else line())
         except Exception as exc:  # the edge: whatever went wrong, the answer is "try later", never a permission
+            end_without_memory(exc)
             log.error("%s: internal error %s", self.component, describe_exception(exc))
             action = self.internal_error
         self.tally.answers[action.text.partition(" ")[0], action.reason] += 1
@@ -4807,7 +4834,9 @@ class Server(socketserver.ThreadingUnixStreamServer):
         return total
 
     def handle_error(self, request: Any, client_address: Any) -> None:
-        log.error("server: internal error %s", describe_exception(sys.exc_info()[1] or Exception()))
+        exc = sys.exc_info()[1]
+        end_without_memory(exc)
+        log.error("server: internal error %s", describe_exception(exc or Exception()))
 
     def stop_accepting(self) -> None:
         """Take no further connection, and wake handlers that wait for a request: what has arrived is still read and answered."""
@@ -5080,6 +5109,7 @@ class Daemon:
         self._retired: list[Service] = []  # that a reload replaced, at most one
         self._retired_until = 0.0  # of time.monotonic(): its requests have ended by then
         self._watchdog_seconds = find_watchdog_seconds()
+        self._looked_at = 0.0  # at the servers
 
     def run(self) -> None:
         """Serve until a signal says stop; raises StartError if that cannot begin."""
@@ -5136,18 +5166,24 @@ class Daemon:
         gc.unfreeze()  # Python looks at all once more when it ends
 
     def _next_signal(self) -> Optional[signal.Signals]:
-        """Wait for it; None if it is time for the watchdog, or to end what a reload has retired."""
-        if self._watchdog_seconds:
-            self._calm_watchdog()
+        """Wait for it; None if it is time to look at the servers, or to end what a reload has retired."""
+        looks_in = max(0.0, self._looked_at + (self._watchdog_seconds or LOOK_SECONDS) - time.monotonic())
         ends_in = max(0.0, self._retired_until - time.monotonic()) if self._retired else math.inf
-        found = signal.sigtimedwait(self.SIGNALS, min(ends_in, self._watchdog_seconds or 86400.0))
+        if not looks_in:
+            self._look_at_servers()
+        found = signal.sigtimedwait(self.SIGNALS, min(ends_in, looks_in))
         return signal.Signals(found.si_signo) if found else None
 
-    def _calm_watchdog(self) -> None:
-        """Say that we work, if both servers look after their sockets, and if nobody keeps the lock that all look-ups need."""
+    def _look_at_servers(self) -> None:
+        """Say that we work, if both servers look after their sockets, and if nobody keeps the lock that all look-ups need. End the process if
+        one has not looked since the last time, and no service manager would do so.
+        """
         self._servers[0].service.directory.report()
-        if min(server.looked_at for server in self._servers) > time.monotonic() - self._watchdog_seconds - POLL_SECONDS:
+        self._looked_at, before = time.monotonic(), self._looked_at
+        if min(server.looked_at for server in self._servers) > before - 2 * POLL_SECONDS:
             notify(WATCHDOG=1)
+        elif not self._watchdog_seconds:
+            end_process(b"no connection is accepted any more")
 
     def report(self) -> dict[str, Any]:
         """What the map stats answers: counters since the start, and the state of things. No name and no address but a canary's."""
@@ -5373,7 +5409,8 @@ class QueuedLog(logging.Handler):
             self._failed = 0
         try:
             self._write_lines(lines)
-        except Exception:  # the disk is full, or nobody will ever read it
+        except Exception as exc:  # the disk is full, or nobody will ever read it
+            end_without_memory(exc)
             self._failed += sum(line.stands_for for line in lines)
         for each in waiting:
             if isinstance(each, threading.Event):
@@ -5460,6 +5497,7 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     if options.check_config:
         print(*config.warnings, *postfix_warnings(config), f"config: {config.path}: good", sep="\n", file=sys.stderr)
         return EXIT_OK
+    threading.excepthook = sys.unraisablehook = note_lost_exception
     try:
         Daemon(config, configure_logging(config.daemon).put).run()
     except StartError as exc:

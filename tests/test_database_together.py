@@ -1,11 +1,9 @@
 """Threads that ask the database at the same time are answered together, by one of them."""
 
 import contextlib
-import dis
 import os
 import shutil
 import sqlite3
-import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -86,7 +84,7 @@ def test_each_thread_gets_its_own_row_as_it_was_committed_before_it_asked(path, 
     assert committed >= COMMITS
     assert asked > COMMITS
     assert max(together) > 3  # else nothing was tried
-    assert (len(database._open), database._waiting, database._asked_at) == (0, [], None)
+    assert (len(database._open), database._waiting, database._is_asked) == (0, [], False)
 
 
 def test_who_waits_too_long_for_the_thread_that_asks_gives_up_and_loses_nobody(path, monkeypatch):
@@ -96,7 +94,7 @@ def test_who_waits_too_long_for_the_thread_that_asks_gives_up_and_loses_nobody(p
     with contextlib.closing(sqlite3.connect(path, isolation_level=None)) as writer, ThreadPoolExecutor(4) as threads:
         writer.execute("BEGIN EXCLUSIVE")
         first = threads.submit(database.find_alias, "1@d1.test")  # waits for SQLite
-        wait_until(lambda: database._asked_at and not database._waiting, 5, "question to SQLite")
+        wait_until(lambda: database._is_asked and not database._waiting, 5, "question to SQLite")
         others = [threads.submit(database.find_alias, f"{n}@d1.test") for n in (2, 3)]
         for other in others:
             with pytest.raises(mailcloak.DatabaseUnavailable, match=r"no answer within 0\.3 s"):
@@ -116,66 +114,18 @@ def test_error_in_the_thread_that_asks_for_all_defers_these_and_nobody_after_the
 
     def fail(version):
         may_fail.wait(5)
-        raise MemoryError
+        raise RuntimeError
 
     with ThreadPoolExecutor(4) as threads, monkeypatch.context() as patch:
         patch.setattr(database, "_connection", fail)
         first = threads.submit(database.find_alias, "1@d1.test")
-        wait_until(lambda: database._asked_at and not database._waiting, 5, "question to SQLite")
+        wait_until(lambda: database._is_asked and not database._waiting, 5, "question to SQLite")
         others = [threads.submit(database.find_alias, f"{n}@d1.test") for n in (2, 3)]
         wait_for_questions(database, 2)
         may_fail.set()
         for each in (first, *others):  # one of the others asks for both
-            assert isinstance(each.exception(5), (MemoryError, mailcloak.DatabaseUnavailable))
+            assert isinstance(each.exception(5), (RuntimeError, mailcloak.DatabaseUnavailable))
     assert database.find_alias("2@d1.test").users == ("0",)
-
-
-class FailsAt:
-    """A trace function (sys.settrace) that raises MemoryError when a line is reached for the first time."""
-
-    def __init__(self, code, line):
-        self.code, self.line, self.has_failed = code, line, False
-
-    def __call__(self, frame, event, argument):
-        if (frame.f_code, frame.f_lineno, event, self.has_failed) == (self.code, self.line, "line", False):
-            self.has_failed = True
-            raise MemoryError
-        return self
-
-
-@pytest.mark.parametrize("others", [0, 3])
-def test_error_at_any_line_of_the_thread_that_asks_stops_nobody_after_it(path, monkeypatch, others):
-    """As of memory that is short for a moment."""
-    monkeypatch.setattr(mailcloak, "DATABASE_WAIT_SECONDS", 0.1)
-    monkeypatch.setattr(mailcloak, "DATABASE_STUCK_SECONDS", 0.1)
-    database = mailcloak.Database(str(path))
-    functions = [database._ask, database._ask_for_all, database._ask_sqlite]
-    places = [
-        (each.__code__, line)
-        for each in functions
-        for line in sorted(set(dict(dis.findlinestarts(each.__code__)).values()) - {None})
-    ]
-
-    def ask(number, trace=None):
-        sys.settrace(trace)
-        try:
-            return database.find_alias(f"{number}@d1.test")
-        except (MemoryError, mailcloak.DatabaseUnavailable):
-            return None
-        finally:
-            sys.settrace(None)
-
-    failed = 0
-    for place in places:
-        trace = FailsAt(*place)
-        database._rows = mailcloak.BoundedMap(10)
-        with ThreadPoolExecutor(others + 1) as threads:
-            for each in [threads.submit(ask, 0, trace), *(threads.submit(ask, n) for n in range(others))]:
-                each.result(5)
-        wait_until(lambda: ask(1), 5, "an answer")
-        assert database._waiting == []
-        failed += trace.has_failed
-    assert failed > len(places) / 2
 
 
 def test_address_that_is_there_twice_is_deferred(tmp_path, caplog):
@@ -214,6 +164,23 @@ def test_address_that_is_there_twice_is_deferred(tmp_path, caplog):
         database.execute("DELETE FROM aliases WHERE username = 'bob'")
     assert found.find_alias("twice@d1.test").users == ("alice",)
     assert found._failing == ()
+
+
+def test_disk_that_takes_long_to_fail_is_not_asked_for_each_question_alone(path, monkeypatch):
+    monkeypatch.setattr(mailcloak, "DATABASE_BUSY_SECONDS", 0.1)
+    database, asked = mailcloak.Database(str(path)), []
+
+    def fail(version):
+        asked.append(version)
+        time.sleep(0.15)
+        raise sqlite3.OperationalError("disk I/O error")
+
+    monkeypatch.setattr(database, "_connection", fail)
+    own, *others = [mailcloak._Question(database.FIND_ALIASES, f"{n}@d1.test", has_connection=False) for n in range(20)]
+    database._waiting += others
+    database._ask_for_all(own)
+    assert len(asked) == 2
+    assert all("disk I/O error" in each.error for each in (own, *others))
 
 
 def test_directory_whose_link_is_led_elsewhere_and_back_gives_no_row_of_the_other_later(path, tmp_path, monkeypatch):

@@ -308,6 +308,64 @@ sys.exit(mailcloak.main())
 """
 
 
+def no_memory(*_, **__):
+    raise MemoryError
+
+
+NO_MEMORY = """
+import sys, threading
+sys.path.insert(0, sys.argv.pop(1))
+import mailcloak
+from test_lifecycle import no_memory
+"""
+PLACES_WITHOUT_MEMORY = {
+    "answer": "mailcloak.LiveFacts.find_holders = no_memory",
+    "connection": "mailcloak.PolicyHandler.setup = no_memory",
+    "lookup": "mailcloak.read_user = no_memory",
+    "request": "mailcloak.KeycloakApi._exchange_once = no_memory",
+    "last-known": "mailcloak.SavedUsers._save = no_memory",
+    "log": "mailcloak._text_of = no_memory",
+    "thread": "mailcloak.UserDirectory._ask = no_memory",
+    "start of a thread": "threading.Thread._set_ident = no_memory",
+}
+
+
+@pytest.mark.parametrize("place", PLACES_WITHOUT_MEMORY)
+def test_without_memory_the_process_ends(make_daemon, keycloak, place):
+    """What was half done is not known, so the service manager starts it again."""
+    keycloak.add_user("alice", "alice@d1.test")
+    daemon = make_daemon(keycloak=keycloak.config())
+    daemon._command[2] = f"{NO_MEMORY}{PLACES_WITHOUT_MEMORY[place]}\nsys.exit(mailcloak.main())"
+    daemon._environment["PYTHONPATH"] = str(ROOT / "tests")
+    daemon.launch()
+
+    def has_ended():
+        with contextlib.suppress(OSError, EOFError):  # not there yet, or no longer
+            daemon.ask(recipient="alice@d1.test")
+        return daemon.process.poll() is not None
+
+    wait_until(has_ended, 10, "the end")
+    assert daemon.process.returncode == 1
+    assert "error daemon: out of memory, it ends" in daemon.log()
+    assert "Traceback" not in daemon.log()
+
+
+def test_daemon_that_accepts_no_connection_any_more_ends(make_daemon):
+    """As where the start of a thread waits for ever, since that thread ended for lack of memory. systemd's watchdog ends it otherwise."""
+    daemon = make_daemon(static_users={"alice": "alice@d1.test"})
+    stuck = "mailcloak.LOOK_SECONDS = 1\nmailcloak.Server.process_request = lambda *_: threading.Event().wait()"
+    daemon._command[2] = f"{NO_MEMORY}{stuck}\nsys.exit(mailcloak.main())"
+    daemon._environment["PYTHONPATH"] = str(ROOT / "tests")
+    daemon.launch()
+    daemon.wait_for_log("daemon: started", 10)
+    time.sleep(2.5)
+    assert daemon.process.poll() is None
+    with contextlib.suppress(OSError, EOFError):
+        assert not daemon.ask(recipient="alice@d1.test")
+    assert daemon.process.wait(10) == 1
+    assert "error daemon: no connection is accepted any more, it ends" in daemon.log()
+
+
 @pytest.mark.parametrize("scheme", ["http", "https"])
 def test_nothing_is_imported_after_root_is_given_up(make_daemon, keycloak, certificate, scheme):
     """Its user may not be able to read the directories of Python's modules, wherever these are installed."""

@@ -145,6 +145,18 @@ def test_first_to_see_another_file_is_the_one_of_a_new_configuration(how):
     history(*LEARN, ("meddle", {"how": how}), ("reload", {"meaning": "b"}), ("retire", {}))
 
 
+def test_file_behind_a_link_is_replaced(tmp_path):
+    machine, target = FileInOtherHands(), tmp_path / "last-known.db"
+    machine.saved["a"].wait(10)
+    os.replace(machine.path, target)
+    os.symlink(target, machine.path)
+    for name, arguments in LEARN:
+        getattr(machine, name)(**arguments)
+    shutil.copy(machine.older, tmp_path / "copy")
+    os.replace(tmp_path / "copy", target)
+    machine.teardown()
+
+
 @pytest.mark.parametrize("how", ["delete", "replace"])
 def test_file_that_is_written_is_taken_away_meanwhile(monkeypatch, how):
     monkeypatch.setattr(mailcloak, "SAVE_RETRY_SECONDS", 0.01)
