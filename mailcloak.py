@@ -977,7 +977,7 @@ def policy_question(request: PolicyRequest, policy: PolicyConfig) -> tuple[str, 
 class Reason(NamedTuple):
     """The rule behind a reason= of the log in a sentence, and what would have to change for another answer.
 
-    change may name {address}, the address asked about; {alias}, the alias that decided; {user}, the login asked about.
+    change may name {address}, the address asked about; {alias}, the alias that decided; {user}, the user or app of the login.
     """
 
     rule: str
@@ -4414,7 +4414,8 @@ def _explain(action: Action, facts: LiveFacts, asked: str, user: str) -> dict[st
     steps = facts.steps or []
     aliases = {step["value"]: step["found"]["enabled"] for step in steps if step["asked"] == "alias" and step["found"]}
     deciding, holders = list(aliases), any(step["asked"] == "holders" and step["found"] for step in steps)
-    names = {"address": asked, "alias": deciding[-1] if deciding else asked, "user": user}
+    username = next((step["found"]["username"] for step in steps if step["asked"] == "login" and step["found"]), "")
+    names = {"address": asked, "alias": deciding[-1] if deciding else asked, "user": username or user}
     quoted = {name: shlex.quote(value) if value else "'<>'" for name, value in names.items()}
     reasons = [REASONS[word] for word in action.reason.split(",")]
     change = "; ".join(reason.change for reason in reasons if reason.change).format(**quoted)

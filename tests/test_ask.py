@@ -450,6 +450,13 @@ def test_user_who_would_send_as_another_users_email_is_advised_an_alias_of_their
     filled_daemon.ctl("aliases", "del", "sales@d1.test")
 
 
+def test_login_by_email_is_advised_an_alias_of_the_user_who_has_it(filled_daemon):
+    """An alias that leads to the e-mail itself lets nobody send."""
+    shown = asked_json(filled_daemon, "sender", "info@d1.test", "--user", "bob@d1.test")
+    assert shown["reason"] == "sender-not-owned"
+    assert "mailcloakctl aliases add-user info@d1.test bob lets this user send as it" in shown["change"]
+
+
 def test_steps_of_the_daemon_say_where_each_fact_comes_from(filled_daemon):
     question = ("ask", "sender", "carol@d2.test", "--user", "carol", "--method", "PLAIN")
     shown = run_ctl("--config", filled_daemon.config_path, *question).stdout
