@@ -355,6 +355,16 @@ def test_uninstall_leaves_configuration_and_database_alone(tmp_path):
     assert files(tmp_path) == {"usr/local/sbin/another"}
 
 
+def test_link_of_a_runlevel_that_is_left_is_named_with_what_deletes_it(tmp_path):
+    run("install", tmp_path)
+    link = tmp_path / "etc/runlevels/default/mailcloak"
+    link.parent.mkdir(parents=True)
+    link.symlink_to("/etc/init.d/mailcloak")
+    command = re.search("which starts it at boot, if it is installed again: (rm .*)", run("uninstall", tmp_path).stdout)[1]
+    subprocess.run(command, shell=True, check=True, timeout=30)
+    assert files(tmp_path) == set()
+
+
 def test_uninstall_of_what_was_not_changed_leaves_no_file(tmp_path):
     run("install", tmp_path, "/usr")
     run("uninstall", tmp_path, "/usr")

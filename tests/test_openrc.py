@@ -254,3 +254,24 @@ def test_network_service_may_be_there_and_may_go(service):
     finally:
         subprocess.run(["rc-service", network.name, "zap"], check=False, timeout=30, capture_output=True, cwd="/")
         network.unlink()
+
+
+def test_uninstall_is_refused_while_it_runs_and_names_what_stops_it(service, tmp_path):
+    folders = {"PREFIX": str(tmp_path), "SYSCONFDIR": str(tmp_path / "etc"), "UNITDIR": str(tmp_path / "units"), "DESTDIR": ""}
+    environment = {**os.environ, **folders, "PYTHON": sys.executable, "ANY_PYTHON": "yes", "INIT": "openrc"}
+
+    def run(target):
+        command = ["./install", target]
+        return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False, timeout=60)
+
+    assert run("install").returncode == 0
+    script, program = tmp_path / "etc/init.d/mailcloak", tmp_path / "sbin/mailcloak"
+    script.write_text(f'#!/bin/sh\nexec "{service.script}" "$@"\n')
+    service.start()
+    result = run("uninstall")
+    assert (result.returncode, script.exists(), program.exists()) == (1, True, True)
+    assert "stop it first: rc-service mailcloak stop" in result.stderr
+    service.rc("stop")
+    assert run("uninstall").returncode == 0
+    assert not script.exists()
+    assert not program.exists()
