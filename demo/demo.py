@@ -90,14 +90,11 @@ def start_daemon(config: Path, log: Path) -> subprocess.Popen[bytes]:
     return daemon
 
 
-def run_ctl(config: Path, *arguments: str) -> None:
+def run_ctl(option: str, path: Path, *arguments: str) -> None:
     print(f"  $ mailcloakctl.py {' '.join(arguments)}", flush=True)
-    result = subprocess.run(
-        [*PROGRAMS["mailcloakctl"], "--config", str(config), *arguments],
-        capture_output=True,
-        text=True,
-        check=True,
-    )
+    result = subprocess.run([*PROGRAMS["mailcloakctl"], option, str(path), *arguments], capture_output=True, text=True, check=False)
+    if result.returncode:
+        sys.exit(f"it failed with exit code {result.returncode}, in {path.parent}:\n{result.stderr}")
     shown = (
         result.stderr
         if "--generate" not in arguments
@@ -166,9 +163,9 @@ def demo() -> int:
         print("mailcloak answers Postfix: who may receive, who may send, where an alias leads.\n")
         print("Users alice@demo.test and bob@demo.test; one alias and one app are added:")
         daemon = start_daemon(config, log)
-        run_ctl(config, "aliases", "add", "info@demo.test", "alice")
-        run_ctl(config, "apps", "add", "printer", "--generate")
-        run_ctl(config, "apps", "allow", "printer", "scan@demo.test")
+        run_ctl("--config", config, "aliases", "add", "info@demo.test", "alice")
+        run_ctl("--config", config, "apps", "add", "printer", "--generate")
+        run_ctl("--config", config, "apps", "allow", "printer", "scan@demo.test")
         rows = [("QUESTION", "ANSWER", "WHERE IT CAME FROM")]
         wrong = 0
         for number, (question, asked, expected) in enumerate(QUESTIONS, 1):
@@ -201,8 +198,13 @@ def run() -> int:
     status = RUN_DIR.lstat()
     if status.st_uid != os.getuid() or not stat.S_ISDIR(status.st_mode):
         sys.exit(f"{RUN_DIR} is not your own folder, remove it")
+    with contextlib.suppress(OSError):
+        exchange(RUN_DIR / "policy", policy_request({}), b"\n\n")
+        sys.exit(f"a daemon runs in {RUN_DIR} already: end it with Ctrl-C in its terminal, or ask that one")
+    shutil.rmtree(RUN_DIR)  # each run begins with the same users and the one alias
+    RUN_DIR.mkdir(mode=0o700)
     config = write_config(RUN_DIR)
-    run_ctl(config, "aliases", "add", "info@demo.test", "alice")
+    run_ctl("--db", RUN_DIR / "state.db", "aliases", "add", "info@demo.test", "alice")  # no daemon can be asked yet
     python = Path(sys.executable)
     python = python.relative_to(Path.cwd()) if python.is_relative_to(Path.cwd()) else python
     print(f"""
