@@ -488,6 +488,11 @@ def database_remedy(exc: BaseException, path: str) -> str:
     user, file_user = (owner_name(place) if os.path.exists(place) else "" for place in (os.path.dirname(path), path))
     if os.geteuid() == 0 and file_user not in (user, ""):  # root acts as the first
         return f"chown the file to {user}, who owns its directory and has to read it"
+    if mailcloak.sqlite_fault(exc) == "readonly":
+        for place in filter(os.path.exists, (path, os.path.dirname(path))):
+            status = os.stat(place)
+            if not status.st_mode & stat.S_IWUSR and os.geteuid() in (0, status.st_uid):
+                return f"chmod u+w {shlex.quote(place)}"
     readable = os.access(path, os.R_OK | os.W_OK) and os.access(os.path.dirname(path), os.W_OK | os.X_OK)
     if not readable:
         return f"run mailcloakctl as {owner_name(path)}, who owns this database, or as root"

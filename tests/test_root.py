@@ -14,9 +14,10 @@ from pathlib import Path
 
 import pytest
 import yaml
-from conftest import ROOT, run_ctl, short_directory
+from conftest import ROOT, as_nobody, run_ctl, short_directory
 
 import mailcloak
+import mailcloakcommon
 import mailcloakowner
 
 pytestmark = pytest.mark.real("root")
@@ -247,3 +248,13 @@ def test_file_that_roots_copy_has_made_is_to_be_given_to_its_user(theirs, tmp_pa
     os.chmod(theirs, 0o640)
     result = run_ctl("--db", theirs, "aliases", "list", check=False)
     assert "chown the file to user nobody, who owns its directory and has to read it" in result.stderr
+
+
+@pytest.mark.parametrize("is_file", [True, False], ids=["file", "directory"])
+def test_database_that_its_owner_may_not_write_is_to_be_made_writable(theirs, is_file):
+    place = theirs if is_file else theirs.parent
+    place.chmod(0o440 if is_file else 0o550)
+    said = run_ctl("--db", theirs, "aliases", "add", "x@d1.test", "bob", check=False).stderr
+    assert said.endswith(f"attempt to write a readonly database, nothing was changed; chmod u+w {place}\n")
+    error = sqlite3.OperationalError("attempt to write a readonly database")
+    assert as_nobody(lambda: mailcloakcommon.database_remedy(error, str(theirs))) == f"chmod u+w {place}"
