@@ -167,8 +167,7 @@ def aliases_add_user(context: common.Context) -> None:
 
 def aliases_remove_user(context: common.Context) -> None:
     """Let an alias with several targets no longer lead to some of them."""
-    options = context.options
-    names = {common.read_username(name.strip("<>")) for name in options.users}
+    names = {common.read_username(name.strip("<>")) for name in context.options.users}
 
     def decide(address: str, before: Optional[mailcloak.Alias]) -> mailcloak.Alias:
         if not before:
@@ -178,7 +177,10 @@ def aliases_remove_user(context: common.Context) -> None:
             raise common.Refused(f"aliases: {address} would lead to nobody, aliases del {address} deletes it")
         return before._replace(users=users, external=external)
 
-    change_alias(context, decide)
+    before = change_alias(context, decide)
+    absent = sorted(names - {*before.users, *before.external}) if before else ()
+    if absent:
+        common.say(f"aliases: {common.read_address(context.options.address)} did not lead to {common.shorten(absent)}")
 
 
 def read_targets(context: common.Context, address: str, *, receive_only: bool = False) -> mailcloak.Alias:
@@ -201,8 +203,10 @@ def read_targets(context: common.Context, address: str, *, receive_only: bool = 
     return mailcloak.Alias(tuple(sorted(users)), True, tuple(sorted(external)), receive_only)
 
 
-def change_alias(context: common.Context, decide: Callable[[str, Optional[mailcloak.Alias]], mailcloak.Alias]) -> None:
-    """Store what decide() makes of the alias that is there, and say so."""
+def change_alias(
+    context: common.Context, decide: Callable[[str, Optional[mailcloak.Alias]], mailcloak.Alias]
+) -> Optional[mailcloak.Alias]:
+    """Store what decide() makes of the alias that is there, and say so; what was there."""
     options, address = context.options, common.read_address(context.options.address)
     # aliases add may have to make the database, and does not do so before its arguments are looked up
     is_new = context.creates and not os.path.exists(context.path)
@@ -235,10 +239,17 @@ def change_alias(context: common.Context, decide: Callable[[str, Optional[mailcl
     common.answer(context, [address] if before != after else [], text + (" already" if before == after else ""), **values)
     if not after.enabled:
         common.say(f"aliases: {address} is disabled, aliases enable {address} makes it count")
-    if context.policy and mailcloak.normalise_address(address).domain not in context.policy.domain:
-        common.say(f"warning: {address} is not in policy.domain ({', '.join(sorted(context.policy.domain))}), so it leads nowhere")
+    warn_of_domain(context, address, "so it leads nowhere")
     for app in apps:
         common.say(f"warning: {app} is an app, and apps receive no mail; name the user who should get it")
+    return before
+
+
+def warn_of_domain(context: common.Context, address: str, so: str) -> None:
+    """Say so where the address is not in one of our domains, and what that means."""
+    policy = context.policy
+    if policy and mailcloak.normalise_address(address).domain not in policy.domain:
+        common.say(f"warning: {address} is not in policy.domain ({', '.join(sorted(policy.domain))}), {so}")
 
 
 def aliases_list(context: common.Context) -> None:
@@ -259,6 +270,7 @@ def aliases_list(context: common.Context) -> None:
     what = "count(*)" if options.count else f"alias_email, updated_at, source, {mailcloak.ALIAS_COLUMNS}"
     select = f"SELECT {what} FROM aliases WHERE {where} ORDER BY alias_email"  # noqa: S608  no text of a user
     rows = common.patiently(lambda: context.database.execute(select, values).fetchall())
+    warn_of_username(context, options.glob or "")
     if options.count:
         common.print_json({"count": rows[0][0]}) if options.json else print(rows[0][0])
     elif options.quiet and options.json:
@@ -271,6 +283,15 @@ def aliases_list(context: common.Context) -> None:
         if any(row["source"] for row in rows):
             columns["source"] = lambda name: name or "-"
         common.print_list(options, [describe_alias(row) for row in rows], {**columns, "updated_at": common.shown_time})
+
+
+def warn_of_username(context: common.Context, glob: str) -> None:
+    """Say so where a pattern for addresses is the name of a user who has aliases: without an @ or a wildcard it is like none."""
+    if not glob or re.search(r"[@*?[]", glob):
+        return
+    select = f"SELECT 1 FROM {common.ALIAS_USERS} WHERE lower(username) = ?"  # noqa: S608
+    if common.patiently(lambda: context.database.execute(select, (glob.lower(),)).fetchone()):
+        common.say(f"warning: {glob} is like no address; aliases list --user {glob} shows the aliases of this user")
 
 
 def describe_alias(row: Any) -> dict[str, Any]:
@@ -604,6 +625,8 @@ def apps_allow(context: common.Context) -> None:
         common.note_change("apps: allow", app_id, sender=common.shown_sender(sender))
         if others:
             common.say(f"warning: {sender} is the primary e-mail of {common.shorten(others)}")
+    if sender:
+        warn_of_domain(context, sender, "and the app may use it all the same")
     text = f"apps: {app_id} may {'now ' if changed else ''}send as {common.shown_sender(sender)}{'' if changed else ' already'}"
     common.answer(context, [app_id] if changed else [], text, sender=sender)
 
@@ -766,6 +789,8 @@ class ArgumentParser(mailcloak.ArgumentParser):
         if found:
             choices = re.findall(r"[a-z][a-z-]*", found[2])
             near = mailcloak.near_miss(found[1], choices)
+            if found[1] == "remove" and "del" in choices:
+                near = f"; did you mean {' or '.join(repr(word) for word in ('del', 'remove-user') if word in choices)}?"
             message = f"unknown word {found[1]!r}{near}" if near else f"unknown word, expected one of {', '.join(choices)}"
         super().error(message)
 
@@ -818,7 +843,7 @@ def add_command(parsers: Any, shared: argparse.ArgumentParser, noun: str, verb: 
     if (noun, verb) in (("aliases", "add"), ("aliases", "add-user")):
         parser.add_argument("--external", action="store_true", help="a USERNAME may be an address elsewhere that gets its mail too")
         parser.add_argument(
-            "--force", action="store_true", help="also an alias of an alias, another user's e-mail, a foreign domain"
+            "--force", action="store_true", help="also an alias of an alias, another user's e-mail, a username in a foreign domain"
         )
     if (noun, verb) == ("aliases", "add"):
         parser.add_argument("--replace", action="store_true", help="also when the address leads to others now")
@@ -955,7 +980,8 @@ def take_late_argument(options: argparse.Namespace, rest: Sequence[str]) -> None
             setattr(options, name, rest[0])
             return
     if (options.noun, options.verb) != ("apps", "add"):
-        parser.error("unrecognized arguments")
+        is_option = any(word.startswith("-") for word in rest)
+        parser.error("an unknown option" if is_option else f"{common.counted(rest, 'word')} too many")
     if len(rest) > 1 or rest[0].startswith("-"):
         parser.error("an unknown option or a second TOKEN; a TOKEN that begins with - goes after --")
     if options.token is not None or options.token_stdin or options.generate:
@@ -1048,7 +1074,9 @@ def run(argv: Optional[Sequence[str]], options: argparse.Namespace) -> int:
         for problem in exc.problems:
             common.say(str(problem))
         if options.noun in DATABASE_NOUNS:
-            common.say("mailcloakctl: the configuration names the database; fix it, or name the database with --db")
+            common.say(
+                "mailcloakctl: the configuration names the database; fix it, name the database with --db, or run this as root"
+            )
         else:
             remedy = "fix it, name another with --config, or run this as root"
             common.say(f"mailcloakctl: the configuration names the daemon's sockets; {remedy}")

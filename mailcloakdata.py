@@ -356,8 +356,9 @@ class Csv(Format):
             if "@" not in line:
                 return None
         if not self._least <= len(fields) <= len(self._order):
+            expected = " or ".join(map(str, range(self._least, len(self._order) + 1)))
             raise ValueError(
-                f"it has {common.counted(fields, 'field')}, expected {len(self._order)}; several users are separated by semicolons"
+                f"it has {common.counted(fields, 'field')}, expected {expected}; several users are separated by semicolons"
             )
         found = ["", "", "1", ""]
         for place, field in zip(self._order, fields):
@@ -1184,6 +1185,8 @@ def backup(context: common.Context) -> None:
     """Copy the database to a new file."""
     options, database = context.options, context.database
     path = os.path.abspath(options.file)
+    if os.path.isdir(path):
+        raise common.Refused(f"backup: {path!r} is a directory, name a file in it")
     if os.path.lexists(path) and not options.replace:
         raise common.Refused(f"backup: {path!r} is there already, --replace replaces it")
     if os.path.exists(path) and os.path.samefile(path, context.path):
@@ -1251,6 +1254,8 @@ def damaged(context: common.Context, exc: BaseException) -> common.Refused:
 
 def check_backup(path: str) -> None:
     """Raise Refused for a file that is no whole database of mailcloak, or of a newer one."""
+    if os.path.isdir(path):
+        raise common.Refused(f"restore: {path!r} is a directory, name the backup in it")
     try:
         os.stat(path)
         with contextlib.closing(sqlite3.connect(readonly_uri(path), uri=True)) as database:

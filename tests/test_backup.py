@@ -102,6 +102,11 @@ def test_backup_is_a_whole_copy_for_its_owner_alone(ctl):
     assert json.loads(ctl("backup", path, "--replace", "--json").stdout) == {"file": str(path), "aliases": 2, "apps": 1}
 
 
+@pytest.mark.parametrize("command", [("backup",), ("backup", "--replace"), ("restore",)], ids=" ".join)
+def test_directory_in_place_of_a_file_is_called_one(ctl, tmp_path, command):
+    assert f"{command[0]}: {str(tmp_path)!r} is a directory, name " in ctl.refuses(*command, tmp_path)
+
+
 def test_backup_replaces_no_file_without_replace(ctl, copy):
     ctl("aliases", "del", "info@d1.test")
     before = copy.read_bytes()

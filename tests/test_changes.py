@@ -317,6 +317,11 @@ def test_interrupt_shows_no_traceback_at_any_moment(change, milliseconds):
         (("--jsn", "aliases", "list"), "unknown option --jsn; did you mean '--json'?", 2),
         (("alias", "list"), "unknown word 'alias'; did you mean 'aliases'?", 2),
         (("aliases", "dell", "info@d1.test"), "unknown word 'dell'; did you mean 'del'?", 2),
+        (("aliases", "remove", "info@d1.test"), "unknown word 'remove'; did you mean 'del' or 'remove-user'?", 2),
+        (("apps", "remove", "printer"), "unknown word 'remove'; did you mean 'del'?", 2),
+        (("flush", "a", "b"), "mailcloakctl flush: 1 word too many", 2),
+        (("ask", "sender", "info@d1.test", "bob"), "mailcloakctl ask sender: 1 word too many", 2),
+        (("ask", "recipient", "info@d1.test", "--user", "bob"), "mailcloakctl ask recipient: an unknown option", 2),
         (
             ("aliases", "hunter2"),
             "unknown word, expected one of add, add-user, remove-user, list, show, move, del, enable, disable, export, import, sync",

@@ -194,7 +194,7 @@ def test_line_is_read(name, text, fields):
 
 
 BAD = {
-    "csv, one field": ("csv", "info@d1.test", "it has 1 field"),
+    "csv, one field": ("csv", "info@d1.test", "it has 1 field, expected 2 or 3;"),
     "csv, second user": ("csv", "info@d1.test,alice,bob", "it says 'bob' where 1 or 0"),
     "csv, third user": ("csv", "info@d1.test,alice,bob,carol", "it has 4 fields"),
     "csv, quote not closed": ("csv", 'info@d1.test,"alice', "it is not CSV"),

@@ -1253,6 +1253,15 @@ def config(ctl, tmp_path):
     return config
 
 
+@pytest.mark.parametrize("glob", ["alice", "ALICE"])
+def test_list_of_a_username_in_place_of_a_pattern_names_the_option(filled, glob):
+    result = filled("aliases", "list", glob)
+    assert result.stdout == ""
+    assert result.stderr == f"warning: {glob} is like no address; aliases list --user {glob} shows the aliases of this user\n"
+    for other in ("nobody", "alice@*", "*alice"):
+        assert filled("aliases", "list", other).stderr == ""
+
+
 def test_config_names_the_database(ctl, config):
     path = config("policy: {domain: d1.test}\nsqlite: {path: DB}\n")
     result = run_ctl("--config", path, "aliases", "add", "info@d1.test", "alice")
@@ -1262,6 +1271,13 @@ def test_config_names_the_database(ctl, config):
     )
     assert run_ctl("aliases", "list", "--config", path).stdout.splitlines()[1].startswith("info@d1.test")
     assert ctl.aliases() == [("info@d1.test", "alice", 1)]
+
+
+def test_app_is_allowed_an_address_outside_policy_domain_with_a_warning(filled, config):
+    path = config("policy: {domain: d1.test}\nsqlite: {path: DB}\n")
+    for address, warned in (("scan@other.test", True), ("scan@d1.test", False), ("<>", False)):
+        said = run_ctl("--config", path, "apps", "allow", "printer", address).stderr
+        assert ("is not in policy.domain (d1.test), and the app may use it all the same\n" in said) == warned
 
 
 def test_alias_outside_policy_domain_is_added_with_a_warning(ctl, config):
@@ -1303,7 +1319,7 @@ def test_config_that_cannot_name_the_database_is_refused(ctl, config, text, says
     result = run_ctl("--config", path, "aliases", "list", check=False)
     assert (result.returncode, result.stdout) == (1, "")
     assert says in result.stderr
-    assert "name the database with --db" in result.stderr
+    assert "name the database with --db, or run this as root" in result.stderr
 
 
 def test_config_that_is_missing_is_refused(tmp_path):

@@ -75,8 +75,10 @@ def test_users_are_added_and_removed(ctl):
     assert ctl("aliases", "add-user", TEAM, "carol").stderr == f"aliases: {TEAM} leads to alice, bob, carol already\n"
     assert (
         ctl("aliases", "remove-user", TEAM, "alice", "absent").stderr
-        == f"aliases: {TEAM} now leads to bob, carol, no longer to alice\n"
+        == f"aliases: {TEAM} now leads to bob, carol, no longer to alice\naliases: {TEAM} did not lead to absent\n"
     )
+    said = ctl("aliases", "remove-user", TEAM, "absent").stderr
+    assert said == f"aliases: {TEAM} leads to bob, carol already\naliases: {TEAM} did not lead to absent\n"
     changed = json.loads(ctl("aliases", "remove-user", TEAM, "carol", "--json").stdout)
     assert changed == {"changed": True, "aliases": [TEAM], "username": "bob", "before": "bob, carol"}
     assert "would lead to nobody" in ctl.refuses("aliases", "remove-user", TEAM, "bob")
