@@ -1848,9 +1848,12 @@ def create_database_file(path: str, mode: int = 0o640) -> bool:
             f"sqlite.path: directory {os.path.dirname(path)!r} does not exist, create it for the user that runs mailcloak"
         ) from exc
     except OSError as exc:
-        raise StartError(
-            f"sqlite.path: {path!r} cannot be created: {exc.strerror}, as user {pwd.getpwuid(os.geteuid()).pw_name!r}"
-        ) from exc
+        parent, user, remedy = os.path.dirname(path), pwd.getpwuid(os.geteuid()).pw_name, ""
+        if isinstance(exc, PermissionError):
+            remedy = f"let this user write and enter its directory: chown {shlex.quote(user)} {shlex.quote(parent)}"
+            if not os.path.exists(parent):  # as far as this user sees
+                remedy = f"let this user enter each directory above {parent!r}"
+        raise StartError(f"sqlite.path: {path!r} cannot be created: {exc.strerror}, as user {user!r}", remedy) from exc
     try:
         os.fchmod(descriptor, mode)
         directory = os.stat(os.path.dirname(path))

@@ -452,7 +452,8 @@ def open_database(path: str, *, create: bool) -> sqlite3.Connection:
             say(f"database {path} {done}")
         database = mailcloakowner.connect(path, INTERRUPT_SECONDS)
     except mailcloak.StartError as exc:
-        raise Refused(str(exc), database_remedy(exc, path) if mailcloak.sqlite_fault(exc) else "") from exc
+        is_theirs = exc.remedy and os.geteuid() != 0  # that is for the daemon's user, not for the one who types this
+        raise Refused(exc.text, database_remedy(exc, path) if is_theirs or mailcloak.sqlite_fault(exc) else exc.remedy) from exc
     except mailcloak.DatabaseUnavailable as exc:
         raise Refused(exc.text, exc.remedy or database_remedy(exc, path)) from exc
     database.row_factory = sqlite3.Row

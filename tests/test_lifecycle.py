@@ -276,7 +276,8 @@ def test_database_directory_that_its_user_may_not_write_is_named(make_daemon):
     daemon = make_daemon(static_users=USERS, daemon={"user": "nobody"})
     log = launch_and_fail(daemon)
     assert "sqlite.path: " in log
-    assert "cannot be created: Permission denied, as user 'nobody'" in log
+    said = "cannot be created: Permission denied, as user 'nobody', let this user write and enter its directory: chown nobody "
+    assert f"{said}{daemon.database.parent}\n" in log
 
 
 @root_only

@@ -1049,7 +1049,23 @@ def test_database_in_a_directory_that_its_owner_cannot_reach_is_not_created(miss
     short_dir.chmod(0o700)
     missing.path = directory / "state.db"
     result = missing("aliases", "add", "info@d1.test", "alice", check=False)
-    assert (result.returncode, "cannot be created: Permission denied, as user 'nobody'" in result.stderr) == (1, True)
+    said = "cannot be created: Permission denied, as user 'nobody'; let this user enter each directory above "
+    assert (result.returncode, f"{said}{str(directory)!r}" in result.stderr) == (1, True)
+
+
+@pytest.mark.real("root")
+def test_database_in_a_directory_of_another_user_is_for_that_user_to_create(short_dir):
+    def add():
+        said = io.StringIO()
+        with contextlib.redirect_stderr(said):
+            mailcloakctl.main(["--db", str(short_dir / "state.db"), "aliases", "add", "x@d1.test", "alice"])
+        return said.getvalue()
+
+    outcome = as_nobody(add)
+    assert (
+        "cannot be created: Permission denied, as user 'nobody'; run mailcloakctl as user root, who owns this database" in outcome
+    )
+    assert "chown" not in outcome
 
 
 def test_owner_group_and_mode_of_an_existing_database_stay(filled):
