@@ -1910,8 +1910,8 @@ def prepare_database(path: str, busy_seconds: float, *, create: bool = True) -> 
 
 def _lost_database(path: str, state: str) -> DatabaseUnavailable:
     remedy = (
-        f"restore it from a backup; only if it held nothing you need, delete both it and {last_known_path(path)!r}; the daemon then"
-        " creates a new database"
+        "restore it from a backup; only if it held nothing you need, stop the daemon, delete what there is of it and"
+        f" {last_known_path(path)!r}, and start the daemon, which creates a new database"
     )
     return DatabaseUnavailable(f"database: {path!r} is {state}", remedy)
 
@@ -2585,7 +2585,10 @@ def _describe_failure(exc: BaseException) -> tuple[str, str]:
         # urllib3 1.26 compares the name by itself, and raises a class of its own or ssl's without the message of OpenSSL
         if isinstance(each, ssl.SSLCertVerificationError) or type(each).__name__ == "CertificateError":
             reason = getattr(each, "verify_message", "for another name")
-            return f"certificate refused ({reason})", "name the certificate of your own CA in keycloak.ca_file, or correct base_url"
+            remedy = "name the certificate of your own CA in keycloak.ca_file, or correct base_url"
+            if "expired" in reason or "not yet valid" in reason:
+                remedy = "renew the certificate of Keycloak's host, or correct the clock of this one"
+            return f"certificate refused ({reason})", remedy
         if isinstance(each, (socket.timeout, urllib3.exceptions.TimeoutError)):
             return "timed out", ""
         if isinstance(each, _AnswerTooLong):
@@ -5499,6 +5502,12 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
         print(*(f"{priority}{problem}" for problem in exc.problems), sep="\n", file=sys.stderr)
         return EXIT_CONFIG
     if options.check_config:
+        try:
+            if config.keycloak:
+                import_http()
+        except StartError as exc:
+            print(exc, file=sys.stderr)
+            return EXIT_FAILED
         print(*config.warnings, *postfix_warnings(config), f"config: {config.path}: good", sep="\n", file=sys.stderr)
         return EXIT_OK
     threading.excepthook = sys.unraisablehook = note_lost_exception

@@ -153,8 +153,8 @@ def test_lost_file_of_a_daemon_that_has_run_is_not_made_again(make_daemon, keycl
     result = daemon.ctl("aliases", "add", "x@d1.test", "alice", check=False)
     assert result.returncode == 1
     for text in (daemon.log(), result.stderr):
-        assert "restore it from a backup; only if it held nothing you need, delete both it and" in text
-        assert "the daemon then creates a new database" in text
+        assert "restore it from a backup; only if it held nothing you need, stop the daemon, delete what there is of it and" in text
+        assert "start the daemon, which creates a new database" in text
         assert str(daemon.database.parent / "last-known.db") in text
     daemon.database.write_bytes(good)
     assert daemon.ask(recipient="info@d1.test") == "DUNNO"
