@@ -76,7 +76,7 @@ The checks: what each looks at, and the remedy.
   alias-shadow            does an alias take the mail of a user with this primary e-mail? aliases del
   primary-shared          have several users the same e-mail? Change it in Keycloak
   login-ambiguous         is the username of one user the e-mail of another? Rename the user in Keycloak
-  primary-name, mailbox-name                does a user's e-mail lead to another mailbox? policy.mailbox_domain
+  primary-name, mailbox-name                does a user's e-mail lead to another mailbox than theirs? policy.mailbox_domain
   username-ascii          is the name of a mailbox outside ASCII, with policy.mailbox_domain? Rename the user in Keycloak
   username-delimiter      does a username hold a character of recipient_delimiter? Rename the user in Keycloak
   app-expired             has an enabled app expired? apps set --expires
@@ -968,14 +968,11 @@ def find_odd_users(policy: mailcloak.PolicyConfig, users: Mapping[str, mailcloak
     yield from about(ambiguous, problem("login-ambiguous", text, "rename the users, or change the e-mails, in Keycloak"))
     if not policy.mailbox_domain:
         yield from check_mailbox_names(users, ours)
-    cut = [
-        user.username
-        for user in ours
-        if mailcloak.split_extension(user.username.rpartition("@")[0] or user.username, policy.recipient_delimiter)[1]
-    ]
-    text = "these usernames hold a character of recipient_delimiter, so their mail goes to the mailbox of what stands before it"
+    names = [name for user in ours for name in (user.username, "" if policy.mailbox_domain else user.email)]
+    cut = [name for name in names if mailcloak.holds_delimiter(name, policy.recipient_delimiter)]
+    text = "Dovecot would cut the names of these mailboxes at a character of recipient_delimiter, so mail for them waits (451)"
     remedy = "rename the users in Keycloak, or take the character out of recipient_delimiter in config.yaml, main.cf and Dovecot"
-    yield from about(cut, warning("username-delimiter", text, remedy))
+    yield from about(cut, problem("username-delimiter", text, remedy))
     odd = [user.username for user in ours if policy.mailbox_domain and not user.username.isascii()]
     text = "these usernames are not ASCII, and Dovecot 2.3 takes no mail for such a mailbox: all mail for these users bounces"
     yield from about(odd, warning("username-ascii", text, "rename the users in Keycloak; their e-mails may stay"))
@@ -992,8 +989,8 @@ def check_mailbox_names(users: Mapping[str, mailcloak.User], ours: Sequence[mail
     remedy = "set policy.mailbox_domain, so that every address leads to the mailbox of its user; or change the e-mails in Keycloak"
     text = "these e-mails have another user's name before the @, and their mail may end in that user's mailbox"
     yield from about(taken, problem("primary-name", text, remedy))
-    text = "these e-mails have another name before the @ than their user, so the user has one mailbox for it and another one for their aliases"
-    yield from about(others, warning("mailbox-name", text, remedy))
+    text = "these users cannot read mail for their e-mail: it goes to the mailbox of the name before the @"
+    yield from about(others, problem("mailbox-name", text, remedy))
 
 
 @listed

@@ -442,7 +442,7 @@ def check_names(host: Installation, dovecot: Dovecot) -> Findings:
         named_how, other = "without", '%{user | lower}" in 2.4, "%Lu" in 2.3'
     text = f"these users do not read the mailbox to which Dovecot delivers their mail, which is named {named_how} the domain"
     elsewhere = problem(check, text, f'protocol lmtp {{ auth_username_format = "{other} }}, then doveadm reload')
-    yield from about(lost, elsewhere) or [ok(check, "mail is delivered to the mailbox that its user reads")]
+    yield from about(lost, elsewhere) or [ok(check, "mail for USERNAME@DOMAIN is delivered to the mailbox that this user reads")]
 
 
 def check_delimiter(host: Installation, dovecot: Dovecot) -> Findings:

@@ -6,6 +6,7 @@ LMTP; the message is read back over IMAP, where the user logs in with a token.
 
 import contextlib
 import imaplib
+import json
 import os
 import re
 import secrets
@@ -18,7 +19,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
-from conftest import ROOT, once_for_all, running, wait_until
+from conftest import ROOT, once_for_all, run_ctl, running, wait_until
 from real.dovecot import make_certificate, new_source
 from real.keycloak import MAIL_CLIENT, PASSWORD, service_client, user
 from real.mail import (
@@ -638,6 +639,19 @@ def test_user_sends_as_each_own_address_with_a_mailbox_domain(one_mailbox_host, 
     with one_mailbox_host.logged_in("XOAUTH2", "c.smith") as client:
         assert refusal(client, sender, "bob@d1.test") is None
         assert refusal(client, "c.smith@d1.test", "bob@d1.test") == expected(NOT_OWNED, "c.smith@d1.test")
+
+
+def test_without_a_mailbox_domain_mail_for_an_email_of_another_name_cannot_be_read_by_its_user_and_doctor_says_so(host):
+    with host.postfix.smtp() as client:
+        marker = send(client, "x@elsewhere.test", "carol@d1.test")
+    mail = host.dovecot.mail
+    (path,) = wait_until(lambda: [each for each in mail.rglob("new/*") if marker in each.read_text()], 20, what="the message")
+    assert path.is_relative_to(mail / "carol")
+    assert not host.holds("c.smith", marker)
+    shown = run_ctl("--config", host.daemon.config_path, "--json", "doctor", check=False).stdout
+    found = {each["check"]: each for each in json.loads(shown)}
+    assert (found["mailbox-name"]["state"], found["mailbox-name"]["items"]) == ("problem", ["carol@d1.test (c.smith)"])
+    assert "these users cannot read mail for their e-mail" in found["mailbox-name"]["text"]
 
 
 # ---- E-mail as username
