@@ -57,6 +57,7 @@ The checks: what each looks at, and the remedy.
   postfix-settings        does main.cf set what Postfix does not know, or one thing twice? Typing errors, one line of each
 
   dovecot-mechanisms      do users log in with a token, apps with a password, and nobody otherwise? auth_mechanisms
+  dovecot-logins          is each login asked for, under its whole name? auth_cache_size, auth_username_format
   dovecot-realm           does Dovecot take tokens of the realm that the daemon asks? introspection_url
   dovecot-trust           does Dovecot trust Keycloak's certificate? tls_ca_cert_file, in 2.4 ssl_client_ca_file
   dovecot-certificate     has Dovecot a certificate with its key, that has not ended? ssl_cert, in 2.4 ssl_server_cert_file

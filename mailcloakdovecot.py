@@ -208,6 +208,7 @@ def check_dovecot(host: Installation) -> Findings:
     yield from check_mechanisms(host, offered)
     if queries or dovecot.token_urls:  # else nobody has set it up for mailcloak yet
         yield from check_passdbs(dovecot.settings)
+        yield from check_logins(dovecot.settings)
         yield from check_mailboxes(dovecot.settings)
         yield from check_names(host, dovecot)
         yield from check_delimiter(host, dovecot)
@@ -278,6 +279,22 @@ def check_passdbs(settings: str) -> Findings:
         if driver not in ("oauth2", "sql") and passdb.get("deny") != "yes" and not (mechanisms and mechanisms <= TOKENS):
             text = f"passdb {driver} lets others than apps log in by password, and mailcloak takes each for the user of that name"
             yield problem("dovecot-mechanisms", text, "take this passdb out of Dovecot's configuration, then doveadm reload")
+
+
+def check_logins(settings: str) -> Findings:
+    """Does Dovecot ask at each login, and keep the whole name? Source: auth_cache_size, auth_username_format in Dovecot's documentation."""
+    check = "dovecot-logins"
+    top = read_top(settings)
+    found: list[Finding] = []
+    size, name_format = top.get("auth_cache_size", "0"), top.get("auth_username_format", "").strip('"')
+    if not re.match(r"0+\b", size):
+        text = f"auth_cache_size = {size}: an app's old token still logs in after it was replaced, or the app disabled"
+        found.append(problem(check, text, "dovecot.conf: take auth_cache_size out, then restart Dovecot"))
+    if not re.fullmatch(r"(%L?(u|\{ *user *(\| *lower *)?\}))?", name_format):
+        text = f"auth_username_format = {name_format}: it changes the name of a login, which then counts as the user or app of the new name"
+        remedy = "dovecot.conf: take auth_username_format out where it is in no protocol { }, then doveadm reload"
+        found.append(problem(check, text, remedy))
+    yield from found or [ok(check, "each login is asked for, under its whole name")]
 
 
 def check_realm(host: Installation, settings: str, token_urls: Sequence[TokenUrl]) -> Findings:

@@ -1738,6 +1738,30 @@ def test_passdb_by_which_others_than_apps_log_in_by_password_is_a_problem(readab
 
 
 @real_dovecot
+def test_login_that_is_remembered_or_cut_is_a_problem_until_the_remedy_was_carried_out(readable_site, dovecot_factory):
+    instance = dovecot_factory(readable_site.database)
+    path = instance.config / "dovecot.conf"
+    sample = path.read_text()
+    is_new = installed_version() >= (2, 4)
+    for line, is_harmless in (
+        ("auth_cache_size = 10M", False),
+        ("auth_cache_size = 0", True),
+        ("auth_username_format = " + ("%{user | username}" if is_new else "%Ln"), False),
+        ("auth_username_format = %{user}@d1.test", False),
+        ("auth_username_format = %{user}", True),
+        ("auth_username_format = " + ("%{user | lower}" if is_new else "%u"), True),
+    ):
+        path.write_text(f"{sample}\n{line}\n")
+        found = ask_dovecot(readable_site, instance)
+        if is_harmless:
+            nothing(found)
+        else:
+            found = the_only(found, "problem", "dovecot-logins")
+            assert f"take {line.split()[0]} out" in found.remedy
+            assert line.split()[0] in found.text
+
+
+@real_dovecot
 def test_dovecot_with_a_wrong_query_is_a_problem(readable_site, dovecot_factory):
     instance = dovecot_factory(readable_site.database, [("AND enabled = 1", "AND 1 = 1")])
     assert "lets disabled apps log in" in the_only(ask_dovecot(readable_site, instance), "problem", "dovecot-query").text
