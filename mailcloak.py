@@ -3764,7 +3764,10 @@ class SavedUsers:
         where there is none.
         """
         create_database_file(self._path, 0o600)
-        os.chmod(self._path, 0o600)
+        try:
+            os.chmod(self._path, 0o600)
+        except PermissionError as exc:
+            raise OSError("its mode cannot be set to 0600: let it belong to the user that runs mailcloak") from exc
         now = self._look_at_file()
         before, others = self.states.get(self._path, (now, 0))
         self.states[self._path] = now, others + (now != before)

@@ -16,7 +16,7 @@ The checks: what each looks at, and the remedy.
   database                is it there, whole and of this schema? Start the daemon, which makes or migrates it; restore a backup
   database-mode           can strangers read, change or replace it? chmod
   database-room           has its disk 10 MB left? Make room
-  database-access         can the daemon's user write it and its directory? chown, chmod
+  database-access         can the daemon's user write it and its directory, and last-known.db there? chown, chmod
   database-journal        can Dovecot read it as an ordinary user: not in WAL mode? PRAGMA journal_mode = DELETE
 
   replication             with several mail hosts: is what was brought or published last new enough? Look on the host that it names
@@ -370,6 +370,15 @@ def check_database(host: Installation) -> Findings:
         yield problem("database-room", f"the disk of {path} has only {free_bytes // 1024} kB left", "make room on it")
     failure = problem("database-access", "", f"chown -h {host.daemon.user if host.daemon else ''}: {{path}}")
     yield from check_daemon_access(host, lambda: why_not(path, mode) or why_not(directory, mode), failure)
+    yield from check_saved_users(mailcloak.last_known_path(path), host.daemon.user if host.daemon else "")
+
+
+def check_saved_users(path: str, user: str) -> Findings:
+    """Does last-known.db belong to the user that the daemon becomes? Only the owner may set its mode."""
+    with contextlib.suppress(OSError, KeyError):  # no such file or user, or not to be seen from here
+        if os.lstat(path).st_uid != pwd.getpwnam(user).pw_uid:
+            text = f"{path} does not belong to user {user}, which the daemon becomes, so a restart in an outage knows no users"
+            yield problem("database-access", text, f"chown -h {user}: {shlex.quote(path)}")
 
 
 @listed

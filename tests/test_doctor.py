@@ -518,6 +518,21 @@ def test_database_that_the_daemon_may_not_write_is_a_problem(site):
 
 
 @pytest.mark.real("root")
+def test_saved_users_that_belong_to_another_user_are_a_problem_until_the_remedy_was_carried_out(site):
+    """Whatever their mode is: the daemon sets it."""
+    site.config["daemon"]["user"] = "nobody"
+    for path in (site.database, site.database.parent):
+        shutil.chown(path, "nobody")
+    nothing(site.findings(mailcloakdoctor.check_database))
+    path = Path(mailcloak.last_known_path(str(site.database)))
+    path.touch()
+    path.chmod(0o666)
+    found = the_only(site.findings(mailcloakdoctor.check_database), "problem", "database-access")
+    assert carry_out(site, found.remedy)
+    nothing(site.findings(mailcloakdoctor.check_database))
+
+
+@pytest.mark.real("root")
 def test_database_that_this_user_may_not_read_is_not_checked(site):
     site.write_config()
     site.config_path.chmod(0o644)

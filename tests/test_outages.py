@@ -16,7 +16,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
-from conftest import Clock, wait_until
+from conftest import Clock, as_nobody, wait_until
 from keycloak_stand_in import SELF_CHECK
 from test_lifecycle import wait_for_self_check
 
@@ -1034,6 +1034,22 @@ def test_damaged_file_that_cannot_be_removed_is_one_line(tmp_path, caplog, monke
     assert "begun again" not in caplog.text
     monkeypatch.undo()
     saved.close()
+
+
+@pytest.mark.real("root")
+def test_file_of_another_user_is_said_to_be_that(short_dir, caplog):
+    shutil.chown(short_dir, "nobody")
+    path = short_dir / "last-known.db"
+    path.touch()
+    path.chmod(0o666)
+
+    def begin():
+        mailcloak.SavedUsers(str(path), "mail", store_of(10)).close()
+        return caplog.text
+
+    assert 'reason="its mode cannot be set to 0600: let it belong to the user that runs mailcloak"' in as_nobody(begin)
+    shutil.chown(path, "nobody")
+    assert as_nobody(begin) == ""
 
 
 def test_only_what_is_news_of_a_user_is_waited_for(tmp_path):
