@@ -464,8 +464,13 @@ def check_names(host: Installation, dovecot: Dovecot) -> Findings:
 
 def check_delimiter(host: Installation, dovecot: Dovecot) -> Findings:
     """Does Dovecot cut off the same extensions? A mailbox that it does not find bounces, and another one may be found."""
-    ours, theirs = host.policy.recipient_delimiter if host.policy else "", dovecot.delimiter
-    differ = f"recipient_delimiter is {theirs!r} in Dovecot and {ours!r} in the configuration of mailcloak"
+    if host.policy is None:
+        yield skipped("dovecot-delimiter", f"which recipient_delimiter should Dovecot have? {NO_CONFIG}")
+        return
+    ours, theirs, place = host.policy.recipient_delimiter, dovecot.delimiter, "the configuration of mailcloak"
+    if host.postfix_delimiter is not None:  # postfix-delimiter says where mailcloak has another one
+        ours, place = host.postfix_delimiter, "main.cf"
+    differ = f"recipient_delimiter is {theirs!r} in Dovecot and {ours!r} in {place}"
     remedy = f"dovecot.conf: recipient_delimiter = {ours}, then doveadm reload"
     if set(ours) - set(theirs):
         yield problem("dovecot-delimiter", f"{differ}, so mail for tagged addresses bounces", remedy)
@@ -474,7 +479,7 @@ def check_delimiter(host: Installation, dovecot: Dovecot) -> Findings:
             "dovecot-delimiter", f"{differ}, so mail for a user with such a character in their name goes to another one", remedy
         )
     elif ours:
-        yield ok("dovecot-delimiter", f"recipient_delimiter is {ours!r} here and there")
+        yield ok("dovecot-delimiter", f"recipient_delimiter is {ours!r} in Dovecot and in {place}")
 
 
 def find_login_names(settings: str) -> Iterator[tuple[str, str]]:

@@ -121,6 +121,7 @@ class Installation:
         self.look_up_holders: Optional[Callable[[str], mailcloak.Users]] = None  # where not all users were read
         self.unusable_users: list[str] = []  # with records that the daemon does not understand, and why
         self.federations: set[str] = set()  # from which users come
+        self.postfix_delimiter: Optional[str] = None  # recipient_delimiter of main.cf, by which the others are set
 
     @property
     def daemon_group(self) -> str:

@@ -255,6 +255,7 @@ def check_postfix(host: Installation) -> Findings:
             else:
                 yield skipped("postfix", exc.text, "install Postfix, or name the folder of its main.cf with --postfix-config")
             continue
+        host.postfix_delimiter = postfix.main["recipient_delimiter"]
         yield ok("postfix", f"{postfix.directory} has {common.counted(postfix.smtpds, 'smtpd service')}")
         yield from check_running(postfix)
         if not postfix.smtpds:
@@ -389,6 +390,11 @@ def check_use(host: Installation, postfix: Postfix, smtpd: PostfixService, use: 
     if use.warn_only:
         text = f"{smtpd.name}: warn_if_reject before mailcloak in {use.list_name}: nothing is refused, the log says reject_warning"
         yield warning("postfix-trial", text, "when the log holds no surprises, take warn_if_reject out, then postfix reload")
+    context = use.options.get("policy_context", "")
+    if context not in ("", "recipient", "sender"):
+        text = f"{smtpd.name}: policy_context={context} in {use.list_name} says nothing, so refusals may name the wrong address"
+        remedy = f"policy_context=recipient or policy_context=sender, as in {MAIN_CF}; then postfix reload"
+        yield problem("postfix-smtpd", text, remedy)
     action = use.options.get("default_action") or postfix.value(smtpd, "smtpd_policy_service_default_action")
     if not re.match(r"4[0-9][0-9]\b|defer", action.lower()):
         loses = "mail is lost" if re.match(r"5|reject", action.lower()) else "nothing is checked"

@@ -417,6 +417,12 @@ def test_database_that_was_lost_is_to_be_restored_and_not_made_again(site):
     assert "start" not in found.remedy.replace("restart", "")
 
 
+def test_database_that_is_empty_is_to_be_restored(site):
+    site.database.write_bytes(b"")
+    found = the_only(site.findings(mailcloakdoctor.check_database), "problem", "database")
+    assert (found.text, "restore it from a backup" in found.remedy) == (f"{site.database} is empty", True)
+
+
 def test_database_that_strangers_may_replace_is_a_problem(site):
     site.database.parent.chmod(0o757)
     found = named(site.findings(mailcloakdoctor.check_database), "database-mode")  # root does not use it either
@@ -954,6 +960,12 @@ MAIN_MISTAKES = {
         "problem",
         "postfix-smtpd",
         f"into {RECIPIENTS}",
+    ),
+    "context with a typing error": (
+        {SENDERS: ASK % "sneder"},
+        "problem",
+        "postfix-smtpd",
+        "policy_context=recipient or policy_context=sender",
     ),
     "trial": (
         {RECIPIENTS: f"warn_if_reject {ASK % 'recipient'}"},
@@ -1851,6 +1863,22 @@ def test_other_delimiter_in_dovecot_is_a_problem_until_the_remedy_was_carried_ou
         assert effect in found.text
         change_settings(instance, "recipient_delimiter", re.search("recipient_delimiter = [^,]?", found.remedy)[0])
         assert ask() is None if not ours else ask().state == "ok"
+    readable_site.config["policy"] = 7
+    assert ask().state == "skipped"
+
+
+@real_dovecot
+@real_postfix
+def test_other_delimiter_in_mailcloak_alone_is_one_problem(mail_site, postfix, dovecot_factory):
+    """Dovecot is to have what Postfix has, so no remedy contradicts another one."""
+    mail_site.config["policy"]["recipient_delimiter"] = ""
+    path = str(dovecot_factory(mail_site.database).config / "dovecot.conf")
+    options = {"postfix_config": [str(postfix.config)], "dovecot_config": path}
+    found = mail_site.findings(mailcloakpostfix.check_postfix, mailcloakdovecot.check_dovecot, **options)
+    (problem,) = named(found, "postfix-delimiter")
+    assert (problem.state, problem.remedy.partition(",")[0]) == ("problem", 'policy.recipient_delimiter: "+"')
+    (good,) = named(found, "dovecot-delimiter")
+    assert (good.state, good.text) == ("ok", "recipient_delimiter is '+' in Dovecot and in main.cf")
 
 
 @real_dovecot
@@ -2713,7 +2741,7 @@ DATA = {
         "with the last user",
     ),
     "alias elsewhere": (alias("info@other.test", "alice"), "warning", "alias-domain", ("info@other.test",), "policy.domain"),
-    "alias in upper case": (alias("Info@d1.test", "alice"), "warning", "alias-spelling", ("Info@d1.test",), "aliases add"),
+    "alias in upper case": (alias("Info@d1.test", "alice"), "warning", "alias-spelling", ("Info@d1.test",), "db check --fix"),
     "two with one e-mail": (
         user("bobby", "Bob@D1.test"),
         "warning",
@@ -2790,7 +2818,7 @@ def test_mistake_in_addresses_users_or_apps(keycloak_site, realm, mistake, state
 
 
 @pytest.mark.parametrize(
-    "name", [name for name, (*_, remedy) in DATA.items() if "APP_ID --" in remedy or "aliases" in remedy or "SERN" in remedy]
+    "name", [name for name, (*_, remedy) in DATA.items() if re.search("APP_ID --|aliases|SERN|db check", remedy)]
 )
 def test_command_of_a_remedy_for_addresses_and_apps_helps(keycloak_site, realm, name):
     mistake, _, check, items, _ = DATA[name]
