@@ -1683,6 +1683,21 @@ def load_config(path: str) -> Config:
     return dataclasses.replace(config, warnings=tuple(_config_warnings(path, config)))
 
 
+# How main.cf names each socket, in the values of its settings.
+_IN_MAIN_CF = {"policy_socket": r"check_policy_service[\s{]+unix:([^\s,}]+)", "socketmap_socket": r"socketmap:unix:([^\s,:]+)"}
+
+
+def misnamed_sockets(sockets: SocketsConfig, queue_directory: str, main_cf: str) -> Iterator[tuple[str, Problem]]:
+    """Where the values of main.cf name no socket of ours but another of mailcloak beside it: (the path of that, the problem)."""
+    ours = [getattr(sockets, key) for key in _IN_MAIN_CF]
+    for (key, pattern), path in zip(_IN_MAIN_CF.items(), ours):
+        asked = [os.path.join(queue_directory, name) for name in re.findall(pattern, main_cf)]
+        beside = [other for other in asked if re.fullmatch(re.escape(os.path.dirname(path)) + "/[^/]*mailcloak[^/]*", other)]
+        if beside and not set(ours) & set(asked):
+            text = f"{path} here, {beside[0]} in Postfix's main.cf; both must be the same"
+            yield beside[0], Problem(f"sockets.{key}", text, "correct the one that is wrong")
+
+
 def postfix_warnings(config: Config) -> Iterator[Problem]:
     """What does not fit the Postfix of this host, if there is one. Source: postconf(1)."""
     import subprocess
@@ -1700,9 +1715,10 @@ def postfix_warnings(config: Config) -> Iterator[Problem]:
     if not postconf:
         return
     try:
-        command = [postconf, "-xh", "queue_directory", "recipient_delimiter"]
+        lists = ("smtpd_relay_restrictions", "smtpd_recipient_restrictions", "smtpd_sender_restrictions", "virtual_alias_maps")
+        command = [postconf, "-xh", "queue_directory", "recipient_delimiter", *lists]
         output = subprocess.run(command, check=True, capture_output=True, text=True, timeout=10).stdout
-        queue_directory, delimiter = output.splitlines()
+        queue_directory, delimiter, main_cf = output.split("\n", 2)
     except (OSError, ValueError, subprocess.SubprocessError) as exc:
         yield Problem("postconf", f"could not be asked whether this fits Postfix: {type(exc).__name__}")
         return
@@ -1711,6 +1727,7 @@ def postfix_warnings(config: Config) -> Iterator[Problem]:
         if not path.startswith(f"{queue_directory.rstrip('/')}/"):
             text = f"{path} is not below Postfix's queue_directory {queue_directory}, where a chrooted smtpd looks"
             yield Problem(f"sockets.{key}", text)
+    yield from (problem for _, problem in misnamed_sockets(config.sockets, queue_directory, main_cf))
     if delimiter != config.policy.recipient_delimiter:
         ours = config.policy.recipient_delimiter
         yield Problem("policy.recipient_delimiter", f"{ours!r} here, {delimiter!r} in Postfix's main.cf; both must be the same")

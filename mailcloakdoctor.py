@@ -38,6 +38,7 @@ The checks: what each looks at, and the remedy.
 
   postfix                 can postconf read main.cf? Name its folder with --postfix-config
   postfix-running         does it run? postfix start
+  postfix-sockets         does main.cf ask the sockets of the configuration? Typing errors in one of the two
   postfix-access          can Postfix connect to mailcloak and Dovecot, from its chroot? socket_owner_user; start Dovecot
   postfix-smtpd           does each smtpd ask about each recipient and each sender? check_policy_service
   postfix-permit          does a permission stand before mailcloak in its list? Move check_policy_service to the front

@@ -12,6 +12,7 @@ aliases, domains.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import errno
 import functools
 import os
@@ -19,7 +20,7 @@ import re
 import socket
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
-from typing import NamedTuple, Optional
+from typing import Any, NamedTuple, Optional
 
 import mailcloak
 import mailcloakcommon as common
@@ -262,15 +263,21 @@ def check_postfix(host: Installation) -> Findings:
             text = f"{postfix.directory}/master.cf has no smtpd: no mail comes in"
             yield problem("postfix-smtpd", text, f"compare {MASTER_CF}")
         remedy = f"sockets.socket_owner_user: {postfix.main['mail_owner']}, with access to its directory; then restart the daemon"
-        for path in (host.sockets.policy_socket, host.sockets.socketmap_socket):
+        asked: dict[str, Any] = {}
+        values = "\n".join(postfix.main.values())
+        for path, each in mailcloak.misnamed_sockets(host.sockets, postfix.main["queue_directory"], values):
+            yield problem("postfix-sockets", f"{each.key}: {each.text}", each.remedy)
+            asked[each.key.partition(".")[2]] = path
+        sockets = dataclasses.replace(host.sockets, **asked)  # so that it is said once
+        for path in (sockets.policy_socket, sockets.socketmap_socket):
             yield from check_connection(postfix, postfix.smtpds, path, remedy, f"{SEE_FINDINGS} about the daemon and its sockets")
         for smtpd in postfix.smtpds:
-            yield from check_smtpd(host, host.sockets, postfix, smtpd)
+            yield from check_smtpd(host, sockets, postfix, smtpd)
         yield from check_clients(postfix)
         yield from check_logins(postfix)
         yield from check_smtpd_certificates(postfix)
-        yield from check_local_mail(host.policy, host.sockets, postfix)
-        yield from check_alias_maps(host.sockets, postfix)
+        yield from check_local_mail(host.policy, sockets, postfix)
+        yield from check_alias_maps(sockets, postfix)
         yield from check_domains(host.policy, postfix)
         yield from check_transports(postfix)
         yield from check_main_settings(host.policy, postfix)

@@ -839,6 +839,30 @@ def test_check_config_reads_settings_of_postfix_that_name_others(load, tmp_path)
     assert "policy.recipient_delimiter: '+' here, '#' in Postfix's main.cf" in said
 
 
+@pytest.mark.real("postfix")
+def test_check_config_warns_of_a_socket_that_main_cf_calls_otherwise(load, tmp_path):
+    sample = (ROOT / "examples" / "postfix" / "main.cf").read_text(encoding="utf-8")
+    (tmp_path / "main.cf").write_text(f"compatibility_level = 3.6\nqueue_directory = {tmp_path}\n{sample}")
+    raw = with_key("policy.recipient_delimiter", "+")
+    private = tmp_path / "private"
+    private.mkdir()
+
+    def said(policy, socketmap):
+        raw["sockets"] = {**raw["sockets"], "policy_socket": f"{private}/{policy}", "socketmap_socket": f"{private}/{socketmap}"}
+        load(raw)
+        command = [sys.executable, str(ROOT / "mailcloak.py"), "--check-config", str(load.path)]
+        environment = {**os.environ, "MAIL_CONFIG": str(tmp_path)}
+        output = subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stderr
+        return [line for line in output.splitlines() if "Postfix" in line]
+
+    assert said("mailcloak", "mailcloak-socketmap") == []
+    end = "in Postfix's main.cf; both must be the same, correct the one that is wrong"
+    assert said("mailclaok", "mailcloak-sockmap") == [
+        f"config: sockets.policy_socket: {private}/mailclaok here, {private}/mailcloak {end}",
+        f"config: sockets.socketmap_socket: {private}/mailcloak-sockmap here, {private}/mailcloak-socketmap {end}",
+    ]
+
+
 def test_directory_of_a_socket_that_is_missing_is_said_by_check_config_and_by_the_start(load, tmp_path):
     raw = with_key("sqlite.path", str(tmp_path / "state.db"))
     directory = str(tmp_path / "no" / "directory")

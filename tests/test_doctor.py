@@ -1131,6 +1131,16 @@ def test_mistake_in_main_cf(ask_postfix, postfix, settings, state, check, remedy
 
 
 @real_postfix
+@pytest.mark.parametrize("key", ["policy_socket", "socketmap_socket"])
+def test_typing_error_in_the_path_of_a_socket_is_one_problem(ask_postfix, mail_site, key):
+    """What main.cf says of the right one is looked at all the same; whether somebody listens is for other checks."""
+    right = mail_site.config["sockets"][key]
+    mail_site.config["sockets"][key] = wrong = right.replace("cloak", "claok")
+    found = the_only(ask_postfix(), "problem", "postfix-sockets")
+    assert found.text == f"sockets.{key}: {wrong} here, {right} in Postfix's main.cf; both must be the same"
+
+
+@real_postfix
 @pytest.mark.parametrize("name", [name for name, (*_, remedy) in MAIN_MISTAKES.items() if re.match(r"main\.cf: \w+ = ", remedy)])
 def test_setting_that_a_remedy_names_helps(ask_postfix, postfix, name):
     postfix.set(**MAIN_MISTAKES[name][0])
