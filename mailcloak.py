@@ -1741,6 +1741,8 @@ def postfix_warnings(config: Config) -> Iterator[Problem]:
 # the next request on.
 # ---------------------------------------------------------------------------------------------------------------------------------
 
+MOVE_DATABASE = "to keep the database, stop the daemon, move the whole directory, and start the daemon"
+
 SCHEMA_VERSION = 3
 SCHEMA = """\
 -- The state of mailcloak: aliases and apps. Written by mailcloakctl, read by mailcloak and by Dovecot.
@@ -5272,6 +5274,8 @@ class Daemon:
                 old, new = (getattr(getattr(each, block), field.name) for each in (self._config, config))
                 if old != new and field.name != "log_level":
                     log.warning("config: %s.%s: a change here needs a restart", block, field.name)
+        if not os.path.exists(config.sqlite.path):
+            log.warning("config: sqlite.path: %s does not exist: %s", config.sqlite.path, MOVE_DATABASE)
         config = dataclasses.replace(config, sqlite=self._config.sqlite)
         old_service = self._servers[0].service
         try:

@@ -118,7 +118,17 @@ class Context:
     @functools.cached_property
     def database(self) -> sqlite3.Connection:
         """The database, opened at its first use: arguments are checked before, so that a refused command does not create it."""
+        if self.creates and not self.options.db and not os.path.lexists(self.path):
+            self._refuse_beside_that_of_the_daemon()
         return open_database(self.path, create=self.creates)
+
+    def _refuse_beside_that_of_the_daemon(self) -> None:
+        """Raise Refused where the daemon that runs uses another database than sqlite.path, which is missing: a new one would help nobody."""
+        used = self.path
+        with contextlib.suppress(Refused, mailcloak.ConfigError):  # none runs, or not this version
+            used = self.daemon.ask_json("stats", "*", lambda stats: str(stats["database"]["path"]))
+        if used != self.path:
+            raise Refused(f"database {self.path!r} does not exist, the daemon uses {used!r}", mailcloak.MOVE_DATABASE)
 
     def replication(self) -> Optional[dict[str, Any]]:
         """How the database stands to those of other mail hosts, as read_replication() says. Raises ConfigError."""

@@ -336,7 +336,7 @@ def check_database(host: Installation) -> Findings:
     try:
         status = os.stat(path)
     except FileNotFoundError:
-        remedy = "start the daemon, which makes it; or name the right one in sqlite.path"
+        remedy = "on a new host start the daemon, which makes it; else name the right one in sqlite.path"
         if os.path.exists(mailcloak.last_known_path(path)):  # a daemon has run on one
             remedy = "restore it from a backup, or name the right one in sqlite.path; a daemon that runs needs no restart"
         yield problem("database", f"{path} does not exist", remedy)
@@ -487,7 +487,11 @@ def check_stats(host: Installation, stats: dict[str, Any]) -> Findings:
         remedy = f"{SEE_FINDINGS} about the database, and at its log ({mailcloakask.where_log(host.daemon)})"
         yield problem("daemon-database", "the daemon cannot use the database", remedy)
     elif host.database_path and used["path"] != host.database_path:
-        yield warning("daemon-database", f"the daemon uses {used['path']}", f"restart it, so that it uses {host.database_path}")
+        if os.path.lexists(host.database_path):
+            yield warning("daemon-database", f"the daemon uses {used['path']}", f"restart it, so that it uses {host.database_path}")
+        else:
+            text = f"the daemon uses {used['path']}; a restart begins an empty {host.database_path}, and refuses the mail of all aliases"
+            yield problem("daemon-database", text, f"{mailcloak.MOVE_DATABASE}; or correct sqlite.path")
     keycloak = stats["keycloak"]
     if keycloak and keycloak["state"] == "away":
         text = f"for the daemon Keycloak is {mailcloakask.describe_keycloak(keycloak)[0]}"

@@ -404,7 +404,8 @@ def test_wal_mode_is_a_warning(site):
 def test_database_that_is_missing_is_a_problem_and_is_not_made(site):
     site.database.unlink()
     assert (
-        "start the daemon, which makes it" in the_only(site.findings(mailcloakdoctor.check_database), "problem", "database").remedy
+        "on a new host start the daemon, which makes it"
+        in the_only(site.findings(mailcloakdoctor.check_database), "problem", "database").remedy
     )
     assert not site.database.exists()
 
@@ -703,6 +704,15 @@ def test_daemon_that_is_not_well(running, mistake, state, check, remedy):
     findings, stats, _ = running
     mistake(stats)
     assert remedy in the_only(findings(), state, check).remedy
+
+
+def test_database_that_a_restart_would_begin_anew_is_a_problem(running, site):
+    findings, stats, _ = running
+    change(stats, database={"path": "/other.db", "works": True})
+    site.database.unlink()
+    found = the_only(findings(), "problem", "daemon-database")
+    assert "a restart begins an empty" in found.text
+    assert found.remedy.startswith("to keep the database, stop the daemon, move the whole directory, and start the daemon")
 
 
 def test_daemon_of_another_version_is_said_with_both_versions(running):

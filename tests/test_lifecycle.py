@@ -21,7 +21,7 @@ from types import SimpleNamespace
 
 import pytest
 import yaml
-from conftest import ROOT, USERS, as_nobody, config_in, in_own_dev, wait_until
+from conftest import ROOT, USERS, as_nobody, config_in, in_own_dev, run_ctl, wait_until
 
 import mailcloak
 
@@ -575,7 +575,15 @@ def test_reload_with_another_database_goes_on_with_the_one_before_and_says_so(st
     for count in (1, 2):
         static_daemon.reload()
         assert static_daemon.log().count("warning config: sqlite.path: a change here needs a restart") == count
+        assert (
+            static_daemon.log().count("nowhere/state.db does not exist: to keep the database, stop the daemon, move the") == count
+        )
         assert static_daemon.ask_map("alias info@d1.test") == "OK alice@d1.test"
+    (static_daemon.directory / "nowhere").mkdir()
+    refused = run_ctl("--config", static_daemon.config_path, "aliases", "add", "team@d1.test", "alice", check=False)
+    assert refused.returncode == 1
+    assert f"nowhere/state.db' does not exist, the daemon uses '{before}'; to keep the database, stop" in refused.stderr
+    assert not any((static_daemon.directory / "nowhere").iterdir())
     static_daemon.config["sqlite"]["path"] = before
     static_daemon.reload()
     assert static_daemon.log().count("a change here needs a restart") == 2
