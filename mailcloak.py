@@ -5209,9 +5209,10 @@ class Daemon:
         """
         self._servers[0].service.directory.report()
         self._looked_at, before = time.monotonic(), self._looked_at
-        if min(server.looked_at for server in self._servers) > before - 2 * POLL_SECONDS:
+        is_well = min(server.looked_at for server in self._servers) > before - 2 * POLL_SECONDS
+        if self._watchdog_seconds and is_well:
             notify(WATCHDOG=1)
-        elif not self._watchdog_seconds:
+        elif not is_well and not self._watchdog_seconds:
             end_process(b"no connection is accepted any more")
 
     def report(self) -> dict[str, Any]:

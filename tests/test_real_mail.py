@@ -650,7 +650,8 @@ def test_without_a_mailbox_domain_mail_for_an_email_of_another_name_cannot_be_re
     assert not host.holds("c.smith", marker)
     shown = run_ctl("--config", host.daemon.config_path, "--json", "doctor", check=False).stdout
     found = {each["check"]: each for each in json.loads(shown)}
-    assert (found["mailbox-name"]["state"], found["mailbox-name"]["items"]) == ("problem", ["carol@d1.test (c.smith)"])
+    assert found["mailbox-name"]["state"] == "problem"
+    assert "carol@d1.test (c.smith)" in found["mailbox-name"]["items"]  # other tests add users to the realm
     assert "these users cannot read mail for their e-mail" in found["mailbox-name"]["text"]
 
 
