@@ -91,7 +91,7 @@ import threading
 import time
 import urllib.parse
 import weakref
-from collections import Counter, OrderedDict
+from collections import Counter, OrderedDict, deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, InvalidStateError
 from concurrent.futures import TimeoutError as FutureTimeout
@@ -168,6 +168,7 @@ DATABASE_KEPT_CONNECTIONS = 16  # beyond, a thread's connection ends with its qu
 DATABASE_CACHE_KIB = 400  # of pages that a connection keeps; SQLite's own limit is 2,000
 DATABASE_BUSY_SECONDS = 2.0  # how long a question waits for a writer's lock
 DATABASE_WAIT_SECONDS = 10.0  # how long a question waits for the thread that asks SQLite, whose disk may hang
+MAX_FAULTS_TOLD, FAULTS_TOLD_SECONDS = 3, 600.0  # of the database, in the log; status and each answer tell more
 MAX_REMEMBERED_ROWS = 20_000  # each about 400 bytes
 MAX_RECALLED_ANSWERS = 20_000  # each about 800 bytes
 MAX_RECALLED_FACTS = 8  # of one answer; only that of an alias with many users has more
@@ -290,8 +291,9 @@ def describe_exception(exc: BaseException) -> str:
 
 def end_process(reason: bytes) -> None:
     """End at once, whatever the threads do, since the process cannot be trusted any more. The service manager starts it again."""
-    with contextlib.suppress(OSError):
-        os.write(2, b"error daemon: " + reason + b", it ends\n")
+    with contextlib.suppress(OSError, ValueError):
+        if select.select([], [2], [], 0)[1]:  # else nobody reads the log
+            os.write(2, b"error daemon: " + reason + b", it ends\n")
     os._exit(EXIT_FAILED)
 
 
@@ -2197,11 +2199,12 @@ class Database:
         self._file: Optional[_VersionFile] = None  # of the file that has the path now
         self._last: Optional[Version] = None  # what version() said: 40,000 rows and answers need not have one each
         self._open: weakref.WeakSet[_Connection] = weakref.WeakSet()  # of all threads; the one that asks SQLite adds to it
-        self._lock = threading.Lock()  # guards the five below
+        self._lock = threading.Lock()  # guards the six below
         self._waiting: list[_Question] = []  # for the thread that asks SQLite now
         self._is_asked = False  # is there such a thread?
         self._fails = False  # for one line in the log when it begins and one when it ends
-        self._failing: tuple[Any, ...] = ()  # the questions that began it and were not answered since
+        self._told: deque[float] = deque(maxlen=MAX_FAULTS_TOLD)  # when the log had such lines
+        self._is_told = True  # did it have the first of the two?
         self._bad_rows: tuple[str, ...] = ()  # rows that the log has named
 
     def find_alias(self, address: str, version: Optional[Version] = None) -> Optional[Alias]:
@@ -2325,7 +2328,9 @@ class Database:
             if not is_next:
                 self._waiting.append(question)
         if not is_next and not question.wake.acquire(timeout=DATABASE_WAIT_SECONDS) and self._gives_up(question):
-            raise self._note_failure(question, self._unavailable(f"no answer within {DATABASE_WAIT_SECONDS:g} s"))
+            fault = self._unavailable(f"no answer within {DATABASE_WAIT_SECONDS:g} s")
+            self._note(fault)
+            raise fault
         if question.row is None and not question.error:
             self._ask_for_all(question)
         if question.error or question.row is None:
@@ -2374,10 +2379,13 @@ class Database:
         try:
             self._ask_sqlite(statement, questions)
         except DatabaseUnavailable as exc:
-            if sqlite_fault(exc) == "busy":
-                raise self._note_failure(questions[0], exc)  # noqa: B904  the same one
+            is_busy = sqlite_fault(exc) == "busy"
+            if is_busy or len(questions) == 1:
+                self._note(exc)
+            if is_busy:
+                raise
             if len(questions) == 1:
-                questions[0].error = str(self._note_failure(questions[0], exc))
+                questions[0].error = str(exc)
                 return
             until = time.monotonic() + DATABASE_BUSY_SECONDS
             for question in questions:
@@ -2412,29 +2420,23 @@ class Database:
             question.row, question.read_from = row, now if is_exact else None
         if len(self._open) > DATABASE_KEPT_CONNECTIONS:
             self.close()
-        if self._fails or self._failing:
-            self._note_answers(statement, questions)
+        if self._fails:
+            self._note(None)
 
     def _unavailable(self, reason: str) -> DatabaseUnavailable:
         return DatabaseUnavailable(f"database: {self._path!r}: {reason}")
 
-    def _note_failure(self, question: _Question, exc: DatabaseUnavailable) -> DatabaseUnavailable:
-        """The same exception. The log says that the database fails, unless it does so for this question alone, which can go on for long."""
-        key = question.statement, question.value
+    def _note(self, fault: Optional[DatabaseUnavailable]) -> None:
+        """Note whether the database fails. The log is told some times in ten minutes: one damaged row makes it come and go for long."""
         with self._lock:
-            is_news = not self._fails and key not in self._failing
-            if is_news:
-                self._fails, self._failing = True, (*self._failing[-100:], key)
-        if is_news:
-            log.error("%s; answers that need it are deferred until it is fixed", exc)
-        return exc
-
-    def _note_answers(self, statement: str, questions: Sequence[_Question]) -> None:
-        answered = {(statement, question.value) for question in questions}
-        with self._lock:
-            ends, self._fails = self._fails, False
-            self._failing = tuple(key for key in self._failing if key not in answered)
-        if ends:
+            turns, self._fails = self._fails == (fault is None), fault is not None
+            if turns and fault:
+                now = time.monotonic()
+                self._is_told = len(self._told) < MAX_FAULTS_TOLD or now > self._told[0] + FAULTS_TOLD_SECONDS
+                self._told.extend([now] if self._is_told else [])
+        if turns and self._is_told and fault:
+            log.error("%s; answers that need it are deferred until it is fixed", fault)
+        elif turns and self._is_told:
             log.warning("database: works again path=%s", self._path)
 
     def _connection(self, version: Optional[Version]) -> _Connection:
@@ -3684,6 +3686,9 @@ class SavedUsers:
     SCHEMA = "CREATE TABLE IF NOT EXISTS users (meaning TEXT, user_id TEXT, person TEXT NOT NULL, PRIMARY KEY (meaning, user_id)) WITHOUT ROWID"
     # By path, once this process has used the file: (what _look_at_file() said of it, how often it was another file by then)
     states: ClassVar[dict[str, tuple[tuple[int, ...], int]]] = {}
+    disk = (
+        threading.Lock()
+    )  # guards it, and the file: for the threads that write it, and the start; nobody who answers waits for it
 
     def __init__(
         self, path: str, meaning: str, store: UserStore, clock: Clock = time.monotonic, wall_clock: Clock = time.time
@@ -3755,16 +3760,17 @@ class SavedUsers:
         """Put what is saved into the store, if the file can be read now."""
         age = self._wall_clock() - self._clock()
         people = []
-        try:
-            others = self._check_file()
-            with contextlib.closing(self._open()) as connection:
-                connection.text_factory = _decode
-                rows = connection.execute("SELECT person FROM users WHERE meaning = ?", (self._meaning,)).fetchall()
-            self._note_state()
-            self._others_seen = others
-        except Exception as exc:
-            self._note_fault(exc)
-            return
+        with self.disk:
+            try:
+                others = self._check_file()
+                with contextlib.closing(self._open()) as connection:
+                    connection.text_factory = _decode
+                    rows = connection.execute("SELECT person FROM users WHERE meaning = ?", (self._meaning,)).fetchall()
+                self._note_state()
+                self._others_seen = others
+            except Exception as exc:
+                self._note_fault(exc)
+                return
         for (row,) in rows:
             try:
                 people.append(person_from_json(row, age, self._begun_at))
@@ -3787,6 +3793,7 @@ class SavedUsers:
             os.chmod(self._path, 0o600)
         except PermissionError as exc:
             raise OSError("its mode cannot be set to 0600: let it belong to the user that runs mailcloak") from exc
+        self._open().close()
         now = self._look_at_file()
         before, others = self.states.get(self._path, (now, 0))
         self.states[self._path] = now, others + (now != before)
@@ -3825,6 +3832,19 @@ class SavedUsers:
             self._take_up()
         if not self._taken_up:
             return
+        with self.disk:
+            noted = self._write_batch()
+        if noted is None:
+            return
+        if self._fails:
+            self._fails = False
+            log.warning("last-known: written again path=%s", self._path)
+        with self._turn:
+            self._written, self._busy_since = noted, None
+            self._turn.notify_all()
+
+    def _write_batch(self) -> Optional[int]:
+        """How many changes are on the disk now; None where it failed."""
         batch: dict[str, Optional[Person]] = {}
         try:
             others = self._check_file()
@@ -3843,14 +3863,10 @@ class SavedUsers:
             self._note_fault(exc)
             with self._turn:
                 self._waiting, self._busy_since = {**batch, **self._waiting}, None
-            return
-        if self._fails:
-            self._fails = False
-            log.warning("last-known: written again path=%s", self._path)
+            return None
         with self._turn:
-            self._written, self._busy_since = noted, None
             self._news.difference_update(batch.keys() - self._waiting.keys())
-            self._turn.notify_all()
+        return noted
 
     def _save(self, batch: Mapping[str, Optional[Person]], is_urgent: bool) -> None:
         age = self._wall_clock() - self._clock()
@@ -3861,6 +3877,8 @@ class SavedUsers:
             # Times may be lost.
             connection.execute(f"PRAGMA synchronous = {'EXTRA' if is_urgent else 'OFF'}")
             connection.execute("BEGIN IMMEDIATE")
+            if self._look_at_file() != self.states[self._path][0]:  # in the meantime it was locked by another program, say
+                raise OSError("it was changed while it was used")
             if self._is_whole:
                 connection.execute("DELETE FROM users WHERE meaning = ?", (self._meaning,))
             connection.executemany("INSERT OR REPLACE INTO users VALUES (?, ?, ?)", saved)

@@ -377,9 +377,9 @@ def check_database(host: Installation) -> Findings:
 def check_saved_users(path: str, user: str) -> Findings:
     """Does last-known.db belong to the user that the daemon becomes? Only the owner may set its mode."""
     with contextlib.suppress(OSError, KeyError):  # no such file or user, or not to be seen from here
-        if os.lstat(path).st_uid != pwd.getpwnam(user).pw_uid:
+        if os.stat(path).st_uid != pwd.getpwnam(user).pw_uid:
             text = f"{path} does not belong to user {user}, which the daemon becomes, so a restart in an outage knows no users"
-            yield problem("database-access", text, f"chown -h {user}: {shlex.quote(path)}")
+            yield problem("database-access", text, f"chown {user}: {shlex.quote(os.path.realpath(path))}")
 
 
 @listed

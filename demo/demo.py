@@ -194,7 +194,8 @@ def demo() -> int:
 
 
 def run() -> int:
-    RUN_DIR.mkdir(mode=0o700, exist_ok=True)
+    with contextlib.suppress(FileExistsError):
+        RUN_DIR.mkdir(mode=0o700)
     status = RUN_DIR.lstat()
     if status.st_uid != os.getuid() or not stat.S_ISDIR(status.st_mode):
         sys.exit(f"{RUN_DIR} is not your own folder, remove it")

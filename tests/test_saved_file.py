@@ -22,6 +22,8 @@ import mailcloak
 
 MEANINGS = ("a", "b", "c")
 NAMES = ("alice", "bob")
+MOMENTS = [("BEGIN IMMEDIATE", "delete"), ("BEGIN IMMEDIATE", "replace"), ("BEGIN IMMEDIATE", "copy over")]
+MOMENTS += [("COMMIT", "delete"), ("COMMIT", "replace")]  # whoever copies over the file in the middle of that is not noticed
 
 
 def read_rows(path):
@@ -46,16 +48,16 @@ class FileInOtherHands(RuleBasedStateMachine):
         self.use("a")
 
     def connect_and_swap(self, path, *arguments):
-        """Another file comes to the path while what SQLite wrote into the one that was there is not yet on the disk."""
+        """Another file comes to the path before SQLite has its lock, or while what it wrote is not yet on the disk."""
         connection = self.connect(path, *arguments)
         if self.swap and path == self.path:
-            connection.set_trace_callback(self.swap_at_commit)
+            connection.set_trace_callback(self.swap_at)
         return connection
 
-    def swap_at_commit(self, statement):
-        if statement == "COMMIT" and self.swap:
-            self.swap, swap = None, self.swap
-            swap()
+    def swap_at(self, statement):
+        if self.swap and statement == self.swap[0]:
+            (_, how), self.swap = self.swap, None
+            self.hands(how)
 
     def use(self, meaning):
         self.known[meaning] = read_rows(self.path)[meaning]
@@ -79,21 +81,20 @@ class FileInOtherHands(RuleBasedStateMachine):
         if how == "delete":
             with contextlib.suppress(FileNotFoundError):
                 os.unlink(self.path)
+        elif how == "copy over" and os.path.exists(self.older):
+            shutil.copyfile(self.older, self.path)
         elif os.path.exists(self.older):
             shutil.copy(self.older, f"{self.path}-copy")
             os.replace(f"{self.path}-copy", self.path)
 
     @rule(how=st.sampled_from(["delete", "replace", "copy over"]))
     def meddle(self, how):
-        if how == "copy over" and os.path.exists(self.older):
-            shutil.copyfile(self.older, self.path)
-        else:
-            self.hands(how)
+        self.hands(how)
 
-    @rule(how=st.sampled_from(["delete", "replace"]), name=st.sampled_from(NAMES), enabled=st.booleans())
-    def meddle_while_it_is_written(self, how, name, enabled):
+    @rule(moment=st.sampled_from(MOMENTS), name=st.sampled_from(NAMES), enabled=st.booleans())
+    def meddle_while_it_is_written(self, moment, name, enabled):
         meaning = next(iter(self.saved))
-        self.swap = lambda: self.hands(how)
+        self.swap = moment
         self.learn_one(meaning, name, enabled=enabled)
         deadline = time.monotonic() + 10
         while self.saved[meaning].report()["waiting"] and time.monotonic() < deadline:
@@ -157,7 +158,7 @@ def test_file_behind_a_link_is_replaced(tmp_path):
     machine.teardown()
 
 
-@pytest.mark.parametrize("how", ["delete", "replace"])
-def test_file_that_is_written_is_taken_away_meanwhile(monkeypatch, how):
+@pytest.mark.parametrize("moment", MOMENTS, ids=" ".join)
+def test_file_that_is_written_is_taken_away_meanwhile(monkeypatch, moment):
     monkeypatch.setattr(mailcloak, "SAVE_RETRY_SECONDS", 0.01)
-    history(*LEARN, ("meddle_while_it_is_written", {"how": how, "name": "bob", "enabled": False}))
+    history(*LEARN, ("meddle_while_it_is_written", {"moment": moment, "name": "bob", "enabled": False}))
