@@ -291,9 +291,9 @@ def describe_exception(exc: BaseException) -> str:
 
 def end_process(reason: bytes) -> None:
     """End at once, whatever the threads do, since the process cannot be trusted any more. The service manager starts it again."""
-    with contextlib.suppress(OSError, ValueError):
-        if select.select([], [2], [], 0)[1]:  # else nobody reads the log
-            os.write(2, b"error daemon: " + reason + b", it ends\n")
+    signal.alarm(1)  # which ends it where nobody reads the log
+    with contextlib.suppress(OSError):
+        os.write(2, b"error daemon: " + reason + b", it ends\n")
     os._exit(EXIT_FAILED)
 
 
@@ -3863,6 +3863,7 @@ class SavedUsers:
             self._note_fault(exc)
             with self._turn:
                 self._waiting, self._busy_since = {**batch, **self._waiting}, None
+                self._turn.notify_all()
             return None
         with self._turn:
             self._news.difference_update(batch.keys() - self._waiting.keys())
@@ -5219,13 +5220,15 @@ class Daemon:
         if not looks_in:
             self._look_at_servers()
         found = signal.sigtimedwait(self.SIGNALS, min(ends_in, looks_in))
-        return signal.Signals(found.si_signo) if found else None
+        # Python returns what nobody has filled in where the process was stopped (SIGSTOP) for longer than the wait.
+        return signal.Signals(found.si_signo) if found and found.si_signo in self.SIGNALS else None
 
     def _look_at_servers(self) -> None:
         """Say that we work, if both servers look after their sockets, and if nobody keeps the lock that all look-ups need. End the process if
         one has not looked since the last time, and no service manager would do so.
         """
-        self._servers[0].service.directory.report()
+        if self._watchdog_seconds:
+            self._servers[0].service.directory.report()
         self._looked_at, before = time.monotonic(), self._looked_at
         is_well = min(server.looked_at for server in self._servers) > before - 2 * POLL_SECONDS
         if self._watchdog_seconds and is_well:

@@ -367,6 +367,21 @@ def test_daemon_that_accepts_no_connection_any_more_ends(make_daemon):
     assert "error daemon: no connection is accepted any more, it ends" in daemon.log()
 
 
+def test_daemon_outlives_stops_of_the_process(make_daemon):
+    """As by docker pause, or a debugger: longer than it waits for a signal."""
+    daemon = make_daemon(static_users={"alice": "alice@d1.test"})
+    daemon._command[2] = f"{NO_MEMORY}mailcloak.LOOK_SECONDS = 0.5\nsys.exit(mailcloak.main())"
+    daemon._environment["PYTHONPATH"] = str(ROOT / "tests")
+    daemon.start()
+    for _ in range(6):
+        daemon.process.send_signal(signal.SIGSTOP)
+        time.sleep(0.8)
+        daemon.process.send_signal(signal.SIGCONT)
+        assert daemon.ask(recipient="alice@d1.test") == "DUNNO"
+        time.sleep(0.1)
+    assert daemon.stop() == 0
+
+
 @pytest.mark.parametrize("scheme", ["http", "https"])
 def test_nothing_is_imported_after_root_is_given_up(make_daemon, keycloak, certificate, scheme):
     """Its user may not be able to read the directories of Python's modules, wherever these are installed."""
