@@ -148,6 +148,7 @@ def test_use_is_kept_over_a_restart(daemon):
     assert json.loads(uses_path(daemon).read_text())["since"] == since
 
 
+@pytest.mark.long
 def test_use_that_is_on_the_disk_outlives_a_kill(daemon):
     daemon.ask(**AS_APP)
     wait_for_uses(daemon, printer="192.0.2.7")

@@ -507,6 +507,7 @@ def test_user_who_may_only_connect_is_told_the_answer_alone(filled_daemon, quest
     assert "\nrule" not in outcome
 
 
+@pytest.mark.long
 def test_hanging_daemon_is_given_up(fake, ctl):
     fake.maps["alias"] = "hang"
     started = time.monotonic()

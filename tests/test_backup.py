@@ -362,6 +362,7 @@ def test_daemon_answers_from_what_was_restored(static_daemon, tmp_path):
     assert static_daemon.ask_map("alias info@d1.test") == "OK alice@d1.test"
 
 
+@pytest.mark.long
 def test_kill_in_a_restore_leaves_the_old_state_or_the_new(ctl, copy):
     with contextlib.closing(sqlite3.connect(copy)) as database, database:
         rows = [(f"a{number}@d1.test", "alice") for number in range(30_000)]

@@ -60,6 +60,7 @@ def drip(client, data, pause, stop):
                 return
 
 
+@pytest.mark.long
 def test_request_that_is_not_finished_is_given_up_and_others_are_not(static_daemon):
     """Ten seconds of a real clock, once for all kinds of slowness."""
     threads, files = threads_of(static_daemon), files_of(static_daemon)
@@ -107,6 +108,7 @@ def test_request_that_is_not_finished_is_given_up_and_others_are_not(static_daem
     wait_until(lambda: files_of(static_daemon) <= files + 8, what="the end of their descriptors")
 
 
+@pytest.mark.long
 def test_client_that_does_not_read_its_answers_is_dropped(static_daemon):
     threads = threads_of(static_daemon)
     client = static_daemon.policy()
@@ -119,6 +121,7 @@ def test_client_that_does_not_read_its_answers_is_dropped(static_daemon):
     assert static_daemon.ask(recipient="alice@d1.test") == "DUNNO"
 
 
+@pytest.mark.long
 def test_client_that_reads_its_answers_a_little_now_and_then_is_dropped(static_daemon):
     threads = threads_of(static_daemon)
     client = static_daemon.policy()

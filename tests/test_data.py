@@ -290,6 +290,7 @@ def storable(address, users, external):
     ),
     st.data(),
 )
+@pytest.mark.long
 @pytest.mark.parametrize("name", FORMATS)
 def test_export_and_sync_on_another_host_give_equal_tables(tmp_path, name, aliases, data):
     whole = data.draw(st.booleans()) if name in ("virtual", "postfixadmin") else False

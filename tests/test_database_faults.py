@@ -355,6 +355,7 @@ sys.exit(max(mailcloakctl.main(["--db", path, "aliases", "add", f"{name}{n}@d1.t
 """
 
 
+@pytest.mark.long
 def test_two_mailcloakctl_in_a_loop_lose_nothing_and_the_answers_stay_right(daemon, kept):
     with child(CTL_LOOP, daemon.database, "x", 100) as first, child(CTL_LOOP, daemon.database, "y", 100) as second:
         for writer in (first, second):
@@ -771,6 +772,7 @@ def test_file_truncated_within_its_last_page_is_never_a_wrong_answer(daemon):
     assert wrong <= {"OK bob@d1.test", "TEMP database not usable"}
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("fault", [garble_in_place, truncate(10_000), None], ids=["random bytes", "truncated", "locked"])
 def test_daemon_started_on_a_file_it_cannot_use_serves_when_it_is_back(make_daemon, fault):
     daemon = make_daemon(static_users=USERS)
@@ -1181,7 +1183,7 @@ def sql_at_once(path, statement):
         return database.execute(statement).fetchone()[0]
 
 
-@pytest.mark.parametrize("mode", ["rollback journal", "WAL", "to and fro"])
+@pytest.mark.parametrize("mode", ["rollback journal", "WAL", pytest.param("to and fro", marks=pytest.mark.long)])
 def test_each_of_300_commits_counts_from_the_next_question_on(daemon, mode):
     changes = Changes(daemon)
     kept = Kept(daemon, CHANGE_REQUESTS)

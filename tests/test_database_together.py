@@ -37,7 +37,7 @@ def wait_for_questions(database, count):
     wait_until(lambda: len(database._waiting) >= count, 5, f"{count} threads that wait")
 
 
-@pytest.mark.parametrize("way", ["delete", "wal", "replaced"])
+@pytest.mark.parametrize("way", ["delete", "wal", pytest.param("replaced", marks=pytest.mark.long)])
 def test_each_thread_gets_its_own_row_as_it_was_committed_before_it_asked(path, way):
     """The writer counts: in each commit all aliases and apps have the number of the commit in place of a username."""
     database, committed, end = mailcloak.Database(str(path)), 0, time.monotonic() + 30

@@ -476,6 +476,7 @@ def test_database_that_was_not_read_holds_neither_aliases_nor_apps_that_are_good
     assert "are there apps that would need one? the database was not read" in skipped_checks(found)["dovecot"]
 
 
+@pytest.mark.long
 def test_database_too_big_to_be_searched_for_damage_is_not_said_to_be_whole(site, monkeypatch):
     for number in range(3000):
         site.insert("aliases", alias_email=f"{number}@d1.test", username="alice")

@@ -231,6 +231,7 @@ def test_make_hands_its_variables_on(tmp_path):
     assert files(tmp_path) == set()
 
 
+@pytest.mark.long
 def test_interrupt_of_an_installed_program_shows_no_traceback_at_any_moment(tmp_path):
     places = {"prefix": tmp_path / "usr", "SYSCONFDIR": str(tmp_path / "etc"), "UNITDIR": str(tmp_path / "units")}
     run("install", "", init="systemd", **places)

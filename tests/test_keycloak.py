@@ -263,6 +263,7 @@ def test_fault_of_the_token_endpoint_is_an_outage_within_the_timeout(keycloak, d
     wait_until(is_found)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("fault", ["stall", "drip", "drip-headers"])
 def test_worker_is_free_again_soon_after_a_hanging_answer(keycloak, directory, fault):
     keycloak.fault = fault

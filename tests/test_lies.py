@@ -397,6 +397,7 @@ def test_storage_that_goes_down_later_rejects_nobody(canary_daemon, keycloak):
     wait_until(lambda: canary_daemon.ask(recipient="alice@d1.test") == "DUNNO")
 
 
+@pytest.mark.long
 def test_many_negative_answers_at_once_ask_the_canaries_once(make_daemon, keycloak):
     keycloak.add_user("canary", "canary1@d1.test")
     keycloak.latency_seconds = 0.2

@@ -158,6 +158,7 @@ def bind_at_once(path, count):
     return answers.count("+"), is_served
 
 
+@pytest.mark.long
 def test_stale_socket_is_replaced_by_one_of_many_that_find_it_at_once(short_dir):
     outcomes = {bind_at_once(str(short_dir / "policy"), 4) for _ in range(100)}
     assert outcomes == {(1, True)}
@@ -373,7 +374,7 @@ def test_daemon_outlives_stops_of_the_process(make_daemon):
     daemon._command[2] = f"{NO_MEMORY}mailcloak.LOOK_SECONDS = 0.5\nsys.exit(mailcloak.main())"
     daemon._environment["PYTHONPATH"] = str(ROOT / "tests")
     daemon.start()
-    for _ in range(6):
+    for _ in range(3):
         daemon.process.send_signal(signal.SIGSTOP)
         time.sleep(0.8)
         daemon.process.send_signal(signal.SIGCONT)
@@ -737,6 +738,7 @@ def test_request_with_several_lookups_is_answered_at_the_end_after_a_reload_too(
 # ---- the log
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("kind", ["pipe", "socket"])
 def test_log_that_nobody_reads_makes_nobody_wait(make_daemon, kind):
     """The socket is what systemd gives a service."""

@@ -112,9 +112,8 @@ def growth(daemon, keycloak, what):
     return tuple(after - before for before, after in zip(*found))
 
 
-@pytest.mark.parametrize(
-    "what", ["question", *(pytest.param(what, marks=pytest.mark.long) for what in STEPS if what != "question")]
-)
+@pytest.mark.long
+@pytest.mark.parametrize("what", STEPS)
 def test_what_comes_and_goes_leaves_nothing(keycloak, short_dir, make_config, what):
     daemon = make_counted(keycloak, short_dir, make_config).launch()
     try:

@@ -200,6 +200,7 @@ def test_published_file_that_is_lost_begins_after_all_that_was_published_though_
     assert writer.path.read_bytes() == before  # it is not written at each look
 
 
+@pytest.mark.long
 def test_changes_go_on_while_another_program_holds_the_published_file(writer):
     """Such as a hung Litestream: mailcloakctl waited for it."""
     with contextlib.closing(sqlite3.connect(writer.shared, isolation_level=None, check_same_thread=False)) as holder:
@@ -920,6 +921,7 @@ def test_change_of_the_writer_is_with_the_follower_within_a_second(writer, follo
         assert mirror.said() == f"db: mirror: {follower.path} is as {writer.shared}\n"
 
 
+@pytest.mark.long
 def test_origin_is_renewed_while_nothing_changes(writer, follower, monkeypatch):
     def published_at(path):
         return writer.origin(path).published_at
@@ -1062,6 +1064,7 @@ def test_two_commits_of_one_time_and_size_are_told_apart(writer):
     assert mailcloakmirror.state_of(str(writer.path)) != state
 
 
+@pytest.mark.long
 def test_kill_at_any_moment_leaves_rows_of_one_state(writer, follower):
     """Each change gives all aliases another username, the same."""
     with contextlib.closing(sqlite3.connect(writer.path)) as database, database:

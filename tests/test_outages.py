@@ -307,6 +307,7 @@ def test_renewal_that_fails_leaves_the_answer(plain):
     assert cached.find_holders("alice@d1.test")
 
 
+@pytest.mark.long
 def test_nobody_waits_for_a_renewal(make_daemon, keycloak):
     daemon = short_daemon(make_daemon, keycloak, cache_ttl_seconds=2).start()
     assert daemon.ask(recipient="alice@d1.test") == "DUNNO"
@@ -373,6 +374,7 @@ def fail(query):
     raise RuntimeError  # which closes the connection
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("how", ["fail", "hang"])
 def test_searches_that_fail_are_an_outage_though_other_questions_are_answered(make_daemon, keycloak, how):
     daemon = short_daemon(make_daemon, keycloak).start()

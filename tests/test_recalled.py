@@ -431,6 +431,7 @@ def test_new_fact_counts_for_a_recalled_answer_though_it_was_learnt_by_another_q
     assert [ask(service, each) for each in (by_name, by_email)] == [mailcloak.SENDER_NOT_OWNED] * 2
 
 
+@pytest.mark.long
 def test_recalled_answer_is_made_again_in_the_last_part_of_its_facts_life(make_service, keycloak):
     """So that they are asked for again in the background, and nobody waits."""
     keycloak.add_user("alice", "alice@d1.test")
@@ -851,6 +852,7 @@ def test_answer_is_made_from_one_state_of_the_database_though_keycloak_is_asked_
     assert answers == ["553 5.7.1 Sender not owned by authenticated user"]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("mode", ["wal", "delete"])
 def test_answer_is_made_from_one_state_of_the_database_while_another_program_writes_it(static_daemon, mode):
     """In one transaction the address goes to bob, and what it is an extension of to alice; and back."""

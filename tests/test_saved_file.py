@@ -124,7 +124,7 @@ class FileInOtherHands(RuleBasedStateMachine):
         assert {meaning: found[meaning] for meaning in self.saved} == {meaning: self.known[meaning] for meaning in self.saved}
 
 
-@pytest.mark.parametrize("examples", [100, pytest.param(600, marks=pytest.mark.long)])
+@pytest.mark.parametrize("examples", [30, pytest.param(600, marks=pytest.mark.long)])
 def test_all_users_are_in_the_file_whatever_others_do_to_it(monkeypatch, examples):
     monkeypatch.setattr(mailcloak, "SAVE_RETRY_SECONDS", 0.01)
     run_state_machine_as_test(FileInOtherHands, settings=settings(max_examples=examples, stateful_step_count=15, deadline=None))

@@ -778,6 +778,7 @@ def test_answer_is_coloured_on_a_terminal(fake, config_path):
     assert max(len(line) for line in re.sub(r"\x1b\[\d*m", "", shown).splitlines()) <= 60
 
 
+@pytest.mark.long
 def test_watch_refreshes_in_place_and_outlives_a_restart(config_path):
     with FakeDaemon(yaml.safe_load(config_path.read_text())) as fake:
         fake.maps["stats"] = f"OK {json.dumps(changed(answers=STATS['answers'] * 20))}"

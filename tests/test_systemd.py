@@ -447,6 +447,7 @@ def test_watchdog_hears_from_the_daemon_also_between_reloads(activated):
     ],
     ids=["server", "directory"],
 )
+@pytest.mark.long
 def test_watchdog_hears_nothing_more_once_questions_are_not_answered(activated, fault):
     activated.environment.update(WATCHDOG_USEC=str(1_000_000), FAULT=f"import time; {fault}")
     activated.launch()
