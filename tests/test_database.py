@@ -291,6 +291,7 @@ def test_file_locked_for_a_moment_is_waited_for(static_daemon, name):
         timer.join()
 
 
+@pytest.mark.long
 def test_file_locked_for_long_is_a_temporary_failure_while_it_lasts(static_daemon):
     static_daemon.ctl("aliases", "add", "info@d1.test", "alice")
     with contextlib.closing(sqlite3.connect(static_daemon.database, isolation_level=None)) as writer:

@@ -611,7 +611,7 @@ def kill_at_each(daemon, kept, writer, instants):
     return seen, journals
 
 
-@pytest.mark.parametrize("instants", [10, pytest.param(100, marks=[pytest.mark.long, pytest.mark.timeout(1800)])])
+@pytest.mark.parametrize("instants", [5, pytest.param(100, marks=[pytest.mark.long, pytest.mark.timeout(1800)])])
 @pytest.mark.parametrize("writer", WRITERS.values(), ids=WRITERS)
 def test_bulk_write_that_is_killed_is_whole_or_did_not_happen(daemon, kept, writer, instants):
     seen, journals = kill_at_each(daemon, kept, writer, instants)

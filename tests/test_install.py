@@ -324,6 +324,7 @@ def test_second_install_renews_programs_and_leaves_what_an_administrator_wrote(t
     assert text(sample) == text(ROOT / "config.yaml.sample")
 
 
+@pytest.mark.long
 def test_second_install_says_nothing_of_settings_that_were_not_changed(tmp_path):
     run("install", tmp_path)
     assert "kept" not in run("install", tmp_path).stdout

@@ -517,6 +517,7 @@ def test_answer_that_shows_only_a_disabled_user_is_believed_after_the_same_proof
     assert keycloak.self_checks == 2
 
 
+@pytest.mark.long
 def test_proof_is_shared_by_those_who_wait_for_it(keycloak, directory):
     keycloak.latency_seconds = 0.2
     with ThreadPoolExecutor(40) as pool:

@@ -440,6 +440,7 @@ def test_why_a_user_is_disabled_is_asked_for_once(make_daemon, keycloak):
 # ---- what must be no outage, and no answer
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("fault", ["html", "close"])
 def test_user_profile_that_cannot_be_read_is_no_outage(make_daemon, keycloak, fault):
     """A proxy in front of Keycloak may let nothing through but searches."""

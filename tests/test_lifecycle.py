@@ -496,6 +496,7 @@ def test_restart_serves_again_at_once(static_daemon):
         assert static_daemon.ask(recipient="alice@d1.test") == "DUNNO"
 
 
+@pytest.mark.long
 def test_client_that_does_not_read_does_not_hold_up_the_end(static_daemon):
     client = static_daemon.policy()
     client.socket.setblocking(False)

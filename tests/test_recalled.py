@@ -832,6 +832,7 @@ def test_alias_without_the_extension_does_not_decide_while_the_address_itself_ca
     assert static_daemon.ask_map("alias info+vip@d1.test").startswith("TEMP")
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("mode", ["wal", "delete"])
 def test_answer_is_made_from_one_state_of_the_database_though_keycloak_is_asked_in_between(make_daemon, keycloak, mode):
     """In WAL mode the version is not known while no connection is open."""

@@ -35,7 +35,7 @@ def always_the_same(machine, number=0):
 
 
 def test_answers_are_right_in_any_order_of_events():
-    run_state_machine_as_test(always_the_same(UserModel), settings=settings(FAST, max_examples=400, stateful_step_count=25))
+    run_state_machine_as_test(always_the_same(UserModel), settings=settings(FAST, max_examples=250, stateful_step_count=25))
 
 
 @pytest.mark.long
