@@ -198,6 +198,7 @@ def test_client_cannot_write_anything_but_text(daemon):
     ],
     ids=["cut", "empty", "list", "time", "deep", "bytes"],
 )
+@pytest.mark.long
 def test_file_that_makes_no_sense_stays_and_is_a_warning_until_it_is_deleted(daemon, content, reason):
     uses_path(daemon).write_text(content, encoding="latin-1")
     assert daemon.ask(**AS_APP) == "DUNNO"

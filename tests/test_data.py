@@ -622,7 +622,8 @@ def test_commit_of_another_program_meanwhile_refuses_the_sync(filled, monkeypatc
 # ---- what stays after a kill
 
 
-@pytest.mark.parametrize("kills", [15, pytest.param(200, marks=pytest.mark.long)])
+@pytest.mark.long
+@pytest.mark.parametrize("kills", [15, 200])
 def test_kill_at_any_instant_leaves_the_old_state_or_the_new(ctl, kills):
     rows = [Row(f"a{number:05}@d1.test", f"0user{number % 7}", 1, 0, "") for number in range(3000)]
     with contextlib.closing(sqlite3.connect(ctl.path)) as database, database:

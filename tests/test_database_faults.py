@@ -276,7 +276,8 @@ def test_file_locked_for_a_second_is_waited_for_and_answered_rightly(daemon, kep
     assert "deferred until it is fixed" not in daemon.log()
 
 
-@pytest.mark.parametrize("seconds", [5, pytest.param(60, marks=[pytest.mark.long, pytest.mark.timeout(1800)])])
+@pytest.mark.long
+@pytest.mark.parametrize("seconds", [5, pytest.param(60, marks=pytest.mark.timeout(1800))])
 def test_file_locked_for_longer_is_a_temporary_failure_and_served_again_at_once(daemon, kept, seconds):
     with child(LOCK, daemon.database) as writer:
         end, number = time.monotonic() + seconds, 0
@@ -1183,7 +1184,9 @@ def sql_at_once(path, statement):
         return database.execute(statement).fetchone()[0]
 
 
-@pytest.mark.parametrize("mode", ["rollback journal", "WAL", pytest.param("to and fro", marks=pytest.mark.long)])
+@pytest.mark.parametrize(
+    "mode", ["rollback journal", *(pytest.param(name, marks=pytest.mark.long) for name in ("WAL", "to and fro"))]
+)
 def test_each_of_300_commits_counts_from_the_next_question_on(daemon, mode):
     changes = Changes(daemon)
     kept = Kept(daemon, CHANGE_REQUESTS)

@@ -308,6 +308,7 @@ def test_systemctl_enables_and_disables_service_and_sockets_together_and_so_does
 # ---- again, and away
 
 
+@pytest.mark.long
 def test_second_install_renews_programs_and_leaves_what_an_administrator_wrote(tmp_path):
     run("install", tmp_path)
     config, settings = tmp_path / "etc/mailcloak/config.yaml", tmp_path / "etc/conf.d/mailcloak"

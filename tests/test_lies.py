@@ -354,6 +354,7 @@ def test_user_disabled_in_keycloak_itself_sends_nothing_while_a_canary_is_missin
     assert daemon.ask(**asked_by_name).startswith("553")
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("lie", ["disabled", "missing"])
 def test_user_of_a_storage_that_does_not_import_is_in_the_grace_while_the_storage_lies(make_daemon, keycloak, lie):
     """Such a user has no federationLink; the id names the storage."""

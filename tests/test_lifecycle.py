@@ -717,6 +717,7 @@ def test_request_under_way_is_answered_across_a_reload(make_daemon, keycloak):
     assert time.monotonic() - started < 4
 
 
+@pytest.mark.long
 def test_request_with_several_lookups_is_answered_at_the_end_after_a_reload_too(make_daemon, keycloak):
     daemon = make_daemon(keycloak=keycloak.config(timeout_seconds=30), policy={"keycloak_failure_mode": "dunno-recipients"}).start()
     wait_for_self_check(keycloak)

@@ -993,6 +993,7 @@ def test_on_a_disk_that_hangs_only_the_first_questions_wait(tmp_path, monkeypatc
     assert waits[1:5] == [0.0] * 4
 
 
+@pytest.mark.long
 def test_what_is_learned_of_a_user_while_a_mistyped_realm_is_corrected_is_known(make_daemon, keycloak):
     daemon = short_daemon(make_daemon, keycloak, keycloak_failure_mode="dunno")
     daemon.config["keycloak"]["timeout_seconds"] = 8

@@ -566,7 +566,7 @@ def test_metrics_say_that_a_daemon_whose_statistics_make_no_sense_is_not_up(fake
     assert (code, "mailcloak_up 0.0\n" in shown, said.count("\n")) == (0, True, 1)
 
 
-@pytest.mark.parametrize("answer", ["hang", b""], ids=["hangs", "closes"])
+@pytest.mark.parametrize("answer", [pytest.param("hang", marks=pytest.mark.long), b""], ids=["hangs", "closes"])
 def test_flush_without_an_answer_may_be_done_and_says_so(fake, ctl, answer):
     fake.maps["flush"] = answer
     code, shown, said = ctl("flush")
