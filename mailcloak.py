@@ -1610,9 +1610,10 @@ def _check_between_keys(block: str, raw: Mapping[str, Any], values: dict[str, An
     for name, use in (("last-known.db", "saves users"), ("last-used.json", "notes uses of apps")):
         if os.path.basename(values.get("path", "")) == name:
             yield Problem("sqlite.path", f"expected another name than {name}, the file in which the daemon {use}")
-    sockets = [os.path.realpath(values[name]) for name in ("policy_socket", "socketmap_socket") if name in values]
-    if len(sockets) > len(set(sockets)):
-        yield Problem("sockets.socketmap_socket", "expected another path than policy_socket")
+    with contextlib.suppress(OSError):  # a link that is taken away in this moment; the start looks at each path again
+        sockets = [os.path.realpath(values[name]) for name in ("policy_socket", "socketmap_socket") if name in values]
+        if len(sockets) > len(set(sockets)):
+            yield Problem("sockets.socketmap_socket", "expected another path than policy_socket")
 
 
 def _check_secret(raw: Mapping[str, Any], values: dict[str, Any]) -> Iterator[Problem]:

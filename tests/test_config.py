@@ -908,3 +908,13 @@ def test_version_names_the_program(tmp_path):
     assert (result.returncode, result.stderr) == (0, "")
     assert result.stdout == f"mailcloak {mailcloak.__version__}\n"
     assert re.fullmatch(r"mailcloak \d+\.\d+\.\d+\n", result.stdout)
+
+
+def test_link_that_is_taken_away_while_the_configuration_is_read_is_no_traceback(load, monkeypatch):
+    """Python's realpath() raises where a link goes between its two looks at it."""
+
+    def gone(path):
+        raise FileNotFoundError(2, "No such file or directory", path)
+
+    monkeypatch.setattr(mailcloak.os.path, "realpath", gone)
+    assert load(STATIC).sockets.policy_socket == STATIC["sockets"]["policy_socket"]
