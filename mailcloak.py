@@ -1741,7 +1741,7 @@ def postfix_warnings(config: Config) -> Iterator[Problem]:
 # The daemon's SQL on aliases and apps. Each thread that asks SQLite has its own connection, since sqlite3 connections must not be shared;
 # one asks at a time, for all that wait. Handler, server, timer and main threads enter, the one that saves users, and mailcloakctl. A row
 # is remembered with the version of the file (Database.version) and counts only while the file has that version, so a commit counts from
-# the next request on.
+# the next request on. The three system calls that keep Python's lock stand here, too; section 10 uses one of them.
 # ---------------------------------------------------------------------------------------------------------------------------------
 
 MOVE_DATABASE = "to keep the database, stop the daemon, move the whole directory, and start the daemon"
@@ -2428,7 +2428,7 @@ class Database:
         return DatabaseUnavailable(f"database: {self._path!r}: {reason}")
 
     def _note(self, fault: Optional[DatabaseUnavailable]) -> None:
-        """Note whether the database fails. The log is told some times in ten minutes: one damaged row makes it come and go for long."""
+        """Note whether the database fails. The log is told MAX_FAULTS_TOLD times in ten minutes: one damaged row lets it come and go for long."""
         with self._lock:
             turns, self._fails = self._fails == (fault is None), fault is not None
             if turns and fault:
@@ -3687,9 +3687,8 @@ class SavedUsers:
     SCHEMA = "CREATE TABLE IF NOT EXISTS users (meaning TEXT, user_id TEXT, person TEXT NOT NULL, PRIMARY KEY (meaning, user_id)) WITHOUT ROWID"
     # By path, once this process has used the file: (what _look_at_file() said of it, how often it was another file by then)
     states: ClassVar[dict[str, tuple[tuple[int, ...], int]]] = {}
-    disk = (
-        threading.Lock()
-    )  # guards it, and the file: for the threads that write it, and the start; nobody who answers waits for it
+    # Guards it, and the file: for the threads that write it, and the start. Nobody who answers takes it.
+    disk = threading.Lock()
 
     def __init__(
         self, path: str, meaning: str, store: UserStore, clock: Clock = time.monotonic, wall_clock: Clock = time.time
